@@ -1,0 +1,74 @@
+"""The declarations of components: what a spec file can say about them. No torch here.
+
+A component has two halves. Its *declaration* is a pydantic class with a name, documented parameters and
+the import path of its *implementation*, a ``torch.nn.Module``. Specs are validated against declarations
+alone, so a mistake in a spec is reported before torch is imported.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kava_core.errors import PluginError
+
+Part = Literal["keys", "values", "queries"]
+"""The three tensors of an attention layer."""
+
+
+class Strict(BaseModel):
+    """Frozen, no unknown fields, no NaN; field docstrings become the documentation of the spec."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
+    )
+
+
+class ComponentConfig(Strict):
+    """Base of every component's declaration.
+
+    Subclass it with ``name: Literal["my_name"] = "my_name"``, one documented field per parameter, and
+    ``component = "my_package.my_module:MyClass"``.
+    """
+
+    name: str
+    """The word that chooses this component in a spec."""
+
+    component: ClassVar[str]
+    """Import path ``module:Class`` of the implementation."""
+
+    def build(self, **runtime: Any) -> Any:
+        """Import the implementation and construct it: ``Class(config, **runtime)``."""
+        return self.implementation()(self, **runtime)
+
+    @classmethod
+    def implementation(cls) -> Any:
+        """Import and return the class named by ``component``; PluginError where there is none."""
+        module, _, attribute = cls.component.partition(":")
+        try:
+            return getattr(import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise PluginError(f"component {cls.component_name()!r}: cannot import {cls.component!r}: {error}") from error
+
+    @classmethod
+    def component_name(cls) -> str:
+        """The registered name: the default of the ``name`` field."""
+        return str(cls.model_fields["name"].default)
+
+
+class KVLossConfig(ComponentConfig):
+    """Base of every KV loss's declaration: its weight and what it looks at."""
+
+    weight: float = Field(1.0, ge=0)
+    """λ: the loss is multiplied by this and added to the student's cross-entropy. 0 switches it off."""
+
+    parts: tuple[Part, ...] = Field(("keys", "values"), min_length=1)
+    """Which tensors are compared."""
+
+    layers: tuple[int, ...] | Literal["all"] = "all"
+    """Student layers the loss looks at, counted from 0 (negative: from the last)."""
+
+    basis_free: ClassVar[bool] = False
+    """True where head counts and widths of student and target may differ."""

@@ -1,0 +1,1 @@
+"""The tensor half: caches, timelines, capture, alignment stages, the pipeline."""

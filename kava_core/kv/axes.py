@@ -1,0 +1,83 @@
+"""The words for axes, and the two values every component speaks about: Geometry and Cache.
+
+``batch layer head time dim``, always in this order. ``head`` is a key/value head, ``qhead`` a query head,
+``dim`` the width of one head; ``t_layer t_head t_time t_dim`` are the teacher's extents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from jaxtyping import Float
+from torch import Tensor
+
+from kava_core.config import Part
+
+VOCABULARY = frozenset(
+    "batch layer head qhead time dim teacher t_layer t_head t_qhead t_time t_dim tap hidden vocab".split()
+)
+"""Every axis name that may stand in an annotation or an einops pattern."""
+
+PARTS: tuple[Part, ...] = ("keys", "values", "queries")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Extents of a model's cache.
+
+    Read off captured tensors, never off ``num_attention_heads``: grouped-query models have fewer
+    key/value heads than query heads.
+    """
+
+    layer: int
+    """Attention layers."""
+    head: int
+    """Key/value heads of a layer."""
+    dim: int
+    """Width of one head."""
+    qhead: int
+    """Query heads of a layer."""
+    hidden: int
+    """Width of the residual stream."""
+
+    def heads(self, part: Part) -> int:
+        """Heads of a part: query heads for queries, key/value heads otherwise."""
+        return self.qhead if part == "queries" else self.head
+
+    def with_(self, **extents: int) -> Geometry:
+        """A copy with some extents changed."""
+        return replace(self, **extents)
+
+    def __str__(self) -> str:
+        return f"{self.layer} layers, {self.head} KV heads × {self.dim}"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys, values and queries of all (chosen) layers; a part nobody asked for is None."""
+
+    keys: Float[Tensor, "batch layer head time dim"] | None = None
+    values: Float[Tensor, "batch layer head time dim"] | None = None
+    queries: Float[Tensor, "batch layer qhead time dim"] | None = None
+
+    def items(self) -> Iterator[tuple[Part, Tensor]]:
+        """The parts that are there."""
+        for part in PARTS:
+            tensor = getattr(self, part)
+            if tensor is not None:
+                yield part, tensor
+
+    def map(self, change: Callable[[Tensor, Part], Tensor]) -> Cache:
+        """A cache with ``change(tensor, part)`` applied to every part that is there."""
+        return Cache(**{part: change(tensor, part) for part, tensor in self.items()})
+
+    def pick(self, parts: tuple[Part, ...]) -> Cache:
+        """Only these parts; KeyError where one was not captured."""
+        here = dict(self.items())
+        return Cache(**{part: here[part] for part in parts})
+
+    @property
+    def any(self) -> Tensor:
+        """One of the parts, for its batch, layer and time extents, its device and dtype."""
+        return next(tensor for _, tensor in self.items())

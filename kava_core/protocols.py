@@ -1,0 +1,131 @@
+"""The six kinds of component: one axis each, and the contract of that axis.
+
+Every component is a ``torch.nn.Module``: its parameters and buffers move, train and are saved with the
+student. Whole tensors, not lists, cross these borders, so that every element is shape-checked. The
+boundary functions in ``kava_core.kv.stages`` check what third-party components return.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from kava_core.config import Part
+from kava_core.kv.axes import Cache, Geometry
+from kava_core.kv.timeline import Timeline
+from kava_core.kv.timemap import TimeMap
+
+
+@runtime_checkable
+class LayerMapper(Protocol):
+    """``t_layer → layer``. Constructed as ``LayerMapper(config, *, teacher, student)``."""
+
+    def __call__(self) -> Float[Tensor, "layer t_layer"]:
+        """Weights of the teacher's layers for every student layer.
+
+        Rows sum to 1. Only teacher layers with a non-zero column are captured, so a mapper without
+        parameters must return the same zeros every time. Rows with a single 1 cost nothing.
+        """
+        ...
+
+
+@runtime_checkable
+class HeadAdapter(Protocol):
+    """``t_head → head``. Constructed as ``HeadAdapter(config, *, teacher, student)``.
+
+    An adapter may see both caches in another view, as ``flat`` does (one head as wide as all): it says so
+    in ``teacher_view`` (extents after the adapter) and ``student_view``, and ``fold`` brings the student's
+    tensors into that view.
+    """
+
+    teacher_view: Geometry
+    student_view: Geometry
+
+    def __call__(
+        self, x: Float[Tensor, "batch layer t_head time t_dim"], part: Part
+    ) -> Float[Tensor, "batch layer head time dim"]:
+        """Map the heads of one part; the other axes stay as they are."""
+        ...
+
+    def fold(
+        self, x: Float[Tensor, "batch layer head time dim"]
+    ) -> Float[Tensor, "batch layer _ time _"]:
+        """The student's tensor as ``student_view`` sees it; the identity for most adapters."""
+        ...
+
+
+@runtime_checkable
+class TimeWarper(Protocol):
+    """``t_time → time``, plus validity. Constructed as ``TimeWarper(config, *, teacher, student)``."""
+
+    def __call__(self, teacher: Timeline, student: Timeline) -> TimeMap:
+        """The row-stochastic map from the teacher's positions to the student's, one per example."""
+        ...
+
+
+@runtime_checkable
+class DimProjector(Protocol):
+    """``t_dim → dim``. Constructed as ``DimProjector(config, *, teacher, student)`` in the adapter's views."""
+
+    def __call__(
+        self, x: Float[Tensor, "batch layer head time t_dim"], part: Part
+    ) -> Float[Tensor, "batch layer head time dim"]:
+        """Project the width of every head of one part."""
+        ...
+
+
+@runtime_checkable
+class Calibrated(Protocol):
+    """What a projector offers if it wants to see data before training."""
+
+    def observe(
+        self,
+        x: Float[Tensor, "batch layer head time t_dim"],
+        valid: Bool[Tensor, "batch time"],
+        part: Part,
+    ) -> None:
+        """Take in one batch of the teacher's cache, after layers, heads and time are aligned."""
+        ...
+
+    def finish(self) -> None:
+        """Compute the projection from everything observed."""
+        ...
+
+
+@dataclass(frozen=True)
+class FusionContext:
+    """What a fuser may look at."""
+
+    valid: Bool[Tensor, "teacher batch time"]
+    """Where each teacher's target is valid."""
+    targets: tuple[Cache, ...]
+    """The aligned caches, one per teacher."""
+    student: Cache
+    """The student's cache, in the view of the losses."""
+
+
+@runtime_checkable
+class Fuser(Protocol):
+    """Weighs teachers. Constructed as ``Fuser(config, *, teachers, student)``, teachers being their names."""
+
+    def __call__(self, context: FusionContext) -> Float[Tensor, "teacher batch layer time"]:
+        """Non-negative weights. kava renormalises them over the teachers valid at a position."""
+        ...
+
+
+@runtime_checkable
+class KVLoss(Protocol):
+    """Student's cache against target. Constructed as ``KVLoss(config, *, teacher, student)``."""
+
+    def __call__(
+        self, student: Cache, target: Cache, weight: Float[Tensor, "batch layer time"]
+    ) -> Float[Tensor, ""]:
+        """Sum over positions and layers of weight × loss at that position.
+
+        The loss of a position is a mean over heads and width. A position of weight 0 has no influence at
+        all, whatever it holds, and no gradient.
+        """
+        ...

@@ -1,0 +1,1 @@
+"""Spec files: the pipeline in YAML, validated against what is installed. No torch here."""

@@ -1,0 +1,299 @@
+"""PipelineSpec: everything a run is made of. Field docstrings are the spec reference in docs/.
+
+The component fields are typed ``ComponentConfig`` here; ``kava_core.spec.bind`` narrows them to the
+declarations that are installed.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints, model_validator
+
+from kava_core.config import ComponentConfig, KVLossConfig, Strict
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
+"""A name that is also a folder: letters, digits, ``_ . -``, not starting with a dot."""
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class TrainTokenizer(Strict):
+    """Train a tokenizer on the spec's own training texts (cached)."""
+
+    kind: Literal["chars", "bpe", "unigram", "wordpiece"] = "bpe"
+    """``chars``: one token per character; ``bpe``: byte-level; ``unigram``: SentencePiece-like; ``wordpiece``."""
+    vocab_size: Positive = 512
+    """Upper bound of the vocabulary, special tokens included."""
+
+
+class Pretrain(Strict):
+    """Train this model from its random weights on the spec's training data before anything else (cached)."""
+
+    steps: Positive
+    """Optimizer steps."""
+    batch_size: Positive = 64
+    """Examples in a step."""
+    learning_rate: float = Field(2e-3, gt=0)
+    """Peak of the cosine schedule, after a warm-up of 5 % of the steps."""
+    seed: int = 0
+    """Seed of the weights and of the data order."""
+
+
+class ModelSpec(Strict):
+    """A causal language model: from a folder or hub name, or with random weights from a config."""
+
+    path: str | None = None
+    """Folder or hub name, as for ``AutoModelForCausalLM.from_pretrained``. Safetensors only."""
+    revision: str | None = None
+    """Commit or tag on the hub."""
+    config: dict[str, Any] | None = None
+    """A transformers config with ``model_type``: random weights of that architecture. ``vocab_size`` and the
+    special token ids are filled in from the tokenizer."""
+    tokenizer: str | TrainTokenizer | None = None
+    """Folder or hub name, or a tokenizer to train; default: ``path``."""
+    pretrain: Pretrain | None = None
+    """Only with ``config``."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Dtype of the weights. For mixed precision keep a student in float32 and set ``train.precision``."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation of transformers."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelSpec:
+        if (self.path is None) == (self.config is None):
+            raise ValueError("give exactly one of 'path' (a folder or hub name) and 'config' (random weights)")
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise ValueError("'config' needs a 'model_type', such as llama")
+        if self.config is not None and self.tokenizer is None:
+            raise ValueError("a model made from 'config' needs a 'tokenizer'")
+        if self.pretrain is not None and self.config is None:
+            raise ValueError("'pretrain' is only for models made from 'config'")
+        return self
+
+
+class Lora(Strict):
+    """Low-rank adapters instead of full training (needs the extra ``lora``)."""
+
+    rank: Positive = 16
+    """Rank of the update."""
+    alpha: float = Field(32.0, gt=0)
+    """The update is scaled by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of the modules that get an adapter."""
+
+
+class StudentSpec(ModelSpec):
+    """The model that is trained."""
+
+    lora: Lora | None = None
+    """Train adapters instead of all weights."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass (always non-reentrant: the reentrant form detaches keys)."""
+
+
+class AlignSpec(Strict):
+    """How one teacher's cache is brought to the student's axes. Each field is a component's name, or a
+    mapping with its name and parameters."""
+
+    layer_mapper: ComponentConfig = Field(default={"name": "ratio"})  # type: ignore[assignment]
+    """t_layer → layer."""
+    head_adapter: ComponentConfig = Field(default={"name": "structured"})  # type: ignore[assignment]
+    """t_head → head."""
+    time_warper: ComponentConfig = Field(default={"name": "segment"})  # type: ignore[assignment]
+    """t_time → time."""
+    dim_projector: ComponentConfig = Field(default={"name": "calibrated"})  # type: ignore[assignment]
+    """t_dim → dim."""
+    rotary: Literal["strip", "keep"] = "strip"
+    """``strip``: compare keys and queries without rotation, by each model's own angles; ``keep``: as cached."""
+
+
+class TeacherSpec(ModelSpec):
+    """A model whose cache is distilled. It is never trained here, saved or wrapped."""
+
+    name: Name
+    """How tables and weights call this teacher."""
+    align: AlignSpec = Field(default={})  # type: ignore[assignment]
+    """How its cache is brought to the student's axes."""
+
+
+class Template(Strict):
+    """How an example becomes text. Braces name the example's fields."""
+
+    prompt: str = "{prompt}\n"
+    """The part that is given; no loss on it."""
+    reasoning: str = "{reasoning}\n"
+    """The written steps."""
+    answer: str = "#### {answer}"
+    """The answer; text before ``{answer}`` is the marker that evaluation looks for."""
+
+    @model_validator(mode="after")
+    def _fields_present(self) -> Template:
+        for field in ("prompt", "reasoning", "answer"):
+            if getattr(self, field).count("{" + field + "}") != 1:
+                raise ValueError(f"'{field}' must contain {{{field}}} exactly once")
+        return self
+
+
+class ChainData(Strict):
+    """Generated chain arithmetic: ``7+3*2-5?`` modulo m, one written step per operation."""
+
+    name: Literal["chain"] = "chain"
+    steps: Positive = 5
+    """Operations in a chain."""
+    modulus: int = Field(10, ge=2)
+    """All results are taken modulo this."""
+    operations: str = Field("+-*", pattern=r"^[-+*]+$")
+    """Operations drawn from."""
+    train: Positive = 8192
+    """Training examples."""
+    validation: Positive = 512
+    """Validation examples, disjoint from the training examples."""
+    seed: int = 0
+    """Seed of the examples; the same for every variant and training seed."""
+    template: Template = Template(prompt="{prompt}?", reasoning="{reasoning}", answer=" #{answer}")
+    """Text of an example. The reasoning is the intermediate results, each after a space."""
+
+
+class JsonlData(Strict):
+    """Examples from JSON-lines files."""
+
+    name: Literal["jsonl"] = "jsonl"
+    train: str
+    """File of training examples."""
+    validation: str
+    """File of validation examples."""
+    format: Literal["fields", "gsm8k"] = "fields"
+    """``fields``: objects with prompt, reasoning, answer; ``gsm8k``: question and answer, where the answer
+    ends in ``#### number`` and calculations stand in ``<<…>>`` (removed)."""
+    train_limit: Positive | None = None
+    """Use only the first examples of the training file."""
+    validation_limit: Positive | None = None
+    """Use only the first examples of the validation file."""
+    template: Template = Template()
+    """Text of an example."""
+
+
+class HubData(Strict):
+    """Examples from a ``datasets`` hub name or local dataset folder (needs the extra ``hub``)."""
+
+    name: Literal["hub"] = "hub"
+    path: str
+    """Name or folder, as for ``datasets.load_dataset``."""
+    config: str | None = None
+    """Configuration of the dataset."""
+    revision: str | None = None
+    """Commit or tag on the hub."""
+    train: str = "train"
+    """Split of training examples (slices such as ``train[:1000]`` work)."""
+    validation: str = "test"
+    """Split of validation examples."""
+    format: Literal["fields", "gsm8k"] = "fields"
+    """As for jsonl."""
+    columns: dict[Literal["prompt", "reasoning", "answer"], str] = {}
+    """With ``fields``: the dataset's column for each field, where the names differ."""
+    template: Template = Template()
+    """Text of an example."""
+
+
+DataSpec = Annotated[ChainData | JsonlData | HubData, Field(discriminator="name")]
+
+
+class TrainSpec(Strict):
+    """The optimisation."""
+
+    steps: Positive
+    """Optimizer steps."""
+    batch_size: Positive = 32
+    """Examples in a forward pass of one process."""
+    accumulate: Positive = 1
+    """Forward passes in a step; the loss is that of the whole batch, whatever this is."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Peak learning rate of AdamW, for the student and for trainable aligners."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning rate after the warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Weight decay of AdamW."""
+    clip: float = Field(1.0, gt=0)
+    """Largest norm of the gradient."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast dtype of the student's and teachers' forward passes."""
+    max_length: Positive = 1024
+    """Examples longer than this in any tokenizer are left out, and counted."""
+    loss_on: Literal["completion", "all"] = "completion"
+    """Tokens with cross-entropy: reasoning and answer, or the prompt as well."""
+    calibration_examples: Positive = 256
+    """Training examples shown to calibrated components before the first step."""
+    shuffle_teacher: bool = False
+    """Control: every example gets the teacher cache of another example of its batch."""
+    log_every: Positive = 10
+    """Steps between lines in metrics.jsonl."""
+    save_every: Positive = 200
+    """Steps between checkpoints."""
+    keep_checkpoints: Positive = 2
+    """Complete checkpoints kept."""
+    workers: int = Field(0, ge=0)
+    """Data loader processes."""
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...] = ()
+    """Trackers beside metrics.jsonl."""
+
+
+class EvaluateSpec(Strict):
+    """Validation during training."""
+
+    every: Positive = 100
+    """Steps between evaluations."""
+    examples: Positive = 256
+    """Validation examples used."""
+    batch_size: Positive = 64
+    """Examples in a forward pass."""
+    generate: bool = True
+    """Also write answers and count exact matches."""
+    max_new_tokens: Positive = 64
+    """Longest written answer."""
+
+
+class PipelineSpec(Strict):
+    """A student, its teachers, how their caches are aligned, fused and compared, and the run."""
+
+    name: Name
+    """Name of the run; its folder under ``output``."""
+    student: StudentSpec
+    """The model that is trained."""
+    teachers: tuple[TeacherSpec, ...] = ()
+    """The models that are distilled."""
+    target: Literal["fused", "separate"] = "fused"
+    """``fused``: the teachers' aligned caches are averaged with the fuser's weights and compared once (they
+    must share a basis); ``separate``: each is compared, and the losses are averaged with the weights."""
+    fuser: ComponentConfig = Field(default={"name": "fixed"})  # type: ignore[assignment]
+    """How much each teacher counts, where and when."""
+    losses: tuple[KVLossConfig, ...] = ()
+    """KV losses, added to the student's cross-entropy. None: cross-entropy alone."""
+    data: DataSpec
+    """Where examples come from."""
+    train: TrainSpec
+    """The optimisation."""
+    evaluate: EvaluateSpec = EvaluateSpec()
+    """Validation during training."""
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    """One run for each. A seed fixes the student's weights, the data order and dropout."""
+    variants: dict[Name, dict[str, Any]] = {}
+    """Named changes of this spec: dotted path to new value, as on the command line. One run for each variant
+    and seed; none: one variant, ``main``."""
+    output: str = "runs"
+    """Folder of run directories."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> PipelineSpec:
+        names = [teacher.name for teacher in self.teachers]
+        if len(set(names)) != len(names):
+            raise ValueError(f"teachers must have different names, not {', '.join(names)}")
+        if self.losses and not self.teachers:
+            raise ValueError("'losses' need at least one teacher")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("'seeds' must differ from one another")
+        return self
