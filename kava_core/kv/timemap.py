@@ -29,7 +29,9 @@ class TimeMap:
     def same(cls, valid: Bool[Tensor, "batch time"]) -> TimeMap:
         """Position i reads position i."""
         index = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
-        return cls(index[..., None], torch.ones_like(index, dtype=torch.float32)[..., None], valid, identity=True)
+        return cls(
+            index[..., None], torch.ones_like(index, dtype=torch.float32)[..., None], valid, identity=True
+        )
 
     @classmethod
     def gather(cls, index: Int[Tensor, "batch time"], valid: Bool[Tensor, "batch time"]) -> TimeMap:
@@ -59,14 +61,16 @@ class TimeMap:
         batch, layer, head, t_time, dim = x.shape
         if t_time == 0:
             return x.new_zeros(batch, layer, head, self.valid.shape[1], dim)
-        rows = rearrange(x, "batch layer head time dim -> (batch time) (layer head dim)")
-        start = torch.arange(batch, device=x.device)[:, None, None] * t_time
-        index = rearrange(self.index + start, "batch time tap -> (batch time) tap")
-        weight = rearrange(self.weight * self.valid[..., None], "batch time tap -> (batch time) tap")
-        taken = F.embedding_bag(index, rows, mode="sum", per_sample_weights=weight.to(x.dtype))
-        return rearrange(
-            taken, "(batch time) (layer head dim) -> batch layer head time dim", batch=batch, layer=layer, head=head
-        )
+        rows = rearrange(x, "batch layer head time dim -> (batch layer head time) dim")
+        start = torch.arange(batch * layer * head, device=x.device) * t_time
+        start = rearrange(start, "(batch row) -> batch row 1 1", batch=batch)
+        index = rearrange(self.index[:, None] + start, "batch row time tap -> (batch row time) tap")
+        weight = self.weight[:, None].expand(-1, layer * head, -1, -1).to(x.dtype)
+        weight = rearrange(weight, "batch row time tap -> (batch row time) tap")
+        taken = F.embedding_bag(index, rows, mode="sum", per_sample_weights=weight)
+        taken = taken.view(batch, layer, head, -1, dim)
+        # Not by weight 0: a NaN among the rows would come through.
+        return taken.masked_fill_(~self.valid[:, None, None, :, None], 0)
 
     def dense(self, t_time: int) -> Float[Tensor, "batch time t_time"]:
         """The map as a matrix; rows of invalid positions are zero."""

@@ -106,8 +106,6 @@ class AlignSpec(Strict):
     """t_time → time."""
     dim_projector: ComponentConfig = Field(default={"name": "calibrated"})  # type: ignore[assignment]
     """t_dim → dim."""
-    rotary: Literal["strip", "keep"] = "strip"
-    """``strip``: compare keys and queries without rotation, by each model's own angles; ``keep``: as cached."""
 
 
 class TeacherSpec(ModelSpec):
@@ -266,6 +264,8 @@ class PipelineSpec(Strict):
     """The model that is trained."""
     teachers: tuple[TeacherSpec, ...] = ()
     """The models that are distilled."""
+    rotary: Literal["strip", "keep"] = "strip"
+    """``strip``: compare keys and queries without rotation, by each model's own angles; ``keep``: as cached."""
     target: Literal["fused", "separate"] = "fused"
     """``fused``: the teachers' aligned caches are averaged with the fuser's weights and compared once (they
     must share a basis); ``separate``: each is compared, and the losses are averaged with the weights."""

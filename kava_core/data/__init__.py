@@ -1,0 +1,1 @@
+"""Examples, their text, and the token batches of a student and its teachers."""

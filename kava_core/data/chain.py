@@ -1,0 +1,88 @@
+"""Chain arithmetic: ``7+3*2-5`` modulo m, worked from left to right. Any length, any modulus. No torch here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from random import Random
+from typing import TypeVar
+
+from kava_core.data.examples import Example
+from kava_core.errors import SpecError
+from kava_core.spec.model import ChainData
+
+Choice = TypeVar("Choice")
+
+
+def chain_examples(data: ChainData) -> tuple[list[Example], list[Example]]:
+    """Training and validation examples: all different, the same on every machine for one seed.
+
+    The validation examples depend on nothing but the task, their number and the seed; a longer training
+    split begins with the shorter one. SpecError where fewer different chains exist than are asked for.
+    """
+    _check_space(data)
+    seen: set[str] = set()
+    validation = _distinct(data, "validation", data.validation, seen)
+    train = _distinct(data, "train", data.train, seen)
+    return train, validation
+
+
+def operands(operation: str, modulus: int) -> list[int]:
+    """Right-hand sides of an operation: 1 … m−1, and for ``*`` the residues coprime to m, and 2.
+
+    Only 2 may lose information, so that products rarely collapse to 0.
+    """
+    if operation in "+-":
+        return list(range(1, modulus))
+    return [a for a in range(1, modulus) if a == 2 or math.gcd(a, modulus) == 1]
+
+
+def _check_space(data: ChainData) -> None:
+    per_step = sum(len(operands(operation, data.modulus)) for operation in set(data.operations))
+    possible, asked = data.modulus * per_step**data.steps, data.train + data.validation
+    if asked > possible:
+        raise SpecError(
+            f"data: {data.train} training and {data.validation} validation chains were asked for, but only "
+            f"{possible} different ones exist with steps={data.steps}, modulus={data.modulus}, "
+            f"operations={data.operations!r}"
+        )
+
+
+def _distinct(data: ChainData, split: str, count: int, seen: set[str]) -> list[Example]:
+    """The first ``count`` chains of the split's own stream that are not in ``seen``, which they join."""
+    examples: list[Example] = []
+    stream = _stream(data, split)
+    while len(examples) < count:
+        example = next(stream)
+        if example.prompt not in seen:
+            seen.add(example.prompt)
+            examples.append(example)
+    return examples
+
+
+def _stream(data: ChainData, split: str) -> Iterator[Example]:
+    random = Random(f"kava chain {data.seed} {split}")
+    choices = {operation: operands(operation, data.modulus) for operation in data.operations}
+    while True:
+        yield _chain(random, data, choices)
+
+
+def _chain(random: Random, data: ChainData, choices: dict[str, list[int]]) -> Example:
+    result = _pick(random, range(data.modulus))
+    prompt, reasoning = str(result), ""
+    for _ in range(data.steps):
+        operation = _pick(random, data.operations)
+        operand = _pick(random, choices[operation])
+        result = _apply(operation, result, operand) % data.modulus
+        prompt += f"{operation}{operand}"
+        reasoning += f" {result}"
+    return Example(prompt, reasoning, str(result), task="chain")
+
+
+def _apply(operation: str, left: int, right: int) -> int:
+    return {"+": left + right, "-": left - right, "*": left * right}[operation]
+
+
+def _pick(random: Random, options: Sequence[Choice]) -> Choice:
+    # random() is the one method whose numbers Python promises to keep from version to version.
+    return options[int(random.random() * len(options))]

@@ -1,0 +1,114 @@
+"""An example, the text it becomes, and how a written answer is judged. No torch here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from kava_core.errors import SpecError, did_you_mean, one_of
+from kava_core.spec.model import Template
+
+FIELDS = ("prompt", "reasoning", "answer")
+"""The fields of an example that become text, in the order of the text."""
+
+_NUMBER = re.compile(r"([-+]?)\$?([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\.?")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One task: what is given, the written steps, the answer, and optionally a label of the kind of task."""
+
+    prompt: str
+    reasoning: str
+    answer: str
+    task: str | None = None
+
+
+@dataclass(frozen=True)
+class Text:
+    """An example as one string."""
+
+    text: str
+    bounds: tuple[int, int, int, int]
+    """``(0, p, r, a)``: prompt is ``text[:p]``, reasoning ``text[p:r]``, answer ``text[r:a]``; a is the length."""
+
+    @property
+    def prompt(self) -> str:
+        """The part that is given."""
+        return self.text[: self.bounds[1]]
+
+
+def render(example: Example, template: Template) -> Text:
+    """The example's text. Only the field's own braces are filled in; all others are text."""
+    prompt, reasoning, answer = (
+        getattr(template, field).replace("{" + field + "}", getattr(example, field)) for field in FIELDS
+    )
+    text = prompt + reasoning + answer
+    return Text(text, (0, len(prompt), len(prompt) + len(reasoning), len(text)))
+
+
+def from_fields(record: Mapping[str, Any], where: str, columns: Mapping[str, str] | None = None) -> Example:
+    """The example in a record with prompt, reasoning, answer and perhaps task.
+
+    ``columns`` names the record's key for a field where the two differ. SpecError, opening with ``where``,
+    for a key that is missing, a value that is not text, and an empty prompt or answer.
+    """
+    columns = columns or {}
+    fields = {field: text_of(record, columns.get(field, field), where) for field in FIELDS}
+    for field in ("prompt", "answer"):
+        if not fields[field].strip():
+            raise SpecError(f"{where}: {columns.get(field, field)!r} is empty")
+    task = text_of(record, "task", where) if record.get("task") is not None else None
+    return Example(**fields, task=task)
+
+
+def text_of(record: Mapping[str, Any], key: str, where: str) -> str:
+    """``record[key]``, which must be there and be text that UTF-8 can write; SpecError otherwise."""
+    if key not in record:
+        raise SpecError(f"{where}: no field {key!r} among {one_of(record)}{did_you_mean(key, record)}")
+    value = record[key]
+    if not isinstance(value, str):
+        raise SpecError(f"{where}: field {key!r} must be a string, not {type(value).__name__}")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise SpecError(f"{where}: field {key!r} holds half of a surrogate pair, which is no character")
+    return value
+
+
+def extract_answer(generated: str, template: Template, lines: int = 1) -> str | None:
+    """What stands after the first marker, up to the end of the line (or of ``lines`` lines), stripped.
+
+    The marker is the template's text before ``{answer}``, without the white space around it, because many
+    tokenizers do not give that back. None where the marker is missing. SpecError where the template has no
+    marker, for then an answer cannot be told from the reasoning.
+    """
+    before, _, after = template.answer.partition("{answer}")
+    marker = before.strip()
+    if not marker:
+        raise SpecError(f"data.template.answer: {template.answer!r} has no marker before {{answer}} to look for")
+    _, found, rest = generated.partition(marker)
+    if not found:
+        return None
+    kept = "\n".join(rest.strip().splitlines()[:lines])
+    return kept.strip().removesuffix(after.strip()).strip()
+
+
+def is_correct(generated: str, example: Example, template: Template) -> bool:
+    """Whether the written answer is the example's: the same text, or the same number.
+
+    Numbers are compared without thousands commas, a leading ``$`` and a trailing period, as is usual for
+    GSM8K (arXiv 2110.14168).
+    """
+    gold = example.answer.strip()
+    given = extract_answer(generated, template, lines=max(1, len(gold.splitlines())))
+    if given is None:
+        return False
+    number = _number(given)
+    return given == gold or (number is not None and number == _number(gold))
+
+
+def _number(text: str) -> Decimal | None:
+    match = _NUMBER.fullmatch(text.strip().replace(",", ""))
+    return Decimal(match[1] + match[2]) if match else None

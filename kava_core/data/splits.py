@@ -1,0 +1,97 @@
+"""Training and validation examples, and what can be said about them: counts, hashes, duplicates. No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kava_core.data.chain import chain_examples
+from kava_core.data.examples import Example
+from kava_core.data.hub import hub_examples
+from kava_core.data.jsonl import jsonl_examples
+from kava_core.spec.model import ChainData, HubData, JsonlData
+
+GRAM = 13
+"""Words in a row that count as contamination (GPT-3, arXiv 2005.14165, appendix C)."""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The examples a run trains on and those it is judged by."""
+
+    train: Sequence[Example]
+    validation: Sequence[Example]
+
+    def report(self) -> dict[str, Any]:
+        """What the run's record keeps: counts, hashes, duplicates and contamination.
+
+        ``duplicates_in_train``: training examples whose prompt stood before; ``duplicates_across``: validation
+        examples whose prompt is also a training prompt (both after Unicode, case and space are normalised);
+        ``contaminated``: validation examples whose prompt shares 13 words in a row with a training prompt.
+        """
+        train = Counter(fingerprint(example.prompt) for example in self.train)
+        return {
+            "train": {"examples": len(self.train), "sha256": split_hash(self.train)},
+            "validation": {"examples": len(self.validation), "sha256": split_hash(self.validation)},
+            "duplicates_in_train": len(self.train) - len(train),
+            "duplicates_across": sum(fingerprint(example.prompt) in train for example in self.validation),
+            "contaminated": contaminated(self.train, self.validation),
+        }
+
+
+def load_splits(data: ChainData | JsonlData | HubData, *, root: Path) -> Splits:
+    """The examples a spec's ``data`` describes; relative file names are relative to ``root``.
+
+    SpecError, with file and line where there is one, for whatever is missing or malformed.
+    """
+    if isinstance(data, ChainData):
+        return Splits(*chain_examples(data))
+    if isinstance(data, JsonlData):
+        return Splits(*jsonl_examples(data, root))
+    return Splits(*hub_examples(data))
+
+
+def split_hash(examples: Iterable[Example]) -> str:
+    """SHA-256 over the examples in order, one line of canonical JSON (ASCII, sorted keys) each."""
+    digest = hashlib.sha256()
+    for example in examples:
+        line = json.dumps(asdict(example), sort_keys=True, separators=(",", ":"))
+        digest.update(line.encode("ascii") + b"\n")
+    return digest.hexdigest()
+
+
+def fingerprint(text: str) -> bytes:
+    """A hash that ignores compatibility forms, letter case and the amount of white space."""
+    return hashlib.sha256(" ".join(_normal(text).split()).encode("utf-8", "surrogatepass")).digest()
+
+
+def contaminated(train: Iterable[Example], validation: Sequence[Example]) -> int:
+    """Validation examples that share 13 words in a row with a training prompt.
+
+    Words stand between white space and lose the punctuation around them, so text written without spaces has
+    few.
+    """
+    owners: dict[tuple[str, ...], set[int]] = {}
+    for index, example in enumerate(validation):
+        for gram in _grams(example.prompt):
+            owners.setdefault(gram, set()).add(index)
+    hit: set[int] = set()
+    for example in train:
+        hit.update(*(owners.get(gram, ()) for gram in _grams(example.prompt)))
+    return len(hit)
+
+
+def _grams(text: str) -> Iterator[tuple[str, ...]]:
+    words = [word for raw in _normal(text).split() if (word := raw.strip(string.punctuation))]
+    return (tuple(words[start : start + GRAM]) for start in range(len(words) - GRAM + 1))
+
+
+def _normal(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).casefold()

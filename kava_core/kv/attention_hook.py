@@ -1,0 +1,151 @@
+"""Taps in transformers' attention: the functions every decoder calls are wrapped in place, once.
+
+The wrappers keep their names, so a model's configuration and masks stay as they are, and they do nothing
+for a module without a slot. A slot takes tensors by reference: arithmetic here would break recomputation
+under gradient checkpointing.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from kava_core.config import Part
+from kava_core.errors import UnsupportedModelError
+from kava_core.kv.rope import Angles
+
+SLOT = "_kava_slot"
+ROTATE = "apply_rotary_pos_emb"
+EAGER = "eager_attention_forward"
+
+
+class RotaryTap:
+    """Remembers the angles a modeling file last rotated with, until an attention layer collects them."""
+
+    def __init__(self, apply: Callable[..., Any]) -> None:
+        self.apply = apply
+        self.armed = 0
+        self.last: tuple[Angles, int] | None = None
+
+    def collect(self) -> tuple[Angles, int] | None:
+        """The angles since the last call, and how many heads × positions they rotated; None if none."""
+        last, self.last = self.last, None
+        return last
+
+
+class Slot:
+    """Where one attention layer leaves its tensors while it is captured."""
+
+    def __init__(self, where: str, parts: tuple[Part, ...], rotary: RotaryTap | None) -> None:
+        self.where, self.parts, self.rotary = where, parts, rotary
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.queries: Tensor | None = None
+        self.angles: Angles | None = None
+        self.seen = 0
+
+    def write(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Take over one call's tensors; UnsupportedModelError where they are no plain keys and values."""
+        self.seen += 1
+        self._rotation(key)
+        if self.parts and key.shape != value.shape:
+            raise UnsupportedModelError(
+                f"{self.where}: keys are {_extent(key)} and values {_extent(value)}; "
+                "multi-head latent attention (MLA) cannot be captured"
+            )
+        self.keys = _own(key) if "keys" in self.parts else None
+        self.values = _own(value) if "values" in self.parts else None
+        self.queries = _own(query) if "queries" in self.parts else None
+
+    def _rotation(self, key: Tensor) -> None:
+        collected = self.rotary.collect() if self.rotary is not None else None
+        if collected is None:
+            return
+        self.angles, rows = collected
+        if self.parts and rows != key.numel() // key.shape[-1]:
+            raise UnsupportedModelError(
+                f"{self.where}: rotated {rows} head positions but attends to {key.numel() // key.shape[-1]}; "
+                "strip needs a forward pass without past keys that rotates every head; use rotary: keep"
+            )
+
+
+def namespace(module: nn.Module) -> dict[str, Any]:
+    """The globals that the module's forward looks names up in: those of its modeling file."""
+    return inspect.unwrap(type(module).forward).__globals__
+
+
+def tap_attention(module: nn.Module, implementation: str) -> None:
+    """Wrap the attention function this module calls, unless that is done already."""
+    names = namespace(module)
+    if implementation == "eager":
+        if EAGER in names:
+            names[EAGER] = _tapped(names[EAGER])
+        return
+    functions = names.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
+    if implementation not in functions:
+        return
+    wrapped = _tapped(functions[implementation])
+    if functions is ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(implementation, wrapped)
+    else:
+        functions[implementation] = wrapped
+
+
+def tap_rotary(module: nn.Module) -> RotaryTap | None:
+    """The tap in the modeling file's ``apply_rotary_pos_emb``; None where there is no such function."""
+    names = namespace(module)
+    apply = names.get(ROTATE)
+    if apply is None or list(inspect.signature(apply).parameters)[:4] != ["q", "k", "cos", "sin"]:
+        return None
+    if not hasattr(apply, "kava_tap"):
+        names[ROTATE] = _tapped_rotation(apply)
+    return names[ROTATE].kava_tap
+
+
+def _tapped(original: Callable[..., Any]) -> Callable[..., Any]:
+    if hasattr(original, "kava_tap"):
+        return original
+
+    @functools.wraps(original)
+    def attention(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        slot = module.__dict__.get(SLOT)
+        if slot is not None:
+            slot.write(query, key, value)
+        return original(module, query, key, value, *args, **kwargs)
+
+    attention.kava_tap = True  # type: ignore[attr-defined]
+    return attention
+
+
+def _tapped_rotation(original: Callable[..., Any]) -> Callable[..., Any]:
+    tap = RotaryTap(original)
+
+    @functools.wraps(original)
+    def rotate(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
+        if tap.armed:
+            tap.last = (Angles(cos, sin, k.shape[-1]), k.numel() // k.shape[-1])
+        return original(q, k, cos, sin, *args, **kwargs)
+
+    rotate.kava_tap = tap  # type: ignore[attr-defined]
+    return rotate
+
+
+def _own(x: Tensor) -> Tensor:
+    """A view of a wider projection would keep all of it alive; a teacher's tensors can be copied."""
+    if x.requires_grad or torch.compiler.is_compiling() or x.untyped_storage().nbytes() == x.nbytes:
+        return x
+    return x.clone()
+
+
+def _extent(x: Tensor) -> str:
+    return f"{x.shape[1]} heads × {x.shape[3]}"

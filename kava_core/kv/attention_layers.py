@@ -1,0 +1,68 @@
+"""Which modules of a model are its attention layers, and which models are refused before they run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from kava_core.errors import KavaError, UnsupportedModelError
+
+
+def model_name(model: nn.Module) -> str:
+    """Class name of the model, seen through PEFT."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return type(inner).__name__
+
+
+def attention_layers(model: nn.Module) -> list[nn.Module]:
+    """The attention modules in order: those named ``…Attention…`` that know their ``layer_idx``.
+
+    UnsupportedModelError where there is none, or where two share a layer (encoder–decoders).
+    """
+    layers = [module for module in model.modules() if _is_attention(module)]
+    if not layers:
+        raise UnsupportedModelError(f"{model_name(model)}: no attention layer could be found")
+    if len({module.layer_idx for module in layers}) < len(layers):
+        raise UnsupportedModelError(
+            f"{model_name(model)}: several attention modules share a layer, as in encoder–decoders; "
+            "only decoders can be captured"
+        )
+    return layers
+
+
+def implementation(module: nn.Module, model: nn.Module) -> str:
+    """The attention implementation the module looks up when it runs."""
+    config: Any = getattr(module, "config", None) or model.config
+    return getattr(config, "_attn_implementation", None) or "eager"
+
+
+def has_rotary(model: nn.Module) -> bool:
+    """Whether the model makes rotary angles."""
+    return any("Rotary" in type(module).__name__ for module in model.modules())
+
+
+def checkpointed(model: nn.Module) -> list[nn.Module]:
+    """The modules that can recompute their activations."""
+    return [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+
+
+def refuse_reentrant(layers: list[nn.Module], name: str) -> None:
+    """KavaError where a training forward would checkpoint reentrantly: same loss, wrong gradient."""
+    if torch.is_grad_enabled() and any(map(_reentrant, layers)):
+        raise KavaError(
+            f"{name}: reentrant gradient checkpointing detaches captured keys; call "
+            "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+        )
+
+
+def _reentrant(module: nn.Module) -> bool:
+    if not (module.training and module.gradient_checkpointing):
+        return False
+    keywords = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+    return bool(keywords.get("use_reentrant", False))
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "layer_idx", None), int) and "Attention" in type(module).__name__

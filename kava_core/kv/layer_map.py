@@ -1,0 +1,62 @@
+"""``t_layer → layer``: which teacher layers are captured, and how they are combined."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kava_core.errors import PluginError
+from kava_core.kv.axes import Geometry
+from kava_core.kv.stages import layer_matrix, mix_layers
+from kava_core.protocols import LayerMapper
+
+
+class LayerMap(nn.Module):
+    """Applies a layer mapper to a cache that holds only the layers it reads.
+
+    Args:
+        mapper: the component.
+        teacher: the teacher's geometry.
+        student: the student's geometry.
+        layers: student layers that are wanted.
+
+    Raises:
+        PluginError: a wanted layer reads no teacher layer.
+    """
+
+    rows: Tensor
+    pick: Tensor
+
+    def __init__(
+        self, mapper: LayerMapper, *, teacher: Geometry, student: Geometry, layers: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        self.mapper = mapper
+        self.learned = any(parameter.requires_grad for parameter in mapper.parameters())
+        self.register_buffer("rows", torch.tensor(layers, dtype=torch.long), persistent=False)
+        with torch.no_grad():
+            matrix = layer_matrix(mapper, teacher=teacher, student=student)[list(layers)]
+        self.sources = self._sources(matrix, layers)
+        matrix = matrix[:, list(self.sources)]
+        self.single = not self.learned and bool((matrix.ne(0).sum(1) == 1).all() and (matrix.amax(1) == 1).all())
+        self.register_buffer("pick", matrix.argmax(1), persistent=False)
+        self.whole = self.single and self.pick.tolist() == list(range(len(self.sources)))
+
+    def _sources(self, matrix: Float[Tensor, "layer t_layer"], layers: tuple[int, ...]) -> tuple[int, ...]:
+        if self.learned:
+            return tuple(range(matrix.shape[1]))
+        empty = [layer for layer, row in zip(layers, matrix.ne(0).any(1).tolist(), strict=True) if not row]
+        if empty:
+            raise PluginError(f"student layers {empty} read no teacher layer; choose others with 'layers'")
+        return tuple(matrix.ne(0).any(0).nonzero().flatten().tolist())
+
+    def forward(
+        self, x: Float[Tensor, "batch t_layer head time dim"]
+    ) -> Float[Tensor, "batch layer head time dim"]:
+        """``x`` holds the layers in ``sources``, in that order."""
+        if self.whole:
+            return x
+        if self.single:
+            return x.index_select(1, self.pick)
+        return mix_layers(x, self.mapper()[self.rows][:, list(self.sources)])

@@ -1,0 +1,219 @@
+"""From the caches of student and teachers to the terms of the loss: align, fuse, compare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kava_core import shapecheck
+from kava_core.config import KVLossConfig, Part
+from kava_core.errors import SpecError
+from kava_core.kv.aligner import TeacherAligner
+from kava_core.kv.axes import PARTS, Cache, Geometry
+from kava_core.kv.finite import assert_finite
+from kava_core.kv.stages import blame, fuse, measure, weigh
+from kava_core.kv.timeline import Timeline
+from kava_core.protocols import FusionContext
+from kava_core.spec.model import PipelineSpec
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """One teacher's target, and where it is valid."""
+
+    target: Cache
+    valid: Tensor
+    """Bool ``batch time``."""
+
+
+def looked_at(spec: PipelineSpec, student: Geometry) -> tuple[int, ...]:
+    """Student layers that some loss of weight > 0 looks at, ascending."""
+    return tuple(sorted({layer for loss in active(spec) for layer in layers_of(loss, student)}))
+
+
+def layers_of(loss: KVLossConfig, student: Geometry) -> list[int]:
+    """A loss's student layers, counted from 0. SpecError where one does not exist."""
+    if loss.layers == "all":
+        return list(range(student.layer))
+    outside = [layer for layer in loss.layers if not -student.layer <= layer < student.layer]
+    if outside:
+        raise SpecError(f"loss {loss.name!r}: layers {outside}: the student has layers 0 to {student.layer - 1}")
+    return sorted({layer % student.layer for layer in loss.layers})
+
+
+def active(spec: PipelineSpec) -> list[KVLossConfig]:
+    """The losses with a weight above 0."""
+    return [loss for loss in spec.losses if loss.weight > 0]
+
+
+def parts_of(spec: PipelineSpec) -> tuple[Part, ...]:
+    """The parts some active loss compares, in the fixed order."""
+    wanted = {part for loss in active(spec) for part in loss.parts}
+    return tuple(part for part in PARTS if part in wanted)
+
+
+class KVPipeline(nn.Module):
+    """Every trainable and calibrated part of the distillation beside the student.
+
+    Args:
+        spec: the pipeline's spec.
+        teachers: geometry of every teacher, in the spec's order.
+        student: the student's geometry.
+
+    Raises:
+        SpecError: the components do not fit together (say, a fused target from different views).
+    """
+
+    def __init__(self, spec: PipelineSpec, *, teachers: Mapping[str, Geometry], student: Geometry) -> None:
+        super().__init__()
+        self.layers = looked_at(spec, student)
+        self.separate = spec.target == "separate"
+        self.names = tuple(teachers)
+        self.aligners = nn.ModuleList(
+            TeacherAligner(teacher.align, name=name, teacher=geometry, student=student, layers=self.layers)
+            for teacher, (name, geometry) in zip(spec.teachers, teachers.items(), strict=True)
+        )
+        self.configs = active(spec)
+        self.terms = _unique([config.name for config in self.configs])
+        self._check_views()
+        self._check_widths()
+        self.fuser = spec.fuser.build(teachers=self.names, student=self.aligners[0].view)
+        rows = [[self.layers.index(layer) for layer in layers_of(config, student)] for config in self.configs]
+        self.losses = nn.ModuleList(
+            nn.ModuleList(self._loss(config, a, len(r)) for config, r in zip(self.configs, rows, strict=True))
+            for a in self._compared
+        )
+        for index, row in enumerate(rows):
+            self.register_buffer(f"rows_{index}", torch.tensor(row), persistent=False)
+
+    @property
+    def _compared(self) -> Sequence[TeacherAligner]:
+        """The aligners whose geometry a loss meets: all where separate, else the first for the fused target."""
+        return list(self.aligners) if self.separate else [self.aligners[0]]  # type: ignore[list-item]
+
+    def _loss(self, config: KVLossConfig, aligner: TeacherAligner, layer: int) -> nn.Module:
+        with blame(f"kv_loss {config.name!r}"):
+            return config.build(teacher=aligner.target.with_(layer=layer), student=aligner.view.with_(layer=layer))
+
+    def _check_views(self) -> None:
+        views = {(aligner.target, aligner.view) for aligner in self.aligners}
+        if not self.separate and len(views) > 1:
+            found = "; ".join(f"{a.name}: {a.target}" for a in self.aligners)
+            raise SpecError(
+                f"target: fused needs one head adapter view and one width for all teachers, not {found}; "
+                "use the same head_adapter and a dim_projector, or target: separate"
+            )
+
+    def _check_widths(self) -> None:
+        for aligner in self.aligners:
+            same = (aligner.target.head, aligner.target.dim) == (aligner.view.head, aligner.view.dim)
+            strict = [config.name for config in self.configs if not config.basis_free]
+            if not same and strict:
+                raise SpecError(
+                    f"teacher {aligner.name!r}: aligned to {aligner.target} but the student has {aligner.view}; "
+                    f"loss {strict[0]!r} compares equal widths: use dim_projector calibrated or linear"
+                )
+
+    def align(
+        self, caches: Sequence[Cache], teachers: Sequence[Timeline], student: Timeline
+    ) -> list[Aligned]:
+        """Every teacher's target and validity, in order."""
+        maps = [
+            aligner.plan(timeline, student)
+            for aligner, timeline in zip(self.aligners, teachers, strict=True)
+        ]
+        return [
+            Aligned(aligner.align(cache.map(_precise), time_map), time_map.valid)
+            for aligner, cache, time_map in zip(self.aligners, caches, maps, strict=True)
+        ]
+
+    def forward(
+        self, student: Cache, caches: Sequence[Cache], timeline: Timeline, teachers: Sequence[Timeline], items: Tensor
+    ) -> dict[str, Float[Tensor, ""]]:
+        """The unweighted loss terms, by name.
+
+        Args:
+            student: the student's cache of the looked-at layers.
+            caches: every teacher's cache of the layers its aligner reads (``sources``).
+            timeline: the student's positions.
+            teachers: every teacher's positions.
+            items: number of the student's real tokens in the whole batch, over accumulation and processes.
+
+        A term is the sum over positions with a target of the mean loss over layers, divided by ``items``.
+        """
+        student = student.map(_precise)
+        aligned = self.align(caches, teachers, timeline)
+        views = [aligner.fold(student) for aligner in self.aligners]
+        if shapecheck.wanted():
+            self._check_values(student, timeline, aligned)
+        context = FusionContext(
+            valid=torch.stack([one.valid for one in aligned]),
+            targets=tuple(one.target for one in aligned),
+            student=views[0],
+        )
+        with blame("fuser"):
+            weights = weigh(self.fuser, context, context.valid, layer=len(self.layers))
+        return self._terms(views, aligned, weights / items)
+
+    def _terms(
+        self, views: list[Cache], aligned: list[Aligned], weights: Float[Tensor, "teacher batch layer time"]
+    ) -> dict[str, Tensor]:
+        targets = [one.target for one in aligned]
+        if not self.separate:
+            targets, weights = [_fuse_caches(targets, weights)], weights.sum(0, keepdim=True)
+        terms = {}
+        for index, (name, config) in enumerate(zip(self.terms, self.configs, strict=True)):
+            rows = getattr(self, f"rows_{index}")
+            with blame(f"kv_loss {config.name!r}"):
+                terms[name] = torch.stack(
+                    [
+                        measure(losses[index], *_rows(view, target, weight, rows, config.parts))
+                        for losses, view, target, weight in zip(self.losses, views, targets, weights, strict=False)
+                    ]
+                ).sum()
+        return terms
+
+    def total(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """Σ λ · term."""
+        return torch.stack([c.weight * terms[n] for n, c in zip(self.terms, self.configs, strict=True)]).sum()
+
+    def _check_values(self, student: Cache, timeline: Timeline, aligned: list[Aligned]) -> None:
+        assert_finite(student, timeline.mask, "the student's cache")
+        for aligner, one in zip(self.aligners, aligned, strict=True):
+            assert_finite(one.target, one.valid, f"the aligned cache of teacher {aligner.name!r}")
+
+
+def _precise(x: Tensor, _: Part) -> Tensor:
+    """float32 at least: bf16 caches are aligned and compared in float32."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _fuse_caches(targets: list[Cache], weights: Tensor) -> Cache:
+    if len(targets) == 1:
+        return targets[0]
+    share = weights / weights.sum(0, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    return targets[0].map(lambda x, part: fuse(torch.stack([getattr(t, part) for t in targets]), share))
+
+
+def _rows(
+    view: Cache, target: Cache, weight: Tensor, rows: Tensor, parts: tuple[Part, ...]
+) -> tuple[Cache, Cache, Tensor]:
+    """Student, target and weight of a loss's layers; the mean over layers is in the weight."""
+    if len(rows) < weight.shape[1]:
+        view, target = (cache.map(lambda x, _: x.index_select(1, rows)) for cache in (view, target))
+        weight = weight.index_select(1, rows)
+    return view.pick(parts), target.pick(parts), weight / len(rows)
+
+
+def _unique(names: list[str]) -> list[str]:
+    """``relation, relation`` → ``relation, relation_2``."""
+    counts: dict[str, int] = {}
+    unique = []
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+        unique.append(name if counts[name] == 1 else f"{name}_{counts[name]}")
+    return unique

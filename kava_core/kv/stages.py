@@ -1,0 +1,108 @@
+"""The borders between components: thin functions whose annotations state each contract.
+
+With shape checking on, what a component returns is checked here, so a third-party component without a
+single annotation is checked as well. ``blame`` says whose component it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from kava_core.config import Part
+from kava_core.kv.axes import Cache, Geometry
+from kava_core.kv.timeline import Timeline
+from kava_core.kv.timemap import TimeMap
+from kava_core.protocols import DimProjector, Fuser, FusionContext, HeadAdapter, KVLoss, LayerMapper, TimeWarper
+
+
+@contextmanager
+def blame(who: str) -> Iterator[None]:
+    """Add ``who`` (component, distribution, teacher) to any exception raised inside."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in {who}")
+        raise
+
+
+def layer_matrix(
+    mapper: LayerMapper, *, teacher: Geometry, student: Geometry
+) -> Float[Tensor, "{student.layer} {teacher.layer}"]:
+    """The mapper's weights."""
+    return mapper()
+
+
+def mix_layers(
+    x: Float[Tensor, "batch t_layer head time dim"], matrix: Float[Tensor, "layer t_layer"]
+) -> Float[Tensor, "batch layer head time dim"]:
+    """``t_layer → layer`` as a weighted sum."""
+    return torch.einsum("ij,bjhtd->bihtd", matrix.to(x.dtype), x)
+
+
+def adapt_heads(
+    adapter: HeadAdapter, x: Float[Tensor, "batch layer t_head time t_dim"], part: Part, *, head: int, dim: int
+) -> Float[Tensor, "batch layer {head} time {dim}"]:
+    """``t_head → head``."""
+    return adapter(x, part)
+
+
+def fold_student(
+    adapter: HeadAdapter, x: Float[Tensor, "batch layer _ time _"], *, head: int, dim: int
+) -> Float[Tensor, "batch layer {head} time {dim}"]:
+    """The student's tensor in the adapter's view."""
+    return adapter.fold(x)
+
+
+def plan_time(warper: TimeWarper, teacher: Timeline, student: Timeline) -> TimeMap:
+    """The time map of a batch; its validity has the student's extents."""
+    time_map = warper(teacher, student)
+    _same_extent(time_map.valid, student.mask)
+    return time_map
+
+
+def _same_extent(valid: Bool[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]) -> None:
+    """Holds both tensors to one ``batch time``; the annotations are the check."""
+
+
+def warp_time(
+    time_map: TimeMap, x: Float[Tensor, "batch layer head t_time dim"], *, time: int
+) -> Float[Tensor, "batch layer head {time} dim"]:
+    """``t_time → time``."""
+    return time_map.apply(x)
+
+
+def project_dim(
+    projector: DimProjector, x: Float[Tensor, "batch layer head time t_dim"], part: Part, *, dim: int
+) -> Float[Tensor, "batch layer head time {dim}"]:
+    """``t_dim → dim``."""
+    return projector(x, part)
+
+
+def weigh(
+    fuser: Fuser, context: FusionContext, valid: Bool[Tensor, "teacher batch time"], *, layer: int
+) -> Float[Tensor, "teacher batch {layer} time"]:
+    """The fuser's weights, renormalised over the teachers valid at each position; 0 where none is."""
+    weights = fuser(context).masked_fill(~valid[:, :, None], 0)
+    total = weights.sum(0, keepdim=True)
+    return torch.where(total > 0, weights / total.masked_fill(total == 0, 1), 0)
+
+
+def fuse(
+    targets: Float[Tensor, "teacher batch layer head time dim"],
+    weights: Float[Tensor, "teacher batch layer time"],
+) -> Float[Tensor, "batch layer head time dim"]:
+    """``teacher batch layer head time dim → batch layer head time dim``: the weighted mean."""
+    spread = weights[:, :, :, None, :, None].to(targets.dtype)
+    return (torch.where(spread > 0, targets, 0) * spread).sum(0)
+
+
+def measure(
+    loss: KVLoss, student: Cache, target: Cache, weight: Float[Tensor, "batch layer time"]
+) -> Float[Tensor, ""]:
+    """The weighted sum of a loss over positions and layers."""
+    return loss(student, target, weight)

@@ -1,0 +1,55 @@
+"""Debug mode: every annotated tensor function is checked at run time, third-party plugins included.
+
+Off, nothing is hooked and nothing costs anything. On (``KAVA_SHAPE_CHECK=1``, ``kava --check-shapes``),
+jaxtyping's import hook decorates the tensor half and every installed plugin before they are imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from importlib.metadata import entry_points
+from typing import Any
+
+from kava_core.errors import KavaError
+
+VARIABLE = "KAVA_SHAPE_CHECK"
+TENSOR_HALF = ("kava_core.kv", "kava_core.train", "kava_core.data", "kava_core.protocols", "kava_plugins")
+CHECKER = "kava_core.shapecheck.checker"
+
+
+class ShapeCheckError(KavaError):
+    """Shape checking was switched on too late."""
+
+    exit_code = 2
+
+
+def checker(function: Any) -> Any:
+    """The run-time type checker jaxtyping applies: beartype, checking whole containers' first levels."""
+    from beartype import BeartypeConf, beartype
+
+    return beartype(conf=BeartypeConf(is_color=False))(function)
+
+
+def wanted() -> bool:
+    """Whether the environment asks for shape checking."""
+    return os.environ.get(VARIABLE, "") not in ("", "0")
+
+
+def modules() -> list[str]:
+    """The tensor half and the packages of all installed plugins, by metadata: nothing is imported."""
+    plugins = {point.module.partition(".")[0] for point in entry_points(group="kava")}
+    return [*TENSOR_HALF, *sorted(plugins - {"kava_plugins"})]
+
+
+def enable() -> None:
+    """Install the import hook. Call it before the tensor half or any plugin is imported."""
+    names = modules()
+    late = sorted(name for name in names if name in sys.modules and name != "kava_plugins")
+    if late:
+        warnings.warn(f"imported before shape checking was switched on, not checked: {', '.join(late)}", stacklevel=2)
+    from jaxtyping import install_import_hook
+
+    install_import_hook(names, CHECKER)
+

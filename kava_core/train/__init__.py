@@ -1,0 +1,1 @@
+"""The engine: models, the composite module, the trainer, checkpoints, run directories."""

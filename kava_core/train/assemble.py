@@ -1,0 +1,104 @@
+"""Everything one run needs, made from its spec: tokenizers, data, models, the distiller."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from kava_core.data.collate import Collator
+from kava_core.data.dataset import EncodedDataset
+from kava_core.data.examples import Example, render
+from kava_core.data.splits import Splits, load_splits
+from kava_core.data.tokenizers import load_tokenizer
+from kava_core.kv.axes import Geometry
+from kava_core.kv.pipeline import KVPipeline, active, parts_of
+from kava_core.kv.probe import geometry_of
+from kava_core.paths import cache_folder
+from kava_core.spec.model import ModelSpec, PipelineSpec
+from kava_core.train.distiller import Distiller
+from kava_core.train.models import load_model, load_student
+from kava_core.train.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Data:
+    """Examples, tokenizers and encoded items of a run."""
+
+    splits: Splits
+    validation: list[Example]
+    """The validation examples that are evaluated."""
+    tokenizer: PreTrainedTokenizerBase
+    """The student's."""
+    collator: Collator
+    train_items: EncodedDataset
+    validation_items: EncodedDataset
+
+    def report(self) -> dict[str, Any]:
+        """For run.json: sizes, hashes, duplicates, examples left out."""
+        dropped = {"train": self.train_items.dropped, "validation": self.validation_items.dropped}
+        return self.splits.report() | {"too_long": dropped}
+
+
+def used_teachers(spec: PipelineSpec) -> tuple[Any, ...]:
+    """The spec's teachers; none where every loss has weight 0."""
+    return spec.teachers if active(spec) else ()
+
+
+def tokenizer_of(model: ModelSpec, splits: Splits, template: Any, *, where: str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer: loaded, or trained on the training texts (cached)."""
+    texts = [render(example, template).text for example in splits.train]
+    return load_tokenizer(model, texts=texts, cache=cache_folder() / "tokenizers", where=where)
+
+
+def make_data(spec: PipelineSpec) -> Data:
+    """Load, split, tokenize."""
+    splits = load_splits(spec.data)
+    template = spec.data.template
+    tokenizer = tokenizer_of(spec.student, splits, template, where="student")
+    teachers = {
+        teacher.name: tokenizer_of(teacher, splits, template, where=f"teacher {teacher.name!r}")
+        for teacher in used_teachers(spec)
+    }
+    collator = Collator(
+        tokenizer,
+        teachers,
+        template,
+        loss_on=spec.train.loss_on,
+        shuffle_teacher=spec.train.shuffle_teacher,
+        max_length=spec.train.max_length,
+    )
+    train_items = EncodedDataset(splits.train, collator)
+    validation_items = EncodedDataset(splits.validation[: spec.evaluate.examples], collator)
+    return Data(splits, list(validation_items.examples), tokenizer, collator, train_items, validation_items)
+
+
+def make_distiller(spec: PipelineSpec, data: Data, *, seed: int) -> Distiller:
+    """Student, pipeline and teachers; the student's weights depend on the seed alone."""
+    student = load_student(spec.student, data.tokenizer, seed=seed)
+    if not used_teachers(spec):
+        return Distiller(student)
+    models = {
+        teacher.name: load_model(
+            teacher, data.collator.teachers[teacher.name], seed=0, where=f"teacher {teacher.name!r}"
+        )
+        for teacher in spec.teachers
+    }
+    pipeline = make_pipeline(spec, {n: geometry_of(m) for n, m in models.items()}, geometry_of(student), seed=seed)
+    teachers = [
+        Teacher(t.name, models[t.name], layers=a.sources, parts=parts_of(spec), rotary=spec.rotary)
+        for t, a in zip(spec.teachers, pipeline.aligners, strict=True)
+    ]
+    return Distiller(student, pipeline, teachers, parts=parts_of(spec), rotary=spec.rotary)
+
+
+def make_pipeline(
+    spec: PipelineSpec, teachers: Mapping[str, Geometry], student: Geometry, *, seed: int
+) -> KVPipeline:
+    """The pipeline with its weights drawn from the seed; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return KVPipeline(spec, teachers=teachers, student=student)

@@ -1,0 +1,138 @@
+"""What happens around steps: metrics to disk, progress to people, signals to a clean stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class StopOnSignal(TrainerCallback):
+    """Finish the step, save once, stop: on SIGTERM, SIGUSR1, SIGUSR2."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def __enter__(self) -> StopOnSignal:
+        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: Any) -> None:
+        self.received = signal.Signals(number)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Every process stops at the same step, whichever got the signal."""
+        if self._anyone(args):
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def _anyone(self, args: TrainingArguments) -> bool:
+        if args.world_size == 1:
+            return self.received is not None
+        flag = torch.tensor(float(self.received is not None), device=args.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        if flag.item() and self.received is None:
+            self.received = signal.SIGTERM
+        return bool(flag.item())
+
+
+class MetricsFile(TrainerCallback):
+    """One JSON object a line in ``metrics.jsonl``: step, seconds, and whatever was logged."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.begin = time.monotonic()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Drop lines beyond the checkpoint that is resumed from: they will be written again."""
+        if not state.is_world_process_zero or not self.path.exists():
+            return
+        kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step and state.global_step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(self.path)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        """Append a line."""
+        if state.is_world_process_zero and "train_runtime" not in logs:
+            line = {"step": state.global_step, "seconds": round(time.monotonic() - self.begin, 3), **logs}
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``; a last line cut off by a kill is left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+class ShowProgress(TrainerCallback):
+    """A bar on a terminal, a line for every log otherwise. Writes to stderr."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.bar: Progress | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the bar at the step the run starts from."""
+        if not state.is_world_process_zero or not sys.stderr.isatty() or "CI" in os.environ:
+            return
+        from rich.console import Console
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, TextColumn("{task.fields[said]}"), console=Console(stderr=True))
+        self.task = self.bar.add_task(self.title, total=state.max_steps, completed=state.global_step, said="")
+        self.bar.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Move the bar."""
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        """Show the newest numbers."""
+        said = summary(logs)
+        if not state.is_world_process_zero or not said:
+            return
+        if self.bar is not None:
+            self.bar.update(self.task, said=said)
+        else:
+            print(f"{self.title}  step {state.global_step}/{state.max_steps}  {said}", file=sys.stderr, flush=True)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Stop the bar."""
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def summary(logs: dict[str, Any]) -> str:
+    """``ce 1.23  relation 0.4`` from a log line; empty for lines without news."""
+    hidden = {"epoch", "learning_rate", "grad_norm", "loss", "step"}
+    if "train_runtime" in logs:
+        return ""
+    return "  ".join(f"{name} {value:.4g}" for name, value in logs.items() if name not in hidden)

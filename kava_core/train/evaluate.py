@@ -1,0 +1,129 @@
+"""Validation: cross-entropy, perplexity, KV terms, and exact matches of written answers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from kava_core.data.answers import is_correct
+from kava_core.data.collate import Collator
+from kava_core.data.examples import Example
+from kava_core.spec.model import EvaluateSpec, Template
+from kava_core.train.distiller import IGNORED, Distiller
+
+SAMPLES = 8
+"""Written answers kept at every evaluation."""
+
+
+class Evaluator:
+    """Evaluates a distiller on the validation split, shared among processes.
+
+    Args:
+        encoded: the validation items of every side.
+        examples: the same examples as text, in the same order.
+        collator: makes batches and prompts.
+        tokenizer: the student's.
+        template: finds the answer in what the student wrote.
+        spec: sizes.
+        samples: file that collects some written answers.
+    """
+
+    def __init__(
+        self,
+        encoded: Dataset[Any],
+        examples: Sequence[Example],
+        collator: Collator,
+        tokenizer: Any,
+        template: Template,
+        spec: EvaluateSpec,
+        samples: Path,
+    ) -> None:
+        self.encoded, self.examples, self.collator = encoded, examples, collator
+        self.tokenizer, self.template, self.spec, self.samples = tokenizer, template, spec, samples
+        self.step = 0
+
+    def __call__(self, distiller: Distiller) -> dict[str, float]:
+        """Metrics: ``ce`` (nats per labelled token), ``perplexity``, every KV term, ``exact_match``."""
+        accelerator = Accelerator()
+        mine = range(accelerator.process_index, len(self.examples), accelerator.num_processes)
+        with _evaluating(distiller), torch.no_grad():
+            metrics = self._losses(distiller, list(mine), accelerator)
+            if self.spec.generate:
+                metrics["exact_match"] = self._exact_match(distiller.student, list(mine), accelerator)
+        return metrics
+
+    def _losses(self, distiller: Distiller, mine: list[int], accelerator: Accelerator) -> dict[str, float]:
+        sums: dict[str, Tensor] = {}
+        one = torch.ones(2, device=accelerator.device)
+        for batch in DataLoader(Subset(self.encoded, mine), self.spec.batch_size, collate_fn=self.collator):
+            batch = _to(batch, accelerator.device)
+            side = batch["student"]
+            found = distiller(**batch, items=one) | {
+                "labelled": side["labels"][:, 1:].ne(IGNORED).sum(),
+                "tokens": side["attention_mask"].sum(),
+            }
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0) + value.double()
+        totals = accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()
+        return _means(dict(zip(sums, totals, strict=True)))
+
+    def _exact_match(self, student: nn.Module, mine: list[int], accelerator: Accelerator) -> float:
+        right = 0
+        written: list[dict[str, Any]] = []
+        for start in range(0, len(mine), self.spec.batch_size):
+            examples = [self.examples[index] for index in mine[start : start + self.spec.batch_size]]
+            texts = self._write(student, examples, accelerator.device)
+            for example, text in zip(examples, texts, strict=True):
+                correct = is_correct(text, example, self.template)
+                right += correct
+                written.append({"prompt": example.prompt, "gold": example.answer, "wrote": text, "correct": correct})
+        if accelerator.is_main_process:
+            with self.samples.open("a", encoding="utf-8") as stream:
+                stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in written[:SAMPLES])
+        totals = accelerator.reduce(torch.tensor([right, len(mine)], device=accelerator.device), "sum")
+        return float(totals[0] / totals[1])
+
+    def _write(self, student: nn.Module, examples: list[Example], device: torch.device) -> list[str]:
+        """Greedy answers."""
+        prompts = _to(self.collator.prompts(examples), device)
+        tokens = student.generate(
+            input_ids=prompts["input_ids"],
+            attention_mask=prompts["attention_mask"],
+            max_new_tokens=self.spec.max_new_tokens,
+            do_sample=False,
+        )
+        return self.tokenizer.batch_decode(tokens[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _means(sums: dict[str, float]) -> dict[str, float]:
+    labelled, tokens = sums.pop("labelled"), sums.pop("tokens")
+    ce = sums.pop("ce") / max(labelled, 1)
+    sums.pop("loss")
+    perplexity = math.exp(ce) if ce < 700 else math.inf
+    return {"ce": ce, "perplexity": perplexity, **{name: value / tokens for name, value in sums.items()}}
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict):
+        return {name: _to(inner, device) for name, inner in value.items()}
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, put back afterwards."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)

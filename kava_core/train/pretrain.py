@@ -1,0 +1,48 @@
+"""Models that are trained on the spot before they teach (or are taught), and kept in the cache.
+
+Pretraining is an ordinary run with cross-entropy alone: one training loop for everything.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from kava_core.paths import cache_folder
+from kava_core.spec.model import EvaluateSpec, ModelSpec, PipelineSpec, Pretrain, StudentSpec, TrainSpec
+
+M = TypeVar("M", bound=ModelSpec)
+
+
+def pretraining_spec(spec: PipelineSpec, model: ModelSpec) -> PipelineSpec:
+    """The run that trains ``model`` on the data of ``spec``."""
+    plan = model.pretrain
+    assert plan is not None
+    fields = {name: getattr(model, name) for name in ModelSpec.model_fields if name != "pretrain"}
+    return spec.model_copy(
+        update={
+            "name": "pretrained",
+            "student": StudentSpec(**fields),
+            "teachers": (),
+            "losses": (),
+            "variants": {},
+            "seeds": (plan.seed,),
+            "train": _train(plan, spec.train),
+            "evaluate": EvaluateSpec(**spec.evaluate.model_dump() | {"every": plan.steps}),
+            "output": str(cache_folder()),
+        }
+    )
+
+
+def _train(plan: Pretrain, train: TrainSpec) -> TrainSpec:
+    return TrainSpec(
+        steps=plan.steps,
+        batch_size=plan.batch_size,
+        learning_rate=plan.learning_rate,
+        warmup_steps=max(1, plan.steps // 20),
+        max_length=train.max_length,
+        loss_on=train.loss_on,
+        precision=train.precision,
+        log_every=max(1, plan.steps // 10),
+        save_every=max(100, plan.steps // 4),
+        keep_checkpoints=1,
+    )

@@ -1,0 +1,212 @@
+"""One run: a resolved spec, a variant's name and a seed, from start or from where it stopped."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Subset
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback
+
+from kava_core.errors import Preempted, SpecError
+from kava_core.spec.model import ModelSpec, PipelineSpec
+from kava_core.train import checkpoint
+from kava_core.train.assemble import Data, make_data, make_distiller, used_teachers
+from kava_core.train.callbacks import MetricsFile, ShowProgress, StopOnSignal
+from kava_core.train.distiller import Distiller
+from kava_core.train.evaluate import Evaluator
+from kava_core.train.export import save_student
+from kava_core.train.pretrain import pretraining_spec
+from kava_core.train.rundir import RunDir
+from kava_core.train.trainer import KavaTrainer
+from kava_core.train.weights import load_weights
+
+
+M = TypeVar("M", bound=ModelSpec)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    variant: str
+    seed: int
+    folder: Path
+    results: dict[str, Any]
+
+
+def is_main() -> bool:
+    """Whether this process writes to disk."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run(spec: PipelineSpec, *, variant: str, seed: int) -> Result:
+    """Train, or resume, or skip what is already complete.
+
+    Raises:
+        SpecError, CheckpointError, NonFiniteError: exit codes 2, 5, 4.
+        Preempted: stopped by a signal; everything is saved (exit code 75).
+    """
+    folder = RunDir(spec, variant, seed)
+    with folder.lock() if is_main() else nullcontext():
+        if not folder.complete:
+            _train(_with_trained_models(spec), folder)
+    return Result(variant, seed, folder.path, folder.record()["results"])
+
+
+def _with_trained_models(spec: PipelineSpec) -> PipelineSpec:
+    """The spec with every model to be pretrained replaced by its trained folder."""
+    teachers = tuple(_trained(spec, teacher) for teacher in used_teachers(spec))
+    return spec.model_copy(update={"teachers": teachers, "student": _trained(spec, spec.student)})
+
+
+def _trained(spec: PipelineSpec, model: M) -> M:
+    if model.pretrain is None:
+        return model
+    plan = pretraining_spec(spec, model)
+    result = run(plan, variant=str((model.config or {})["model_type"]), seed=plan.seeds[0])
+    path = str(result.folder / "student")
+    return model.model_copy(update={"path": path, "tokenizer": path, "config": None, "pretrain": None})
+
+
+def _train(spec: PipelineSpec, folder: RunDir) -> None:
+    data = make_data(spec)
+    if is_main():
+        folder.begin({"data": data.report()})
+    distiller = make_distiller(spec, data, seed=folder.seed)
+    resume = checkpoint.newest(folder.checkpoints)
+    with StopOnSignal() as stop, _quiet():
+        trainer = _trainer(spec, folder, data, distiller, stop)
+        if resume is not None and checkpoint.step_of(resume) >= spec.train.steps:
+            load_weights(distiller, resume)
+            trainer.state = TrainerState.load_from_json(str(resume / TRAINER_STATE_NAME))
+        else:
+            if resume is None:
+                _calibrate(distiller, data, spec, trainer.args.device)
+            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        if trainer.state.global_step < spec.train.steps:
+            raise Preempted(_stopped(folder, stop, trainer.state.global_step))
+        _finish(trainer, folder, data)
+
+
+def _stopped(folder: RunDir, stop: StopOnSignal, step: int) -> str:
+    name = stop.received.name if stop.received else "a signal"
+    return f"{folder.path}: stopped by {name} at step {step}, saved; run the same command again to go on"
+
+
+def _trainer(spec: PipelineSpec, folder: RunDir, data: Data, distiller: Distiller, stop: StopOnSignal) -> KavaTrainer:
+    evaluator = Evaluator(
+        data.validation_items,
+        data.validation,
+        data.collator,
+        data.tokenizer,
+        spec.data.template,
+        spec.evaluate,
+        folder.samples,
+    )
+    trainer = KavaTrainer(
+        model=distiller,
+        args=arguments(spec, folder, examples=len(data.train_items)),
+        train_dataset=data.train_items,
+        eval_dataset=data.validation_items,
+        data_collator=data.collator,
+        callbacks=[MetricsFile(folder.metrics), stop, ShowProgress(f"{spec.name}/{folder.variant} seed {folder.seed}")],
+        evaluator=evaluator,
+        keep=spec.train.keep_checkpoints,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def arguments(spec: PipelineSpec, folder: RunDir, *, examples: int) -> TrainingArguments:
+    """The spec's ``train`` section in transformers' words."""
+    train = spec.train
+    cuda = torch.cuda.is_available()
+    if train.precision == "fp16" and not cuda:
+        raise SpecError("train.precision: fp16 needs a CUDA device; on CPU use fp32 or bf16")
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.path / "tensorboard")
+    args = TrainingArguments(
+        output_dir=str(folder.checkpoints),
+        max_steps=train.steps,
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.accumulate,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if train.schedule == "constant" else train.schedule,
+        warmup_steps=train.warmup_steps,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.clip,
+        bf16=train.precision == "bf16",
+        fp16=train.precision == "fp16",
+        use_cpu=not cuda,
+        logging_steps=train.log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=spec.evaluate.every,
+        save_strategy="steps",
+        save_steps=train.save_every,
+        seed=folder.seed,
+        data_seed=folder.seed,
+        dataloader_num_workers=train.workers,
+        dataloader_pin_memory=cuda,
+        dataloader_drop_last=examples >= train.batch_size * int(os.environ.get("WORLD_SIZE", "1")),
+        remove_unused_columns=False,
+        label_names=["labels"],
+        ddp_find_unused_parameters=False,
+        report_to=list(train.trackers),
+        disable_tqdm=True,
+    )
+    args._n_gpu = min(args.n_gpu, 1)  # one process per GPU: torchrun, never nn.DataParallel
+    return args
+
+
+def _calibrate(distiller: Distiller, data: Data, spec: PipelineSpec, device: torch.device) -> None:
+    """Show the first training examples to calibrated projectors, without touching the random state."""
+    if distiller.pipeline is None or not any(a.wants_calibration for a in distiller.pipeline.aligners):
+        return
+    some = Subset(data.train_items, range(min(spec.train.calibration_examples, len(data.train_items))))
+    with torch.random.fork_rng(devices=[]):
+        for batch in DataLoader(some, spec.train.batch_size, collate_fn=data.collator):
+            distiller.calibrate(_on(batch, device))
+    distiller.finish_calibration()
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict):
+        return {name: _on(inner, device) for name, inner in value.items()}
+    return value.to(device)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' own chatter off; kava reports what matters."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _finish(trainer: KavaTrainer, folder: RunDir, data: Data) -> None:
+    last = trainer.evaluate() if trainer.state.global_step % trainer.args.eval_steps else _last_evaluation(trainer)
+    distiller = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    if is_main():
+        save_student(distiller.student, data.tokenizer, folder.student)
+        results = {name.removeprefix("eval_"): value for name, value in last.items() if math.isfinite(value)}
+        folder.finish({"steps": trainer.state.global_step, **results})
+    trainer.accelerator.wait_for_everyone()
+
+
+def _last_evaluation(trainer: KavaTrainer) -> dict[str, float]:
+    entry = [line for line in trainer.state.log_history if "eval_ce" in line][-1]
+    return {name: value for name, value in entry.items() if name.startswith("eval_")}

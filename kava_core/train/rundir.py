@@ -1,0 +1,110 @@
+"""A run directory: what was asked for, what happened, and whether it is finished.
+
+``<output>/<name>/<variant>-<digest>-s<seed>/``: never overwritten; a complete one is skipped, an
+incomplete one resumed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import distributions, version
+from pathlib import Path
+from typing import Any
+
+from kava_core.errors import KavaError, SpecError
+from kava_core.spec.load import digest
+from kava_core.spec.model import PipelineSpec
+
+RECORD = "run.json"
+LIBRARIES = ("kava", "torch", "transformers", "accelerate", "tokenizers", "peft", "datasets", "numpy", "safetensors")
+
+
+class RunDir:
+    """One variant and seed of a spec on disk."""
+
+    def __init__(self, spec: PipelineSpec, variant: str, seed: int) -> None:
+        self.spec, self.variant, self.seed = spec, variant, seed
+        self.digest = digest(spec)
+        self.path = Path(spec.output) / spec.name / f"{variant}-{self.digest}-s{seed}"
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.samples = self.path / "samples.jsonl"
+        self.student = self.path / "student"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the directory; KavaError where another process does."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "lock").open("w") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise KavaError(f"{self.path}: another process is training here") from error
+            yield
+
+    def record(self) -> dict[str, Any]:
+        """What ``run.json`` says; empty where there is none yet."""
+        file = self.path / RECORD
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run reached its end."""
+        return self.record().get("status") == "complete"
+
+    def begin(self, facts: dict[str, Any]) -> None:
+        """Write the resolved spec and ``run.json``; SpecError where the directory holds another spec."""
+        before = self.record()
+        if before and before["spec_digest"] != self.digest:
+            raise SpecError(f"{self.path}: holds a run of spec {before['spec_digest']}, not {self.digest}")
+        if before and before["data"] != facts["data"]:
+            raise SpecError(f"{self.path}: the data changed since this run began; give the run another name")
+        write_json(self.path / "spec.json", self.spec.model_dump(mode="json"))
+        started = before.get("started") or _now()
+        self.write({**facts, **environment(), "started": started, "status": "running"})
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Mark the run complete, with its last metrics."""
+        self.write({**self.record(), "finished": _now(), "results": results, "status": "complete"})
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Replace ``run.json`` at once."""
+        head = {"name": self.spec.name, "variant": self.variant, "seed": self.seed, "spec_digest": self.digest}
+        write_json(self.path / RECORD, head | record)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file in one step."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=1, ensure_ascii=False)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and command of this process."""
+    import torch
+
+    installed = {distribution.name for distribution in distributions()}
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: version(name) for name in LIBRARIES if name in installed},
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

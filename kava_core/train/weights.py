@@ -1,0 +1,65 @@
+"""The trained weights on disk: the student as Hugging Face stores it, everything else beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import load_file, load_model, save_file
+from torch import Tensor, nn
+
+from kava_core.errors import CheckpointError
+from kava_core.train.distiller import Distiller
+
+STUDENT = "student"
+ALIGNER_FILE = "aligner.safetensors"
+
+
+def aligner_state(distiller: Distiller) -> dict[str, Tensor]:
+    """Parameters and buffers of aligners, fuser and losses."""
+    if distiller.pipeline is None:
+        return {}
+    return {name: tensor.contiguous() for name, tensor in distiller.pipeline.state_dict().items()}
+
+
+def save_weights(distiller: Distiller, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """``folder/student`` (``save_pretrained``) and ``folder/aligner.safetensors``.
+
+    ``state_dict`` is the whole module's, gathered by FSDP; None takes the module's own.
+    """
+    student = _under(state_dict, "student.")
+    distiller.student.save_pretrained(folder / STUDENT, state_dict=student)
+    pipeline = _under(state_dict, "pipeline.") if state_dict is not None else aligner_state(distiller)
+    save_file(pipeline or {}, folder / ALIGNER_FILE)
+
+
+def _under(state: dict[str, Tensor] | None, prefix: str) -> dict[str, Tensor] | None:
+    if state is None:
+        return None
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def load_weights(distiller: Distiller, folder: Path) -> None:
+    """Load what ``save_weights`` wrote, every tensor exactly; CheckpointError where something does not fit."""
+    try:
+        _load_student(distiller.student, folder / STUDENT)
+        if distiller.pipeline is not None:
+            distiller.pipeline.load_state_dict(load_file(folder / ALIGNER_FILE))
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: {str(error).splitlines()[0]}") from error
+
+
+def _load_student(student: nn.Module, folder: Path) -> None:
+    if hasattr(student, "peft_config"):
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(student, load_file(folder / "adapter_model.safetensors"))
+        return
+    shards = sorted(folder.glob("*.safetensors"))
+    if len(shards) == 1:
+        load_model(student, shards[0])
+        return
+    state = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    missing, unexpected = student.load_state_dict(state, strict=False)
+    tied = set(getattr(student, "all_tied_weights_keys", None) or ())
+    if unexpected or set(missing) - tied:
+        raise CheckpointError(f"{folder}: missing {sorted(set(missing) - tied)}, unexpected {sorted(unexpected)}")

@@ -1,0 +1,22 @@
+"""Heads are equally wide on both sides."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kava_core.config import ComponentConfig, Part
+from kava_core.kv.axes import Geometry
+
+
+class Identity(nn.Module):
+    """The tensor itself."""
+
+    def __init__(self, config: ComponentConfig, *, teacher: Geometry, student: Geometry) -> None:
+        super().__init__()
+
+    def forward(
+        self, x: Float[Tensor, "batch layer head time dim"], part: Part
+    ) -> Float[Tensor, "batch layer head time dim"]:
+        """``x``, not copied."""
+        return x

@@ -1,0 +1,67 @@
+"""One matrix for each layer, without bias: from the teacher's width of a head to the student's."""
+
+from __future__ import annotations
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kava_core.config import ComponentConfig, Part
+from kava_core.kv.axes import Geometry
+
+
+class Linear(nn.Module):
+    """Each layer's matrix serves all its heads or one of them, keys and values together or one of them.
+
+    Queries go through the keys' matrix where heads share one, so that scores stay comparable; otherwise they
+    have their own, because query heads are counted differently.
+    """
+
+    def __init__(self, config: ComponentConfig, *, teacher: Geometry, student: Geometry) -> None:
+        super().__init__()
+        self.owner = {
+            "keys": "keys",
+            "values": "keys" if config.share_kv else "values",
+            "queries": "keys" if config.share_heads else "queries",
+        }
+        for order, part in enumerate(("keys", "values", "queries")):
+            if self.owner[part] == part:
+                head = 1 if config.share_heads else teacher.heads(part)
+                matrix = _initial(config, teacher.layer, head, student.dim, teacher.dim, config.seed + order)
+                self.register_parameter(part, nn.Parameter(matrix, requires_grad=config.trainable))
+
+    def forward(
+        self, x: Float[Tensor, "batch layer head time t_dim"], part: Part
+    ) -> Float[Tensor, "batch layer head time dim"]:
+        """Every head's vectors times its matrix."""
+        return project(x, getattr(self, self.owner[part]))
+
+
+def project(
+    x: Float[Tensor, "batch layer head time t_dim"], matrix: Float[Tensor, "layer _ dim t_dim"]
+) -> Float[Tensor, "batch layer head time dim"]:
+    """``matrix`` (its head axis 1, or that of ``x``) times the width of ``x``."""
+    matrix = matrix.to(x.dtype)
+    if matrix.shape[1] == 1:
+        shared = "batch layer head time t_dim, layer dim t_dim -> batch layer head time dim"
+        return einsum(x, matrix[:, 0], shared)
+    own = "batch layer head time t_dim, layer head dim t_dim -> batch layer head time dim"
+    return einsum(x, matrix, own)
+
+
+def _initial(
+    config: ComponentConfig, layer: int, head: int, dim: int, t_dim: int, seed: int
+) -> Float[Tensor, "layer head dim t_dim"]:
+    """Orthonormal rows (columns, where ``dim`` is the larger), or normal with variance 1/t_dim."""
+    device = torch.get_default_device()
+    if device.type == "meta":
+        return torch.empty(layer, head, dim, t_dim)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    drawn = torch.randn(layer, head, dim, t_dim, generator=generator, device="cpu")
+    if config.init == "random":
+        return (drawn / t_dim**0.5).to(device)
+    tall = drawn if dim >= t_dim else drawn.mT
+    basis, triangle = torch.linalg.qr(tall)
+    basis = basis * triangle.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
+    return (basis if dim >= t_dim else basis.mT).contiguous().to(device)

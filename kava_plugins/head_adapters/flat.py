@@ -1,0 +1,32 @@
+"""All heads of a layer as one: the baseline without structure."""
+
+from __future__ import annotations
+
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kava_core.config import ComponentConfig, Part
+from kava_core.errors import KavaError
+from kava_core.kv.axes import Geometry
+
+
+class Flat(nn.Module):
+    """One head as wide as all heads together, on both sides; the projector does the rest."""
+
+    def __init__(self, config: ComponentConfig, *, teacher: Geometry, student: Geometry) -> None:
+        super().__init__()
+        self.teacher_view = teacher.with_(head=1, qhead=1, dim=teacher.head * teacher.dim)
+        self.student_view = student.with_(head=1, qhead=1, dim=student.head * student.dim)
+
+    def forward(
+        self, x: Float[Tensor, "batch layer t_head time dim"], part: Part
+    ) -> Float[Tensor, "batch layer 1 time _"]:
+        """The teacher's heads side by side; KavaError for queries, whose width would be another."""
+        if part == "queries":
+            raise KavaError("head_adapter flat: queries cannot be flattened; possible parts: keys, values")
+        return self.fold(x)
+
+    def fold(self, x: Float[Tensor, "batch layer head time dim"]) -> Float[Tensor, "batch layer 1 time _"]:
+        """The student's heads side by side."""
+        return rearrange(x, "batch layer head time dim -> batch layer 1 time (head dim)")

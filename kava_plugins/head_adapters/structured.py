@@ -1,0 +1,86 @@
+"""Heads mixed with heads: every student head is a weighted mean of the teacher's heads.
+
+The width of a head stays as it is; for any pair of head counts (12 → 2, 28 → 4, 8 → 32).
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kava_core.config import ComponentConfig, Part
+from kava_core.kv.axes import Geometry
+
+
+class Structured(nn.Module):
+    """One mixing matrix for queries, and one for keys and values together or for each of them."""
+
+    def __init__(self, config: ComponentConfig, *, teacher: Geometry, student: Geometry) -> None:
+        super().__init__()
+        self.teacher_view = teacher.with_(head=student.head, qhead=student.qhead)
+        self.student_view = student
+        self.share_kv = config.share_kv
+        parts: tuple[Part, ...] = ("keys", "queries") if config.share_kv else ("keys", "values", "queries")
+        for order, part in enumerate(parts):
+            mix = _initial(config, teacher, student, part, seed=config.seed + order)
+            _attach(self, f"{part}_mix", mix, trainable=config.trainable)
+
+    def forward(
+        self, x: Float[Tensor, "batch layer t_head time dim"], part: Part
+    ) -> Float[Tensor, "batch layer head time dim"]:
+        """The mixed heads; ``x`` itself where the heads already agree."""
+        owner = "keys" if part == "values" and self.share_kv else part
+        mix = getattr(self, f"{owner}_mix")
+        return x if mix is None else mix_heads(x, mix.to(x.dtype))
+
+    def fold(
+        self, x: Float[Tensor, "batch layer head time dim"]
+    ) -> Float[Tensor, "batch layer head time dim"]:
+        """The student's own tensor."""
+        return x
+
+
+def mix_heads(
+    x: Float[Tensor, "batch layer t_head time dim"], mix: Float[Tensor, "_ head t_head"]
+) -> Float[Tensor, "batch layer head time dim"]:
+    """``mix`` (one for all layers, or one each) times the head axis of ``x``, as one batched product."""
+    batch, layer = x.shape[:2]
+    flat = rearrange(x, "batch layer head time dim -> (batch layer) head (time dim)")
+    mixed = torch.bmm(mix.expand(batch, layer, -1, -1).reshape(batch * layer, *mix.shape[1:]), flat)
+    return mixed.view(batch, layer, mix.shape[1], *x.shape[3:])
+
+
+def grouped(t_head: int, head: int) -> Float[Tensor, "head t_head"]:
+    """Student head i averages the teacher heads in ``[i · t_head / head, (i + 1) · t_head / head)``.
+
+    A teacher head cut by a border counts with the part that is inside.
+    """
+    # In units of 1/head of a teacher head, so that all borders are whole numbers.
+    mine, theirs = torch.arange(head)[:, None] * t_head, torch.arange(t_head) * head
+    overlap = torch.minimum(mine + t_head, theirs + head) - torch.maximum(mine, theirs)
+    return overlap.clamp_min(0).float() / t_head
+
+
+def _initial(
+    config: ComponentConfig, teacher: Geometry, student: Geometry, part: Part, *, seed: int
+) -> Float[Tensor, "_ head t_head"] | None:
+    """The first mixing matrices; None where heads pass unchanged."""
+    t_head, head = teacher.heads(part), student.heads(part)
+    layer = student.layer if config.per_layer else 1
+    if config.init == "grouped":
+        unchanged = t_head == head and not config.trainable
+        return None if unchanged else grouped(t_head, head).expand(layer, -1, -1).clone()
+    if config.init == "uniform":
+        return torch.full((layer, head, t_head), 1 / t_head)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    drawn = torch.rand(layer, head, t_head, generator=generator, device="cpu") + 1e-3
+    return (drawn / drawn.sum(-1, keepdim=True)).to(torch.get_default_device())
+
+
+def _attach(module: nn.Module, name: str, mix: Tensor | None, *, trainable: bool) -> None:
+    if trainable:
+        module.register_parameter(name, nn.Parameter(mix))
+    else:
+        module.register_buffer(name, mix, persistent=False)

@@ -1,0 +1,34 @@
+"""Depth-proportional layers: both models are read at the same relative depth."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kava_core.config import ComponentConfig
+from kava_core.kv.axes import Geometry
+
+
+class Ratio(nn.Module):
+    """Student layer i of L reads teacher layer ``round((i + 1) · T / L) − 1`` of T, counted from 0.
+
+    The last layers always meet; a teacher with fewer layers is read repeatedly. With ``sources = k`` the mean
+    of the k layers nearest to it is read, of all layers where there are fewer than k.
+    """
+
+    matrix: Float[Tensor, "layer t_layer"]
+
+    def __init__(self, config: ComponentConfig, *, teacher: Geometry, student: Geometry) -> None:
+        super().__init__()
+        depth = torch.arange(1, student.layer + 1)
+        nearest = (2 * depth * teacher.layer + student.layer) // (2 * student.layer) - 1
+        sources = min(config.sources, teacher.layer)
+        first = (nearest.clamp_min(0) - sources // 2).clamp(0, teacher.layer - sources)
+        ahead = torch.arange(teacher.layer) - first[:, None]
+        matrix = ((ahead >= 0) & (ahead < sources)).float() / sources
+        self.register_buffer("matrix", matrix, persistent=False)
+
+    def forward(self) -> Float[Tensor, "layer t_layer"]:
+        """The weights; constant, rows sum to 1."""
+        return self.matrix

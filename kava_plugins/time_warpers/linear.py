@@ -1,0 +1,24 @@
+"""The whole sequence resampled at once, prompt, reasoning and answer alike."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from kava_core.config import ComponentConfig
+from kava_core.kv.axes import Geometry
+from kava_core.kv.resample import block_map, places
+from kava_core.kv.timeline import Timeline
+from kava_core.kv.timemap import TimeMap
+
+
+class Linear(nn.Module):
+    """All real teacher tokens stretched or shrunk to all real student tokens, example by example."""
+
+    def __init__(self, config: ComponentConfig, *, teacher: Geometry, student: Geometry) -> None:
+        super().__init__()
+        self.mode = config.mode
+
+    def forward(self, teacher: Timeline, student: Timeline) -> TimeMap:
+        """The map and its validity: two taps, or one with ``nearest``."""
+        at = places(teacher.mask.long() - 1, student.mask.long() - 1, blocks=1)
+        return block_map(at, self.mode)
