@@ -1,4 +1,4 @@
-"""Chain arithmetic: ``7+3*2-5`` modulo m, worked from left to right. Any length, any modulus. No torch here."""
+"""Chain arithmetic: ``7+3*2-5`` modulo m, worked from left to right. No torch here."""
 
 from __future__ import annotations
 

@@ -6,12 +6,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, Literal
 
 from kava_core.errors import SpecError, did_you_mean, one_of
 from kava_core.spec.model import Template
 
-FIELDS = ("prompt", "reasoning", "answer")
+Field = Literal["prompt", "reasoning", "answer"]
+
+FIELDS: tuple[Field, ...] = ("prompt", "reasoning", "answer")
 """The fields of an example that become text, in the order of the text."""
 
 _NUMBER = re.compile(r"([-+]?)\$?([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\.?")
@@ -33,7 +35,7 @@ class Text:
 
     text: str
     bounds: tuple[int, int, int, int]
-    """``(0, p, r, a)``: prompt is ``text[:p]``, reasoning ``text[p:r]``, answer ``text[r:a]``; a is the length."""
+    """``(0, p, r, a)``: prompt is ``text[:p]``, reasoning ``text[p:r]``, answer ``text[r:a]``, the rest."""
 
     @property
     def prompt(self) -> str:
@@ -50,23 +52,22 @@ def render(example: Example, template: Template) -> Text:
     return Text(text, (0, len(prompt), len(prompt) + len(reasoning), len(text)))
 
 
-def from_fields(record: Mapping[str, Any], where: str, columns: Mapping[str, str] | None = None) -> Example:
+def from_fields(record: Mapping[str, Any], where: str, columns: Mapping[Field, str] | None = None) -> Example:
     """The example in a record with prompt, reasoning, answer and perhaps task.
 
     ``columns`` names the record's key for a field where the two differ. SpecError, opening with ``where``,
     for a key that is missing, a value that is not text, and an empty prompt or answer.
     """
     columns = columns or {}
-    fields = {field: text_of(record, columns.get(field, field), where) for field in FIELDS}
-    for field in ("prompt", "answer"):
-        if not fields[field].strip():
-            raise SpecError(f"{where}: {columns.get(field, field)!r} is empty")
+    prompt, reasoning, answer = (
+        text_of(record, columns.get(field, field), where, empty=field == "reasoning") for field in FIELDS
+    )
     task = text_of(record, "task", where) if record.get("task") is not None else None
-    return Example(**fields, task=task)
+    return Example(prompt, reasoning, answer, task)
 
 
-def text_of(record: Mapping[str, Any], key: str, where: str) -> str:
-    """``record[key]``, which must be there and be text that UTF-8 can write; SpecError otherwise."""
+def text_of(record: Mapping[str, Any], key: str, where: str, *, empty: bool = False) -> str:
+    """``record[key]``: text that UTF-8 can write, and not empty unless that is allowed; else SpecError."""
     if key not in record:
         raise SpecError(f"{where}: no field {key!r} among {one_of(record)}{did_you_mean(key, record)}")
     value = record[key]
@@ -74,6 +75,8 @@ def text_of(record: Mapping[str, Any], key: str, where: str) -> str:
         raise SpecError(f"{where}: field {key!r} must be a string, not {type(value).__name__}")
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise SpecError(f"{where}: field {key!r} holds half of a surrogate pair, which is no character")
+    if not empty and not value.strip():
+        raise SpecError(f"{where}: field {key!r} is empty")
     return value
 
 
@@ -87,7 +90,9 @@ def extract_answer(generated: str, template: Template, lines: int = 1) -> str | 
     before, _, after = template.answer.partition("{answer}")
     marker = before.strip()
     if not marker:
-        raise SpecError(f"data.template.answer: {template.answer!r} has no marker before {{answer}} to look for")
+        raise SpecError(
+            f"data.template.answer: {template.answer!r} has no marker before {{answer}} to look for"
+        )
     _, found, rest = generated.partition(marker)
     if not found:
         return None

@@ -22,8 +22,6 @@ def from_gsm8k(record: Mapping[str, Any], where: str) -> Example:
     answer = number.strip().replace(",", "")
     if not marker or not answer:
         raise SpecError(f"{where}: 'answer' must end in a line '#### number', not {_tail(solution)!r}")
-    if not question.strip():
-        raise SpecError(f"{where}: 'question' is empty")
     return Example(question, _CALCULATION.sub("", rationale).removesuffix("\n"), answer, task="gsm8k")
 
 

@@ -33,7 +33,7 @@ def read_examples(path: Path, format: str = "fields", limit: int | None = None) 
 
 
 def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Every object and ``file:line``. Lines end at ``\\n`` alone: JSON text may hold other line separators."""
+    """Every object and ``file:line``. Only ``\\n`` ends a line: JSON text may hold other separators."""
     try:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
@@ -45,7 +45,7 @@ def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = json.loads(line.rstrip().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise SpecError(f"{where}: not UTF-8 at byte {error.start + 1}") from error
     except json.JSONDecodeError as error:

@@ -1,4 +1,4 @@
-"""Training and validation examples, and what can be said about them: counts, hashes, duplicates. No torch here."""
+"""Training and validation examples: counts, hashes, duplicates, contamination. No torch here."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ class Splits:
     def report(self) -> dict[str, Any]:
         """What the run's record keeps: counts, hashes, duplicates and contamination.
 
-        ``duplicates_in_train``: training examples whose prompt stood before; ``duplicates_across``: validation
-        examples whose prompt is also a training prompt (both after Unicode, case and space are normalised);
-        ``contaminated``: validation examples whose prompt shares 13 words in a row with a training prompt.
+        ``duplicates_in_train``: training examples whose prompt stood before. ``duplicates_across``:
+        validation examples whose prompt is also a training prompt. (Both after Unicode, case and space are
+        normalised.) ``contaminated``: validation examples whose prompt shares 13 words in a row with a
+        training prompt.
         """
         train = Counter(fingerprint(example.prompt) for example in self.train)
         return {

@@ -38,7 +38,7 @@ class Capture:
             leaves them as they are cached.
 
     Raises:
-        UnsupportedModelError: The model has no attention layer, or its rotation cannot be undone.
+        UnsupportedModelError: The model has no attention layer, or is no decoder.
         KavaError: A layer is asked for that the model does not have.
     """
 
@@ -54,7 +54,7 @@ class Capture:
         self.modules = find.attention_layers(model)
         self.layers = _asked(layers, len(self.modules), self.name)
         self._model, self._strip = model, rotary == "strip" and find.has_rotary(model)
-        self._taps = self._rotary_taps()
+        self._taps = [tap_rotary(module) if self._strip else None for module in self.modules]
         self._checkpointed = find.checkpointed(model)
         self._slots = [
             Slot(f"{self.name}, attention layer {i}", parts if i in self.layers else (), tap)
@@ -87,8 +87,8 @@ class Capture:
         """The captured parts ``batch layer head time dim``, layers in the order asked for; forgets them.
 
         Raises:
-            UnsupportedModelError: The forward pass did not call the attention of some layer, or the layers
-                have different head counts or widths, or none was rotated although the model makes angles.
+            UnsupportedModelError: The attention of some layer did not pass through transformers' interface,
+                or the layers have different head counts or widths, or their rotation cannot be undone.
             KavaError: Some layer ran more than once.
         """
         try:
@@ -132,17 +132,6 @@ class Capture:
             groups.setdefault(key, []).append(position)
         return list(groups.values())
 
-    def _rotary_taps(self) -> list[RotaryTap | None]:
-        if not self._strip:
-            return [None] * len(self.modules)
-        taps = [tap_rotary(module) for module in self.modules]
-        if None in taps:
-            raise UnsupportedModelError(
-                f"{self.name}: its rotation cannot be undone, as its modeling file has no "
-                "apply_rotary_pos_emb(q, k, cos, sin); use rotary: keep"
-            )
-        return taps
-
     def _arm(self, step: int) -> None:
         for tap in {id(tap): tap for tap in self._taps if tap is not None}.values():
             tap.armed += step
@@ -166,9 +155,10 @@ class Capture:
             raise KavaError(f"{self.name}: attention layers {_listed(twice)} were captured more than once")
 
     def _check_rotated(self) -> None:
-        if self._strip and all(slot.angles is None for slot in self._slots):
+        if self._strip and (None in self._taps or all(slot.angles is None for slot in self._slots)):
             raise UnsupportedModelError(
-                f"{self.name}: makes rotary angles, but no rotation was seen to undo; use rotary: keep"
+                f"{self.name}: its rotation of keys cannot be undone, as it does not call an "
+                "apply_rotary_pos_emb(q, k, cos, sin); use rotary: keep"
             )
 
     def _check_equal(self, part: Part, tensors: list[Tensor]) -> None:

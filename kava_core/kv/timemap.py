@@ -70,7 +70,7 @@ class TimeMap:
         taken = F.embedding_bag(index, rows, mode="sum", per_sample_weights=weight)
         taken = taken.view(batch, layer, head, -1, dim)
         # Not by weight 0: a NaN among the rows would come through.
-        return taken.masked_fill_(~self.valid[:, None, None, :, None], 0)
+        return torch.where(self.valid[:, None, None, :, None], taken, 0)
 
     def dense(self, t_time: int) -> Float[Tensor, "batch time t_time"]:
         """The map as a matrix; rows of invalid positions are zero."""

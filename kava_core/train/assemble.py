@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from kava_core.data.collate import Collator
 from kava_core.data.dataset import EncodedDataset
-from kava_core.data.examples import Example, render
+from kava_core.data.encode import prefix_mismatch
+from kava_core.data.examples import render
 from kava_core.data.splits import Splits, load_splits
 from kava_core.data.tokenizers import load_tokenizer
+from kava_core.errors import SpecError
 from kava_core.kv.axes import Geometry
 from kava_core.kv.pipeline import KVPipeline, active, parts_of
 from kava_core.kv.probe import geometry_of
@@ -29,18 +33,21 @@ class Data:
     """Examples, tokenizers and encoded items of a run."""
 
     splits: Splits
-    validation: list[Example]
-    """The validation examples that are evaluated."""
     tokenizer: PreTrainedTokenizerBase
     """The student's."""
+    teacher_tokenizers: Mapping[str, PreTrainedTokenizerBase]
     collator: Collator
+    """For training: rotates the teachers where the spec asks for that control."""
+    plain_collator: Collator
+    """For calibration and evaluation."""
     train_items: EncodedDataset
     validation_items: EncodedDataset
 
     def report(self) -> dict[str, Any]:
         """For run.json: sizes, hashes, duplicates, examples left out."""
         dropped = {"train": self.train_items.dropped, "validation": self.validation_items.dropped}
-        return self.splits.report() | {"too_long": dropped}
+        mismatches = prefix_mismatch(self.validation_items.examples, self.tokenizer, self.plain_collator.template)
+        return self.splits.report() | {"too_long": dropped, "prompt_prefix_mismatches": mismatches}
 
 
 def used_teachers(spec: PipelineSpec) -> tuple[Any, ...]:
@@ -50,30 +57,35 @@ def used_teachers(spec: PipelineSpec) -> tuple[Any, ...]:
 
 def tokenizer_of(model: ModelSpec, splits: Splits, template: Any, *, where: str) -> PreTrainedTokenizerBase:
     """A model's tokenizer: loaded, or trained on the training texts (cached)."""
-    texts = [render(example, template).text for example in splits.train]
-    return load_tokenizer(model, texts=texts, cache=cache_folder() / "tokenizers", where=where)
+    texts = (render(example, template).text for example in splits.train)
+    try:
+        return load_tokenizer(model, texts=texts, cache=cache_folder() / "tokenizers")
+    except SpecError as error:
+        raise SpecError(f"{where}: {error}") from error
 
 
 def make_data(spec: PipelineSpec) -> Data:
     """Load, split, tokenize."""
-    splits = load_splits(spec.data)
+    splits = load_splits(spec.data, root=Path.cwd())
     template = spec.data.template
     tokenizer = tokenizer_of(spec.student, splits, template, where="student")
     teachers = {
         teacher.name: tokenizer_of(teacher, splits, template, where=f"teacher {teacher.name!r}")
         for teacher in used_teachers(spec)
     }
-    collator = Collator(
+    make = partial(
+        Collator, tokenizer, teachers, template, loss_on=spec.train.loss_on, max_length=spec.train.max_length
+    )
+    plain = make()
+    return Data(
+        splits,
         tokenizer,
         teachers,
-        template,
-        loss_on=spec.train.loss_on,
-        shuffle_teacher=spec.train.shuffle_teacher,
-        max_length=spec.train.max_length,
+        collator=make(shuffle_teacher=spec.train.shuffle_teacher),
+        plain_collator=plain,
+        train_items=EncodedDataset(splits.train, plain),
+        validation_items=EncodedDataset(splits.validation[: spec.evaluate.examples], plain),
     )
-    train_items = EncodedDataset(splits.train, collator)
-    validation_items = EncodedDataset(splits.validation[: spec.evaluate.examples], collator)
-    return Data(splits, list(validation_items.examples), tokenizer, collator, train_items, validation_items)
 
 
 def make_distiller(spec: PipelineSpec, data: Data, *, seed: int) -> Distiller:
@@ -83,7 +95,7 @@ def make_distiller(spec: PipelineSpec, data: Data, *, seed: int) -> Distiller:
         return Distiller(student)
     models = {
         teacher.name: load_model(
-            teacher, data.collator.teachers[teacher.name], seed=0, where=f"teacher {teacher.name!r}"
+            teacher, data.teacher_tokenizers[teacher.name], seed=0, where=f"teacher {teacher.name!r}"
         )
         for teacher in spec.teachers
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
-from kava_core.data.answers import is_correct
 from kava_core.data.collate import Collator
-from kava_core.data.examples import Example
+from kava_core.data.dataset import EncodedDataset
+from kava_core.data.examples import Example, is_correct
 from kava_core.spec.model import EvaluateSpec, Template
 from kava_core.train.distiller import IGNORED, Distiller
 
@@ -28,8 +28,7 @@ class Evaluator:
     """Evaluates a distiller on the validation split, shared among processes.
 
     Args:
-        encoded: the validation items of every side.
-        examples: the same examples as text, in the same order.
+        items: the validation examples, encoded for every side.
         collator: makes batches and prompts.
         tokenizer: the student's.
         template: finds the answer in what the student wrote.
@@ -39,17 +38,15 @@ class Evaluator:
 
     def __init__(
         self,
-        encoded: Dataset[Any],
-        examples: Sequence[Example],
+        items: EncodedDataset,
         collator: Collator,
         tokenizer: Any,
         template: Template,
         spec: EvaluateSpec,
         samples: Path,
     ) -> None:
-        self.encoded, self.examples, self.collator = encoded, examples, collator
+        self.items, self.examples, self.collator = items, items.examples, collator
         self.tokenizer, self.template, self.spec, self.samples = tokenizer, template, spec, samples
-        self.step = 0
 
     def __call__(self, distiller: Distiller) -> dict[str, float]:
         """Metrics: ``ce`` (nats per labelled token), ``perplexity``, every KV term, ``exact_match``."""
@@ -64,10 +61,10 @@ class Evaluator:
     def _losses(self, distiller: Distiller, mine: list[int], accelerator: Accelerator) -> dict[str, float]:
         sums: dict[str, Tensor] = {}
         one = torch.ones(2, device=accelerator.device)
-        for batch in DataLoader(Subset(self.encoded, mine), self.spec.batch_size, collate_fn=self.collator):
+        for batch in DataLoader(Subset(self.items, mine), self.spec.batch_size, collate_fn=self.collator):
             batch = _to(batch, accelerator.device)
             side = batch["student"]
-            found = distiller(**batch, items=one) | {
+            found = distiller(side, batch["teachers"], items=one) | {
                 "labelled": side["labels"][:, 1:].ne(IGNORED).sum(),
                 "tokens": side["attention_mask"].sum(),
             }
@@ -94,7 +91,7 @@ class Evaluator:
 
     def _write(self, student: nn.Module, examples: list[Example], device: torch.device) -> list[str]:
         """Greedy answers."""
-        prompts = _to(self.collator.prompts(examples), device)
+        prompts = _to(self.collator.prompts(examples)[0], device)
         tokens = student.generate(
             input_ids=prompts["input_ids"],
             attention_mask=prompts["attention_mask"],

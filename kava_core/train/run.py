@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -78,12 +77,17 @@ def _trained(spec: PipelineSpec, model: M) -> M:
 
 
 def _train(spec: PipelineSpec, folder: RunDir) -> None:
+    with _quiet():
+        _train_quietly(spec, folder)
+
+
+def _train_quietly(spec: PipelineSpec, folder: RunDir) -> None:
     data = make_data(spec)
     if is_main():
         folder.begin({"data": data.report()})
     distiller = make_distiller(spec, data, seed=folder.seed)
     resume = checkpoint.newest(folder.checkpoints)
-    with StopOnSignal() as stop, _quiet():
+    with StopOnSignal() as stop:
         trainer = _trainer(spec, folder, data, distiller, stop)
         if resume is not None and checkpoint.step_of(resume) >= spec.train.steps:
             load_weights(distiller, resume)
@@ -105,8 +109,7 @@ def _stopped(folder: RunDir, stop: StopOnSignal, step: int) -> str:
 def _trainer(spec: PipelineSpec, folder: RunDir, data: Data, distiller: Distiller, stop: StopOnSignal) -> KavaTrainer:
     evaluator = Evaluator(
         data.validation_items,
-        data.validation,
-        data.collator,
+        data.plain_collator,
         data.tokenizer,
         spec.data.template,
         spec.evaluate,
@@ -173,7 +176,7 @@ def _calibrate(distiller: Distiller, data: Data, spec: PipelineSpec, device: tor
         return
     some = Subset(data.train_items, range(min(spec.train.calibration_examples, len(data.train_items))))
     with torch.random.fork_rng(devices=[]):
-        for batch in DataLoader(some, spec.train.batch_size, collate_fn=data.collator):
+        for batch in DataLoader(some, spec.train.batch_size, collate_fn=data.plain_collator):
             distiller.calibrate(_on(batch, device))
     distiller.finish_calibration()
 
@@ -189,24 +192,30 @@ def _quiet() -> Iterator[None]:
     """transformers' own chatter off; kava reports what matters."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _finish(trainer: KavaTrainer, folder: RunDir, data: Data) -> None:
-    last = trainer.evaluate() if trainer.state.global_step % trainer.args.eval_steps else _last_evaluation(trainer)
+    last = _evaluation_at(trainer, trainer.state.global_step)
+    if not last:
+        last = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
     distiller = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     if is_main():
         save_student(distiller.student, data.tokenizer, folder.student)
-        results = {name.removeprefix("eval_"): value for name, value in last.items() if math.isfinite(value)}
-        folder.finish({"steps": trainer.state.global_step, **results})
+        folder.finish({"steps": trainer.state.global_step, **last})
     trainer.accelerator.wait_for_everyone()
 
 
-def _last_evaluation(trainer: KavaTrainer) -> dict[str, float]:
-    entry = [line for line in trainer.state.log_history if "eval_ce" in line][-1]
-    return {name: value for name, value in entry.items() if name.startswith("eval_")}
+def _evaluation_at(trainer: KavaTrainer, step: int) -> dict[str, float]:
+    """The metrics of the evaluation at a step; empty where there was none."""
+    lines = [line for line in trainer.state.log_history if line["step"] == step and "eval_ce" in line]
+    last = lines[-1] if lines else {}
+    return {name.removeprefix("eval_"): value for name, value in last.items() if name.startswith("eval_")}

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kava_core.errors import KavaError, SpecError
-from kava_core.spec.load import digest
+from kava_core.spec.digest import digest
 from kava_core.spec.model import PipelineSpec
 
 RECORD = "run.json"

@@ -56,7 +56,7 @@ class KavaTrainer(Trainer):
         self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of one forward pass; DDP's mean over processes is undone, as counts are global."""
-        outputs = model(**inputs, items=num_items_in_batch)
+        outputs = model(inputs["student"], inputs["teachers"], items=num_items_in_batch)
         for name, value in outputs.items():
             self._terms[name] = self._terms.get(name, 0) + value.detach()
         loss = outputs["loss"] * self.accelerator.num_processes

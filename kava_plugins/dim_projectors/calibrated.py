@@ -29,6 +29,7 @@ class Calibrated(nn.Module):
     a softmax removes. Where the student is wider, the other channels are zero.
     """
 
+    linear = True
     ready: Bool[Tensor, " 2"]
 
     def __init__(self, config: ComponentConfig, *, teacher: Geometry, student: Geometry) -> None:

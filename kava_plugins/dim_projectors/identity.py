@@ -10,7 +10,9 @@ from kava_core.kv.axes import Geometry
 
 
 class Identity(nn.Module):
-    """The tensor itself."""
+    """The tensor itself, in the teacher's width; where that is not the student's, only basis-free losses fit."""
+
+    linear = shared_width = keeps_width = True
 
     def __init__(self, config: ComponentConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()

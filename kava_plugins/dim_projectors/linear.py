@@ -18,8 +18,11 @@ class Linear(nn.Module):
     have their own, because query heads are counted differently.
     """
 
+    linear = True
+
     def __init__(self, config: ComponentConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
+        self.shared_width = config.share_heads
         self.owner = {
             "keys": "keys",
             "values": "keys" if config.share_kv else "values",

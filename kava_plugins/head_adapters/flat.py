@@ -14,6 +14,8 @@ from kava_core.kv.axes import Geometry
 class Flat(nn.Module):
     """One head as wide as all heads together, on both sides; the projector does the rest."""
 
+    linear = True
+
     def __init__(self, config: ComponentConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.teacher_view = teacher.with_(head=1, qhead=1, dim=teacher.head * teacher.dim)

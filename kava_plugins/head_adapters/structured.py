@@ -17,6 +17,8 @@ from kava_core.kv.axes import Geometry
 class Structured(nn.Module):
     """One mixing matrix for queries, and one for keys and values together or for each of them."""
 
+    linear = True
+
     def __init__(self, config: ComponentConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.teacher_view = teacher.with_(head=student.head, qhead=student.qhead)

@@ -1,0 +1,143 @@
+"""Batches: every side's tokens of the same examples, padded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from kava_core.data.encode import NO_LABEL, Encoded, LossOn, encode_all, prompt_ids
+from kava_core.data.examples import Example, render
+from kava_core.errors import SpecError
+from kava_core.kv.timeline import NOWHERE
+from kava_core.spec.model import Template
+
+Side = dict[str, Tensor]
+"""``input_ids``, ``attention_mask``, ``segments``: [batch, time]; ``spans``: [batch, time, 2]."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One example in the tokens of every side."""
+
+    example: Example
+    student: Encoded
+    teachers: dict[str, Encoded]
+
+
+class Collator:
+    """Examples, or items encoded before, to one batch. Every side tokenizes the same text by itself.
+
+    With ``shuffle_teacher`` row i of every teacher is the text of example i + 1 of the batch (the last row's
+    is the first): its own text, tokens and segments, but beside another student.
+    """
+
+    def __init__(
+        self,
+        student_tokenizer: PreTrainedTokenizerBase,
+        teacher_tokenizers: Mapping[str, PreTrainedTokenizerBase],
+        template: Template,
+        loss_on: LossOn = "completion",
+        shuffle_teacher: bool = False,
+        *,
+        max_length: int | None = None,
+        pad_to_multiple: int = 1,
+    ) -> None:
+        self.student_tokenizer = student_tokenizer
+        self.teacher_tokenizers = dict(teacher_tokenizers)
+        self.template = template
+        self.loss_on = loss_on
+        self.shuffle_teacher = shuffle_teacher
+        self.max_length = max_length
+        self.pad_to_multiple = pad_to_multiple
+
+    def encode(self, examples: Sequence[Example]) -> list[Item | None]:
+        """Every example in all tokenizers; None where it is longer than ``max_length`` in any of them."""
+        texts = [render(example, self.template) for example in examples]
+        rules: dict[str, Any] = {"max_length": self.max_length, "loss_on": self.loss_on}
+        student = encode_all(texts, self.student_tokenizer, **rules)
+        teachers = [encode_all(texts, each, **rules) for each in self.teacher_tokenizers.values()]
+        return [self._item(*sides) for sides in zip(examples, student, *teachers, strict=True)]
+
+    def __call__(self, batch: Sequence[Example | Item]) -> dict[str, Any]:
+        """``{"student": Side with labels, "teachers": {name: Side}, "labels": the student's}``, padded right.
+
+        The labels stand at the top as well because ``transformers.Trainer`` counts them there.
+
+        Raises:
+            SpecError: an example that is not yet encoded is too long; one example with ``shuffle_teacher``.
+        """
+        items = self._items(batch)
+        student = self._side([item.student for item in items], self.student_tokenizer)
+        student["labels"] = self._pad([item.student.labels for item in items], NO_LABEL)
+        beside = self._rotated(items)
+        teachers = {
+            name: self._side([item.teachers[name] for item in beside], tokenizer)
+            for name, tokenizer in self.teacher_tokenizers.items()
+        }
+        return {"student": student, "teachers": teachers, "labels": student["labels"]}
+
+    def prompts(self, batch: Sequence[Example | Item]) -> tuple[Side, list[str]]:
+        """``input_ids`` and ``attention_mask`` of the prompts, padded left for generation, and the answers.
+
+        The prompt is tokenized by itself: see ``kava_core.data.encode.prefix_mismatch``.
+        """
+        examples = [entry.example if isinstance(entry, Item) else entry for entry in batch]
+        texts = [render(example, self.template).prompt for example in examples]
+        rows = prompt_ids(texts, self.student_tokenizer)
+        if empty := [text for text, row in zip(texts, rows, strict=True) if not len(row)]:
+            raise SpecError(f"data: the student's tokenizer makes no tokens of the prompt {empty[0]!r}")
+        padded = pad_sequence(
+            rows, batch_first=True, padding_value=pad_id(self.student_tokenizer), padding_side="left"
+        )
+        mask = pad_sequence([row.new_ones(len(row)) for row in rows], batch_first=True, padding_side="left")
+        return {"input_ids": padded, "attention_mask": mask}, [example.answer for example in examples]
+
+    def _item(self, example: Example, student: Encoded | None, *teachers: Encoded | None) -> Item | None:
+        """The item, or None where a side is too long."""
+        fitting = [side for side in teachers if side is not None]
+        if student is None or len(fitting) < len(teachers):
+            return None
+        return Item(example, student, dict(zip(self.teacher_tokenizers, fitting, strict=True)))
+
+    def _items(self, batch: Sequence[Example | Item]) -> list[Item]:
+        encoded = iter(self.encode([entry for entry in batch if isinstance(entry, Example)]))
+        items = [next(encoded) if isinstance(entry, Example) else entry for entry in batch]
+        fitting = [item for item in items if item is not None]
+        if len(fitting) < len(items):
+            raise SpecError(f"data: an example is longer than max_length={self.max_length} tokens")
+        return fitting
+
+    def _rotated(self, items: list[Item]) -> list[Item]:
+        if not self.shuffle_teacher:
+            return items
+        if len(items) < 2:
+            raise SpecError("train.shuffle_teacher: needs batches of at least 2 examples, not 1")
+        return items[1:] + items[:1]
+
+    def _side(self, rows: list[Encoded], tokenizer: PreTrainedTokenizerBase) -> Side:
+        segments = self._pad([row.segments for row in rows], NOWHERE)
+        return {
+            "input_ids": self._pad([row.input_ids for row in rows], pad_id(tokenizer)),
+            "attention_mask": (segments != NOWHERE).long(),
+            "segments": segments,
+            "spans": self._pad([row.spans for row in rows], 0),
+        }
+
+    def _pad(self, rows: list[Tensor], value: int) -> Int[Tensor, "batch time ..."]:
+        """Rows padded right to one length, a multiple of ``pad_to_multiple``."""
+        padded = pad_sequence(rows, batch_first=True, padding_value=value)
+        missing = -padded.shape[1] % self.pad_to_multiple
+        return F.pad(padded, (0, 0) * (padded.dim() - 2) + (0, missing), value=value)
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that stands at padding: the pad token, else EOS, else 0. Only masks say where padding is."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in known if token is not None)

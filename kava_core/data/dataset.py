@@ -1,0 +1,44 @@
+"""Examples encoded once for every side, before training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.utils.data import Dataset
+
+from kava_core.data.collate import Collator, Item
+from kava_core.data.examples import Example
+from kava_core.errors import SpecError
+
+CHUNK = 1024
+"""Texts handed to a tokenizer at once."""
+
+
+class EncodedDataset(Dataset[Item]):
+    """The examples that fit ``collator.max_length`` on every side; pass the collator its batches of items."""
+
+    def __init__(self, examples: Sequence[Example], collator: Collator) -> None:
+        """Encode all examples.
+
+        Raises:
+            SpecError: no example is left.
+        """
+        chunks = (examples[start : start + CHUNK] for start in range(0, len(examples), CHUNK))
+        self.items = [item for chunk in chunks for item in collator.encode(chunk) if item is not None]
+        self.dropped = len(examples) - len(self.items)
+        """Examples left out because they are too long on some side."""
+        if not self.items:
+            raise SpecError(
+                f"train.max_length: none of the {len(examples)} examples fits in {collator.max_length} tokens"
+            )
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.items[index]
+
+    @property
+    def examples(self) -> list[Example]:
+        """The examples that were kept, in order."""
+        return [item.example for item in self.items]

@@ -1,0 +1,95 @@
+"""The four kinds of tokenizer a spec can have trained on its own texts, made with ``tokenizers``.
+
+All are cased and change nothing in the text, so that spans are those of the text. ``chars``, ``bpe`` and
+``unigram`` give the text back exactly when decoded: ``bpe`` any text, the others texts of the characters
+they were trained on (and ``unigram`` no ``▁``). ``wordpiece`` knows words alone: decoding puts one space
+between any two.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from kava_core.errors import SpecError
+from kava_core.spec.model import TrainTokenizer
+
+PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
+
+
+def train(spec: TrainTokenizer, texts: Sequence[str]) -> Tokenizer:
+    """A tokenizer of at most ``spec.vocab_size`` tokens; SpecError where so few cannot spell the texts."""
+    try:
+        tokenizer = KINDS[spec.kind](texts, spec.vocab_size)
+    except Exception as error:  # the Rust library raises bare Exception
+        raise _too_small(spec, str(error)) from error
+    if (size := tokenizer.get_vocab_size()) > spec.vocab_size:
+        raise _too_small(spec, f"its characters and special tokens alone need {size}")
+    return tokenizer
+
+
+def _too_small(spec: TrainTokenizer, why: str) -> SpecError:
+    return SpecError(f"tokenizer: cannot train {spec.kind!r} with vocab_size={spec.vocab_size}: {why}")
+
+
+def _chars(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    """The most frequent characters, in order of code points."""
+    counts = Counter(character for text in texts for character in text)
+    special = [PAD, EOS, UNK]
+    frequent = sorted(counts, key=lambda character: (-counts[character], character))
+    kept = sorted(frequent[: max(0, vocab_size - len(special))])
+    vocabulary = {token: number for number, token in enumerate([*special, *kept])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+def _bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    """Byte-level: all 256 bytes are tokens, nothing is unknown."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _unigram(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    """As SentencePiece does it, with no space put before the text."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocab_size, special_tokens=[PAD, EOS, UNK], unk_token=UNK, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _wordpiece(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    """Words and runs of punctuation, in pieces; pieces that continue a word begin with ``##``."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece(cleanup=False)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=[PAD, EOS, UNK], show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+KINDS: dict[str, Callable[[Sequence[str], int], Tokenizer]] = {
+    "chars": _chars,
+    "bpe": _bpe,
+    "unigram": _unigram,
+    "wordpiece": _wordpiece,
+}
+"""``kind`` of ``TrainTokenizer`` to the function that trains it."""

@@ -1,0 +1,83 @@
+"""A model's geometry, read off the tensors of a tiny forward pass and never off its configuration."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from kava_core.errors import UnsupportedModelError
+from kava_core.kv.attention_layers import model_name
+from kava_core.kv.axes import PARTS, Geometry
+from kava_core.kv.capture import Capture
+
+PROBE_LENGTH = 4
+
+
+def probe_geometry(config: PretrainedConfig) -> Geometry:
+    """Geometry of the causal language model a configuration describes; no weights are allocated.
+
+    The model is made of fake tensors and runs with plain rotary angles: some frequency schemes look at
+    position values, which fake tensors do not have, and none changes an extent. Bare meta tensors do not
+    serve, as transformers looks for packed sequences in the values of the positions.
+
+    Raises:
+        UnsupportedModelError: No attention layer can be captured, or the layers are not alike.
+    """
+    plain = copy.deepcopy(config)
+    text = plain.get_text_config()
+    text.rope_parameters = _plain_angles(getattr(text, "rope_parameters", None))
+    text._experts_implementation = "batched_mm"
+    with FakeTensorMode():
+        return geometry_of(AutoModelForCausalLM.from_config(plain))
+
+
+def geometry_of(model: nn.Module) -> Geometry:
+    """Geometry of a model, by a forward pass over four tokens.
+
+    Training mode, gradients and random state are as before. Needs a transformers model (or PEFT's).
+
+    Raises:
+        UnsupportedModelError: No attention layer can be captured, or the layers are not alike.
+    """
+    device = next(model.parameters()).device
+    ids = torch.zeros(1, PROBE_LENGTH, dtype=torch.long, device=device)
+    capture = Capture(model, parts=PARTS, rotary="keep")
+    with torch.no_grad(), _evaluating(model), capture:
+        model(input_ids=ids, use_cache=False)
+    parts = dict(capture.take().items())
+    _, layer, head, _, dim = parts["keys"].shape
+    return Geometry(layer, head, dim, parts["queries"].shape[2], _hidden(model))
+
+
+def _hidden(model: Any) -> int:
+    config = model.config.get_text_config()
+    if getattr(config, "hidden_size", None) is None:
+        raise UnsupportedModelError(f"{model_name(model)}: its configuration names no hidden_size")
+    return int(config.hidden_size)
+
+
+def _plain_angles(parameters: Any) -> Any:
+    """The rotary parameters, also where they are nested by layer type, with the default scheme."""
+    if not isinstance(parameters, dict):
+        return parameters
+    plain = {key: _plain_angles(value) for key, value in parameters.items()}
+    return plain | {"rope_type": "default"} if "rope_type" in plain else plain
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, which draws no random numbers; every module gets its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

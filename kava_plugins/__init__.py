@@ -1,0 +1,1 @@
+"""kava's own components: one folder per kind, one file per component, named as in a spec."""

@@ -1,0 +1,41 @@
+"""Built-in head adapters: ``t_head → head``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from kava_core import hookimpl
+from kava_core.config import ComponentConfig
+
+
+class Structured(ComponentConfig):
+    """Mix heads with heads: every student head is a weighted mean of teacher heads, for any two counts."""
+
+    name: Literal["structured"] = "structured"
+    component = "kava_plugins.head_adapters.structured:Structured"
+
+    init: Literal["grouped", "uniform", "random"] = "grouped"
+    """``grouped``: neighbouring heads are averaged; ``uniform``: all heads are; ``random``: positive weights
+    drawn with ``seed``."""
+    per_layer: bool = False
+    """One mix for each layer instead of one for all."""
+    share_kv: bool = True
+    """Keys and values are mixed alike. Queries always have their own mix."""
+    trainable: bool = False
+    """Train the mix with the student. A mix trained by the KV loss alone can absorb the mismatch."""
+    seed: int = 0
+    """Seed of ``random``."""
+
+
+class Flat(ComponentConfig):
+    """The baseline without structure: all heads side by side as one wide head, on both sides."""
+
+    name: Literal["flat"] = "flat"
+    component = "kava_plugins.head_adapters.flat:Flat"
+
+
+@hookimpl
+def kava_head_adapters() -> Sequence[type[ComponentConfig]]:
+    """Register this package's head adapters."""
+    return [Structured, Flat]

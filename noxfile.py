@@ -1,0 +1,104 @@
+"""The test matrix. ``nox`` runs what CI runs; ``nox -l`` lists the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "virtualenv"
+nox.options.error_on_missing_interpreters = True
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "types", "tests-3.11(shapes=True)", "declarative-3.12", "declarative-3.13"]
+
+CONSTRAINTS = ("-c", "constraints.txt")
+PYTHONS = ("3.11", "3.12", "3.13")
+DECLARATIVE = ("pydantic>=2.10", "pluggy>=1.5", "pyyaml>=6.0", "typer>=0.15", "rich>=13.9", "pytest>=8.3", "pytest-timeout")
+
+
+def install(session: nox.Session, *what: str) -> None:
+    """torch first and pinned: unpinned it brings gigabytes of CUDA."""
+    session.install(*CONSTRAINTS, "torch")
+    session.install(*CONSTRAINTS, *what)
+
+
+@nox.session(python=PYTHONS)
+@nox.parametrize("shapes", [True, False])
+def tests(session: nox.Session, shapes: bool) -> None:
+    """The whole suite; with and without run-time shape checking."""
+    install(session, "-e", ".[dev]")
+    session.run("pytest", *session.posargs, env={"KAVA_SHAPE_CHECK": "1" if shapes else "0"})
+
+
+@nox.session(python=PYTHONS)
+def declarative(session: nox.Session) -> None:
+    """Specs, registry and command line without torch installed."""
+    session.install(*CONSTRAINTS, *DECLARATIVE)
+    session.install("--no-deps", "-e", ".")
+    session.run("pytest", "-m", "declarative", "tests", *session.posargs, env={"KAVA_SHAPE_CHECK": "0"})
+
+
+@nox.session(python="3.11")
+def minimums(session: nox.Session) -> None:
+    """The suite against the oldest versions pyproject allows (torch as pinned: older wheels need CUDA)."""
+    install(session, "-e", ".[dev]")
+    session.install(
+        "pydantic==2.10.*", "pluggy==1.5.*", "einops==0.8.0", "jaxtyping==0.3.2", "beartype==0.20.*", "typer==0.15.*"
+    )
+    session.run("pytest", *session.posargs)
+
+
+@nox.session(python="3.11")
+def core_alone(session: nox.Session) -> None:
+    """The core with ``kava_plugins`` absent: everything but the built-in names works."""
+    install(session, "-e", ".[dev]")
+    session.run("pytest", "-m", "core_alone", "tests", *session.posargs, env={"KAVA_TEST_WITHOUT_PLUGINS": "1"})
+
+
+@nox.session(python="3.11")
+def plugin_example(session: nox.Session) -> None:
+    """Build kava's wheel, install it and the example plugin, run the plugin's tests."""
+    wheels = Path(session.create_tmp()).resolve()
+    session.install("build")
+    session.run("python", "-m", "build", "--wheel", "--outdir", str(wheels), ".")
+    session.install(*CONSTRAINTS, "torch")
+    session.install(*CONSTRAINTS, str(next(wheels.glob("kava-*.whl"))), "pytest")
+    session.install("examples/kava-last-layers")
+    with session.chdir("examples/kava-last-layers"):
+        session.run("pytest", env={"KAVA_SHAPE_CHECK": "1"})
+
+
+@nox.session(python="3.11")
+def lint(session: nox.Session) -> None:
+    """ruff."""
+    session.install(*CONSTRAINTS, "ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session(python="3.11")
+def types(session: nox.Session) -> None:
+    """mypy, strict on the declarative half."""
+    install(session, "-e", ".[dev]")
+    session.run("mypy")
+
+
+@nox.session(python="3.11")
+def quickstart(session: nox.Session) -> None:
+    """The embedded default, from nothing."""
+    install(session, "-e", ".[all]")
+    session.run("kava", "train", "specs/quickstart.yaml", f"output={session.create_tmp()}")
+
+
+@nox.session(python="3.11")
+def bench(session: nox.Session) -> None:
+    """Step time over the floor; writes nothing, prints the table."""
+    install(session, "-e", ".[all]")
+    session.run("python", "benchmarks/step.py", *session.posargs)
+
+
+@nox.session(python="3.11")
+def gpu(session: nox.Session) -> None:
+    """Tests that need a CUDA device."""
+    install(session, "-e", ".[dev]")
+    session.run("pytest", "-m", "gpu", "tests/gpu", *session.posargs)

@@ -1,0 +1,189 @@
+"""Examples from JSON lines, GSM8K's format and ``datasets``."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from kava_core.data.examples import Example
+from kava_core.data.hub import hub_examples
+from kava_core.data.jsonl import read_examples
+from kava_core.data.splits import load_splits
+from kava_core.errors import SpecError
+from kava_core.spec.model import HubData, JsonlData
+
+SHARED = Path(os.environ.get("KAVA_SHARED_DATA", Path(__file__).resolve().parents[2] / "../shared/data"))
+
+GOOD = '{"prompt": "p", "reasoning": "r", "answer": "a"}'
+
+
+def write(path: Path, *lines: str) -> Path:
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def refused(path: Path, format: str = "fields") -> str:
+    with pytest.raises(SpecError) as caught:
+        read_examples(path, format)
+    return str(caught.value).removeprefix(str(path))
+
+
+def test_fields(tmp_path):
+    path = write(
+        tmp_path / "a.jsonl",
+        "\ufeff" + GOOD,
+        "",
+        '{"prompt": "p\u2028q", "reasoning": "", "answer": " 1", "task": "math", "other": 3}',
+    )
+    assert read_examples(path) == [Example("p", "r", "a"), Example("p\u2028q", "", " 1", "math")]
+    assert read_examples(path, limit=1) == [Example("p", "r", "a")]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", ":2: not JSON: Expecting property name enclosed in double quotes at column 2"),
+        ('{"prompt": "p", "reasonin": "r", "answer": "a"}',
+         ":2: no field 'reasoning' among answer, prompt, reasonin; did you mean 'reasonin'?"),
+        (GOOD.replace('"a"', "5"), ":2: field 'answer' must be a string, not int"),
+        (GOOD.replace('"r"', "null"), ":2: field 'reasoning' must be a string, not NoneType"),
+        (GOOD.replace('"a"', '" "'), ":2: field 'answer' is empty"),
+        (GOOD.replace('"a"', '"a", "task": 1'), ":2: field 'task' must be a string, not int"),
+        (GOOD.replace('"p"', '"\\ud800"'),
+         ":2: field 'prompt' holds half of a surrogate pair, which is no character"),
+        ('["p"]', ":2: each line must be an object, not list"),
+    ],
+)  # fmt: skip
+def test_bad_lines(tmp_path, line, message):
+    assert refused(write(tmp_path / "a.jsonl", GOOD, line, GOOD)) == message
+
+
+def test_bad_bytes_and_depth(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"prompt": "\xff"}\n')
+    assert refused(path) == ":1: not UTF-8 at byte 13"
+    path.write_bytes(b"[" * 100_000 + b"\n")
+    assert refused(path).startswith(":1: not JSON: ")
+
+
+def test_missing_and_empty_files(tmp_path):
+    assert refused(tmp_path / "none.jsonl") == ": cannot read the examples: No such file or directory"
+    assert refused(write(tmp_path / "e.jsonl", "", " ")) == ": no examples: the file is empty"
+
+
+def test_relative_paths(tmp_path, monkeypatch):
+    write(tmp_path / "t.jsonl", GOOD, GOOD)
+    monkeypatch.chdir("/")
+    splits = load_splits(
+        JsonlData(train="t.jsonl", validation=str(tmp_path / "t.jsonl"), validation_limit=1), root=tmp_path
+    )
+    assert (len(splits.train), len(splits.validation)) == (2, 1)
+
+
+def gsm8k(answer: str, question: str = "How many?") -> str:
+    return json.dumps({"question": question, "answer": answer})
+
+
+def test_gsm8k_format(tmp_path):
+    path = write(
+        tmp_path / "g.jsonl",
+        gsm8k("He has 5*2=<<5*2=10>>10.\nThen $<<10*100=1000>>1,000.\n#### 1,000"),
+        gsm8k("#### -3"),
+    )
+    assert read_examples(path, "gsm8k") == [
+        Example("How many?", "He has 5*2=10.\nThen $1,000.", "1000", "gsm8k"),
+        Example("How many?", "", "-3", "gsm8k"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (gsm8k("It is 5."), ":1: 'answer' must end in a line '#### number', not 'It is 5.'"),
+        (gsm8k("x" * 40 + "\n####"),
+         ":1: 'answer' must end in a line '#### number', not '…" + "x" * 25 + "\\n####'"),
+        (gsm8k("#### 5", question=""), ":1: field 'question' is empty"),
+        ('{"question": "q"}', ":1: no field 'answer' among question"),
+    ],
+)  # fmt: skip
+def test_bad_gsm8k(tmp_path, line, message):
+    assert refused(write(tmp_path / "g.jsonl", line), "gsm8k") == message
+
+
+@pytest.mark.skipif(not (SHARED / "gsm8k").is_dir(), reason="shared GSM8K data is not here")
+def test_the_real_gsm8k():
+    data = JsonlData(train="gsm8k/train.jsonl", validation="gsm8k/test.jsonl", format="gsm8k")
+    splits = load_splits(data, root=SHARED)
+    assert (len(splits.train), len(splits.validation)) == (7473, 1319)
+    raw = [json.loads(line) for line in (SHARED / "gsm8k/test.jsonl").open(encoding="utf-8")]
+    for example, record in zip(splits.validation, raw, strict=True):
+        float(example.answer)
+        assert record["answer"].replace(",", "").endswith(f"\n#### {example.answer}")
+        assert example.reasoning.count("\n") == record["answer"].count("\n") - 1
+        assert "<<" not in example.reasoning
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(
+        folder / "train.jsonl",
+        *(json.dumps({"q": f"q{i}", "steps": "s", "answer": str(i)}) for i in range(3)),
+    )
+    write(folder / "test.jsonl", json.dumps({"q": "t", "steps": "s", "answer": "9"}))
+    yield folder
+    datasets.enable_progress_bars()
+
+
+COLUMNS = {"prompt": "q", "reasoning": "steps"}
+
+
+def test_hub_columns_and_slices(hub):
+    splits = load_splits(HubData(path=str(hub), train="train[1:]", columns=COLUMNS), root=Path())
+    assert splits.train == [Example("q1", "s", "1"), Example("q2", "s", "2")]
+    assert splits.validation == [Example("t", "s", "9")]
+
+
+def test_hub_parquet_in_gsm8k_format(hub, tmp_path):
+    import datasets
+
+    rows = {"question": ["a", "b"], "answer": ["x <<1+1=2>>2\n#### 2", "#### 3"]}
+    folder = tmp_path / "parquet"
+    for split in ("train", "test"):
+        datasets.Dataset.from_dict(rows).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    train, test = hub_examples(HubData(path=str(folder), format="gsm8k"))
+    assert train == test == [Example("a", "x 2", "2", "gsm8k"), Example("b", "", "3", "gsm8k")]
+
+
+def test_hub_errors(hub, monkeypatch):
+    with pytest.raises(SpecError, match=r"data:train\[0\]: no field 'prompt' among answer, q, steps"):
+        hub_examples(HubData(path=str(hub)))
+    with pytest.raises(
+        SpecError, match=r"data:tset: cannot load the data: Unknown split \"tset\"\. Should be one of"
+    ):
+        hub_examples(HubData(path=str(hub), validation="tset", columns=COLUMNS))
+    with pytest.raises(SpecError, match="nowhere:train: cannot load the data: "):
+        hub_examples(HubData(path=str(hub / "nowhere")))
+
+
+def test_hub_split_without_rows(hub):
+    import datasets
+
+    schema = datasets.Features({"question": datasets.Value("string"), "answer": datasets.Value("string")})
+    nothing = datasets.Dataset.from_dict({"question": [], "answer": []}, features=schema)
+    nothing.to_parquet(hub / "empty" / "train.parquet")
+    with pytest.raises(SpecError, match=r"empty:train: no examples: the split is empty"):
+        hub_examples(HubData(path=str(hub / "empty"), format="gsm8k"))
+
+
+def test_hub_without_datasets(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SpecError) as caught:
+        hub_examples(HubData(path="x"))
+    assert str(caught.value) == "data: 'hub' needs the package datasets: pip install 'kava[hub]'"
