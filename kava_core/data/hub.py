@@ -13,18 +13,15 @@ from kava_core.spec.model import HubData
 def hub_examples(data: HubData) -> tuple[list[Example], list[Example]]:
     """Training and validation examples.
 
-    SpecError where ``datasets`` is not installed, cannot load the name, the configuration or a split, or
-    where a column is missing or holds no text.
+    SpecError where ``datasets`` is not installed, cannot load the name, the configuration or a split (or
+    finds it empty), or where a column is missing or holds no text.
     """
     return _read(data, data.train), _read(data, data.validation)
 
 
 def _read(data: HubData, split: str) -> list[Example]:
     rows = _load(data, split)
-    examples = [_example(data, row, f"{data.path}:{split}[{index}]") for index, row in enumerate(rows)]
-    if not examples:
-        raise SpecError(f"{data.path}:{split}: no examples: the split is empty")
-    return examples
+    return [_example(data, row, f"{data.path}:{split}[{index}]") for index, row in enumerate(rows)]
 
 
 def _example(data: HubData, row: dict[str, Any], where: str) -> Example:

@@ -8,6 +8,7 @@ between any two.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -63,27 +64,53 @@ def _bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
 
 
 def _unigram(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """As SentencePiece does it, with no space put before the text."""
+    """As SentencePiece does it, with no space put before the text; every line break is a token of its own."""
+    special = [PAD, EOS, UNK]
     tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
+    lines, words = pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([lines, words])
     trainer = trainers.UnigramTrainer(
-        vocab_size=vocab_size, special_tokens=[PAD, EOS, UNK], unk_token=UNK, show_progress=False
+        vocab_size=vocab_size, special_tokens=special, unk_token=UNK, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
+    pieces = json.loads(tokenizer.to_str())["model"]["vocab"]
+    settled = _settled({piece: score for piece, score in pieces if piece not in special})
+    tokenizer.model = models.Unigram([(token, 0.0) for token in special] + settled, unk_id=special.index(UNK))
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
     return tokenizer
+
+
+def _settled(scores: dict[str, float]) -> list[tuple[str, float]]:
+    """The pieces in an order, and with scores, that are the same in every run.
+
+    The trainer walks through hash tables of random order: sums differ in their last digits, and characters
+    it has no score for get the lowest one plus 0.0001 for each such character before.
+    """
+    low = min(scores.values(), default=0.0)
+    unscored = low + 1e-4 * len(scores)
+    rounded = {
+        piece: round(low if len(piece) == 1 and score < unscored else score, 6)
+        for piece, score in scores.items()
+    }
+    return sorted(rounded.items(), key=lambda item: (-item[1], item[0]))
 
 
 def _wordpiece(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     """Words and runs of punctuation, in pieces; pieces that continue a word begin with ``##``."""
+    split = pre_tokenizers.Whitespace()
     tokenizer = Tokenizer(models.WordPiece(unk_token=UNK))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.decoder = decoders.WordPiece(cleanup=False)
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=[PAD, EOS, UNK], show_progress=False
-    )
+    tokenizer.pre_tokenizer = split
+    # Given as special, the characters inside words get their numbers in order, not in that of a hash table.
+    inside = {
+        character for text in texts for word, _ in split.pre_tokenize_str(text) for character in word[1:]
+    }
+    alphabet = [PAD, EOS, UNK, *(f"##{character}" for character in sorted(inside))]
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    plain = Tokenizer(models.WordPiece(tokenizer.get_vocab(), unk_token=UNK))
+    plain.pre_tokenizer = split
+    plain.decoder = decoders.WordPiece(cleanup=False)
+    return plain
 
 
 KINDS: dict[str, Callable[[Sequence[str], int], Tokenizer]] = {

@@ -42,8 +42,9 @@ class RotaryTap:
 class Slot:
     """Where one attention layer leaves its tensors while it is captured."""
 
-    def __init__(self, where: str, parts: tuple[Part, ...], rotary: RotaryTap | None) -> None:
-        self.where, self.parts, self.rotary = where, parts, rotary
+    def __init__(self, model: str, layer: int, parts: tuple[Part, ...], rotary: RotaryTap | None) -> None:
+        self.model, self.layer = model, layer
+        self.parts, self.rotary = parts, rotary
         self.clear()
 
     def clear(self) -> None:
@@ -57,12 +58,13 @@ class Slot:
     def write(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Take over one call's tensors; UnsupportedModelError where they are no plain keys and values."""
         self.seen += 1
-        self._rotation(key)
         if self.parts and key.shape != value.shape:
             raise UnsupportedModelError(
-                f"{self.where}: keys are {_extent(key)} and values {_extent(value)}; "
+                f"{self.model}, attention layer {self.layer}: "
+                f"keys are {_extent(key)} and values {_extent(value)}; "
                 "multi-head latent attention (MLA) cannot be captured"
             )
+        self._rotation(key)
         self.keys = _own(key) if "keys" in self.parts else None
         self.values = _own(value) if "values" in self.parts else None
         self.queries = _own(query) if "queries" in self.parts else None
@@ -72,16 +74,18 @@ class Slot:
         if collected is None:
             return
         self.angles, rows = collected
-        if self.parts and rows != key.numel() // key.shape[-1]:
+        attended = key.numel() // key.shape[-1]
+        if self.parts and rows != attended:
             raise UnsupportedModelError(
-                f"{self.where}: rotated {rows} head positions but attends to {key.numel() // key.shape[-1]}; "
+                f"{self.model}, attention layer {self.layer}: attends to {attended} keys but rotated {rows}; "
                 "strip needs a forward pass without past keys that rotates every head; use rotary: keep"
             )
 
 
 def namespace(module: nn.Module) -> dict[str, Any]:
     """The globals that the module's forward looks names up in: those of its modeling file."""
-    return inspect.unwrap(type(module).forward).__globals__
+    names: dict[str, Any] = inspect.unwrap(type(module).forward).__globals__
+    return names
 
 
 def tap_attention(module: nn.Module, implementation: str) -> None:
@@ -109,7 +113,8 @@ def tap_rotary(module: nn.Module) -> RotaryTap | None:
         return None
     if not hasattr(apply, "kava_tap"):
         names[ROTATE] = _tapped_rotation(apply)
-    return names[ROTATE].kava_tap
+    tap: RotaryTap = names[ROTATE].kava_tap
+    return tap
 
 
 def _tapped(original: Callable[..., Any]) -> Callable[..., Any]:

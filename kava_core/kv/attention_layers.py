@@ -12,8 +12,8 @@ from kava_core.errors import KavaError, UnsupportedModelError
 
 def model_name(model: nn.Module) -> str:
     """Class name of the model, seen through PEFT."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return type(inner).__name__
+    unwrap: Any = getattr(model, "get_base_model", lambda: model)
+    return type(unwrap()).__name__
 
 
 def attention_layers(model: nn.Module) -> list[nn.Module]:
@@ -52,8 +52,8 @@ def refuse_reentrant(layers: list[nn.Module], name: str) -> None:
     """KavaError where a training forward would checkpoint reentrantly: same loss, wrong gradient."""
     if torch.is_grad_enabled() and any(map(_reentrant, layers)):
         raise KavaError(
-            f"{name}: reentrant gradient checkpointing detaches captured keys; call "
-            "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+            f"{name}: reentrant gradient checkpointing detaches captured keys; enable it with "
+            "{'use_reentrant': False}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -13,6 +14,13 @@ from torch import Tensor
 def widen(x: Float[Tensor, " ..."]) -> Float[Tensor, " ..."]:
     """Half precision as float32; float32 and float64 as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Products keep the dtype of their factors inside; nothing where the device has no autocast (meta)."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def live(weight: Float[Tensor, "batch layer time"]) -> Bool[Tensor, "batch layer 1 time 1"]:

@@ -25,17 +25,19 @@ def probe_geometry(config: PretrainedConfig) -> Geometry:
 
     The model is made of fake tensors and runs with plain rotary angles: some frequency schemes look at
     position values, which fake tensors do not have, and none changes an extent. Bare meta tensors do not
-    serve, as transformers looks for packed sequences in the values of the positions.
+    serve, as transformers looks for packed sequences in the values of the positions. Experts run as batched
+    products, since grouped ones exist for bfloat16 alone.
 
     Raises:
         UnsupportedModelError: No attention layer can be captured, or the layers are not alike.
     """
     plain = copy.deepcopy(config)
     text = plain.get_text_config()
-    text.rope_parameters = _plain_angles(getattr(text, "rope_parameters", None))
-    text._experts_implementation = "batched_mm"
+    if getattr(text, "rope_parameters", None):
+        text.rope_parameters = _plain_angles(text.rope_parameters)
+    build: Any = AutoModelForCausalLM.from_config
     with FakeTensorMode():
-        return geometry_of(AutoModelForCausalLM.from_config(plain))
+        return geometry_of(build(plain, experts_implementation="batched_mm"))
 
 
 def geometry_of(model: nn.Module) -> Geometry:

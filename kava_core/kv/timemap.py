@@ -62,13 +62,11 @@ class TimeMap:
         if t_time == 0:
             return x.new_zeros(batch, layer, head, self.valid.shape[1], dim)
         rows = rearrange(x, "batch layer head time dim -> (batch layer head time) dim")
-        start = torch.arange(batch * layer * head, device=x.device) * t_time
-        start = rearrange(start, "(batch row) -> batch row 1 1", batch=batch)
-        index = rearrange(self.index[:, None] + start, "batch row time tap -> (batch row time) tap")
-        weight = self.weight[:, None].expand(-1, layer * head, -1, -1).to(x.dtype)
-        weight = rearrange(weight, "batch row time tap -> (batch row time) tap")
+        start = torch.arange(batch * layer * head, device=x.device).view(batch, layer * head, 1, 1) * t_time
+        index = (self.index[:, None] + start).flatten(0, 2)
+        weight = self.weight[:, None].expand(-1, layer * head, -1, -1).flatten(0, 2).to(x.dtype)
         taken = F.embedding_bag(index, rows, mode="sum", per_sample_weights=weight)
-        taken = taken.view(batch, layer, head, -1, dim)
+        taken = taken.view(batch, layer, head, self.valid.shape[1], dim)
         # Not by weight 0: a NaN among the rows would come through.
         return torch.where(self.valid[:, None, None, :, None], taken, 0)
 

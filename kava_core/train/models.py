@@ -80,12 +80,21 @@ def load_student(spec: StudentSpec, tokenizer: PreTrainedTokenizerBase, *, seed:
     """The student, with its adapters and gradient checkpointing if asked for."""
     student = load_model(spec, tokenizer, seed=seed, where="student")
     if spec.gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(student)
     if spec.lora is not None:
         if spec.gradient_checkpointing:
             student.enable_input_require_grads()
         student = add_lora(student, spec.lora, seed=seed)
     return student
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Gradient checkpointing, never in the reentrant form; renamed by transformers in 5.23."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def add_lora(student: nn.Module, lora: Lora, *, seed: int) -> nn.Module:

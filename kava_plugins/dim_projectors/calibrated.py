@@ -13,9 +13,10 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from kava_core.config import ComponentConfig, Part
+from kava_core.config import Part
 from kava_core.errors import KavaError
 from kava_core.kv.axes import Geometry
+from kava_plugins.dim_projectors import Calibrated as Config
 from kava_plugins.dim_projectors.linear import project
 
 CALIBRATED_PARTS: tuple[Part, ...] = ("keys", "values")
@@ -32,7 +33,7 @@ class Calibrated(nn.Module):
     linear = True
     ready: Bool[Tensor, " 2"]
 
-    def __init__(self, config: ComponentConfig, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.per_head, self.dim = config.per_head, student.dim
         head = teacher.head if config.per_head else 1

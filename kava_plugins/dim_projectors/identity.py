@@ -5,16 +5,17 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kava_core.config import ComponentConfig, Part
+from kava_core.config import Part
 from kava_core.kv.axes import Geometry
+from kava_plugins.dim_projectors import Identity as Config
 
 
 class Identity(nn.Module):
-    """The tensor itself, in the teacher's width; where that is not the student's, only basis-free losses fit."""
+    """The tensor itself; where its width is not the student's, only basis-free losses fit."""
 
     linear = shared_width = keeps_width = True
 
-    def __init__(self, config: ComponentConfig, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
 
     def forward(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kava_core.config import ComponentConfig, Part
-from kava_core.kv.axes import Geometry
+from kava_core.config import Part
+from kava_core.kv.axes import PARTS, Geometry
+from kava_plugins.dim_projectors import Linear as Config
 
 
 class Linear(nn.Module):
@@ -20,15 +23,15 @@ class Linear(nn.Module):
 
     linear = True
 
-    def __init__(self, config: ComponentConfig, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.shared_width = config.share_heads
-        self.owner = {
+        self.owner: dict[Part, Part] = {
             "keys": "keys",
             "values": "keys" if config.share_kv else "values",
             "queries": "keys" if config.share_heads else "queries",
         }
-        for order, part in enumerate(("keys", "values", "queries")):
+        for order, part in enumerate(PARTS):
             if self.owner[part] == part:
                 head = 1 if config.share_heads else teacher.heads(part)
                 matrix = _initial(config, teacher.layer, head, student.dim, teacher.dim, config.seed + order)
@@ -45,16 +48,15 @@ def project(
     x: Float[Tensor, "batch layer head time t_dim"], matrix: Float[Tensor, "layer _ dim t_dim"]
 ) -> Float[Tensor, "batch layer head time dim"]:
     """``matrix`` (its head axis 1, or that of ``x``) times the width of ``x``."""
-    matrix = matrix.to(x.dtype)
+    pattern = "batch layer head time t_dim, layer head dim t_dim -> batch layer head time dim"
     if matrix.shape[1] == 1:
-        shared = "batch layer head time t_dim, layer dim t_dim -> batch layer head time dim"
-        return einsum(x, matrix[:, 0], shared)
-    own = "batch layer head time t_dim, layer head dim t_dim -> batch layer head time dim"
-    return einsum(x, matrix, own)
+        matrix, pattern = matrix[:, 0], pattern.replace("layer head dim t_dim", "layer dim t_dim")
+    projected: Tensor = einsum(x, matrix.to(x.dtype), pattern)
+    return projected
 
 
 def _initial(
-    config: ComponentConfig, layer: int, head: int, dim: int, t_dim: int, seed: int
+    config: Config, layer: int, head: int, dim: int, t_dim: int, seed: int
 ) -> Float[Tensor, "layer head dim t_dim"]:
     """Orthonormal rows (columns, where ``dim`` is the larger), or normal with variance 1/t_dim."""
     device = torch.get_default_device()
@@ -63,8 +65,8 @@ def _initial(
     generator = torch.Generator(device="cpu").manual_seed(seed)
     drawn = torch.randn(layer, head, dim, t_dim, generator=generator, device="cpu")
     if config.init == "random":
-        return (drawn / t_dim**0.5).to(device)
+        return (drawn / math.sqrt(t_dim)).to(device)
     tall = drawn if dim >= t_dim else drawn.mT
-    basis, triangle = torch.linalg.qr(tall)
-    basis = basis * triangle.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
+    columns, triangle = torch.linalg.qr(tall)
+    basis: Tensor = columns * triangle.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
     return (basis if dim >= t_dim else basis.mT).contiguous().to(device)

@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kava_core.config import ComponentConfig
 from kava_core.errors import SpecError, did_you_mean, one_of
 from kava_core.kv.axes import Geometry
 from kava_core.protocols import FusionContext
+from kava_plugins.fusers import Fixed as Config
 
 
 class Fixed(nn.Module):
@@ -17,7 +17,7 @@ class Fixed(nn.Module):
 
     weights: Float[Tensor, " teacher"]
 
-    def __init__(self, config: ComponentConfig, *, teachers: tuple[str, ...], student: Geometry) -> None:
+    def __init__(self, config: Config, *, teachers: tuple[str, ...], student: Geometry) -> None:
         super().__init__()
         given = dict.fromkeys(teachers, 1.0) if config.weights is None else dict(config.weights)
         _check_names(given, teachers)

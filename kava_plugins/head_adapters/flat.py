@@ -6,9 +6,10 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kava_core.config import ComponentConfig, Part
+from kava_core.config import Part
 from kava_core.errors import KavaError
 from kava_core.kv.axes import Geometry
+from kava_plugins.head_adapters import Flat as Config
 
 
 class Flat(nn.Module):
@@ -16,7 +17,7 @@ class Flat(nn.Module):
 
     linear = True
 
-    def __init__(self, config: ComponentConfig, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.teacher_view = teacher.with_(head=1, qhead=1, dim=teacher.head * teacher.dim)
         self.student_view = student.with_(head=1, qhead=1, dim=student.head * student.dim)

@@ -10,8 +10,9 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kava_core.config import ComponentConfig, Part
+from kava_core.config import Part
 from kava_core.kv.axes import Geometry
+from kava_plugins.head_adapters import Structured as Config
 
 
 class Structured(nn.Module):
@@ -19,7 +20,7 @@ class Structured(nn.Module):
 
     linear = True
 
-    def __init__(self, config: ComponentConfig, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.teacher_view = teacher.with_(head=student.head, qhead=student.qhead)
         self.student_view = student
@@ -66,7 +67,7 @@ def grouped(t_head: int, head: int) -> Float[Tensor, "head t_head"]:
 
 
 def _initial(
-    config: ComponentConfig, teacher: Geometry, student: Geometry, part: Part, *, seed: int
+    config: Config, teacher: Geometry, student: Geometry, part: Part, *, seed: int
 ) -> Float[Tensor, "_ head t_head"] | None:
     """The first mixing matrices; None where heads pass unchanged."""
     t_head, head = teacher.heads(part), student.heads(part)
@@ -82,7 +83,7 @@ def _initial(
 
 
 def _attach(module: nn.Module, name: str, mix: Tensor | None, *, trainable: bool) -> None:
-    if trainable:
+    if trainable and mix is not None:
         module.register_parameter(name, nn.Parameter(mix))
     else:
         module.register_buffer(name, mix, persistent=False)

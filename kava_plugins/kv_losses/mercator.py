@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.linalg import vector_norm
 
-from kava_core.config import KVLossConfig
 from kava_core.kv.axes import Cache, Geometry
-from kava_core.kv.masks import live, select, weighted_sum, widen
+from kava_core.kv.masks import live, weighted_sum, widen
+from kava_plugins.kv_losses import Mercator as Config
 
-TINY = 1e-20
-"""Vectors of a smaller squared length have no direction: loss 0, gradient 0."""
+TINY = 1e-10
+"""Shorter vectors have no direction: loss 0, gradient 0."""
 
 
 class Mercator(nn.Module):
-    """Mean over heads of 1 − cos, computed as ½‖ŝ − t̂‖², which keeps its precision near 0."""
+    """Mean over heads of 1 − cos, in float32 or better."""
 
-    def __init__(self, config: KVLossConfig, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.parts = config.parts
 
@@ -26,21 +30,47 @@ class Mercator(nn.Module):
     ) -> Float[Tensor, ""]:
         """Σ weight × loss of the position, over positions, layers and parts."""
         where = live(weight)
-        return sum(
-            weighted_sum(one_minus_cosine(select(x, where), select(getattr(target, part), where)), weight)
+        terms = [
+            weighted_sum(one_minus_cosine(widen(x), widen(getattr(target, part)), where), weight)
             for part, x in student.pick(self.parts).items()
-        )
+        ]
+        return torch.stack(terms).sum()
 
 
 def one_minus_cosine(
-    x: Float[Tensor, "batch layer head time dim"], target: Float[Tensor, "batch layer head time dim"]
+    x: Float[Tensor, "batch layer head time dim"],
+    target: Float[Tensor, "batch layer head time dim"],
+    where: Bool[Tensor, "batch layer 1 time 1"],
 ) -> Float[Tensor, "batch layer head time 1"]:
-    """1 − cos of each pair of vectors, in float32 or better; 0 where one of them has no direction."""
-    x, target = widen(x), widen(target)
-    length, t_length = x.square().sum(-1, keepdim=True), target.square().sum(-1, keepdim=True)
-    directed = (length > TINY) & (t_length > TINY)
-    # Guarded before the root: the gradient of rsqrt at 0 is infinite, and 0 · inf is NaN.
-    unit = x * torch.where(directed, length, 1).rsqrt()
-    t_unit = target * torch.where(directed, t_length, 1).rsqrt()
-    difference = torch.where(directed, unit - t_unit, 0)
-    return difference.square().sum(-1, keepdim=True) / 2
+    """1 − cos of each pair of vectors; 0 elsewhere than ``where`` and where one of them has no direction.
+
+    Computed as ½‖x̂ − t̂‖², which keeps its precision near 0, with the gradient in closed form: only one number
+    for each vector is kept for it, no normalised copies.
+    """
+    each: Tensor = _OneMinusCosine.apply(x, target, where)  # type: ignore[no-untyped-call]
+    return each
+
+
+class _OneMinusCosine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, target: Tensor, where: Tensor) -> Tensor:
+        length, t_length = (vector_norm(one, dim=-1, keepdim=True) for one in (x, target))
+        used = where & (length > TINY) & (t_length > TINY)
+        inverse, t_inverse = (torch.where(used, 1 / one, 0) for one in (length, t_length))
+        squared = (x * inverse - target * t_inverse).square().sum(-1, keepdim=True)
+        each = torch.where(used, squared / 2, 0)
+        ctx.save_for_backward(x, target, inverse, t_inverse, 1 - each, used)
+        return each
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """For x: ``cos · x / |x|² − t / (|x| |t|)``, times the incoming gradient; for the target alike."""
+        x, target, inverse, t_inverse, cosine, used = ctx.saved_tensors
+        cross = -gradient * inverse * t_inverse
+        mine = theirs = None
+        if ctx.needs_input_grad[0]:
+            mine = torch.where(used, torch.addcmul(target * cross, x, gradient * cosine * inverse**2), 0)
+        if ctx.needs_input_grad[1]:
+            theirs = torch.where(used, torch.addcmul(x * cross, target, gradient * cosine * t_inverse**2), 0)
+        return mine, theirs, None

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kava_core.config import KVLossConfig
 from kava_core.kv.axes import Cache, Geometry
 from kava_core.kv.masks import scaled_difference, weighted_sum
+from kava_plugins import kv_losses
 
 
 class MSE(nn.Module):
     """Mean over heads and width of (student − target)², optionally in units of the target's deviation."""
 
-    def __init__(self, config: KVLossConfig, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: kv_losses.MSE, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.parts, self.scale = config.parts, config.scale
 
@@ -21,7 +22,8 @@ class MSE(nn.Module):
         self, student: Cache, target: Cache, weight: Float[Tensor, "batch layer time"]
     ) -> Float[Tensor, ""]:
         """Σ weight × loss of the position, over positions, layers and parts."""
-        return sum(
+        terms = [
             weighted_sum(scaled_difference(x, getattr(target, part), weight, self.scale).square(), weight)
             for part, x in student.pick(self.parts).items()
-        )
+        ]
+        return torch.stack(terms).sum()

@@ -9,13 +9,14 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 
-from kava_core.config import KVLossConfig
 from kava_core.kv.axes import Cache, Geometry
-from kava_core.kv.masks import live, select, widen
+from kava_core.kv.masks import live, select, widen, without_autocast
+from kava_plugins.kv_losses import Relation as Config
 
-TINY = 1e-20
-"""Positions of a smaller squared length relate to nothing: cosine 0. So do those that differ from the mean
+TINY = 1e-10
+"""Positions of a smaller length relate to nothing: cosine 0. So do those that differ from the mean
 only by rounding."""
 
 BLOCK = 256
@@ -29,7 +30,7 @@ class Relation(nn.Module):
     heads merged. With ``center`` the mean over the valid positions is removed first.
     """
 
-    def __init__(self, config: KVLossConfig, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.parts, self.center = config.parts, config.center
 
@@ -38,19 +39,19 @@ class Relation(nn.Module):
     ) -> Float[Tensor, ""]:
         """Σ weight × loss of the position, over positions, layers and parts."""
         where = live(weight)
-        with torch.autocast(weight.device.type, enabled=False):
-            return sum(
+        with without_autocast(weight.device):
+            terms = [
                 self._part(x, getattr(target, part), where, weight)
                 for part, x in student.pick(self.parts).items()
-            )
+            ]
+            return torch.stack(terms).sum()
 
     def _part(self, x: Tensor, target: Tensor, where: Tensor, weight: Tensor) -> Tensor:
         mine, theirs = directions(x, where, center=self.center), directions(target, where, center=self.center)
-        # One product gives the difference of the two Grams: [s, t] · [s, −t].
-        left, right = torch.cat([mine, theirs], -1), torch.cat([mine, -theirs], -1)
         valid = where.sum((2, 3, 4)).clamp_min(1)
-        each = torch.cat([(rows @ right.mT).square().sum(-1) for rows in left.split(BLOCK, 2)], -1)
-        return (each / valid[..., None] * weight.to(each.dtype)).sum()
+        blocks = zip(torch.split(mine, BLOCK, 2), torch.split(theirs, BLOCK, 2), strict=True)
+        each = torch.cat([vector_norm(m @ mine.mT - t @ theirs.mT, dim=-1) for m, t in blocks], -1)
+        return (each.square() / valid[..., None] * weight.to(each.dtype)).sum()
 
 
 def directions(
@@ -61,11 +62,11 @@ def directions(
 ) -> Float[Tensor, "batch layer time _"]:
     """Unit vectors of the positions, heads merged, at least float32; zero where invalid or without length."""
     x = rearrange(select(widen(x), where), "batch layer head time dim -> batch layer time (head dim)")
-    least = TINY
+    least = x.new_full((), TINY)
     if center:
         valid = rearrange(where, "batch layer 1 time 1 -> batch layer time 1")
         mean = x.sum(2, keepdim=True) / valid.sum(2, keepdim=True).clamp_min(1)
-        least = TINY + (8 * torch.finfo(x.dtype).eps) ** 2 * mean.detach().square().sum(-1, keepdim=True)
+        least = least + 8 * torch.finfo(x.dtype).eps * vector_norm(mean.detach(), dim=-1, keepdim=True)
         x = torch.where(valid, x - mean, 0)
-    length = x.square().sum(-1, keepdim=True)
-    return x * torch.where(length > least, length, torch.inf).rsqrt()
+    length = vector_norm(x, dim=-1, keepdim=True)
+    return x / torch.where(length > least, length, torch.inf)

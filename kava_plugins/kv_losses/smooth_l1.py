@@ -7,15 +7,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kava_core.config import KVLossConfig
 from kava_core.kv.axes import Cache, Geometry
 from kava_core.kv.masks import scaled_difference, weighted_sum
+from kava_plugins.kv_losses import SmoothL1 as Config
 
 
 class SmoothL1(nn.Module):
     """Mean over heads and width: quadratic below ``beta``, linear above; see ``F.smooth_l1_loss``."""
 
-    def __init__(self, config: KVLossConfig, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.parts, self.scale, self.beta = config.parts, config.scale, config.beta
 
@@ -23,10 +23,11 @@ class SmoothL1(nn.Module):
         self, student: Cache, target: Cache, weight: Float[Tensor, "batch layer time"]
     ) -> Float[Tensor, ""]:
         """Σ weight × loss of the position, over positions, layers and parts."""
-        return sum(
+        terms = [
             weighted_sum(self._each(x, getattr(target, part), weight), weight)
             for part, x in student.pick(self.parts).items()
-        )
+        ]
+        return torch.stack(terms).sum()
 
     def _each(self, x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         difference = scaled_difference(x, target, weight, self.scale)

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kava_core.config import ComponentConfig
 from kava_core.kv.axes import Geometry
+from kava_plugins.layer_mappers import Ratio as Config
 
 
 class Ratio(nn.Module):
@@ -19,7 +19,7 @@ class Ratio(nn.Module):
 
     matrix: Float[Tensor, "layer t_layer"]
 
-    def __init__(self, config: ComponentConfig, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         depth = torch.arange(1, student.layer + 1)
         nearest = (2 * depth * teacher.layer + student.layer) // (2 * student.layer) - 1

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from torch import nn
 
-from kava_core.config import ComponentConfig
 from kava_core.errors import KavaError
 from kava_core.kv.axes import Geometry
 from kava_core.kv.timeline import Timeline
 from kava_core.kv.timemap import TimeMap
+from kava_plugins.time_warpers import Identity as Config
 
 
 class Identity(nn.Module):
     """Position i reads position i, at no cost; valid where both are real."""
 
-    def __init__(self, config: ComponentConfig, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
 
     def forward(self, teacher: Timeline, student: Timeline) -> TimeMap:

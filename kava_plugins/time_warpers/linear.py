@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from torch import nn
 
-from kava_core.config import ComponentConfig
 from kava_core.kv.axes import Geometry
 from kava_core.kv.resample import block_map, places
 from kava_core.kv.timeline import Timeline
 from kava_core.kv.timemap import TimeMap
+from kava_plugins.time_warpers import Linear as Config
 
 
 class Linear(nn.Module):
     """All real teacher tokens stretched or shrunk to all real student tokens, example by example."""
 
-    def __init__(self, config: ComponentConfig, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.mode = config.mode
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from kava_core.config import ComponentConfig
 from kava_core.kv.axes import Geometry
 from kava_core.kv.resample import places
 from kava_core.kv.timeline import Timeline
 from kava_core.kv.timemap import TimeMap
+from kava_plugins.time_warpers import Pad as Config
 
 
 class Pad(nn.Module):
@@ -18,7 +18,7 @@ class Pad(nn.Module):
     The longer of the two is cut: student positions beyond the teacher's last real token are not valid.
     """
 
-    def __init__(self, config: ComponentConfig, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
 
     def forward(self, teacher: Timeline, student: Timeline) -> TimeMap:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kava_core.config import ComponentConfig
 from kava_core.kv.axes import Geometry
 from kava_core.kv.resample import block_map, evenly_kept, places
 from kava_core.kv.timeline import SEGMENT_NAMES, Timeline
 from kava_core.kv.timemap import TimeMap
+from kava_plugins.time_warpers import Segment as Config
 
 
 class Segment(nn.Module):
@@ -22,7 +22,7 @@ class Segment(nn.Module):
     kept: Tensor
     wanted: Tensor
 
-    def __init__(self, config: ComponentConfig, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.mode = config.mode
         windows = [getattr(config.smoothing, name) for name in SEGMENT_NAMES]

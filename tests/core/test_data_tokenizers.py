@@ -95,7 +95,8 @@ def test_the_same_in_another_process(trained, kind):
         "from kava_core.data.trainers import train\n"
         "from kava_core.spec.model import TrainTokenizer\n"
         "texts = sys.stdin.buffer.read().decode().split('\\0')\n"
-        f"sys.stdout.buffer.write(train(TrainTokenizer(kind={kind!r}, vocab_size=320), texts).to_str().encode())"
+        f"trained = train(TrainTokenizer(kind={kind!r}, vocab_size=320), texts)\n"
+        "sys.stdout.buffer.write(trained.to_str().encode())"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code]

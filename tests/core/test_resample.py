@@ -52,7 +52,9 @@ def test_resample_is_the_double_loop(t_time, time, lead, mode):
     half = x.bfloat16()
     found = safe_time_resample(half, time, mode=mode)
     assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.double(), slow_resample(half.double(), time, mode), rtol=2**-8, atol=1e-6)
+    torch.testing.assert_close(
+        found.double(), slow_resample(half.double(), time, mode), rtol=2**-8, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("mode", ["interpolate", "nearest"])
@@ -107,4 +109,6 @@ def test_kept_positions_are_the_centres_of_equal_parts(count, percent):
     at = places(torch.zeros(1, 3).long(), torch.zeros(1, count).long(), 1)
     kept = evenly_kept(at, torch.full((1, count), percent * 10_000))
     parts = max(1, (2 * count * percent + 100) // 200)
-    assert kept[0].nonzero().flatten().tolist() == [((2 * j + 1) * count) // (2 * parts) for j in range(parts)]
+    assert kept[0].nonzero().flatten().tolist() == [
+        ((2 * j + 1) * count) // (2 * parts) for j in range(parts)
+    ]

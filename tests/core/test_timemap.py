@@ -36,7 +36,8 @@ def slow_apply(time_map, x):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)]
+    ("dtype", "close"),
+    [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)],
 )
 @pytest.mark.parametrize("taps", [1, 2, 6])
 def test_apply_is_the_matrix_product(dtype, close, taps):

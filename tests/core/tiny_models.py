@@ -30,8 +30,30 @@ GPT = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48,
     "pad_token_id": 0,
 }
 NO_WIDTH = {name: value for name, value in SIZE.items() if name != "head_dim"}
-MLA = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+MLA = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8} | {
+    "first_k_dense_replace": 2,
+    "num_key_value_heads": 4,
+}
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+SCHEMES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 8},
+    "llama3": {
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8,
+    },
+    "longrope": {
+        "factor": 4.0,
+        "original_max_position_embeddings": 8,
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [1.0, 2.0, 3.0, 4.0],
+    },
+}
 
 
 def heads(x: Tensor, head: int) -> Tensor:
@@ -70,7 +92,7 @@ def fused(projection: str, cut: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Ca
 
     def oracle(attention: nn.Module, head: int) -> Callable[[], dict[str, Tensor]]:
         seen: list[Tensor] = []
-        getattr(attention, projection).register_forward_hook(lambda module, given, output: seen.append(output))
+        getattr(attention, projection).register_forward_hook(lambda m, given, output: seen.append(output))
         return lambda: dict(zip(("keys", "values"), cut(seen[-1]), strict=True))
 
     return oracle
@@ -104,9 +126,7 @@ class Case:
     oracle: Callable[..., Any] = separate
     head: int = 2
     layers: int = 2
-    rotates: bool = True
     note: str = ""
-    refused: str | None = None
 
     def config(self, **more: Any) -> PretrainedConfig:
         """A fresh configuration."""
@@ -131,30 +151,75 @@ WORKS = (
     Case("Qwen3", "qwen3", note="norm on queries and keys"),
     Case("Gemma", "gemma"),
     Case("Gemma 2", "gemma2", {"sliding_window": 4}, note="alternating sliding window"),
-    Case("Gemma 3 (text)", "gemma3_text", {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
-         note="local and global angles; norm on queries and keys"),
-    Case("GPT-2", "gpt2", base=GPT, oracle=fused("c_attn", _thirds), head=4, rotates=False, note="fused projection; no rotation"),
-    Case("GPT-NeoX", "gpt_neox", {"rotary_pct": 0.5}, oracle=fused("query_key_value", _neox), head=4,
-         note="fused projection; partial rotation"),
+    Case(
+        "Gemma 3 (text)",
+        "gemma3_text",
+        {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+        note="local and global angles; norm on queries and keys",
+    ),
+    Case(
+        "GPT-2",
+        "gpt2",
+        base=GPT,
+        oracle=fused("c_attn", _thirds),
+        head=4,
+        note="fused projection; no rotation",
+    ),
+    Case(
+        "GPT-NeoX",
+        "gpt_neox",
+        {"rotary_pct": 0.5},
+        oracle=fused("query_key_value", _neox),
+        head=4,
+        note="fused projection; partial rotation",
+    ),
     Case("Phi", "phi", {"partial_rotary_factor": 0.5}, note="partial rotation"),
     Case("Phi-3", "phi3", oracle=fused("qkv_proj", _phi3), note="fused projection"),
     Case("OLMo 2", "olmo2", note="norm on queries and keys"),
     Case("GLM", "glm", {"partial_rotary_factor": 0.5}, note="interleaved pairs; partial rotation"),
     Case("Cohere", "cohere", note="interleaved pairs"),
-    Case("Cohere 2", "cohere2", {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
-         note=f"interleaved pairs; {NOPE}"),
+    Case(
+        "Cohere 2",
+        "cohere2",
+        {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+        note=f"interleaved pairs; {NOPE}",
+    ),
     Case("StableLM", "stablelm", {"partial_rotary_factor": 0.5}, note="partial rotation"),
     Case("Granite", "granite"),
     Case("SmolLM3", "smollm3", {"no_rope_layers": [1, 0]}, note=NOPE),
-    Case("GPT-OSS", "gpt_oss", {"sliding_window": 4, **MOE}, note="experts; attention sinks; eager attention; YaRN angles"),
+    Case(
+        "GPT-OSS",
+        "gpt_oss",
+        {"sliding_window": 4, **MOE},
+        note="experts; attention sinks; eager attention; YaRN angles",
+    ),
     Case("Mixtral", "mixtral", MOE, note="experts"),
-    Case("GPT-BigCode", "gpt_bigcode", {"multi_query": True}, base=GPT, oracle=fused("c_attn", _bigcode), head=1,
-         rotates=False, note="one key/value head; no rotation"),
-    Case("OPT", "opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}, head=4, rotates=False, note="no rotation"),
-    Case("Qwen3-Next", "qwen3_next", {
-        **MOE, "shared_expert_intermediate_size": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
-        "linear_key_head_dim": 8, "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"],
-        "partial_rotary_factor": 0.5}, layers=1, note="hybrid: its attention layers only; partial rotation"),
+    Case(
+        "GPT-BigCode",
+        "gpt_bigcode",
+        {"multi_query": True},
+        base=GPT,
+        oracle=fused("c_attn", _bigcode),
+        head=1,
+        note="one key/value head; no rotation",
+    ),
+    Case("OPT", "opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}, head=4, note="no rotation"),
+    Case(
+        "Qwen3-Next",
+        "qwen3_next",
+        {
+            **MOE,
+            "shared_expert_intermediate_size": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"],
+            "partial_rotary_factor": 0.5,
+        },
+        layers=1,
+        note="hybrid: its attention layers only; partial rotation",
+    ),
 )
 
 REFUSED = (
@@ -162,6 +227,6 @@ REFUSED = (
     Case("Falcon", "falcon", {"multi_query": True}, base=NO_WIDTH),
     Case("GPT-J", "gptj", {"rotary_dim": 4}, base=GPT),
     Case("Mamba", "mamba", {"state_size": 4}),
-    Case("DeepSeek-V2", "deepseek_v2", {**MLA, "first_k_dense_replace": 2, "num_key_value_heads": 4}, base=NO_WIDTH),
-    Case("DeepSeek-V3", "deepseek_v3", {**MLA, "first_k_dense_replace": 2, "num_key_value_heads": 4}, base=NO_WIDTH),
+    Case("DeepSeek-V2", "deepseek_v2", MLA, base=NO_WIDTH),
+    Case("DeepSeek-V3", "deepseek_v3", MLA, base=NO_WIDTH),
 )

@@ -15,7 +15,9 @@ from kava_plugins.layer_mappers import kava_layer_mappers
 def build(t_layer, layer, **fields):
     [declaration] = [one for one in kava_layer_mappers() if one.component_name() == "ratio"]
     shape = {"head": 1, "dim": 2, "qhead": 1, "hidden": 4}
-    return declaration(**fields).build(teacher=Geometry(layer=t_layer, **shape), student=Geometry(layer=layer, **shape))
+    return declaration(**fields).build(
+        teacher=Geometry(layer=t_layer, **shape), student=Geometry(layer=layer, **shape)
+    )
 
 
 @pytest.mark.parametrize("t_layer", [1, 2, 3, 4, 7, 24, 28])

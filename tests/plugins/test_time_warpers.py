@@ -28,13 +28,15 @@ def timeline(sizes, *, left=0, length=None):
     segments = [s for s, size in enumerate(sizes) for _ in range(size)]
     length = length or left + len(segments)
     segments = [-1] * left + segments + [-1] * (length - left - len(segments))
-    segments = torch.tensor([segments])
+    segments = torch.tensor([segments], dtype=torch.long)
     mask = segments >= 0
     return Timeline(mask, (mask.long().cumsum(-1) - 1) * mask, segments, torch.zeros(1, length, 2).long())
 
 
 def batched(examples):
-    return Timeline(*(torch.cat([getattr(e, f) for e in examples]) for f in ("mask", "positions", "segments", "spans")))
+    return Timeline(
+        *(torch.cat([getattr(e, f) for e in examples]) for f in ("mask", "positions", "segments", "spans"))
+    )
 
 
 def spread(sizes, lefts, length):
@@ -61,7 +63,9 @@ def slow_row(u, n, t_n, mode, window):
     return row
 
 
-def slow_map(teacher, student, blocks, *, mode="interpolate", windows=(1, 1, 1), ratio=(1, 1, 1), wanted=(0, 1, 2)):
+def slow_map(
+    teacher, student, blocks, *, mode="interpolate", windows=(1, 1, 1), ratio=(1, 1, 1), wanted=(0, 1, 2)
+):
     """Dense map and validity; ``blocks(timeline)`` gives one list of block ids for each example."""
     dense = torch.zeros(*student.mask.shape, teacher.mask.shape[1], dtype=torch.float64)
     valid = torch.zeros(student.mask.shape, dtype=torch.bool)
@@ -160,7 +164,9 @@ def test_padding_changes_nothing(name, t_left, left):
     tight = warper(timeline(t_sizes), timeline(sizes)).apply(x)
     padded = torch.full((1, 2, 2, t_left + 11, 3), torch.nan)
     padded[:, :, :, t_left : t_left + 9] = x
-    time_map = warper(timeline(t_sizes, left=t_left, length=t_left + 11), timeline(sizes, left=left, length=left + 9))
+    time_map = warper(
+        timeline(t_sizes, left=t_left, length=t_left + 11), timeline(sizes, left=left, length=left + 9)
+    )
     found = time_map.apply(padded)
     assert torch.equal(found[:, :, :, left : left + 8], tight)
     assert not torch.cat([found[:, :, :, :left], found[:, :, :, left + 8 :]], 3).any()

@@ -1,0 +1,100 @@
+"""From the slots of attention layers to one stacked tensor a part, or to the reason why not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from kava_core.config import Part
+from kava_core.errors import KavaError, UnsupportedModelError
+from kava_core.kv.attention_hook import Slot
+from kava_core.kv.rope import unrotate
+
+
+def stack(slots: list[Slot], part: Part) -> Float[Tensor, "batch layer head time dim"]:
+    """One part of all layers, keys and queries without the rotation their slots saw.
+
+    Raises:
+        UnsupportedModelError: The layers have different head counts or widths.
+    """
+    _check_equal(slots, part)
+    if part == "values":
+        return _stacked(slots, part)
+    groups = _by_angles(slots)
+    turned = torch.cat([_turned_back([slots[i] for i in group], part) for group in groups], dim=1)
+    if len(groups) == 1:
+        return turned
+    order = torch.tensor([i for group in groups for i in group], device=turned.device)
+    return turned[:, order.argsort()]
+
+
+def check_seen(slots: list[Slot]) -> None:
+    """UnsupportedModelError where a layer was not captured, KavaError where one was captured twice."""
+    name = slots[0].model
+    missing = [slot.layer for slot in slots if slot.seen == 0]
+    if len(missing) == len(slots):
+        raise UnsupportedModelError(
+            f"{name}: no attention layer could be captured: either no forward pass ran inside the "
+            "with-block, or its attention bypasses transformers' AttentionInterface"
+        )
+    if missing:
+        raise UnsupportedModelError(f"{name}: attention layers {listed(missing)} were not captured")
+    twice = [slot.layer for slot in slots if slot.seen > 1]
+    if twice:
+        raise KavaError(f"{name}: attention layers {listed(twice)} were captured more than once")
+
+
+def check_rotated(slots: list[Slot]) -> None:
+    """UnsupportedModelError where a model with rotary angles rotated its keys unseen."""
+    if any(slot.rotary is None for slot in slots) or all(slot.angles is None for slot in slots):
+        raise UnsupportedModelError(
+            f"{slots[0].model}: its rotation of keys cannot be undone, as it does not call an "
+            "apply_rotary_pos_emb(q, k, cos, sin); use rotary: keep"
+        )
+
+
+def listed(numbers: Iterable[int]) -> str:
+    """Layer numbers for an error message."""
+    return ", ".join(map(str, numbers)) or "(none)"
+
+
+def _by_angles(slots: list[Slot]) -> list[list[int]]:
+    """Positions of the layers that were rotated by the very same tensors, or not at all."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for position, slot in enumerate(slots):
+        key = (id(slot.angles.cos), slot.angles.width) if slot.angles is not None else (0, 0)
+        groups.setdefault(key, []).append(position)
+    return list(groups.values())
+
+
+def _turned_back(slots: list[Slot], part: Part) -> Float[Tensor, "batch layer head time dim"]:
+    whole, angles, rotary = _stacked(slots, part), slots[0].angles, slots[0].rotary
+    if angles is None or rotary is None:
+        return whole
+    cos, sin = angles.cos.to(whole.device), angles.sin.to(whole.device)
+    return unrotate(whole, cos, sin, rotary.apply, angles.width)
+
+
+def _stacked(slots: list[Slot], part: Part) -> Float[Tensor, "batch layer head time dim"]:
+    """Layers may live on several devices; the stack lives on the first one's."""
+    tensors = [getattr(slot, part) for slot in slots]
+    here = [tensor.to(tensors[0].device) for tensor in tensors]
+    whole: Tensor = rearrange(here, "layer batch head time dim -> batch layer head time dim")
+    return whole
+
+
+def _check_equal(slots: list[Slot], part: Part) -> None:
+    shapes = {slot.layer: getattr(slot, part).shape for slot in slots}
+    first = shapes[slots[0].layer]
+    others = [layer for layer, shape in shapes.items() if shape != first]
+    if others:
+        odd = shapes[others[0]]
+        raise UnsupportedModelError(
+            f"{slots[0].model}: {part} of attention layers {listed(others)} differ from "
+            f"layer {slots[0].layer}: {odd[1]} heads × {odd[3]} at {odd[2]} positions, "
+            f"not {first[1]} × {first[3]} at {first[2]}"
+        )

@@ -1,0 +1,39 @@
+"""What makes a component's declaration usable in a spec. Asked by the registry and the conformance kit."""
+
+from __future__ import annotations
+
+import re
+from inspect import isclass
+from typing import Any, Literal, get_args, get_origin
+
+from kava_core.config import ComponentConfig, KVLossConfig
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+def base_of(kind: str) -> type[ComponentConfig]:
+    """The class that declarations of this kind derive from."""
+    return KVLossConfig if kind == "kv_loss" else ComponentConfig
+
+
+def fault_of(kind: str, declaration: Any) -> str | None:
+    """The first thing wrong with a declaration, as a sentence; None when it is usable."""
+    base = base_of(kind)
+    if not isclass(declaration) or not issubclass(declaration, base) or declaration is base:
+        return f"{declaration!r} is not a subclass of {base.__name__}"
+    told = f"class {declaration.__name__}"
+    if not _named(declaration):
+        return f"{told} needs a field like name: Literal['my_name'] = 'my_name' (lower case, digits, _)"
+    if not _IMPORT_PATH.fullmatch(str(getattr(declaration, "component", ""))):
+        given = getattr(declaration, "component", None)
+        return f"{told} needs component = 'package.module:Class', not {given!r}"
+    if not (declaration.__dict__.get("__doc__") or "").strip():
+        return f"{told} needs a docstring; it is shown by 'kava plugins'"
+    return None
+
+
+def _named(declaration: type[ComponentConfig]) -> bool:
+    field = declaration.model_fields["name"]
+    literal = get_origin(field.annotation) is Literal and get_args(field.annotation) == (field.default,)
+    return literal and bool(_NAME.fullmatch(str(field.default)))

@@ -1,0 +1,18 @@
+"""A short name for what a spec asks for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from kava_core.spec.model import PipelineSpec
+
+ELSEWHERE = {"name", "seeds", "variants", "output"}
+"""Fields that a run directory's path says itself."""
+
+
+def digest(spec: PipelineSpec) -> str:
+    """Ten hex digits of the sha256 of the resolved spec; the same on every machine."""
+    fields = spec.model_dump(mode="json", exclude=ELSEWHERE)
+    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()[:10]

@@ -1,0 +1,189 @@
+"""pydantic's findings in plain words: what is wrong, what is possible, what was probably meant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from kava_core.errors import did_you_mean, one_of
+from kava_core.hookspecs import KINDS
+from kava_core.registry import Registry
+from kava_core.spec.model import Name
+from kava_core.spec.places import Path
+from kava_core.spec.walk import Spot, fields_of, literal_values, tags_of, walk
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing wrong with a document."""
+
+    path: Path
+    """Where, from the root."""
+    message: str
+    """What."""
+    at_key: bool
+    """Whether the key is wrong, not its value."""
+    missing: bool
+    """Whether the path is not in the document."""
+
+
+def findings(error: ValidationError, model: type[BaseModel], registry: Registry) -> list[Finding]:
+    """Every finding, in the order of the spec's fields; alternatives of a union become one."""
+    details = [(detail, walk(model, detail["loc"])) for detail in error.errors(include_url=False)]
+    spots = [spot for _, spot in details]
+    kept = [(detail, spot) for detail, spot in details if not _overshadowed(detail, spot, spots)]
+    return [_finding(path, [one for one in kept if one[1].path == path], registry) for path in _paths(kept)]
+
+
+def shown(value: Any) -> str:
+    """A value as an error message quotes it: short, and in the words of YAML."""
+    if isinstance(value, dict | list | tuple):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+Detail = Any
+"""pydantic's description of one error: type, loc, input, ctx."""
+
+
+def _overshadowed(detail: Detail, spot: Spot, spots: Sequence[Spot]) -> bool:
+    """A finding deeper inside tells more than the failure of an alternative, or of the list around it."""
+    deeper = any(
+        len(other.path) > len(spot.path) and other.path[: len(spot.path)] == spot.path for other in spots
+    )
+    return deeper and (spot.alternative or detail["type"] == "too_short")
+
+
+def _paths(kept: Sequence[tuple[Detail, Spot]]) -> list[Path]:
+    return list(dict.fromkeys(spot.path for _, spot in kept))
+
+
+def _finding(path: Path, details: Sequence[tuple[Detail, Spot]], registry: Registry) -> Finding:
+    detail, spot = details[0]
+    missing = detail["type"] == "missing"
+    at_key = detail["type"] == "extra_forbidden" or spot.is_key
+    return Finding(path, _message(details, registry), at_key, missing)
+
+
+def _message(details: Sequence[tuple[Detail, Spot]], registry: Registry) -> str:
+    """Expectations of alternatives joined by ``or``; anything else as its own sentence."""
+    detail, spot = details[0]
+    expected = list(dict.fromkeys(filter(None, (_expectation(*one) for one in details))))
+    if len(details) > 1 and expected:
+        return f"must be {' or '.join(expected)}, not {shown(detail['input'])}"
+    sentence = _SENTENCES.get(detail["type"])
+    if sentence:
+        return sentence(detail, spot, registry)
+    if expected:
+        return f"must be {expected[0]}, not {shown(detail['input'])}"
+    return str(detail["msg"]).replace("Input should", "must", 1)
+
+
+def _unknown_key(detail: Detail, spot: Spot, registry: Registry) -> str:
+    possible = fields_of(spot.parent)
+    return f"unknown key; possible: {', '.join(possible)}{did_you_mean(str(spot.path[-1]), possible)}"
+
+
+def _unknown_word(detail: Detail, spot: Spot, registry: Registry) -> str:
+    given, possible = detail["input"], literal_values(spot.expected)
+    if spot.is_key:
+        given = spot.path[-1]
+        possible = [word.strip("' ") for word in detail["ctx"]["expected"].replace(" or ", ",").split(",")]
+    told = f"{shown(given)} is not possible; possible: {', '.join(possible)}"
+    return told + did_you_mean(str(given), possible)
+
+
+def _unknown_tag(detail: Detail, spot: Spot, registry: Registry) -> str:
+    given, kind, possible = detail["ctx"]["tag"], _kind(spot.path), tags_of(spot.expected)
+    if kind in KINDS:
+        return registry.unknown(kind, given)
+    return f"no {kind} {given!r}; possible: {one_of(possible)}{did_you_mean(given, possible)}"
+
+
+def _no_tag(detail: Detail, spot: Spot, registry: Registry) -> str:
+    possible = one_of(tags_of(spot.expected))
+    if isinstance(detail["input"], dict):
+        return f"needs a 'name'; possible: {possible}"
+    return f"must be a name or a mapping with a name, not {shown(detail['input'])}; possible: {possible}"
+
+
+def _kind(path: Path) -> str:
+    """The kind of component a path holds, or its last key."""
+    words = [part for part in path if isinstance(part, str)]
+    return "kv_loss" if words[-1] == "losses" else words[-1]
+
+
+def _own_words(detail: Detail, spot: Spot, registry: Registry) -> str:
+    return str(detail["ctx"]["error"])
+
+
+_Sentence = Callable[[Detail, Spot, Registry], str]
+
+_SENTENCES: dict[str, _Sentence] = {
+    "missing": lambda detail, spot, registry: "is missing",
+    "extra_forbidden": _unknown_key,
+    "literal_error": _unknown_word,
+    "union_tag_invalid": _unknown_tag,
+    "union_tag_not_found": _no_tag,
+    "too_short": lambda detail, spot, registry: f"needs at least {detail['ctx']['min_length']} entry",
+    "value_error": _own_words,
+    "assertion_error": _own_words,
+}
+
+_TYPES = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "none_required": "null",
+}
+
+_BOUNDS = {
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "multiple_of": "a multiple of {multiple_of}",
+    "string_too_short": "at least {min_length} characters long",
+    "string_too_long": "at most {max_length} characters long",
+}
+
+_NAME_PATTERN = Name.__metadata__[0].pattern  # type: ignore[attr-defined]
+
+
+def _expectation(detail: Detail, spot: Spot) -> str | None:
+    """What the value must be, to stand after ``must be``."""
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind in _BOUNDS:
+        numbers = {key: _short(value) for key, value in context.items()}
+        return _BOUNDS[kind].format(**numbers)
+    if kind == "literal_error":
+        return " or ".join(map(repr, literal_values(spot.expected))) or None
+    if kind == "string_pattern_mismatch":
+        return _pattern(context["pattern"])
+    return _TYPES.get(kind)
+
+
+def _pattern(pattern: str) -> str:
+    if pattern == _NAME_PATTERN:
+        return "letters, digits, '_', '.' and '-', starting with a letter or digit"
+    return f"text matching {pattern}"
+
+
+def _short(value: Any) -> str:
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

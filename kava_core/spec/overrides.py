@@ -1,0 +1,36 @@
+"""``key=value`` on the command line, and the changes of a variant: the same rules for both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kava_core.errors import SpecError
+from kava_core.spec.document import Document
+from kava_core.spec.places import Place, InvalidSpecError
+from kava_core.spec.yaml_loader import parse
+
+
+def override(document: Document, overrides: Iterable[str]) -> Document:
+    """A copy with every ``key=value`` set, in order; InvalidSpecError with all that cannot be.
+
+    Keys are dotted paths with list indexes, such as ``losses.0.weight``; values are read as in a spec, so
+    ``seeds=[0,1]`` is a list and ``output=`` is null.
+    """
+    changed, errors = document.copy(), []
+    for text in overrides:
+        try:
+            _set(changed, text)
+        except SpecError as error:
+            errors.append(str(error))
+    if errors:
+        raise InvalidSpecError(errors)
+    return changed
+
+
+def _set(document: Document, text: str) -> None:
+    key, equals, written = text.partition("=")
+    place = Place(f"override {text}")
+    if not equals:
+        raise SpecError(place.error("must be key=value, such as train.steps=100"))
+    value = parse(written, place)[0] if written.strip() else None
+    document.set(key.strip(), value, place)

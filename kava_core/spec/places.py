@@ -1,0 +1,84 @@
+"""Where each value of a spec was written, and errors that say so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from kava_core.errors import SpecError
+
+Path = tuple[str | int, ...]
+"""Keys and list indexes from the root of a spec to a value."""
+
+
+def dotted(path: Path) -> str:
+    """``teachers.0.name``, as on the command line."""
+    return ".".join(str(part) for part in path)
+
+
+class InvalidSpecError(SpecError):
+    """Everything wrong with a spec, one line each."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self.lines = tuple(dict.fromkeys(lines))
+        super().__init__("\n".join(self.lines))
+
+
+@dataclass(frozen=True)
+class Place:
+    """One spot in a spec file, or a command-line override."""
+
+    source: str
+    """File as the user named it, or ``override KEY=VALUE``."""
+    line: int | None = None
+    """Counted from 1; None for an override."""
+    column: int | None = None
+    """Counted from 1; None for an override."""
+    context: str = ""
+    """Put before the path, such as ``variant wide: ``."""
+
+    def __str__(self) -> str:
+        spot = "" if self.line is None else f":{self.line}:{self.column}"
+        return f"{self.source}{spot}"
+
+    @property
+    def origin(self) -> str:
+        """``file:line``, or ``override``."""
+        return "override" if self.line is None else f"{self.source}:{self.line}"
+
+    def error(self, message: str, path: Path = ()) -> str:
+        """``place: path: message``."""
+        where = f"{dotted(path)}: " if path else ""
+        return f"{self}: {self.context}{where}{message}"
+
+
+@dataclass
+class Places:
+    """The place of every key and value."""
+
+    start: Place
+    keys: dict[Path, Place] = field(default_factory=dict)
+    values: dict[Path, Place] = field(default_factory=dict)
+
+    def key(self, path: Path) -> Place:
+        """Where the key stands, or the nearest enclosing one."""
+        return self._nearest(self.keys, path)
+
+    def value(self, path: Path) -> Place:
+        """Where the value stands, or else the nearest enclosing key."""
+        return self.values.get(path) or self.key(path)
+
+    def forget(self, path: Path) -> None:
+        """Drop this path and everything below it."""
+        for places in (self.keys, self.values):
+            for old in [old for old in places if old[: len(path)] == path]:
+                del places[old]
+
+    def copy(self) -> Places:
+        """An independent copy."""
+        return Places(self.start, dict(self.keys), dict(self.values))
+
+    def _nearest(self, places: dict[Path, Place], path: Path) -> Place:
+        while path and path not in places:
+            path = path[:-1]
+        return places.get(path, self.start)

@@ -1,0 +1,22 @@
+"""The JSON Schema of a spec, with the components that are installed, for editors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kava_core.registry import Registry
+from kava_core.spec.bind import bind
+
+
+def json_schema(registry: Registry) -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of PipelineSpec; fields carry their documentation."""
+    schema = bind(registry).model_json_schema()
+    for definition in schema["$defs"].values():
+        _require_name(definition)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _require_name(definition: dict[str, Any]) -> None:
+    """A tagged mapping needs its tag, though the tag is a default of the class."""
+    if "const" in definition.get("properties", {}).get("name", {}):
+        definition["required"] = ["name", *definition.get("required", [])]

@@ -1,0 +1,122 @@
+"""Follows the location of a validation error through the spec's types.
+
+pydantic's locations mix keys of the document with labels of union members; only the types can tell them
+apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from kava_core.spec.places import Path
+
+
+@dataclass(frozen=True)
+class Spot:
+    """What stands at a location."""
+
+    path: Path
+    """Keys and indexes of the document."""
+    expected: Any
+    """The type expected there; None where the types do not say."""
+    parent: Any
+    """The type one key above."""
+    alternative: bool
+    """True where the location is inside one member of an untagged union."""
+    is_key: bool
+    """True where a mapping's key itself is wrong."""
+
+
+def walk(model: type[BaseModel], location: Sequence[str | int]) -> Spot:
+    """Resolve a location; unknown keys at its end are kept as they are."""
+    path: list[str | int] = []
+    here: Any = model
+    parent: Any = None
+    alternative = is_key = False
+    for step in location:
+        members = members_of(here)
+        if step == "[key]":
+            is_key = True
+        elif len(members) > 1:
+            here = _chosen(members, step)
+            alternative = not _tagged(members)
+        else:
+            parent, here = _only(members), _below(_only(members), step)
+            alternative = False
+            path.append(step)
+    return Spot(tuple(path), here, parent, alternative, is_key)
+
+
+def members_of(annotation: Any) -> list[Any]:
+    """Members of a union, without None; otherwise the annotation alone."""
+    if get_origin(annotation) is Annotated:
+        return members_of(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        every = [member for part in get_args(annotation) for member in members_of(part)]
+        return [member for member in every if member is not type(None)]
+    return [annotation]
+
+
+def literal_values(annotation: Any) -> list[str]:
+    """All words that Literals in this annotation allow."""
+    literals = [member for member in members_of(annotation) if get_origin(member) is Literal]
+    return [str(value) for literal in literals for value in get_args(literal)]
+
+
+def tags_of(annotation: Any) -> list[str]:
+    """Names of the models in a tagged union."""
+    return [tag for tag in map(_tag, members_of(annotation)) if tag is not None]
+
+
+def fields_of(annotation: Any) -> list[str]:
+    """Keys a model accepts; none for anything else."""
+    only = _only(members_of(annotation))
+    return list(only.model_fields) if _is_model(only) else []
+
+
+def _only(members: list[Any]) -> Any:
+    return members[0] if len(members) == 1 else None
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _tag(member: Any) -> str | None:
+    field = member.model_fields.get("name") if _is_model(member) else None
+    return str(field.default) if field and get_origin(field.annotation) is Literal else None
+
+
+def _tagged(members: list[Any]) -> bool:
+    return any(_tag(member) is not None for member in members)
+
+
+def _chosen(members: list[Any], label: str | int) -> Any:
+    """The member that pydantic labels so: by tag, class name, or start of its type (``tuple[int, ...]``)."""
+    for member in members:
+        names = (_tag(member), getattr(member, "__name__", None))
+        if label in names and get_origin(member) is None:
+            return member
+    kinds = [member for member in members if str(label).startswith(f"{_origin_name(member)}[")]
+    return kinds[0] if kinds else None
+
+
+def _origin_name(member: Any) -> str:
+    origin = get_origin(member)
+    return "literal" if origin is Literal else str(getattr(origin, "__name__", ""))
+
+
+def _below(annotation: Any, step: str | int) -> Any:
+    """The type under a key or index."""
+    if _is_model(annotation):
+        field = annotation.model_fields.get(str(step))
+        return field.annotation if field else None
+    arguments = get_args(annotation)
+    if get_origin(annotation) is dict:
+        return arguments[1]
+    return arguments[0] if get_origin(annotation) in (tuple, list) else None

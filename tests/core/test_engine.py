@@ -1,0 +1,196 @@
+"""Training as a user runs it: accumulation, resume, signals, NaN, run directories."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from kava_core.errors import KavaError, NonFiniteError, Preempted, SpecError
+from kava_core.train import checkpoint, run as run_module
+from kava_core.train.callbacks import read_metrics
+from kava_core.train.export import export
+from kava_core.train.run import Result, run
+from kava_core.train.rundir import RunDir
+from kava_core.train.weights import ALIGNER_FILE
+from tests import tiny
+
+
+def weights(result: Result | Path) -> dict[str, Tensor]:
+    """Student and aligners of the last checkpoint."""
+    folder = result if isinstance(result, Path) else result.folder
+    last = checkpoint.newest(folder / "checkpoints")
+    assert last is not None
+    return load_file(last / "student" / "model.safetensors") | load_file(last / ALIGNER_FILE)
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """The uninterrupted run that others are compared with: dropout, a second epoch, a trained aligner."""
+    return run(bumpy(tmp_path_factory.mktemp("whole")), variant="main", seed=1)
+
+
+def bumpy(output: Path, **changes: object) -> object:
+    """A run that a careless resume would get wrong: dropout, two epochs, trained projector and head mix."""
+    wide = dict(tiny.FIELDS["teachers"][0])
+    wide["align"] = {"dim_projector": "linear", "head_adapter": {"name": "structured", "trainable": True}}
+    return tiny.spec(
+        output,
+        student={"config": tiny.llama(attention_dropout=0.2)},
+        teachers=[wide, tiny.FIELDS["teachers"][1]],
+        train={"steps": 7, "batch_size": 12, "accumulate": 2} | changes,
+    )
+
+
+class Send(TrainerCallback):
+    """Sends this process a signal in the middle of a step."""
+
+    def __init__(self, at: int, number: signal.Signals) -> None:
+        self.at, self.number = at, number
+
+    def on_step_begin(self, args, state, control, **_):  # type: ignore[no-untyped-def]
+        if state.global_step == self.at:
+            signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize(("at", "number"), [(1, signal.SIGTERM), (4, signal.SIGUSR1), (5, signal.SIGUSR2)])
+def test_a_signal_saves_once_and_resuming_is_bit_exact(
+    whole: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, number: signal.Signals
+) -> None:
+    spec = bumpy(tmp_path)
+    monkeypatch.setattr(run_module, "ShowProgress", lambda title: Send(at, number))
+    with pytest.raises(Preempted, match=rf"stopped by {number.name} at step {at + 1}, saved") as stopped:
+        run(spec, variant="main", seed=1)
+    assert stopped.value.exit_code == 75
+    monkeypatch.undo()
+    folder = RunDir(spec, "main", 1)
+    assert checkpoint.step_of(checkpoint.newest(folder.checkpoints)) == at + 1
+    result = run(spec, variant="main", seed=1)
+    assert_same(weights(result), weights(whole))
+    evaluations = [[line for line in read_metrics(r.folder / "metrics.jsonl") if "eval_ce" in line] for r in (result, whole)]
+    strip = [[{k: v for k, v in line.items() if k != "seconds"} for line in lines] for lines in evaluations]
+    assert strip[0] == strip[1]
+
+
+def test_a_complete_run_is_skipped(whole: Result) -> None:
+    before = {p: p.stat().st_mtime_ns for p in whole.folder.rglob("*") if p.name != "lock"}
+    again = run(bumpy(whole.folder.parents[1]), variant="main", seed=1)
+    assert again.results == whole.results
+    assert before == {p: p.stat().st_mtime_ns for p in whole.folder.rglob("*") if p.name != "lock"}
+
+
+def test_run_directory_says_what_happened(whole: Result) -> None:
+    record = json.loads((whole.folder / "run.json").read_text())
+    assert record["status"] == "complete"
+    assert record["data"]["train"]["examples"] == 64
+    assert len(record["data"]["train"]["sha256"]) == 64
+    assert record["data"]["duplicates_across"] == 0
+    assert record["versions"]["torch"] == torch.__version__
+    assert {"ce", "perplexity", "exact_match", "mercator", "relation", "steps"} == set(record["results"])
+    lines = read_metrics(whole.folder / "metrics.jsonl")
+    assert {"step", "seconds", "ce", "mercator", "relation", "grad_norm", "learning_rate"} <= set(lines[0])
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 8))
+    samples = [json.loads(line) for line in (whole.folder / "samples.jsonl").read_text().splitlines()]
+    assert {"prompt", "gold", "wrote", "correct"} == set(samples[0])
+
+
+def test_accumulation_does_not_change_the_result(tmp_path: Path) -> None:
+    """Cross-entropy and KV terms are divided by the counts of the whole batch."""
+    results = {}
+    for size, accumulate in ((12, 1), (6, 2), (3, 4)):
+        train = {"batch_size": size, "accumulate": accumulate, "steps": 3, "save_every": 3}
+        results[size] = weights(run(tiny.spec(tmp_path, train=train), variant="main", seed=0))
+    for name, expected in results[12].items():
+        for size in (6, 3):
+            torch.testing.assert_close(results[size][name], expected, rtol=1e-3, atol=2e-5, msg=f"{name} {size}")
+
+
+def test_same_seed_same_run_and_another_seed_another(tmp_path: Path) -> None:
+    first, second = (weights(run(tiny.spec(tmp_path / side), variant="main", seed=4)) for side in "ab")
+    other = weights(run(tiny.spec(tmp_path / "a"), variant="main", seed=5))
+    assert_same(first, second)
+    assert not torch.equal(first["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+
+
+def test_weight_zero_runs_no_teacher_and_equals_cross_entropy_alone(tmp_path: Path) -> None:
+    off = tiny.spec(tmp_path / "off", losses=[{"name": "mercator", "weight": 0.0}])
+    none = tiny.spec(tmp_path / "none", losses=[], teachers=[])
+    a, b = (weights(run(spec, variant="main", seed=2)) for spec in (off, none))
+    assert_same(a, b)
+
+
+def test_non_finite_loss_stops_before_the_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KAVA_SHAPE_CHECK", "0")  # debug mode would stop one stage earlier, with the layer's number
+    spec = tiny.spec(tmp_path, train={"learning_rate": 1e38, "steps": 6, "save_every": 1})
+    with pytest.raises(NonFiniteError, match=r"step \d: .*stopped before the update, nothing saved") as stopped:
+        run(spec, variant="main", seed=0)
+    assert stopped.value.exit_code == 4
+    for path in checkpoint.steps(RunDir(spec, "main", 0).checkpoints).values():
+        assert all(torch.isfinite(t).all() for t in load_file(path / "student" / "model.safetensors").values())
+
+
+def test_two_processes_do_not_share_a_run_directory(tmp_path: Path) -> None:
+    spec = tiny.spec(tmp_path)
+    with RunDir(spec, "main", 0).lock(), pytest.raises(KavaError, match="another process is training here"):
+        run(spec, variant="main", seed=0)
+
+
+def test_changed_data_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    lines = [json.dumps({"prompt": f"{i}+1", "reasoning": str(i + 1), "answer": str(i + 1)}) for i in range(40)]
+    file.write_text("\n".join(lines))
+    data = {"name": "jsonl", "train": str(file), "validation": str(file)}
+    spec = tiny.spec(tmp_path, losses=[], teachers=[], train={"steps": 2})
+    spec = type(spec).model_validate(tiny.fields(losses=[], teachers=[]) | {"data": data, "output": str(tmp_path)})
+    folder = RunDir(spec, "main", 0)
+    folder.path.mkdir(parents=True)
+    folder.begin({"data": {"train": {"sha256": "other"}}})
+    with pytest.raises(SpecError, match="the data changed since this run began"):
+        run(spec, variant="main", seed=0)
+
+
+@pytest.mark.parametrize("precision", ["bf16"])
+def test_bf16_trains(tmp_path: Path, precision: str) -> None:
+    result = run(tiny.spec(tmp_path, train={"precision": precision, "steps": 2}), variant="main", seed=0)
+    assert all(torch.isfinite(t).all() for t in weights(result).values())
+
+
+def test_fp16_without_cuda_is_refused(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a CUDA device is here: fp16 works")
+    with pytest.raises(SpecError, match="fp16 needs a CUDA device"):
+        run(tiny.spec(tmp_path, train={"precision": "fp16"}), variant="main", seed=0)
+
+
+def test_lora_run_exports_a_plain_model(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    result = run(tiny.spec(tmp_path, student={"lora": {"rank": 2}}, train={"steps": 2}), variant="main", seed=0)
+    export(result.folder, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == model.config.vocab_size
+
+
+def test_export_holds_the_trained_weights_and_the_spec(whole: Result, tmp_path: Path) -> None:
+    export(whole.folder, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    trained = weights(whole)
+    assert all(torch.equal(found[name], trained[name]) for name in found)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert '"name": "tiny"' in card
+    assert "variant `main`, seed 1, 7 steps" in card
+    with pytest.raises(KavaError, match="exists already"):
+        export(whole.folder, tmp_path / "out")
+    with pytest.raises(SpecError, match="not a run directory"):
+        export(tmp_path, tmp_path / "elsewhere")
