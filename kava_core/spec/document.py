@@ -1,4 +1,4 @@
-"""A spec as it was written: plain values and where they stand. Changes are made here, before validation."""
+"""A spec as it was written: plain values and where they stand. Changes are made before validation."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 
 from kava_core.errors import SpecError
 from kava_core.hookspecs import KINDS
-from kava_core.spec.places import Path, Place, Places
-
+from kava_core.spec.places import DEEPEST, Path, Place, Places
 
 _ROOT: Path = ()
 
@@ -29,7 +28,7 @@ class Document:
         """Put a value at a dotted path; ``inner`` has the places of what is inside it.
 
         SpecError where the path leads through something that is neither mapping nor list, or past a list's
-        end. Mappings that are missing or null are made; a component's bare name becomes a mapping with that name.
+        end. Mappings that are missing or null are made; a component's bare name becomes a mapping with it.
         """
         path = self._prepare(key, place)
         holder = self._at(path[:-1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,15 +13,13 @@ from pydantic import ValidationError
 from kava_core.errors import SpecError
 from kava_core.registry import Registry
 from kava_core.spec.bind import bind
+from kava_core.spec.digest import digest
 from kava_core.spec.document import Document
 from kava_core.spec.errors_text import Finding, findings, shown
 from kava_core.spec.model import PipelineSpec
 from kava_core.spec.overrides import override
-from kava_core.spec.places import Path, Place, InvalidSpecError, dotted
+from kava_core.spec.places import InvalidSpecError, Path, Place, dotted
 from kava_core.spec.yaml_loader import parse, read_source
-
-NOT_HASHED = frozenset({"seeds", "variants", "output"})
-"""Fields that do not change what a single run computes."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class LoadedSpec:
         return {dotted(path): places.value(path).origin for path in leaves}
 
     def digest(self) -> str:
-        """See ``digest``."""
+        """Ten hexadecimal digits that name what the spec asks for."""
         return digest(self.spec)
 
 
@@ -57,11 +54,19 @@ def load(file: str | File, overrides: Iterable[str] = (), registry: Registry | N
     SpecError at the first thing that is not strict YAML; otherwise InvalidSpecError with one line for
     everything wrong: ``file:line:col: dotted.path: what is wrong; possible: …; did you mean …``.
     """
-    source = read_source(file)
-    document = override(_document(source, str(file)), overrides)
+    source, document = read_document(file, overrides)
     registry = registry or Registry.build()
     model = bind(registry)
     return LoadedSpec(validate(document, model, registry), source, document, model, registry)
+
+
+def read_document(file: str | File, overrides: Iterable[str] = ()) -> tuple[str, Document]:
+    """Text and document of a spec, with overrides applied, not yet validated; SpecError as for ``load``."""
+    source, start = read_source(file), Place(str(file), 1, 1)
+    data, places = parse(source, start)
+    if not isinstance(data, dict):
+        raise SpecError(start.error(f"a spec must be a mapping, not {shown(data)}"))
+    return source, override(Document(data, places), overrides)
 
 
 def validate(document: Document, model: type[PipelineSpec], registry: Registry) -> PipelineSpec:
@@ -73,23 +78,6 @@ def validate(document: Document, model: type[PipelineSpec], registry: Registry) 
         found = [_located(finding, document) for finding in findings(error, model, registry)]
         lines = sorted(found, key=lambda one: (one[0].line or 0, one[0].column or 0))
         raise InvalidSpecError(line for _, line in lines) from None
-
-
-def digest(spec: PipelineSpec) -> str:
-    """Ten hexadecimal digits of what a run computes: everything but seeds, variants and output folder.
-
-    Defaults are written out, so stating a default changes nothing.
-    """
-    values = spec.model_dump(mode="json", exclude=set(NOT_HASHED))
-    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:10]
-
-
-def _document(source: str, file: str) -> Document:
-    data, places = parse(source, Place(file, 1, 1))
-    if not isinstance(data, dict):
-        raise SpecError(Place(file, 1, 1).error(f"a spec must be a mapping, not {shown(data)}"))
-    return Document(data, places)
 
 
 def _located(finding: Finding, document: Document) -> tuple[Place, str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from kava_core.errors import SpecError
 from kava_core.spec.document import Document
-from kava_core.spec.places import Place, InvalidSpecError
+from kava_core.spec.places import InvalidSpecError, Place
 from kava_core.spec.yaml_loader import parse
 
 

@@ -11,6 +11,10 @@ Path = tuple[str | int, ...]
 """Keys and list indexes from the root of a spec to a value."""
 
 
+DEEPEST = 50
+"""Mappings and lists inside one another, and parts of a dotted path."""
+
+
 def dotted(path: Path) -> str:
     """``teachers.0.name``, as on the command line."""
     return ".".join(str(part) for part in path)

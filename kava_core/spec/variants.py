@@ -9,7 +9,7 @@ from kava_core.errors import SpecError
 from kava_core.spec.document import Document
 from kava_core.spec.load import LoadedSpec, validate
 from kava_core.spec.model import PipelineSpec
-from kava_core.spec.places import Path, Place, Places, InvalidSpecError
+from kava_core.spec.places import InvalidSpecError, Path, Place, Places
 
 SHARED = ("name", "seeds", "variants", "output")
 """Fields that belong to all variants together, so that they stay comparable and side by side."""

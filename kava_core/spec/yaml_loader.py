@@ -13,14 +13,11 @@ from typing import Any
 import yaml
 
 from kava_core.errors import SpecError
-from kava_core.spec.places import Path, Place, Places
+from kava_core.spec.places import DEEPEST, Path, Place, Places
 from kava_core.spec.scalars import Scalar, plain
 
 LARGEST = 1024 * 1024
 """Bytes of a spec."""
-
-DEEPEST = 50
-"""Mappings and lists inside one another."""
 
 
 def read_source(file: str | File) -> str:

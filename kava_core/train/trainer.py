@@ -19,7 +19,7 @@ from transformers import Trainer
 from kava_core.errors import NonFiniteError
 from kava_core.train import checkpoint
 from kava_core.train.distiller import IGNORED, Distiller
-from kava_core.train.weights import load_weights, save_weights
+from kava_core.train.weights import assert_finite_weights, load_weights, save_weights
 
 
 class KavaTrainer(Trainer):
@@ -116,6 +116,7 @@ class KavaTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes into a staging folder; the rename that ends it makes the checkpoint exist."""
+        assert_finite_weights(self.model, f"step {self.state.global_step}")
         self._staging = True
         try:
             super()._save_checkpoint(model, trial)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 
-from kava_core.errors import CheckpointError
+from kava_core.errors import CheckpointError, NonFiniteError
 from kava_core.train.distiller import Distiller
 
 STUDENT = "student"
@@ -30,6 +31,16 @@ def save_weights(distiller: Distiller, folder: Path, state_dict: dict[str, Tenso
     distiller.student.save_pretrained(folder / STUDENT, state_dict=student)
     pipeline = _under(state_dict, "pipeline.") if state_dict is not None else aligner_state(distiller)
     save_file(pipeline or {}, folder / ALIGNER_FILE)
+
+
+@torch.no_grad()
+def assert_finite_weights(module: nn.Module, where: str) -> None:
+    """NonFiniteError naming the first weight that holds NaN or infinity: such weights are never saved."""
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    finite = torch.stack([torch.isfinite(p).all() for p in trained.values()]).tolist()
+    if not all(finite):
+        name = list(trained)[finite.index(False)]
+        raise NonFiniteError(f"{where}: {name} holds NaN or infinity after the update; nothing saved")
 
 
 def _under(state: dict[str, Tensor] | None, prefix: str) -> dict[str, Tensor] | None:

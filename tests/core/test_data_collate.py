@@ -160,12 +160,16 @@ def test_too_long_in_any_tokenizer_is_dropped_everywhere(sides):
     limit = sorted(lengths["chars"])[1]
     fits = [max(lengths["chars"][i], lengths["bpe"][i]) <= limit for i in range(3)]
     assert 0 < sum(fits) < 3
-    collator = Collator(sides["chars"], {"a": sides["bpe"]}, TEMPLATE, max_length=limit)
-    dataset = EncodedDataset(EXAMPLES, collator)
-    assert dataset.examples == [example for example, fit in zip(EXAMPLES, fits, strict=True) if fit]
-    assert (len(dataset), dataset.dropped) == (sum(fits), 3 - sum(fits))
-    with pytest.raises(SpecError, match=f"^data: an example is longer than max_length={limit} tokens$"):
-        collator(EXAMPLES)
+    for student, teacher in (("chars", "bpe"), ("bpe", "chars")):
+        collator = Collator(sides[student], {"a": sides[teacher]}, TEMPLATE, max_length=limit)
+        dataset = EncodedDataset(EXAMPLES, collator)
+        assert dataset.examples == [example for example, fit in zip(EXAMPLES, fits, strict=True) if fit]
+        assert (len(dataset), dataset.dropped) == (sum(fits), 3 - sum(fits))
+        with pytest.raises(SpecError, match=rf"^data: an example is longer than max_length={limit} tokens$"):
+            collator(EXAMPLES)
+
+
+def test_nothing_fits(sides):
     with pytest.raises(SpecError, match=r"^train\.max_length: none of the 3 examples fits in 2 tokens$"):
         EncodedDataset(EXAMPLES, Collator(sides["chars"], {}, TEMPLATE, max_length=2))
 

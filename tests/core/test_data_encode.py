@@ -138,6 +138,12 @@ def test_any_unicode(fields, name):
         assert set(segments) == {0, 1, 2}
 
 
+def test_added_tokens_have_their_segment_without_text_beside_them():
+    template = Template(prompt="{prompt}", reasoning="{reasoning}", answer="{answer}")
+    found = encode(render(Example("", "why", ""), template), TOKENIZERS["bos"])
+    assert found.segments.tolist() == [0] + [1] * (len(found) - 2) + [2]
+
+
 def test_one_character_in_several_tokens_has_one_span():
     found = encode(render(Example("\U0010fffd", "r", "a"), GSM), TOKENIZERS["bpe"])
     assert found.spans[:4].tolist() == [[0, 1]] * 4

@@ -107,6 +107,14 @@ def test_the_same_in_another_process(trained, kind):
     assert there.stdout.decode() == here.to_str()
 
 
+@pytest.mark.parametrize("kind", trainers.KINDS)
+def test_rare_characters_do_not_change_the_order(kind):
+    common = ["the cat sat on the mat and the cats sat on the mats again"] * 30
+    texts = [*common, "the «é» §± ½", "the ¿ñ? ¡ü!", "QZXJ"]
+    spec = TrainTokenizer(kind=kind, vocab_size=300)
+    assert len({trainers.train(spec, texts).to_str() for _ in range(12)}) == 1
+
+
 def test_the_cache_is_used_and_keyed(trained, cache, monkeypatch):
     monkeypatch.setattr(trainers, "train", None)
     spec = TrainTokenizer(kind="bpe", vocab_size=320)

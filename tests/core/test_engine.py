@@ -130,14 +130,39 @@ def test_weight_zero_runs_no_teacher_and_equals_cross_entropy_alone(tmp_path: Pa
     assert_same(a, b)
 
 
+@pytest.fixture
+def no_value_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debug mode would stop one stage earlier, with the layer's number."""
+    monkeypatch.setenv("KAVA_SHAPE_CHECK", "0")
+
+
+class Poison(TrainerCallback):
+    """Puts a NaN into a weight before step 4."""
+
+    def on_step_begin(self, args, state, control, model, **_):  # type: ignore[no-untyped-def]
+        if state.global_step == 3:
+            model.student.lm_head.weight.data[5, 0] = torch.nan
+
+
+@pytest.mark.usefixtures("no_value_checks")
 def test_non_finite_loss_stops_before_the_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KAVA_SHAPE_CHECK", "0")  # debug mode would stop one stage earlier, with the layer's number
-    spec = tiny.spec(tmp_path, train={"learning_rate": 1e38, "steps": 6, "save_every": 1})
-    with pytest.raises(NonFiniteError, match=r"step \d: .*stopped before the update, nothing saved") as stopped:
+    monkeypatch.setattr(run_module, "ShowProgress", lambda title: Poison())
+    spec = tiny.spec(tmp_path, train={"steps": 6, "save_every": 1})
+    told = r"step 4: ce not finite; stopped before the update, nothing saved"
+    with pytest.raises(NonFiniteError, match=told) as stopped:
         run(spec, variant="main", seed=0)
     assert stopped.value.exit_code == 4
-    for path in checkpoint.steps(RunDir(spec, "main", 0).checkpoints).values():
-        assert all(torch.isfinite(t).all() for t in load_file(path / "student" / "model.safetensors").values())
+    assert list(checkpoint.steps(RunDir(spec, "main", 0).checkpoints)) == [2, 3]
+
+
+@pytest.mark.usefixtures("no_value_checks")
+def test_non_finite_weights_are_never_saved(tmp_path: Path) -> None:
+    spec = tiny.spec(tmp_path, train={"learning_rate": 1e38, "steps": 6, "save_every": 1})
+    with pytest.raises(NonFiniteError, match=r"step 1: .* holds NaN or infinity after the update; nothing saved"):
+        run(spec, variant="main", seed=0)
+    folder = RunDir(spec, "main", 0)
+    assert not checkpoint.steps(folder.checkpoints)
+    assert not folder.student.exists()
 
 
 def test_two_processes_do_not_share_a_run_directory(tmp_path: Path) -> None:

@@ -1,0 +1,168 @@
+"""The command line: ``kava VERB spec.yaml key=value …``. Commands are thin, heavy imports inside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from kava_core.errors import KavaError
+
+app = typer.Typer(
+    name="kava",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+TRACEBACK = "KAVA_TRACEBACK"
+"""Environment variable: show where an error was raised."""
+
+LIBRARIES = (
+    *(
+        "kava",
+        "torch",
+        "transformers",
+        "accelerate",
+        "tokenizers",
+        "safetensors",
+        "numpy",
+        "pydantic",
+        "pluggy",
+    ),
+    *("einops", "jaxtyping", "beartype", "pyyaml", "typer", "peft", "datasets"),
+)
+"""Distributions whose versions decide what a run computes."""
+
+Spec = Annotated[Path, typer.Argument(metavar="SPEC", help="Spec file (YAML).", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Changes, such as train.steps=100.", show_default=False),
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and exit: an error kava can explain goes to stderr without a traceback."""
+    try:
+        app(args=arguments)
+    except KavaError as error:
+        if os.environ.get(TRACEBACK, "") not in ("", "0"):
+            raise
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+@app.callback()
+def options(
+    check_shapes: Annotated[
+        bool, typer.Option("--check-shapes", help="Check every tensor's shape and type at run time (slow).")
+    ] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error was raised.")] = False,
+) -> None:
+    """Distil the key-value caches of teachers into a student, as a spec file says."""
+    if traceback:
+        os.environ[TRACEBACK] = "1"
+    if check_shapes:
+        from kava_core import shapecheck
+
+        os.environ[shapecheck.VARIABLE] = "1"
+        shapecheck.enable()
+
+
+@app.command()
+def check(spec: Spec, overrides: Overrides = None) -> None:
+    """Check a spec: syntax, schema, imports of the plugins it uses."""
+    from kava_core.spec.check import check as levels
+
+    for level, found in levels(spec, overrides or ()):
+        typer.echo(f"{level:<8} ok   {found}")
+
+
+@app.command()
+def plugins(
+    format: Annotated[Literal["table", "json"], typer.Option("--format", help="How to print.")] = "table",
+) -> None:
+    """List the installed components and who registered them."""
+    from kava_core.registry import Registry
+
+    registry = Registry.build()
+    if format == "json":
+        rows = [_row(one) for one in registry.table()]
+        failures = [vars(failure) for failure in registry.failures]
+        typer.echo(json.dumps({"components": rows, "failures": failures}, indent=2, ensure_ascii=False))
+        return
+    for line in _aligned([_row(one).values() for one in registry.table()]):
+        typer.echo(line)
+    for failure in registry.failures:
+        typer.echo(str(failure))
+
+
+@app.command()
+def schema(
+    output: Annotated[Path | None, typer.Option("--output", help="Write to this file instead.")] = None,
+) -> None:
+    """Print the JSON Schema of specs with what is installed."""
+    from kava_core.registry import Registry
+    from kava_core.spec.schema import json_schema
+
+    text = json.dumps(json_schema(Registry.build()), indent=2, ensure_ascii=False)
+    if output is None:
+        typer.echo(text)
+        return
+    try:
+        output.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise KavaError(f"{output}: cannot be written: {error.strerror}") from error
+
+
+@app.command()
+def env(
+    devices: Annotated[
+        bool, typer.Option("--devices", help="Also list accelerators (imports torch).")
+    ] = False,
+) -> None:
+    """Print the versions a run depends on."""
+    import platform
+
+    rows = [("python", platform.python_version()), ("platform", platform.platform())]
+    rows += [(name, _version(name)) for name in LIBRARIES]
+    for line in _aligned(rows + (_devices() if devices else [])):
+        typer.echo(line)
+
+
+def _row(registered: Any) -> dict[str, str]:
+    fields = ("kind", "name", "distribution", "version", "doc")
+    return {field: getattr(registered, field) for field in fields}
+
+
+def _aligned(rows: Iterable[Iterable[str]]) -> list[str]:
+    """Columns as wide as their widest cell, two spaces between."""
+    table = [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    ]
+
+
+def _version(distribution: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[tuple[str, str]]:
+    import torch
+
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return [(f"cuda:{index}", name) for index, name in enumerate(names)] or [("cuda", "no device")]

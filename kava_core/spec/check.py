@@ -1,0 +1,61 @@
+"""``kava check``: levels of proof that a spec is right, each more expensive than the one before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path as File
+
+from kava_core.config import ComponentConfig
+from kava_core.errors import KavaError, PluginError
+from kava_core.hookspecs import KINDS
+from kava_core.spec.load import LoadedSpec, load, read_document
+from kava_core.spec.model import PipelineSpec
+from kava_core.spec.variants import resolve_variants
+
+Level = tuple[str, str]
+"""Name of a level that passed, and what it found."""
+
+
+def check(file: str | File, overrides: Sequence[str] = ()) -> Iterator[Level]:
+    """Run the levels in order, yielding each as it passes; the error of the first that does not."""
+    read_document(file, overrides)
+    yield "syntax", "strict YAML"
+    loaded = load(file, overrides)
+    variants = resolve_variants(loaded)
+    yield "schema", _counted(loaded, variants)
+    yield "plugins", _imported(loaded, variants)
+
+
+def used_components(spec: PipelineSpec) -> Iterator[tuple[str, ComponentConfig]]:
+    """Kind and declaration of every component a run of this spec builds."""
+    for teacher in spec.teachers:
+        for kind in type(teacher.align).model_fields:
+            if kind in KINDS:
+                yield kind, getattr(teacher.align, kind)
+    if spec.teachers:
+        yield "fuser", spec.fuser
+    for loss in spec.losses:
+        yield "kv_loss", loss
+
+
+def _counted(loaded: LoadedSpec, variants: dict[str, PipelineSpec]) -> str:
+    return f"variants: {', '.join(variants)}; seeds: {', '.join(map(str, loaded.spec.seeds))}"
+
+
+def _imported(loaded: LoadedSpec, variants: dict[str, PipelineSpec]) -> str:
+    """Import the implementations of everything used; PluginError at the first that cannot be."""
+    used = [one for spec in variants.values() for one in used_components(spec)]
+    names = dict.fromkeys((kind, config.component_name()) for kind, config in used)
+    for kind, name in names:
+        _import(loaded, kind, name)
+    return f"imported: {', '.join(f'{kind} {name}' for kind, name in names) or 'no component is used'}"
+
+
+def _import(loaded: LoadedSpec, kind: str, name: str) -> None:
+    try:
+        loaded.registry.get(kind, name).implementation()
+    except Exception as error:
+        # A plugin's module can raise anything while it is imported.
+        told = str(error) if isinstance(error, KavaError) else f"{type(error).__name__}: {error}"
+        origin = loaded.registry.origin(kind, name)
+        raise PluginError(f"{kind} {name!r} ({origin}): {' '.join(told.split())}") from error
