@@ -34,10 +34,10 @@ LIBRARIES = (
         "tokenizers",
         "safetensors",
         "numpy",
-        "pydantic",
-        "pluggy",
+        "peft",
+        "datasets",
     ),
-    *("einops", "jaxtyping", "beartype", "pyyaml", "typer", "peft", "datasets"),
+    *("pydantic", "pluggy", "einops", "jaxtyping", "beartype", "pyyaml", "typer"),
 )
 """Distributions whose versions decide what a run computes."""
 

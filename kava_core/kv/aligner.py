@@ -27,10 +27,18 @@ class TeacherAligner(nn.Module):
         teacher: the teacher's geometry.
         student: the student's geometry.
         layers: student layers that some loss looks at, counted from 0.
+        parts: what some loss compares.
     """
 
     def __init__(
-        self, spec: AlignSpec, *, name: str, teacher: Geometry, student: Geometry, layers: tuple[int, ...]
+        self,
+        spec: AlignSpec,
+        *,
+        name: str,
+        teacher: Geometry,
+        student: Geometry,
+        layers: tuple[int, ...],
+        parts: tuple[Part, ...],
     ) -> None:
         super().__init__()
         self.name = name
@@ -38,7 +46,8 @@ class TeacherAligner(nn.Module):
         with blame(self._who["layer_mapper"]):
             mapper = spec.layer_mapper.build(teacher=teacher, student=student)
             self.layer_map = LayerMap(mapper, teacher=teacher, student=student, layers=layers)
-        student, self.teacher = (geometry.with_(layer=len(layers)) for geometry in (student, teacher))
+        extents = {"layer": len(layers)} | ({} if "queries" in parts else {"qhead": 0})
+        student, self.teacher = student.with_(**extents), teacher.with_(**extents)
         with blame(self._who["head_adapter"]):
             self.head_adapter = spec.head_adapter.build(teacher=self.teacher, student=student)
             self.adapted: Geometry = self.head_adapter.teacher_view

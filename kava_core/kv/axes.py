@@ -37,7 +37,7 @@ class Geometry:
     dim: int
     """Width of one head."""
     qhead: int
-    """Query heads of a layer."""
+    """Query heads of a layer; components are built with 0 where no loss compares queries."""
     hidden: int
     """Width of the residual stream."""
 

@@ -74,7 +74,14 @@ class KVPipeline(nn.Module):
         self.separate = spec.target == "separate"
         self.names = tuple(teachers)
         self.aligners = nn.ModuleList(
-            TeacherAligner(teacher.align, name=name, teacher=geometry, student=student, layers=self.layers)
+            TeacherAligner(
+                teacher.align,
+                name=name,
+                teacher=geometry,
+                student=student,
+                layers=self.layers,
+                parts=parts_of(spec),
+            )
             for teacher, (name, geometry) in zip(spec.teachers, teachers.items(), strict=True)
         )
         self.configs = active(spec)

@@ -8,7 +8,7 @@ from typing import Any
 
 from kava_core.errors import SpecError
 from kava_core.hookspecs import KINDS
-from kava_core.spec.places import DEEPEST, Path, Place, Places
+from kava_core.spec.places import DEEPEST, Path, Place, Places, dotted
 
 _ROOT: Path = ()
 
@@ -19,10 +19,16 @@ class Document:
 
     data: Any
     places: Places
+    context: str = ""
+    """What errors say after the place, such as ``variant wide: ``."""
 
-    def copy(self) -> Document:
-        """An independent copy."""
-        return Document(deepcopy(self.data), self.places.copy())
+    def copy(self, context: str = "") -> Document:
+        """An independent copy, with a context of its own."""
+        return Document(deepcopy(self.data), self.places.copy(), context)
+
+    def error(self, place: Place, message: str, path: Path = ()) -> str:
+        """``place: context: path: message``."""
+        return place.error(self.context + (f"{dotted(path)}: " if path else "") + message)
 
     def set(self, key: str, value: Any, place: Place, inner: Places | None = None) -> None:
         """Put a value at a dotted path; ``inner`` has the places of what is inside it.
@@ -34,10 +40,7 @@ class Document:
         holder = self._at(path[:-1])
         holder[path[-1]] = value
         self.places.forget(path)
-        self.places.keys[path] = self.places.values[path] = place
-        for name in ("keys", "values") if inner else ():
-            below = {(*path, *rest): where for rest, where in getattr(inner, name).items() if rest}
-            getattr(self.places, name).update(below)
+        self.places.graft(path, inner or Places(place))
 
     def _at(self, path: Path) -> Any:
         value = self.data
@@ -49,14 +52,38 @@ class Document:
         """The path of a dotted key, with everything on the way made ready."""
         rest, path = key.split("."), _ROOT
         if not all(rest) or len(rest) > DEEPEST:
-            raise SpecError(place.error(f"{key!r} is not a dotted path such as train.steps"))
+            raise SpecError(self.error(place, f"{key!r} is not a dotted path such as train.steps"))
         while rest:
             self._open(path, place)
-            part, rest = _next(self._at(path), rest, path, place)
+            part, rest = self._next(rest, path, place)
             path = (*path, part)
-            if rest and isinstance(self._at(path[:-1]), dict):
-                self._at(path[:-1]).setdefault(part, {})
+            if rest:
+                self._make(path, place)
         return path
+
+    def _next(self, rest: list[str], path: Path, place: Place) -> tuple[str | int, list[str]]:
+        """The next key, and what is left. Keys with dots are found where they exist, or name a change."""
+        holder = self._at(path)
+        if isinstance(holder, list):
+            return self._index(holder, rest[0], path, place), rest[1:]
+        for length in range(len(rest), 1, -1):
+            if ".".join(rest[:length]) in holder:
+                return ".".join(rest[:length]), rest[length:]
+        whole = len(rest) if len(path) == 2 and path[0] == "variants" else 1
+        return ".".join(rest[:whole]), rest[whole:]
+
+    def _index(self, holder: list[Any], given: str, path: Path, place: Place) -> int:
+        if given.isdecimal() and int(given) < len(holder):
+            return int(given)
+        possible = f"0 to {len(holder) - 1}" if holder else "none, it is empty"
+        raise SpecError(self.error(place, f"no entry {given!r}; possible: {possible}", path))
+
+    def _make(self, path: Path, place: Place) -> None:
+        """Put an empty mapping where there is no value yet."""
+        holder = self._at(path[:-1])
+        if isinstance(holder, dict) and path[-1] not in holder:
+            holder[path[-1]] = {}
+            self.places.keys[path] = place
 
     def _open(self, path: Path, place: Place) -> None:
         """Make sure that something can be put under this path."""
@@ -64,28 +91,10 @@ class Document:
         if isinstance(value, dict | list):
             return
         if value is not None and not (isinstance(value, str) and _holds_component(path)):
-            raise SpecError(place.error(f"has nothing inside: it is {value!r}", path))
+            raise SpecError(self.error(place, f"has nothing inside: it is {value!r}", path))
         self._at(path[:-1])[path[-1]] = {} if value is None else {"name": value}
         if value is not None:
             self.places.keys[*path, "name"] = self.places.values[*path, "name"] = self.places.value(path)
-
-
-def _next(holder: Any, rest: list[str], path: Path, place: Place) -> tuple[str | int, list[str]]:
-    """The next key, and what is left. Keys that contain dots are found when they exist, or name a change."""
-    if isinstance(holder, list):
-        return _index(holder, rest[0], path, place), rest[1:]
-    for length in range(len(rest), 1, -1):
-        if ".".join(rest[:length]) in holder:
-            return ".".join(rest[:length]), rest[length:]
-    whole = len(rest) if len(path) == 2 and path[0] == "variants" else 1
-    return ".".join(rest[:whole]), rest[whole:]
-
-
-def _index(holder: list[Any], given: str, path: Path, place: Place) -> int:
-    if given.isdecimal() and int(given) < len(holder):
-        return int(given)
-    possible = f"0 to {len(holder) - 1}" if holder else "none, it is empty"
-    raise SpecError(place.error(f"no entry {given!r}; possible: {possible}", path))
 
 
 def _holds_component(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,10 @@ def findings(error: ValidationError, model: type[BaseModel], registry: Registry)
     details = [(detail, walk(model, detail["loc"])) for detail in error.errors(include_url=False)]
     spots = [spot for _, spot in details]
     kept = [(detail, spot) for detail, spot in details if not _overshadowed(detail, spot, spots)]
-    return [_finding(path, [one for one in kept if one[1].path == path], registry) for path in _paths(kept)]
+    groups: dict[tuple[Path, bool], list[tuple[Detail, Spot]]] = defaultdict(list)
+    for detail, spot in kept:
+        groups[spot.path, spot.is_key].append((detail, spot))
+    return [_finding(path, group, registry) for (path, _), group in groups.items()]
 
 
 def shown(value: Any) -> str:
@@ -60,14 +64,12 @@ def _overshadowed(detail: Detail, spot: Spot, spots: Sequence[Spot]) -> bool:
     return deeper and (spot.alternative or detail["type"] == "too_short")
 
 
-def _paths(kept: Sequence[tuple[Detail, Spot]]) -> list[Path]:
-    return list(dict.fromkeys(spot.path for _, spot in kept))
-
-
 def _finding(path: Path, details: Sequence[tuple[Detail, Spot]], registry: Registry) -> Finding:
     detail, spot = details[0]
     missing = detail["type"] == "missing"
     at_key = detail["type"] == "extra_forbidden" or spot.is_key
+    if detail["type"] == "union_tag_invalid" and isinstance(detail["input"], dict):
+        path = (*path, "name")
     return Finding(path, _message(details, registry), at_key, missing)
 
 
@@ -100,7 +102,10 @@ def _unknown_word(detail: Detail, spot: Spot, registry: Registry) -> str:
 
 
 def _unknown_tag(detail: Detail, spot: Spot, registry: Registry) -> str:
-    given, kind, possible = detail["ctx"]["tag"], _kind(spot.path), tags_of(spot.expected)
+    given, kind, possible = detail["input"], _kind(spot.path), tags_of(spot.expected)
+    given = given["name"] if isinstance(given, dict) else given
+    if not isinstance(given, str):
+        return f"must be text, not {shown(given)}; possible: {one_of(possible)}"
     if kind in KINDS:
         return registry.unknown(kind, given)
     return f"no {kind} {given!r}; possible: {one_of(possible)}{did_you_mean(given, possible)}"

@@ -84,7 +84,7 @@ def _located(finding: Finding, document: Document) -> tuple[Place, str]:
     path, places = finding.path, document.places
     at_key = finding.at_key or finding.missing
     place = places.key(path) if at_key else places.value(path)
-    return place, place.error(finding.message, path)
+    return place, document.error(place, finding.message, path)
 
 
 def _leaves(value: Any, path: Path) -> Iterator[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from textwrap import shorten
 
 from kava_core.errors import SpecError
 from kava_core.spec.document import Document
@@ -29,7 +30,7 @@ def override(document: Document, overrides: Iterable[str]) -> Document:
 
 def _set(document: Document, text: str) -> None:
     key, equals, written = text.partition("=")
-    place = Place(f"override {text}")
+    place = Place(f"override {shorten(text, 100, placeholder='…')}")
     if not equals:
         raise SpecError(place.error("must be key=value, such as train.steps=100"))
     value = parse(written, place)[0] if written.strip() else None

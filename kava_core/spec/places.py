@@ -38,8 +38,6 @@ class Place:
     """Counted from 1; None for an override."""
     column: int | None = None
     """Counted from 1; None for an override."""
-    context: str = ""
-    """Put before the path, such as ``variant wide: ``."""
 
     def __str__(self) -> str:
         spot = "" if self.line is None else f":{self.line}:{self.column}"
@@ -53,7 +51,7 @@ class Place:
     def error(self, message: str, path: Path = ()) -> str:
         """``place: path: message``."""
         where = f"{dotted(path)}: " if path else ""
-        return f"{self}: {self.context}{where}{message}"
+        return f"{self}: {where}{message}"
 
 
 @dataclass
@@ -77,6 +75,19 @@ class Places:
         for places in (self.keys, self.values):
             for old in [old for old in places if old[: len(path)] == path]:
                 del places[old]
+
+    def below(self, path: Path) -> Places:
+        """The places from this path down, counted from it."""
+        below = Places(self.key(path))
+        for mine, theirs in ((self.keys, below.keys), (self.values, below.values)):
+            theirs |= {full[len(path) :]: place for full, place in mine.items() if full[: len(path)] == path}
+        return below
+
+    def graft(self, path: Path, below: Places) -> None:
+        """The opposite of ``below``: these places become those from this path down."""
+        self.keys[path] = self.values[path] = below.start
+        for mine, theirs in ((self.keys, below.keys), (self.values, below.values)):
+            mine |= {(*path, *rest): place for rest, place in theirs.items()}
 
     def copy(self) -> Places:
         """An independent copy."""

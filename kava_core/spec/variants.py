@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import replace
 
 from kava_core.errors import SpecError
 from kava_core.spec.document import Document
 from kava_core.spec.load import LoadedSpec, validate
 from kava_core.spec.model import PipelineSpec
-from kava_core.spec.places import InvalidSpecError, Path, Place, Places
+from kava_core.spec.places import InvalidSpecError, Place
 
 SHARED = ("name", "seeds", "variants", "output")
 """Fields that belong to all variants together, so that they stay comparable and side by side."""
@@ -35,14 +34,13 @@ def resolve_variants(loaded: LoadedSpec) -> dict[str, PipelineSpec]:
 
 def _changed(base: Document, name: str) -> Document:
     """The base with one variant's changes; InvalidSpecError with those that cannot be made."""
-    document, errors = base.copy(), list[str]()
+    document, errors = base.copy(f"variant {name}: "), list[str]()
     del document.data["variants"]
     for key, value in base.data["variants"][name].items():
-        path: Path = ("variants", name, key)
-        place = replace(base.places.key(path), context=f"variant {name}: ")
+        places = base.places.below(("variants", name, key))
         try:
-            _refuse_shared(key, place)
-            document.set(key, deepcopy(value), place, _inside(base.places, path, place))
+            _refuse_shared(document, key, places.start)
+            document.set(key, deepcopy(value), places.start, places)
         except SpecError as error:
             errors.append(str(error))
     if errors:
@@ -50,17 +48,8 @@ def _changed(base: Document, name: str) -> Document:
     return document
 
 
-def _refuse_shared(key: str, place: Place) -> None:
+def _refuse_shared(document: Document, key: str, place: Place) -> None:
     field = key.partition(".")[0]
     if field in SHARED:
-        raise SpecError(place.error(f"a variant cannot change {field!r}: all variants share it"))
-
-
-def _inside(places: Places, path: Path, place: Place) -> Places:
-    """Places below a path, counted from it, with the variant's context."""
-    inside = Places(place)
-    for name in ("keys", "values"):
-        for full, where in getattr(places, name).items():
-            if full[: len(path)] == path:
-                getattr(inside, name)[full[len(path) :]] = replace(where, context=place.context)
-    return inside
+        message = f"a variant cannot change {field!r}: all variants share it"
+        raise SpecError(document.error(place, message))

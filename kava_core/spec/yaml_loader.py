@@ -66,6 +66,7 @@ def _decoded(data: bytes, file: str | File) -> str:
 def _syntax(error: yaml.MarkedYAMLError) -> str:
     problem = str(error.problem).replace("<block end>", "the end of the block")
     problem = problem.replace("'<block mapping start>'", "deeper indentation")
+    problem = problem.replace("'<stream end>'", "the end").replace(repr("\0"), "the end")
     hint = "; check the indentation" if "block" in f"{error.context} {problem}" else ""
     return f"not valid YAML: {problem}{hint}"
 

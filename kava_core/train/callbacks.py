@@ -52,6 +52,18 @@ class StopOnSignal(TrainerCallback):
         return bool(flag.item())
 
 
+class EndComplete(TrainerCallback):
+    """Log and evaluate at the last step, whatever the intervals: its checkpoint then holds the results."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Ask for both; the checkpoint of the last step is written after them."""
+        if state.global_step >= state.max_steps:
+            control.should_log = control.should_evaluate = True
+        return control
+
+
 class MetricsFile(TrainerCallback):
     """One JSON object a line in ``metrics.jsonl``: step, seconds, and whatever was logged."""
 
@@ -59,17 +71,28 @@ class MetricsFile(TrainerCallback):
         self.path = path
         self.begin = time.monotonic()
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Drop lines beyond the checkpoint that is resumed from: they will be written again."""
         if not state.is_world_process_zero or not self.path.exists():
             return
-        kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step and state.global_step]
+        kept = [
+            line
+            for line in read_metrics(self.path)
+            if line["step"] <= state.global_step and state.global_step
+        ]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         temporary.replace(self.path)
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any],
+        **_: Any,
     ) -> None:
         """Append a line."""
         if state.is_world_process_zero and "train_runtime" not in logs:
@@ -96,7 +119,9 @@ class ShowProgress(TrainerCallback):
         self.title = title
         self.bar: Progress | None = None
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Start the bar at the step the run starts from."""
         if not state.is_world_process_zero or not sys.stderr.isatty() or "CI" in os.environ:
             return
@@ -107,13 +132,20 @@ class ShowProgress(TrainerCallback):
         self.task = self.bar.add_task(self.title, total=state.max_steps, completed=state.global_step, said="")
         self.bar.start()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Move the bar."""
         if self.bar is not None:
             self.bar.update(self.task, completed=state.global_step)
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any],
+        **_: Any,
     ) -> None:
         """Show the newest numbers."""
         said = summary(logs)
@@ -122,9 +154,15 @@ class ShowProgress(TrainerCallback):
         if self.bar is not None:
             self.bar.update(self.task, said=said)
         else:
-            print(f"{self.title}  step {state.global_step}/{state.max_steps}  {said}", file=sys.stderr, flush=True)
+            print(
+                f"{self.title}  step {state.global_step}/{state.max_steps}  {said}",
+                file=sys.stderr,
+                flush=True,
+            )
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Stop the bar."""
         if self.bar is not None:
             self.bar.stop()

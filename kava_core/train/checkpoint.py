@@ -2,6 +2,7 @@
 
 A checkpoint is written into a staging folder, every file flushed to disk; its manifest (sha256 and size
 of every file) comes last; then the folder is renamed. A folder without a manifest is not a checkpoint.
+Deleting begins with a rename as well, so a killed process never leaves half of one under its name.
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 from kava_core.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+STAGING = "staging"
+"""Folder beside the checkpoints where one is written."""
 NAME = re.compile(r"checkpoint-(\d+)")
+READ_BACK = frozenset({".safetensors", ".pt", ".pth", ".bin", ".pkl"})
+"""Suffixes of files that loading a checkpoint reads; pickles among them."""
 
 
 def _digest(file: Path) -> str:
@@ -34,40 +40,70 @@ def _sync(path: Path) -> None:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    return (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MANIFEST)
+    return (file for file in sorted(folder.rglob("*")) if file.is_file() and file != folder / MANIFEST)
+
+
+def flush(folder: Path) -> None:
+    """Bring every file and folder in ``folder`` to the disk, readable for whom the process's umask allows.
+
+    safetensors writes files that only their owner can read.
+    """
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in (*folder.rglob("*"), folder):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+        _sync(path)
 
 
 def seal(staging: Path, final: Path) -> None:
     """Flush, describe and rename a staged folder. Afterwards ``final`` is complete, whatever happens next."""
-    entries = {}
-    for file in _files(staging):
-        _sync(file)
-        entries[str(file.relative_to(staging))] = {"sha256": _digest(file), "size": file.stat().st_size}
-    manifest = staging / MANIFEST
-    manifest.write_text(json.dumps(entries, indent=1, sort_keys=True), encoding="utf-8")
-    _sync(manifest)
-    _sync(staging)
-    if final.exists():
-        shutil.rmtree(final)
+    entries = {
+        str(file.relative_to(staging)): {"sha256": _digest(file), "size": file.stat().st_size}
+        for file in _files(staging)
+    }
+    (staging / MANIFEST).write_text(json.dumps(entries, indent=1, sort_keys=True), encoding="utf-8")
+    flush(staging)
+    discard(final)
     staging.rename(final)
     _sync(final.parent)
 
 
+def discard(folder: Path) -> None:
+    """Delete a folder, which loses its name first: nobody meets half of it."""
+    doomed = folder.with_name(f"{folder.name}.deleted")
+    shutil.rmtree(doomed, ignore_errors=True)
+    if folder.exists():
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
 def verify(folder: Path) -> None:
     """CheckpointError naming the first thing wrong with a checkpoint folder."""
+    entries = _manifest(folder)
+    for name, (digest, size) in entries.items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing, though the manifest lists it")
+        if file.stat().st_size != size or _digest(file) != digest:
+            raise CheckpointError(f"{file}: altered since it was saved: not what the manifest says")
+    for file in _files(folder):
+        if file.suffix in READ_BACK and str(file.relative_to(folder)) not in entries:
+            raise CheckpointError(f"{file}: not in the manifest, so not saved by kava; it is never loaded")
+
+
+def _manifest(folder: Path) -> dict[str, tuple[str, int]]:
+    """File name to sha256 and size."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         raise CheckpointError(f"{folder}: not a complete checkpoint: no {MANIFEST}")
     try:
-        entries = json.loads(manifest.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{manifest}: unreadable: {error}") from error
-    for name, entry in entries.items():
-        file = folder / name
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing, though the manifest lists it")
-        if file.stat().st_size != entry["size"] or _digest(file) != entry["sha256"]:
-            raise CheckpointError(f"{file}: altered since it was saved (size or sha256 differs from the manifest)")
+        listed = json.loads(manifest.read_text(encoding="utf-8"))
+        entries = {name: (entry["sha256"], entry["size"]) for name, entry in listed.items()}
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{manifest}: unreadable: {type(error).__name__}: {error}") from error
+    if not entries:
+        raise CheckpointError(f"{manifest}: lists no files")
+    return entries
 
 
 def steps(folder: Path) -> dict[int, Path]:
@@ -85,18 +121,47 @@ def step_of(folder: Path) -> int:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest complete and unaltered checkpoint; None where there is none."""
-    for path in reversed(steps(folder).values()):
-        try:
-            verify(path)
-        except CheckpointError:
-            continue
-        return path
+    """The newest complete and unaltered checkpoint; None where there is none. Changes nothing on disk."""
+    return next((path for path in reversed(steps(folder).values()) if fault(path) is None), None)
+
+
+def fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None where nothing is."""
+    try:
+        verify(folder)
+    except CheckpointError as error:
+        return str(error)
     return None
+
+
+def recover(folder: Path) -> tuple[Path | None, list[str]]:
+    """Prepare a folder of checkpoints for going on: the newest intact one, and what was found wrong.
+
+    What a killed process left is deleted. Checkpoints newer than the intact one are damaged: they are
+    renamed, so that they neither count as kept ones nor stand in the way, and never deleted.
+    """
+    clear(folder)
+    found = []
+    for path in reversed(steps(folder).values()):
+        wrong = fault(path)
+        if wrong is None:
+            return path, found
+        found.append(f"{wrong}; set aside as {_set_aside(path).name}")
+    return None, found
+
+
+def _set_aside(path: Path) -> Path:
+    names = (path.with_name(f"{path.name}.damaged-{number}") for number in count(1))
+    return path.rename(next(name for name in names if not name.exists()))
+
+
+def clear(folder: Path) -> None:
+    """Delete what a killed process was writing or deleting."""
+    for leftover in (folder / STAGING, *folder.glob("checkpoint-*.deleted")):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def prune(folder: Path, keep: int) -> None:
     """Delete all but the newest ``keep`` checkpoints."""
     for path in list(steps(folder).values())[:-keep]:
-        (path / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(path)
+        discard(path)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
@@ -21,7 +22,7 @@ from kava_core.spec.model import EvaluateSpec, Template
 from kava_core.train.distiller import IGNORED, Distiller
 
 SAMPLES = 8
-"""Written answers kept at every evaluation."""
+"""Written answers of the newest evaluation that are kept."""
 
 
 class Evaluator:
@@ -33,7 +34,7 @@ class Evaluator:
         tokenizer: the student's.
         template: finds the answer in what the student wrote.
         spec: sizes.
-        samples: file that collects some written answers.
+        samples: file for some written answers of the newest evaluation.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Evaluator:
         """Metrics: ``ce`` (nats per labelled token), ``perplexity``, every KV term, ``exact_match``."""
         accelerator = Accelerator()
         mine = range(accelerator.process_index, len(self.examples), accelerator.num_processes)
-        with _evaluating(distiller), torch.no_grad():
+        with _evaluating(distiller), _own_random_numbers(), torch.no_grad():
             metrics = self._losses(distiller, list(mine), accelerator)
             if self.spec.generate:
                 metrics["exact_match"] = self._exact_match(distiller.student, list(mine), accelerator)
@@ -70,8 +71,7 @@ class Evaluator:
             }
             for name, value in found.items():
                 sums[name] = sums.get(name, 0) + value.double()
-        totals = accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()
-        return _means(dict(zip(sums, totals, strict=True)))
+        return _means(_added({name: value.item() for name, value in sums.items()}))
 
     def _exact_match(self, student: nn.Module, mine: list[int], accelerator: Accelerator) -> float:
         right = 0
@@ -82,9 +82,11 @@ class Evaluator:
             for example, text in zip(examples, texts, strict=True):
                 correct = is_correct(text, example, self.template)
                 right += correct
-                written.append({"prompt": example.prompt, "gold": example.answer, "wrote": text, "correct": correct})
+                written.append(
+                    {"prompt": example.prompt, "gold": example.answer, "wrote": text, "correct": correct}
+                )
         if accelerator.is_main_process:
-            with self.samples.open("a", encoding="utf-8") as stream:
+            with self.samples.open("w", encoding="utf-8") as stream:
                 stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in written[:SAMPLES])
         totals = accelerator.reduce(torch.tensor([right, len(mine)], device=accelerator.device), "sum")
         return float(totals[0] / totals[1])
@@ -98,7 +100,16 @@ class Evaluator:
             max_new_tokens=self.spec.max_new_tokens,
             do_sample=False,
         )
-        return self.tokenizer.batch_decode(tokens[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+        return self.tokenizer.batch_decode(
+            tokens[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+
+
+def _added(mine: dict[str, float]) -> dict[str, float]:
+    """Sums over processes, of which one may have had no example and so no names."""
+    everyones = gather_object([mine])
+    names = dict.fromkeys(name for sums in everyones for name in sums)
+    return {name: sum(sums.get(name, 0.0) for sums in everyones) for name in names}
 
 
 def _means(sums: dict[str, float]) -> dict[str, float]:
@@ -124,3 +135,12 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train(training)
+
+
+@contextmanager
+def _own_random_numbers() -> Iterator[None]:
+    """The same random numbers at every evaluation; training's go on as if there had been none."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        yield

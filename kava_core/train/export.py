@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from kava_core.errors import KavaError, SpecError
+from kava_core.train import checkpoint
 
 CARD = """---
 library_name: transformers
@@ -44,7 +45,8 @@ def save_student(student: nn.Module, tokenizer: PreTrainedTokenizerBase, folder:
     shutil.rmtree(staging, ignore_errors=True)
     student.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
-    shutil.rmtree(folder, ignore_errors=True)
+    checkpoint.flush(staging)
+    checkpoint.discard(folder)
     staging.rename(folder)
 
 
@@ -77,7 +79,9 @@ def _record(run: Path) -> dict[str, Any]:
 
 
 def _card(run: Path, record: dict[str, Any]) -> str:
-    rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in record["results"].items() if name != "steps")
+    rows = "\n".join(
+        f"| {name} | {value:.6g} |" for name, value in record["results"].items() if name != "steps"
+    )
     return CARD.format(
         name=record["name"],
         version=record["versions"].get("kava", "from source"),

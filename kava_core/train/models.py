@@ -7,13 +7,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
-from kava_core.errors import SpecError
+from kava_core.errors import SpecError, did_you_mean
 from kava_core.spec.model import Lora, ModelSpec, StudentSpec
 
 
-def model_config(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None = None, *, where: str) -> PreTrainedConfig:
+def model_config(
+    spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None = None, *, where: str
+) -> PreTrainedConfig:
     """The transformers config of a spec.
 
     With ``config`` the vocabulary and the special tokens come from the tokenizer, where one is given.
@@ -27,10 +35,23 @@ def model_config(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None = No
         fields = dict(spec.config or {})
         if tokenizer is not None:
             fields = _from_tokenizer(tokenizer) | fields
+        _check_model_type(fields["model_type"], where)
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    except SpecError:
+        raise
     except Exception as error:
-        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SpecError(f"{where}: cannot make a model config: {said}") from error
+        raise SpecError(f"{where}: cannot make a model config: {_first_line(error)}") from error
+
+
+def _check_model_type(given: str, where: str) -> None:
+    possible = CONFIG_MAPPING.keys()
+    if given not in possible:
+        near = did_you_mean(given, possible)
+        raise SpecError(f"{where}: config.model_type: transformers knows no {given!r}{near}")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _from_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -48,22 +69,41 @@ def load_model(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int
     Raises:
         SpecError: it cannot be made or loaded, or its vocabulary is smaller than the tokenizer's.
     """
-    config = model_config(spec, tokenizer, where=where)
-    dtype = getattr(torch, spec.dtype)
-    options = {"dtype": dtype, "attn_implementation": spec.attention}
     try:
-        if spec.path is None:
-            torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(
-                spec.path, revision=spec.revision, use_safetensors=True, trust_remote_code=False, **options
-            )
-    except (OSError, ValueError, ImportError) as error:
-        raise SpecError(f"{where}: cannot load the model: {str(error).splitlines()[0]}") from error
+        model = _random(spec, tokenizer, seed, where) if spec.path is None else _stored(spec, where)
+    except SpecError:
+        raise
+    except Exception as error:  # transformers, safetensors and torch each raise their own
+        raise SpecError(f"{where}: cannot load the model: {_first_line(error)}") from error
     _check_vocabulary(model, tokenizer, where)
     model.generation_config.pad_token_id = _pad_id(tokenizer)
     return model
+
+
+def _random(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, seed: int, where: str) -> nn.Module:
+    config = model_config(spec, tokenizer, where=where)
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(copy.deepcopy(config), **_options(spec))
+
+
+def _stored(spec: ModelSpec, where: str) -> nn.Module:
+    """Weights from safetensors only; transformers would fill missing ones with random numbers."""
+    model, found = AutoModelForCausalLM.from_pretrained(
+        spec.path,
+        revision=spec.revision,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **_options(spec),
+    )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise SpecError(f"{where}: {spec.path}: {len(missing)} weights are missing, such as {missing[0]}")
+    return model
+
+
+def _options(spec: ModelSpec) -> dict[str, Any]:
+    return {"dtype": getattr(torch, spec.dtype), "attn_implementation": spec.attention}
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -98,14 +138,35 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 
 def add_lora(student: nn.Module, lora: Lora, *, seed: int) -> nn.Module:
-    """The student with low-rank adapters; SpecError where peft is not installed."""
+    """The student with low-rank adapters; SpecError without peft, or where no module has such a name."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise SpecError("student.lora: needs peft: pip install 'kava[lora]'") from error
-    targets = lora.targets if lora.targets == "all-linear" else list(lora.targets)
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    _check_targets(student, targets)
     config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
-    return get_peft_model(student, config)
+    try:
+        return get_peft_model(student, config)
+    except ValueError as error:
+        raise SpecError(f"student.lora: {_first_line(error)}") from error
+
+
+def _check_targets(student: nn.Module, targets: str | list[str]) -> None:
+    """Every name must be a module's: peft is content if one of them is."""
+    if isinstance(targets, str):
+        return
+    modules = [name for name, _ in student.named_modules() if name]
+    possible = {name.rpartition(".")[2] for name in modules}
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in modules):
+            raise SpecError(
+                f"student.lora.targets: no module named {target!r}{did_you_mean(target, possible)}"
+            )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader, Subset
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -19,7 +23,7 @@ from kava_core.errors import Preempted, SpecError
 from kava_core.spec.model import ModelSpec, PipelineSpec
 from kava_core.train import checkpoint
 from kava_core.train.assemble import Data, make_data, make_distiller, used_teachers
-from kava_core.train.callbacks import MetricsFile, ShowProgress, StopOnSignal
+from kava_core.train.callbacks import EndComplete, MetricsFile, ShowProgress, StopOnSignal
 from kava_core.train.distiller import Distiller
 from kava_core.train.evaluate import Evaluator
 from kava_core.train.export import save_student
@@ -27,7 +31,6 @@ from kava_core.train.pretrain import pretraining_spec
 from kava_core.train.rundir import RunDir
 from kava_core.train.trainer import KavaTrainer
 from kava_core.train.weights import load_weights
-
 
 M = TypeVar("M", bound=ModelSpec)
 
@@ -47,18 +50,34 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def run(spec: PipelineSpec, *, variant: str, seed: int) -> Result:
+def processes() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def run(spec: PipelineSpec, *, variant: str, seed: int, wait: bool = False) -> Result:
     """Train, or resume, or skip what is already complete.
+
+    With ``wait`` another run that holds the directory is waited for, and its result taken.
 
     Raises:
         SpecError, CheckpointError, NonFiniteError: exit codes 2, 5, 4.
+        KavaError: another run holds the directory, or the disk is full.
         Preempted: stopped by a signal; everything is saved (exit code 75).
     """
     folder = RunDir(spec, variant, seed)
-    with folder.lock() if is_main() else nullcontext():
+    with folder.lock(wait=wait) if is_main() else nullcontext():
+        _meet()
         if not folder.complete:
             _train(_with_trained_models(spec), folder)
     return Result(variant, seed, folder.path, folder.record()["results"])
+
+
+def _meet() -> None:
+    """Wait for the process that holds the lock: from here on all find the directory in the same state."""
+    if processes() > 1:
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(minutes=30))
+        state.wait_for_everyone()
 
 
 def _with_trained_models(spec: PipelineSpec) -> PipelineSpec:
@@ -71,7 +90,7 @@ def _trained(spec: PipelineSpec, model: M) -> M:
     if model.pretrain is None:
         return model
     plan = pretraining_spec(spec, model)
-    result = run(plan, variant=str((model.config or {})["model_type"]), seed=plan.seeds[0])
+    result = run(plan, variant=str((model.config or {})["model_type"]), seed=plan.seeds[0], wait=True)
     path = str(result.folder / "student")
     return model.model_copy(update={"path": path, "tokenizer": path, "config": None, "pretrain": None})
 
@@ -82,13 +101,13 @@ def _train(spec: PipelineSpec, folder: RunDir) -> None:
 
 
 def _train_quietly(spec: PipelineSpec, folder: RunDir) -> None:
-    data = make_data(spec)
-    if is_main():
-        folder.begin({"data": data.report()})
-    distiller = make_distiller(spec, data, seed=folder.seed)
-    resume = checkpoint.newest(folder.checkpoints)
     with StopOnSignal() as stop:
+        data = make_data(spec)
+        if is_main():
+            folder.begin({"data": data.report()})
+        distiller = make_distiller(spec, data, seed=folder.seed)
         trainer = _trainer(spec, folder, data, distiller, stop)
+        resume = _recovered(folder)
         if resume is not None and checkpoint.step_of(resume) >= spec.train.steps:
             load_weights(distiller, resume)
             trainer.state = TrainerState.load_from_json(str(resume / TRAINER_STATE_NAME))
@@ -101,12 +120,24 @@ def _train_quietly(spec: PipelineSpec, folder: RunDir) -> None:
         _finish(trainer, folder, data)
 
 
+def _recovered(folder: RunDir) -> Path | None:
+    """The checkpoint to go on from, chosen by one process for all; what is damaged is reported on stderr."""
+    chosen: list[Path | None] = [None]
+    if is_main():
+        chosen[0], damaged = checkpoint.recover(folder.checkpoints)
+        for line in damaged:
+            print(line, file=sys.stderr)
+    return broadcast_object_list(chosen)[0]
+
+
 def _stopped(folder: RunDir, stop: StopOnSignal, step: int) -> str:
     name = stop.received.name if stop.received else "a signal"
     return f"{folder.path}: stopped by {name} at step {step}, saved; run the same command again to go on"
 
 
-def _trainer(spec: PipelineSpec, folder: RunDir, data: Data, distiller: Distiller, stop: StopOnSignal) -> KavaTrainer:
+def _trainer(
+    spec: PipelineSpec, folder: RunDir, data: Data, distiller: Distiller, stop: StopOnSignal
+) -> KavaTrainer:
     evaluator = Evaluator(
         data.validation_items,
         data.plain_collator,
@@ -121,7 +152,12 @@ def _trainer(spec: PipelineSpec, folder: RunDir, data: Data, distiller: Distille
         train_dataset=data.train_items,
         eval_dataset=data.validation_items,
         data_collator=data.collator,
-        callbacks=[MetricsFile(folder.metrics), stop, ShowProgress(f"{spec.name}/{folder.variant} seed {folder.seed}")],
+        callbacks=[
+            EndComplete(),
+            MetricsFile(folder.metrics),
+            stop,
+            ShowProgress(f"{spec.name}/{folder.variant} seed {folder.seed}"),
+        ],
         evaluator=evaluator,
         keep=spec.train.keep_checkpoints,
     )
@@ -159,7 +195,7 @@ def arguments(spec: PipelineSpec, folder: RunDir, *, examples: int) -> TrainingA
         data_seed=folder.seed,
         dataloader_num_workers=train.workers,
         dataloader_pin_memory=cuda,
-        dataloader_drop_last=examples >= train.batch_size * int(os.environ.get("WORLD_SIZE", "1")),
+        dataloader_drop_last=examples >= train.batch_size * processes(),
         remove_unused_columns=False,
         label_names=["labels"],
         ddp_find_unused_parameters=False,
@@ -204,18 +240,14 @@ def _quiet() -> Iterator[None]:
 
 
 def _finish(trainer: KavaTrainer, folder: RunDir, data: Data) -> None:
-    last = _evaluation_at(trainer, trainer.state.global_step)
-    if not last:
-        last = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
     distiller = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     if is_main():
         save_student(distiller.student, data.tokenizer, folder.student)
-        folder.finish({"steps": trainer.state.global_step, **last})
+        folder.finish({"steps": trainer.state.global_step, **_last_evaluation(trainer.state)})
     trainer.accelerator.wait_for_everyone()
 
 
-def _evaluation_at(trainer: KavaTrainer, step: int) -> dict[str, float]:
-    """The metrics of the evaluation at a step; empty where there was none."""
-    lines = [line for line in trainer.state.log_history if line["step"] == step and "eval_ce" in line]
-    last = lines[-1] if lines else {}
+def _last_evaluation(state: TrainerState) -> dict[str, float]:
+    """The metrics of the last evaluation, which is that of the last step."""
+    last = [line for line in state.log_history if "eval_ce" in line][-1]
     return {name.removeprefix("eval_"): value for name, value in last.items() if name.startswith("eval_")}

@@ -18,12 +18,22 @@ from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
-from kava_core.errors import KavaError, SpecError
+from kava_core.errors import CheckpointError, KavaError, SpecError
 from kava_core.spec.digest import digest
 from kava_core.spec.model import PipelineSpec
 
 RECORD = "run.json"
-LIBRARIES = ("kava", "torch", "transformers", "accelerate", "tokenizers", "peft", "datasets", "numpy", "safetensors")
+LIBRARIES = (
+    "kava",
+    "torch",
+    "transformers",
+    "accelerate",
+    "tokenizers",
+    "peft",
+    "datasets",
+    "numpy",
+    "safetensors",
+)
 
 
 class RunDir:
@@ -39,12 +49,12 @@ class RunDir:
         self.student = self.path / "student"
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the directory; KavaError where another process does."""
+    def lock(self, *, wait: bool = False) -> Iterator[None]:
+        """Hold the directory; where another process does, wait for it or raise KavaError."""
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "lock").open("w") as stream:
             try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(stream, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise KavaError(f"{self.path}: another process is training here") from error
             yield
@@ -52,7 +62,13 @@ class RunDir:
     def record(self) -> dict[str, Any]:
         """What ``run.json`` says; empty where there is none yet."""
         file = self.path / RECORD
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if not file.exists():
+            return {}
+        try:
+            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{file}: unreadable: {error}") from error
+        return found
 
     @property
     def complete(self) -> bool:
@@ -60,15 +76,28 @@ class RunDir:
         return self.record().get("status") == "complete"
 
     def begin(self, facts: dict[str, Any]) -> None:
-        """Write the resolved spec and ``run.json``; SpecError where the directory holds another spec."""
+        """Write the resolved spec and ``run.json``; SpecError where the directory holds another run."""
         before = self.record()
-        if before and before["spec_digest"] != self.digest:
-            raise SpecError(f"{self.path}: holds a run of spec {before['spec_digest']}, not {self.digest}")
-        if before and before["data"] != facts["data"]:
-            raise SpecError(f"{self.path}: the data changed since this run began; give the run another name")
+        facts = facts | environment()
+        self._same(before, facts)
         write_json(self.path / "spec.json", self.spec.model_dump(mode="json"))
         started = before.get("started") or _now()
-        self.write({**facts, **environment(), "started": started, "status": "running"})
+        self.write({**facts, "started": started, "status": "running"})
+
+    def _same(self, before: dict[str, Any], facts: dict[str, Any]) -> None:
+        """SpecError where going on would silently be another experiment."""
+        if not before:
+            return
+        if before["spec_digest"] != self.digest:
+            raise SpecError(f"{self.path}: holds a run of spec {before['spec_digest']}, not {self.digest}")
+        if before["data"] != facts["data"]:
+            raise SpecError(f"{self.path}: the data changed since this run began; give the run another name")
+        begun, now = before["world_size"], facts["world_size"]
+        if begun != now:
+            raise SpecError(
+                f"{self.path}: begun by {begun} processes, now {now}: the batches would differ; "
+                f"start it with {begun}, or give the run another name"
+            )
 
     def finish(self, results: dict[str, Any]) -> None:
         """Mark the run complete, with its last metrics."""
@@ -76,7 +105,12 @@ class RunDir:
 
     def write(self, record: dict[str, Any]) -> None:
         """Replace ``run.json`` at once."""
-        head = {"name": self.spec.name, "variant": self.variant, "seed": self.seed, "spec_digest": self.digest}
+        head = {
+            "name": self.spec.name,
+            "variant": self.variant,
+            "seed": self.seed,
+            "spec_digest": self.digest,
+        }
         write_json(self.path / RECORD, head | record)
 
 

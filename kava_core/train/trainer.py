@@ -8,18 +8,53 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer
 
-from kava_core.errors import NonFiniteError
+from kava_core.errors import CheckpointError, KavaError, NonFiniteError
 from kava_core.train import checkpoint
 from kava_core.train.distiller import IGNORED, Distiller
 from kava_core.train.weights import assert_finite_weights, load_weights, save_weights
+
+
+class RunningMeans:
+    """Means of the loss terms since the last log line; saved with every checkpoint, so no step is lost."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.steps = 0
+
+    def add(self, terms: Mapping[str, Tensor]) -> None:
+        """Take in the terms of a forward pass; they add up over the passes of a step."""
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+
+    def take(self) -> dict[str, Tensor]:
+        """The means, by name; begins anew."""
+        means = {name: value / self.steps for name, value in self.sums.items()}
+        self.sums, self.steps = {}, 0
+        return means
+
+    def save(self, file: Path) -> None:
+        """As JSON, in which float32 survives exactly."""
+        sums = {name: value.item() for name, value in self.sums.items()}
+        file.write_text(json.dumps({"steps": self.steps, "sums": sums}), encoding="utf-8")
+
+    def load(self, file: Path, device: torch.device) -> None:
+        """Go on from what ``save`` wrote; CheckpointError where there is nothing to read."""
+        try:
+            saved = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file}: unreadable: {error}") from error
+        self.sums = {name: torch.tensor(value, device=device) for name, value in saved["sums"].items()}
+        self.steps = saved["steps"]
 
 
 class KavaTrainer(Trainer):
@@ -31,14 +66,15 @@ class KavaTrainer(Trainer):
         Everything else as in ``transformers.Trainer``.
     """
 
-    def __init__(self, *args: Any, evaluator: Callable[[Distiller], dict[str, float]], keep: int, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, evaluator: Callable[[Distiller], dict[str, float]], keep: int, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.evaluator = evaluator
         self.keep = keep
         self.loss_is_scaled_for_ga = True
         self._staging = False
-        self._terms: dict[str, Tensor] = {}
-        self._summed_steps = 0
+        self._means = RunningMeans()
 
     # counting
 
@@ -53,12 +89,15 @@ class KavaTrainer(Trainer):
         return items.clamp_min(1)
 
     def compute_loss(
-        self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
         """The loss of one forward pass; DDP's mean over processes is undone, as counts are global."""
         outputs = model(inputs["student"], inputs["teachers"], items=num_items_in_batch)
-        for name, value in outputs.items():
-            self._terms[name] = self._terms.get(name, 0) + value.detach()
+        self._means.add(outputs)
         loss = outputs["loss"] * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
@@ -66,8 +105,8 @@ class KavaTrainer(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         norm = super()._clip_grad_norm(model)
-        self._summed_steps += 1
-        finite = torch.isfinite(self._terms["loss"])
+        self._means.steps += 1
+        finite = torch.isfinite(self._means.sums["loss"])
         if not self.args.fp16:  # with fp16 an infinite gradient makes the scaler skip the step
             finite = finite & torch.isfinite(torch.as_tensor(norm, device=finite.device))
         if not finite:
@@ -75,7 +114,8 @@ class KavaTrainer(Trainer):
         return norm
 
     def _describe_non_finite(self, norm: Tensor) -> str:
-        bad = [name for name, value in self._terms.items() if not torch.isfinite(value) and name != "loss"]
+        terms = {name: value for name, value in self._means.sums.items() if name != "loss"}
+        bad = [name for name, value in terms.items() if not torch.isfinite(value)]
         what = f"{', '.join(bad)} not finite" if bad else f"gradient norm is {float(norm)}"
         return (
             f"step {self.state.global_step + 1}: {what}; stopped before the update, nothing saved. "
@@ -86,12 +126,12 @@ class KavaTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of every loss term since the last line."""
-        if "loss" in logs and self._summed_steps:
-            terms = torch.stack([value.float() for value in self._terms.values()]) / self._summed_steps
+        if "loss" in logs and self._means.steps:
+            means = self._means.take()
+            terms = torch.stack(list(means.values()))
             if self.args.world_size > 1:
                 terms = self.accelerator.reduce(terms, "sum")
-            logs |= dict(zip(self._terms, terms.tolist(), strict=True))
-            self._terms, self._summed_steps = {}, 0
+            logs |= dict(zip(means, terms.tolist(), strict=True))
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -112,23 +152,48 @@ class KavaTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any = None) -> str:
         folder = Path(super()._get_output_dir(trial))
-        return str(folder / "staging" if self._staging else folder)
+        return str(folder / checkpoint.STAGING if self._staging else folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes into a staging folder; the rename that ends it makes the checkpoint exist."""
+        """Writes into a staging folder; the rename that ends it makes the checkpoint exist.
+
+        Raises:
+            NonFiniteError: a weight is NaN or infinite.
+            KavaError: it could not be written; the checkpoints before it are untouched.
+        """
         assert_finite_weights(self.model, f"step {self.state.global_step}")
-        self._staging = True
+        folder = Path(self.args.output_dir)
+        if self.args.should_save:
+            checkpoint.clear(folder)
+        self.accelerator.wait_for_everyone()
         try:
-            super()._save_checkpoint(model, trial)
-            staged = Path(self._get_output_dir()) / f"checkpoint-{self.state.global_step}"
+            staged = self._stage(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoint.seal(staged, folder / staged.name)
+                checkpoint.prune(folder, self.keep)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            checkpoint.clear(folder)
+            raise KavaError(self._describe_unwritten(error)) from error
         finally:
             self._staging = False
         self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            folder = Path(self.args.output_dir)
-            checkpoint.seal(staged, folder / staged.name)
-            checkpoint.prune(folder, self.keep)
-        self.accelerator.wait_for_everyone()
+
+    def _stage(self, model: nn.Module, trial: Any) -> Path:
+        self._staging = True
+        super()._save_checkpoint(model, trial)
+        staged = Path(self._get_output_dir()) / f"checkpoint-{self.state.global_step}"
+        self._means.save(staged / self._means_file)
+        return staged
+
+    @property
+    def _means_file(self) -> str:
+        return f"means_{self.args.process_index}.json"
+
+    def _describe_unwritten(self, error: Exception) -> str:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        where = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        return f"{where}: cannot be written: {said}; earlier checkpoints are untouched. Is the disk full?"
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
@@ -137,3 +202,4 @@ class KavaTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
+        self._means.load(Path(resume_from_checkpoint) / self._means_file, self.args.device)

@@ -50,7 +50,7 @@ def _under(state: dict[str, Tensor] | None, prefix: str) -> dict[str, Tensor] | 
 
 
 def load_weights(distiller: Distiller, folder: Path) -> None:
-    """Load what ``save_weights`` wrote, every tensor exactly; CheckpointError where something does not fit."""
+    """Load what ``save_weights`` wrote, every tensor exactly; CheckpointError where one does not fit."""
     try:
         _load_student(distiller.student, folder / STUDENT)
         if distiller.pipeline is not None:
@@ -73,4 +73,6 @@ def _load_student(student: nn.Module, folder: Path) -> None:
     missing, unexpected = student.load_state_dict(state, strict=False)
     tied = set(getattr(student, "all_tied_weights_keys", None) or ())
     if unexpected or set(missing) - tied:
-        raise CheckpointError(f"{folder}: missing {sorted(set(missing) - tied)}, unexpected {sorted(unexpected)}")
+        raise CheckpointError(
+            f"{folder}: missing {sorted(set(missing) - tied)}, unexpected {sorted(unexpected)}"
+        )

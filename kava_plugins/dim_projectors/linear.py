@@ -32,7 +32,7 @@ class Linear(nn.Module):
             "queries": "keys" if config.share_heads else "queries",
         }
         for order, part in enumerate(PARTS):
-            if self.owner[part] == part:
+            if self.owner[part] == part and teacher.heads(part):
                 head = 1 if config.share_heads else teacher.heads(part)
                 matrix = _initial(config, teacher.layer, head, student.dim, teacher.dim, config.seed + order)
                 self.register_parameter(part, nn.Parameter(matrix, requires_grad=config.trainable))

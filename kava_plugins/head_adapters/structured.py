@@ -72,6 +72,8 @@ def _initial(
     """The first mixing matrices; None where heads pass unchanged."""
     t_head, head = teacher.heads(part), student.heads(part)
     layer = student.layer if config.per_layer else 1
+    if not head:  # queries that no loss compares
+        return None
     if config.init == "grouped":
         unchanged = t_head == head and not config.trainable
         return None if unchanged else grouped(t_head, head).expand(layer, -1, -1).clone()

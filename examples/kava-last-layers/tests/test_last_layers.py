@@ -1,0 +1,24 @@
+"""The mapper against its formula, and its name in the registry."""
+
+import pytest
+
+pytest.importorskip("kava_last_layers", reason="install it: pip install examples/kava-last-layers")
+
+from kava_core.kv.axes import Geometry  # noqa: E402
+from kava_core.registry import Registry  # noqa: E402
+from kava_last_layers import LastLayers  # noqa: E402
+
+
+def geometry(layer):
+    return Geometry(layer=layer, head=2, dim=4, qhead=4, hidden=16)
+
+
+@pytest.mark.parametrize(("t_layer", "layer"), [(6, 2), (4, 4), (2, 5), (1, 1)])
+def test_last_layers_meet(t_layer, layer):
+    matrix = LastLayers().build(teacher=geometry(t_layer), student=geometry(layer))()
+    wanted = [[float(j == max(t_layer - layer + i, 0)) for j in range(t_layer)] for i in range(layer)]
+    assert matrix.tolist() == wanted
+
+
+def test_registered():
+    assert Registry.build().get("layer_mapper", "last_layers") is LastLayers
