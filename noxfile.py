@@ -13,7 +13,15 @@ nox.options.sessions = ["lint", "types", "tests-3.11(shapes=True)", "declarative
 
 CONSTRAINTS = ("-c", "constraints.txt")
 PYTHONS = ("3.11", "3.12", "3.13")
-DECLARATIVE = ("pydantic>=2.10", "pluggy>=1.5", "pyyaml>=6.0", "typer>=0.15", "rich>=13.9", "pytest>=8.3", "pytest-timeout")
+DECLARATIVE = (
+    "pydantic>=2.10",
+    "pluggy>=1.5",
+    "pyyaml>=6.0",
+    "typer>=0.15",
+    "rich>=13.9",
+    "pytest>=8.3",
+    "pytest-timeout",
+)
 
 
 def install(session: nox.Session, *what: str) -> None:
@@ -43,7 +51,12 @@ def minimums(session: nox.Session) -> None:
     """The suite against the oldest versions pyproject allows (torch as pinned: older wheels need CUDA)."""
     install(session, "-e", ".[dev]")
     session.install(
-        "pydantic==2.10.*", "pluggy==1.5.*", "einops==0.8.0", "jaxtyping==0.3.2", "beartype==0.20.*", "typer==0.15.*"
+        "pydantic==2.10.*",
+        "pluggy==1.5.*",
+        "einops==0.8.0",
+        "jaxtyping==0.3.2",
+        "beartype==0.20.*",
+        "typer==0.15.*",
     )
     session.run("pytest", *session.posargs)
 
@@ -52,7 +65,9 @@ def minimums(session: nox.Session) -> None:
 def core_alone(session: nox.Session) -> None:
     """The core with ``kava_plugins`` absent: everything but the built-in names works."""
     install(session, "-e", ".[dev]")
-    session.run("pytest", "-m", "core_alone", "tests", *session.posargs, env={"KAVA_TEST_WITHOUT_PLUGINS": "1"})
+    session.run(
+        "pytest", "-m", "core_alone", "tests", *session.posargs, env={"KAVA_TEST_WITHOUT_PLUGINS": "1"}
+    )
 
 
 @nox.session(python="3.11")

@@ -26,8 +26,18 @@ from kava_core.train.distiller import Distiller, cross_entropy
 from kava_core.train.teacher import Teacher
 
 SIZES = {
-    "small": {"student": (192, 4, 6, 2), "teachers": [(256, 8, 8, 4), (256, 6, 4, 4)], "batch": 8, "time": 96},
-    "medium": {"student": (384, 6, 6, 2), "teachers": [(512, 12, 8, 4), (512, 8, 8, 8)], "batch": 8, "time": 256},
+    "small": {
+        "student": (192, 4, 6, 2),
+        "teachers": [(256, 8, 8, 4), (256, 6, 4, 4)],
+        "batch": 8,
+        "time": 96,
+    },
+    "medium": {
+        "student": (384, 6, 6, 2),
+        "teachers": [(512, 12, 8, 4), (512, 8, 8, 8)],
+        "batch": 8,
+        "time": 256,
+    },
 }
 VOCAB = 2048
 
@@ -94,9 +104,11 @@ class Bench:
         pipeline = KVPipeline(spec, teachers=geometries, student=geometry_of(self.student)).to(device)
         self.teachers = [
             Teacher(t.name, m, layers=a.sources, parts=parts_of(spec), rotary=spec.rotary)
-            for t, m, a in zip(spec.teachers, models, pipeline.aligners, strict=True)
+            for t, m, a in zip(spec.teachers, models, pipeline.teachers, strict=True)
         ]
-        self.distiller = Distiller(self.student, pipeline, self.teachers, parts=parts_of(spec), rotary=spec.rotary)
+        self.distiller = Distiller(
+            self.student, pipeline, self.teachers, parts=parts_of(spec), rotary=spec.rotary
+        )
         self.optimizer = torch.optim.AdamW(self.distiller.parameters(), lr=1e-4)
         batch, length = size["batch"], size["time"]
         self.ours = side(batch, length, device, labels=True)
@@ -114,7 +126,9 @@ class Bench:
                     input_ids=there["input_ids"], attention_mask=there["attention_mask"], use_cache=False
                 )
         here = self.ours
-        logits = self.student(input_ids=here["input_ids"], attention_mask=here["attention_mask"], use_cache=False).logits
+        logits = self.student(
+            input_ids=here["input_ids"], attention_mask=here["attention_mask"], use_cache=False
+        ).logits
         self._update(cross_entropy(logits, here["labels"], self.items[0]))
 
     def step(self) -> None:

@@ -78,11 +78,59 @@ def options(
 
 @app.command()
 def check(spec: Spec, overrides: Overrides = None) -> None:
-    """Check a spec: syntax, schema, imports of the plugins it uses."""
+    """Check a spec: syntax, schema, imports of the plugins it uses, shapes at every stage (no weights)."""
     from kava_core.spec.check import check as levels
 
     for level, found in levels(spec, overrides or ()):
         typer.echo(f"{level:<8} ok   {found}")
+
+
+@app.command()
+def train(spec: Spec, overrides: Overrides = None) -> None:
+    """Train every variant and seed of a spec; finished runs are skipped, interrupted ones resumed."""
+    from kava_core.spec.load import load
+    from kava_core.spec.variants import resolve_variants
+
+    variants = resolve_variants(load(spec, overrides or ()))
+    from kava_core.train import report
+    from kava_core.train.run import is_main, run
+
+    runs = [(name, seed, resolved) for name, resolved in variants.items() for seed in resolved.seeds]
+    results = [run(resolved, variant=name, seed=seed) for name, seed, resolved in runs]
+    if is_main():
+        report.show(results)
+
+
+@app.command()
+def plan(
+    spec: Spec,
+    overrides: Overrides = None,
+    time: Annotated[int | None, typer.Option(help="Student tokens; default: train.max_length.")] = None,
+    teacher_time: Annotated[int | None, typer.Option(help="Teacher tokens; default: as --time.")] = None,
+) -> None:
+    """Show the shape at every stage, parameters, memory and cost of a step. No weights are loaded."""
+    from kava_core.spec.load import load
+
+    loaded = load(spec, overrides or ())
+    from kava_core.plan import make_plan
+    from kava_core.plan_text import show
+
+    length = time or loaded.spec.train.max_length
+    show(make_plan(loaded.spec, time=length, t_time=teacher_time or length), loaded)
+
+
+@app.command()
+def export(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A finished run's directory.", show_default=False)
+    ],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="New folder.", show_default=False)],
+) -> None:
+    """Write a run's student as a folder that plain transformers loads, with a model card."""
+    from kava_core.train.export import export as write
+
+    write(run, target)
+    typer.echo(f"{target}: load it with transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})")
 
 
 @app.command()

@@ -50,7 +50,9 @@ class ComponentConfig(Strict):
         try:
             return getattr(import_module(module), attribute)
         except (ImportError, AttributeError) as error:
-            raise PluginError(f"component {cls.component_name()!r}: cannot import {cls.component!r}: {error}") from error
+            raise PluginError(
+                f"component {cls.component_name()!r}: cannot import {cls.component!r}: {error}"
+            ) from error
 
     @classmethod
     def component_name(cls) -> str:

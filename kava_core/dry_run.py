@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from kava_core.kv.axes import Cache, Geometry
-from kava_core.kv.pipeline import KVPipeline, active, parts_of
+from kava_core.kv.pipeline import Aligned, KVPipeline, active, parts_of
 from kava_core.kv.probe import probe_geometry
 from kava_core.kv.timeline import ANSWER, PROMPT, REASONING, Timeline
 from kava_core.kv.timemap import TimeMap
@@ -43,7 +44,7 @@ def geometry(model: ModelSpec, *, where: str) -> Geometry:
     return probe_geometry(sized_config(model, where=where))
 
 
-def sized_config(model: ModelSpec, *, where: str) -> object:
+def sized_config(model: ModelSpec, *, where: str) -> PreTrainedConfig:
     """The model's config; a tokenizer that is yet to be trained counts with its largest vocabulary."""
     config = model_config(model, where=where)
     if isinstance(model.tokenizer, TrainTokenizer) and "vocab_size" not in (model.config or {}):
@@ -62,17 +63,39 @@ def dry_run(spec: PipelineSpec, *, batch: int, time: int, t_time: int) -> DryRun
     teachers = {t.name: geometry(t, where=f"teacher {t.name!r}") for t in spec.teachers}
     if not active(spec):
         return DryRun(student, teachers, None, [])
-    pipeline = make_pipeline(spec, teachers, student, seed=0).to("meta")
+    pipeline = make_pipeline(spec, teachers, student, seed=0)
     ours, theirs = timeline(batch, time), timeline(batch, t_time)
+    maps = [_meta_map(aligner.plan(theirs, ours)) for aligner in pipeline.teachers]
+    pipeline.to("meta")
     shapes: list[StageShape] = []
     caches = [
-        meta_cache(spec, teachers[a.name], batch=batch, layer=len(a.sources), time=t_time) for a in pipeline.aligners
+        meta_cache(spec, teachers[a.name], batch=batch, layer=len(a.sources), time=t_time)
+        for a in pipeline.teachers
     ]
-    for aligner, cache in zip(pipeline.aligners, caches, strict=True):
+    for aligner, cache, time_map in zip(pipeline.teachers, caches, maps, strict=True):
         shapes += _record(aligner.name, "captured", cache)
-        for stage, aligned in aligner.steps(cache, _meta_map(aligner.to("cpu").plan(theirs, ours))):
+        for stage, aligned in aligner.steps(cache, time_map):
             shapes += _record(aligner.name, stage, aligned)
+    _compare(spec, pipeline, student, caches, maps, ours)
     return DryRun(student, teachers, pipeline, shapes)
+
+
+def _compare(
+    spec: PipelineSpec,
+    pipeline: KVPipeline,
+    student: Geometry,
+    caches: list[Cache],
+    maps: list[TimeMap],
+    ours: Timeline,
+) -> None:
+    """Fuse and compare on the meta device, for the errors alone."""
+    batch, time = ours.mask.shape
+    own = meta_cache(spec, student, batch=batch, layer=len(pipeline.layers), time=time)
+    aligned = [
+        Aligned(aligner.align(cache, time_map), time_map.valid)
+        for aligner, cache, time_map in zip(pipeline.teachers, caches, maps, strict=True)
+    ]
+    pipeline.compare(own, aligned, torch.ones((), device="meta"))
 
 
 def timeline(batch: int, time: int) -> Timeline:

@@ -24,13 +24,15 @@ KINDS: dict[str, str] = {
 }
 """Kind, as a spec names it, to the hook that registers its components."""
 
+
 @hookspec
 def kava_head_adapters() -> Sequence[type[ComponentConfig]]:
     """Components that change the head axis: ``t_head → head``.
 
     A plugin that keeps the first heads::
 
-        # kava_first_heads/__init__.py    entry point: [project.entry-points.kava] first_heads = "kava_first_heads"
+        # pyproject.toml: [project.entry-points.kava] first_heads = "kava_first_heads"
+        # kava_first_heads/__init__.py
         from typing import Literal
         from kava_core import hookimpl
         from kava_core.config import ComponentConfig

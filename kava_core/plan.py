@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
 
 from kava_core.dry_run import DryRun, dry_run, sized_config
+from kava_core.kv.probe import fake_model
 from kava_core.spec.model import ModelSpec, PipelineSpec, StudentSpec
 from kava_core.train.models import add_lora
 
@@ -49,7 +51,9 @@ def make_plan(spec: PipelineSpec, *, time: int, t_time: int) -> Plan:
     dry = dry_run(spec, batch=batch, time=time, t_time=t_time)
     student = _model_cost("student", spec.student, batch, time, geometry=str(dry.student))
     teachers = [
-        _model_cost(t.name, t, batch, t_time, geometry=str(dry.teachers[t.name])) for t in spec.teachers if dry.pipeline
+        _model_cost(t.name, t, batch, t_time, geometry=str(dry.teachers[t.name]))
+        for t in spec.teachers
+        if dry.pipeline
     ]
     steps = spec.train.accumulate
     flops = {cost.name: cost.flops * steps for cost in (student, *teachers)}
@@ -60,10 +64,10 @@ def make_plan(spec: PipelineSpec, *, time: int, t_time: int) -> Plan:
 
 def _model_cost(name: str, spec: ModelSpec, batch: int, time: int, *, geometry: str) -> ModelCost:
     training = isinstance(spec, StudentSpec)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(sized_config(spec, where=name), attn_implementation="eager")
+    with FakeTensorMode():
+        model: Any = fake_model(sized_config(spec, where=name), attn_implementation="eager")
         flops = _forward_flops(model if training else model.base_model, time) * batch
-        if training and spec.lora is not None:
+        if isinstance(spec, StudentSpec) and spec.lora is not None:
             model = add_lora(model, spec.lora, seed=0)
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) if training else 0
@@ -74,7 +78,10 @@ def _model_cost(name: str, spec: ModelSpec, batch: int, time: int, *, geometry: 
 def _forward_flops(model: nn.Module, time: int) -> float:
     """Of one example, attention's matrix products included (eager attention, so that they are counted)."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(input_ids=torch.zeros(1, time, dtype=torch.long, device="meta"), use_cache=False)
+        model(
+            input_ids=torch.zeros(1, time, dtype=torch.long, device=next(model.parameters()).device),
+            use_cache=False,
+        )
     return float(counter.get_total_flops())
 
 
@@ -83,17 +90,30 @@ def _alignment_flops(dry: DryRun, spec: PipelineSpec) -> float:
     total = 0.0
     for before, after in zip(dry.shapes, dry.shapes[1:], strict=False):
         if before.teacher == after.teacher and before.part == after.part and before.shape != after.shape:
-            changed = [axis for axis, (a, b) in enumerate(zip(before.shape, after.shape, strict=True)) if a != b]
+            changed = [
+                axis for axis, (a, b) in enumerate(zip(before.shape, after.shape, strict=True)) if a != b
+            ]
             total += 2 * prod(after.shape) * prod(before.shape[axis] for axis in changed)
     return total
 
 
-def _memory(spec: PipelineSpec, dry: DryRun, models: list[ModelCost], batch: int, time: int) -> dict[str, int]:
+def _memory(
+    spec: PipelineSpec, dry: DryRun, models: list[ModelCost], batch: int, time: int
+) -> dict[str, int]:
     student = dry.student
     wide = 2 if spec.train.precision != "fp32" else BYTES[spec.student.dtype]
     logits = batch * time * _vocabulary(spec.student) * (wide + 4)
-    activations = 17 * batch * time * student.hidden * wide * (1 if spec.student.gradient_checkpointing else student.layer)
-    captured = sum(prod(s.shape) * BYTES[_dtype(spec, s.teacher)] for s in dry.shapes if s.stage == "captured")
+    activations = (
+        17
+        * batch
+        * time
+        * student.hidden
+        * wide
+        * (1 if spec.student.gradient_checkpointing else student.layer)
+    )
+    captured = sum(
+        prod(s.shape) * BYTES[_dtype(spec, s.teacher)] for s in dry.shapes if s.stage == "captured"
+    )
     aligned = sum(prod(shape) * 4 for shape in _targets(dry).values())
     return {
         "student: weights, gradients, optimizer": models[0].weights,
@@ -115,4 +135,4 @@ def _dtype(spec: PipelineSpec, teacher: str) -> str:
 
 
 def _vocabulary(spec: ModelSpec) -> int:
-    return int(sized_config(spec, where="student").vocab_size)  # type: ignore[attr-defined]
+    return int(sized_config(spec, where="student").vocab_size)

@@ -50,9 +50,7 @@ class HeadAdapter(Protocol):
         """Map the heads of one part; the other axes stay as they are."""
         ...
 
-    def fold(
-        self, x: Float[Tensor, "batch layer head time dim"]
-    ) -> Float[Tensor, "batch layer _ time _"]:
+    def fold(self, x: Float[Tensor, "batch layer head time dim"]) -> Float[Tensor, "batch layer _ time _"]:
         """The student's tensor as ``student_view`` sees it; the identity for most adapters."""
         ...
 
@@ -68,7 +66,10 @@ class TimeWarper(Protocol):
 
 @runtime_checkable
 class DimProjector(Protocol):
-    """``t_dim → dim``. Constructed as ``DimProjector(config, *, teacher, student)`` in the adapter's views."""
+    """``t_dim → dim``. Constructed as ``DimProjector(config, *, teacher, student)``.
+
+    Both geometries are the head adapter's views.
+    """
 
     def __call__(
         self, x: Float[Tensor, "batch layer head time t_dim"], part: Part

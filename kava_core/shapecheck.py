@@ -48,8 +48,9 @@ def enable() -> None:
     names = modules()
     late = sorted(name for name in names if name in sys.modules and name != "kava_plugins")
     if late:
-        warnings.warn(f"imported before shape checking was switched on, not checked: {', '.join(late)}", stacklevel=2)
+        warnings.warn(
+            f"imported before shape checking was switched on, not checked: {', '.join(late)}", stacklevel=2
+        )
     from jaxtyping import install_import_hook
 
     install_import_hook(names, CHECKER)
-

@@ -38,7 +38,11 @@ FIELDS: dict[str, Any] = {
     "name": "tiny",
     "student": {"config": llama(), "tokenizer": CHARS},
     "teachers": [
-        {"name": "wide", "config": llama(num_hidden_layers=4, hidden_size=64, num_key_value_heads=4), "tokenizer": BPE},
+        {
+            "name": "wide",
+            "config": llama(num_hidden_layers=4, hidden_size=64, num_key_value_heads=4),
+            "tokenizer": BPE,
+        },
         {"name": "gpt", "config": gpt2(), "tokenizer": CHARS},
     ],
     "target": "separate",
@@ -65,7 +69,9 @@ def fields(**changes: Any) -> dict[str, Any]:
     """The tiny spec's fields; a dict given for a section changes only the keys it names."""
     made = copy.deepcopy(FIELDS)
     for name, value in changes.items():
-        made[name] = made[name] | value if isinstance(value, dict) and isinstance(made.get(name), dict) else value
+        made[name] = (
+            made[name] | value if isinstance(value, dict) and isinstance(made.get(name), dict) else value
+        )
     return made
 
 

@@ -42,7 +42,9 @@ class TeacherAligner(nn.Module):
     ) -> None:
         super().__init__()
         self.name = name
-        self._who = {kind: f"{kind} {getattr(spec, kind).name!r}, teacher {name!r}" for kind in AlignSpec.model_fields}
+        self._who = {
+            kind: f"{kind} {getattr(spec, kind).name!r}, teacher {name!r}" for kind in AlignSpec.model_fields
+        }
         with blame(self._who["layer_mapper"]):
             mapper = spec.layer_mapper.build(teacher=teacher, student=student)
             self.layer_map = LayerMap(mapper, teacher=teacher, student=student, layers=layers)
@@ -88,7 +90,9 @@ class TeacherAligner(nn.Module):
         """The student's cache in the view the losses see."""
         with blame(self._who["head_adapter"]):
             return cache.map(
-                lambda x, part: fold_student(self.head_adapter, x, head=self.view.heads(part), dim=self.view.dim)
+                lambda x, part: fold_student(
+                    self.head_adapter, x, head=self.view.heads(part), dim=self.view.dim
+                )
             )
 
     def order(self, part: Part, t_time: int, time_map: TimeMap) -> tuple[Stage, ...]:

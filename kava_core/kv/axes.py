@@ -15,7 +15,11 @@ from torch import Tensor
 from kava_core.config import Part
 
 VOCABULARY = frozenset(
-    "batch layer head qhead time dim teacher t_layer t_head t_qhead t_time t_dim tap hidden vocab".split()
+    {
+        *("batch", "layer", "head", "qhead", "time", "dim"),
+        *("teacher", "t_layer", "t_head", "t_qhead", "t_time", "t_dim"),
+        *("tap", "hidden", "vocab"),
+    }
 )
 """Every axis name that may stand in an annotation or an einops pattern."""
 

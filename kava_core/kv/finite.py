@@ -21,4 +21,6 @@ def assert_finite(cache: Cache, valid: Bool[Tensor, "batch time"], where: str) -
         bad = (~torch.isfinite(x) & valid[:, None, None, :, None]).any(dim=(0, 2, 3, 4))
         if bad.any():
             layers = bad.nonzero().flatten().tolist()
-            raise NonFiniteError(f"{where}: {part} of layers {layers} hold NaN or infinity at valid positions")
+            raise NonFiniteError(
+                f"{where}: {part} of layers {layers} hold NaN or infinity at valid positions"
+            )

@@ -39,7 +39,9 @@ class LayerMap(nn.Module):
             matrix = layer_matrix(mapper, teacher=teacher, student=student)[list(layers)]
         self.sources = self._sources(matrix, layers)
         matrix = matrix[:, list(self.sources)]
-        self.single = not self.learned and bool((matrix.ne(0).sum(1) == 1).all() and (matrix.amax(1) == 1).all())
+        self.single = not self.learned and bool(
+            (matrix.ne(0).sum(1) == 1).all() and (matrix.amax(1) == 1).all()
+        )
         self.register_buffer("pick", matrix.argmax(1), persistent=False)
         self.whole = self.single and self.pick.tolist() == list(range(len(self.sources)))
 

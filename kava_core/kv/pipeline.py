@@ -41,7 +41,9 @@ def layers_of(loss: KVLossConfig, student: Geometry) -> list[int]:
         return list(range(student.layer))
     outside = [layer for layer in loss.layers if not -student.layer <= layer < student.layer]
     if outside:
-        raise SpecError(f"loss {loss.name!r}: layers {outside}: the student has layers 0 to {student.layer - 1}")
+        raise SpecError(
+            f"loss {loss.name!r}: layers {outside}: the student has layers 0 to {student.layer - 1}"
+        )
     return sorted({layer % student.layer for layer in loss.layers})
 
 
@@ -88,7 +90,7 @@ class KVPipeline(nn.Module):
         self.terms = _unique([config.name for config in self.configs])
         self._check_views()
         self._check_widths()
-        self.fuser = spec.fuser.build(teachers=self.names, student=self.aligners[0].view)
+        self.fuser = spec.fuser.build(teachers=self.names, student=self.teachers[0].view)
         rows = [[self.layers.index(layer) for layer in layers_of(config, student)] for config in self.configs]
         self.losses = nn.ModuleList(
             nn.ModuleList(self._loss(config, a, len(r)) for config, r in zip(self.configs, rows, strict=True))
@@ -98,31 +100,39 @@ class KVPipeline(nn.Module):
             self.register_buffer(f"rows_{index}", torch.tensor(row), persistent=False)
 
     @property
-    def _compared(self) -> Sequence[TeacherAligner]:
-        """The aligners whose geometry a loss meets: all where separate, else the first for the fused target."""
-        return list(self.aligners) if self.separate else [self.aligners[0]]  # type: ignore[list-item]
+    def teachers(self) -> list[TeacherAligner]:
+        """The aligners, in the spec's order."""
+        return [aligner for aligner in self.aligners if isinstance(aligner, TeacherAligner)]
+
+    @property
+    def _compared(self) -> list[TeacherAligner]:
+        """Whose geometry a loss meets: every aligner's where separate, else the first's."""
+        return self.teachers if self.separate else self.teachers[:1]
 
     def _loss(self, config: KVLossConfig, aligner: TeacherAligner, layer: int) -> nn.Module:
         with blame(f"kv_loss {config.name!r}"):
-            return config.build(teacher=aligner.target.with_(layer=layer), student=aligner.view.with_(layer=layer))
+            return config.build(
+                teacher=aligner.target.with_(layer=layer), student=aligner.view.with_(layer=layer)
+            )
 
     def _check_views(self) -> None:
-        views = {(aligner.target, aligner.view) for aligner in self.aligners}
+        views = {(aligner.target, aligner.view) for aligner in self.teachers}
         if not self.separate and len(views) > 1:
-            found = "; ".join(f"{a.name}: {a.target}" for a in self.aligners)
+            found = "; ".join(f"{a.name}: {a.target}" for a in self.teachers)
             raise SpecError(
                 f"target: fused needs one head adapter view and one width for all teachers, not {found}; "
                 "use the same head_adapter and a dim_projector, or target: separate"
             )
 
     def _check_widths(self) -> None:
-        for aligner in self.aligners:
+        for aligner in self.teachers:
             same = (aligner.target.head, aligner.target.dim) == (aligner.view.head, aligner.view.dim)
             strict = [config.name for config in self.configs if not config.basis_free]
             if not same and strict:
                 raise SpecError(
-                    f"teacher {aligner.name!r}: aligned to {aligner.target} but the student has {aligner.view}; "
-                    f"loss {strict[0]!r} compares equal widths: use dim_projector calibrated or linear"
+                    f"teacher {aligner.name!r}: aligned to {aligner.target} but the student has "
+                    f"{aligner.view}; loss {strict[0]!r} compares equal widths: use dim_projector "
+                    "calibrated or linear"
                 )
 
     def align(
@@ -130,16 +140,20 @@ class KVPipeline(nn.Module):
     ) -> list[Aligned]:
         """Every teacher's target and validity, in order."""
         maps = [
-            aligner.plan(timeline, student)
-            for aligner, timeline in zip(self.aligners, teachers, strict=True)
+            aligner.plan(timeline, student) for aligner, timeline in zip(self.teachers, teachers, strict=True)
         ]
         return [
             Aligned(aligner.align(cache.map(_precise), time_map), time_map.valid)
-            for aligner, cache, time_map in zip(self.aligners, caches, maps, strict=True)
+            for aligner, cache, time_map in zip(self.teachers, caches, maps, strict=True)
         ]
 
     def forward(
-        self, student: Cache, caches: Sequence[Cache], timeline: Timeline, teachers: Sequence[Timeline], items: Tensor
+        self,
+        student: Cache,
+        caches: Sequence[Cache],
+        timeline: Timeline,
+        teachers: Sequence[Timeline],
+        items: Tensor,
     ) -> dict[str, Float[Tensor, ""]]:
         """The unweighted loss terms, by name.
 
@@ -154,9 +168,13 @@ class KVPipeline(nn.Module):
         """
         student = student.map(_precise)
         aligned = self.align(caches, teachers, timeline)
-        views = [aligner.fold(student) for aligner in self.aligners]
         if shapecheck.wanted():
             self._check_values(student, timeline, aligned)
+        return self.compare(student, aligned, items)
+
+    def compare(self, student: Cache, aligned: list[Aligned], items: Tensor) -> dict[str, Float[Tensor, ""]]:
+        """The unweighted loss terms of the student's cache against aligned targets."""
+        views = [aligner.fold(student) for aligner in self.teachers]
         context = FusionContext(
             valid=torch.stack([one.valid for one in aligned]),
             targets=tuple(one.target for one in aligned),
@@ -179,7 +197,9 @@ class KVPipeline(nn.Module):
                 terms[name] = torch.stack(
                     [
                         measure(losses[index], *_rows(view, target, weight, rows, config.parts))
-                        for losses, view, target, weight in zip(self.losses, views, targets, weights, strict=False)
+                        for losses, view, target, weight in zip(
+                            self.losses, views, targets, weights, strict=False
+                        )
                     ]
                 ).sum()
         return terms
@@ -190,7 +210,7 @@ class KVPipeline(nn.Module):
 
     def _check_values(self, student: Cache, timeline: Timeline, aligned: list[Aligned]) -> None:
         assert_finite(student, timeline.mask, "the student's cache")
-        for aligner, one in zip(self.aligners, aligned, strict=True):
+        for aligner, one in zip(self.teachers, aligned, strict=True):
             assert_finite(one.target, one.valid, f"the aligned cache of teacher {aligner.name!r}")
 
 

@@ -31,13 +31,19 @@ def probe_geometry(config: PretrainedConfig) -> Geometry:
     Raises:
         UnsupportedModelError: No attention layer can be captured, or the layers are not alike.
     """
+    with FakeTensorMode():
+        return geometry_of(fake_model(config))
+
+
+def fake_model(config: PretrainedConfig, **options: Any) -> nn.Module:
+    """The model of a configuration, for use inside ``FakeTensorMode``; see ``probe_geometry``."""
     plain = copy.deepcopy(config)
     text = plain.get_text_config()
     if getattr(text, "rope_parameters", None):
         text.rope_parameters = _plain_angles(text.rope_parameters)
     build: Any = AutoModelForCausalLM.from_config
-    with FakeTensorMode():
-        return geometry_of(build(plain, experts_implementation="batched_mm"))
+    model: nn.Module = build(plain, experts_implementation="batched_mm", **options)
+    return model
 
 
 def geometry_of(model: nn.Module) -> Geometry:
@@ -49,7 +55,10 @@ def geometry_of(model: nn.Module) -> Geometry:
         UnsupportedModelError: No attention layer can be captured, or the layers are not alike.
     """
     device = next(model.parameters()).device
-    ids = torch.zeros(1, PROBE_LENGTH, dtype=torch.long, device=device)
+    real = int(
+        getattr(model.config.get_text_config(), "pad_token_id", None) == 0
+    )  # no token looks like padding
+    ids = torch.full((1, PROBE_LENGTH), real, dtype=torch.long, device=device)
     capture = Capture(model, parts=PARTS, rotary="keep")
     with torch.no_grad(), _evaluating(model), capture:
         model(input_ids=ids, use_cache=False)

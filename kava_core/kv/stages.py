@@ -17,7 +17,15 @@ from kava_core.config import Part
 from kava_core.kv.axes import Cache, Geometry
 from kava_core.kv.timeline import Timeline
 from kava_core.kv.timemap import TimeMap
-from kava_core.protocols import DimProjector, Fuser, FusionContext, HeadAdapter, KVLoss, LayerMapper, TimeWarper
+from kava_core.protocols import (
+    DimProjector,
+    Fuser,
+    FusionContext,
+    HeadAdapter,
+    KVLoss,
+    LayerMapper,
+    TimeWarper,
+)
 
 
 @contextmanager
@@ -45,7 +53,12 @@ def mix_layers(
 
 
 def adapt_heads(
-    adapter: HeadAdapter, x: Float[Tensor, "batch layer t_head time t_dim"], part: Part, *, head: int, dim: int
+    adapter: HeadAdapter,
+    x: Float[Tensor, "batch layer t_head time t_dim"],
+    part: Part,
+    *,
+    head: int,
+    dim: int,
 ) -> Float[Tensor, "batch layer {head} time {dim}"]:
     """``t_head → head``."""
     return adapter(x, part)

@@ -24,6 +24,7 @@ def check(file: str | File, overrides: Sequence[str] = ()) -> Iterator[Level]:
     variants = resolve_variants(loaded)
     yield "schema", _counted(loaded, variants)
     yield "plugins", _imported(loaded, variants)
+    yield "shapes", _dry_runs(variants)
 
 
 def used_components(spec: PipelineSpec) -> Iterator[tuple[str, ComponentConfig]]:
@@ -36,6 +37,17 @@ def used_components(spec: PipelineSpec) -> Iterator[tuple[str, ComponentConfig]]
         yield "fuser", spec.fuser
     for loss in spec.losses:
         yield "kv_loss", loss
+
+
+def _dry_runs(variants: dict[str, PipelineSpec]) -> str:
+    """Align, fuse and compare meta tensors for every variant."""
+    from kava_core.dry_run import dry_run
+
+    runs = [dry_run(spec, batch=2, time=24, t_time=30) for spec in variants.values()]
+    teachers = {name: geometry for run in runs for name, geometry in run.teachers.items()}
+    return "; ".join(
+        [f"student: {runs[0].student}", *(f"{name}: {found}" for name, found in teachers.items())]
+    )
 
 
 def _counted(loaded: LoadedSpec, variants: dict[str, PipelineSpec]) -> str:

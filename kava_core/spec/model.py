@@ -22,7 +22,7 @@ class TrainTokenizer(Strict):
     """Train a tokenizer on the spec's own training texts (cached)."""
 
     kind: Literal["chars", "bpe", "unigram", "wordpiece"] = "bpe"
-    """``chars``: one token per character; ``bpe``: byte-level; ``unigram``: SentencePiece-like; ``wordpiece``."""
+    """``chars``: one token per character; ``bpe``: byte-level; ``unigram``: like SentencePiece."""
     vocab_size: Positive = 512
     """Upper bound of the vocabulary, special tokens included."""
 
@@ -62,7 +62,9 @@ class ModelSpec(Strict):
     @model_validator(mode="after")
     def _one_origin(self) -> ModelSpec:
         if (self.path is None) == (self.config is None):
-            raise ValueError("give exactly one of 'path' (a folder or hub name) and 'config' (random weights)")
+            raise ValueError(
+                "give exactly one of 'path' (a folder or hub name) and 'config' (random weights)"
+            )
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise ValueError("'config' needs a 'model_type', such as llama")
         if self.config is not None and self.tokenizer is None:
@@ -77,7 +79,7 @@ class Lora(Strict):
 
     rank: Positive = 16
     """Rank of the update."""
-    alpha: float = Field(32.0, gt=0)
+    alpha: Positive = 32
     """The update is scaled by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
@@ -190,7 +192,7 @@ class HubData(Strict):
     """Split of validation examples."""
     format: Literal["fields", "gsm8k"] = "fields"
     """As for jsonl."""
-    columns: dict[Literal["prompt", "reasoning", "answer"], str] = {}
+    columns: dict[Literal["prompt", "reasoning", "answer"], str] = Field(default={})
     """With ``fields``: the dataset's column for each field, where the names differ."""
     template: Template = Template()
     """Text of an example."""
@@ -265,7 +267,8 @@ class PipelineSpec(Strict):
     teachers: tuple[TeacherSpec, ...] = ()
     """The models that are distilled."""
     rotary: Literal["strip", "keep"] = "strip"
-    """``strip``: compare keys and queries without rotation, by each model's own angles; ``keep``: as cached."""
+    """``strip``: compare keys and queries without rotation, undone by each model's own angles; ``keep``: as
+    cached."""
     target: Literal["fused", "separate"] = "fused"
     """``fused``: the teachers' aligned caches are averaged with the fuser's weights and compared once (they
     must share a basis); ``separate``: each is compared, and the losses are averaged with the weights."""
@@ -281,7 +284,7 @@ class PipelineSpec(Strict):
     """Validation during training."""
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     """One run for each. A seed fixes the student's weights, the data order and dropout."""
-    variants: dict[Name, dict[str, Any]] = {}
+    variants: dict[Name, dict[str, Any]] = Field(default={})
     """Named changes of this spec: dotted path to new value, as on the command line. One run for each variant
     and seed; none: one variant, ``main``."""
     output: str = "runs"

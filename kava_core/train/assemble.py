@@ -46,7 +46,9 @@ class Data:
     def report(self) -> dict[str, Any]:
         """For run.json: sizes, hashes, duplicates, examples left out."""
         dropped = {"train": self.train_items.dropped, "validation": self.validation_items.dropped}
-        mismatches = prefix_mismatch(self.validation_items.examples, self.tokenizer, self.plain_collator.template)
+        mismatches = prefix_mismatch(
+            self.validation_items.examples, self.tokenizer, self.plain_collator.template
+        )
         return self.splits.report() | {"too_long": dropped, "prompt_prefix_mismatches": mismatches}
 
 
@@ -99,10 +101,12 @@ def make_distiller(spec: PipelineSpec, data: Data, *, seed: int) -> Distiller:
         )
         for teacher in spec.teachers
     }
-    pipeline = make_pipeline(spec, {n: geometry_of(m) for n, m in models.items()}, geometry_of(student), seed=seed)
+    pipeline = make_pipeline(
+        spec, {n: geometry_of(m) for n, m in models.items()}, geometry_of(student), seed=seed
+    )
     teachers = [
         Teacher(t.name, models[t.name], layers=a.sources, parts=parts_of(spec), rotary=spec.rotary)
-        for t, a in zip(spec.teachers, pipeline.aligners, strict=True)
+        for t, a in zip(spec.teachers, pipeline.teachers, strict=True)
     ]
     return Distiller(student, pipeline, teachers, parts=parts_of(spec), rotary=spec.rotary)
 

@@ -30,7 +30,10 @@ def cross_entropy(
     """Summed next-token cross-entropy of the labelled positions, divided by ``items``, in float32."""
     return (
         F.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+            logits[:, :-1].flatten(0, 1).float(),
+            labels[:, 1:].flatten(),
+            ignore_index=IGNORED,
+            reduction="sum",
         )
         / items
     )
@@ -50,14 +53,20 @@ class Distiller(nn.Module):
     supports_gradient_checkpointing = True
 
     def __init__(
-        self, student: nn.Module, pipeline: KVPipeline | None = None, teachers: Sequence[Teacher] = (), **capture: Any
+        self,
+        student: nn.Module,
+        pipeline: KVPipeline | None = None,
+        teachers: Sequence[Teacher] = (),
+        **capture: Any,
     ) -> None:
         super().__init__()
         self.student = student
         self.config = student.config
         self.pipeline = pipeline
         self.__dict__["teachers"] = tuple(teachers)
-        self.__dict__["capture"] = None if pipeline is None else Capture(student, layers=pipeline.layers, **capture)
+        self.__dict__["capture"] = (
+            None if pipeline is None else Capture(student, layers=pipeline.layers, **capture)
+        )
 
     def forward(
         self, student: Mapping[str, Tensor], teachers: Mapping[str, Mapping[str, Tensor]], items: Tensor
@@ -106,7 +115,7 @@ class Distiller(nn.Module):
         """Show one batch of the teachers' caches to every projector that wants to see data."""
         assert self.pipeline is not None
         timeline = Timeline.from_batch(batch["student"])
-        for aligner, teacher in zip(self.pipeline.aligners, self.__dict__["teachers"], strict=True):
+        for aligner, teacher in zip(self.pipeline.teachers, self.__dict__["teachers"], strict=True):
             if aligner.wants_calibration:
                 side = batch["teachers"][teacher.name]
                 cache = teacher.cache(side).map(lambda x, _: x.float())
@@ -115,6 +124,6 @@ class Distiller(nn.Module):
     def finish_calibration(self) -> None:
         """Compute every calibrated projection from what was observed."""
         assert self.pipeline is not None
-        for aligner in self.pipeline.aligners:
+        for aligner in self.pipeline.teachers:
             if aligner.wants_calibration:
                 aligner.dim_projector.finish()

@@ -6,10 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
+from rich.console import Console
 from rich.table import Table
 
 from kava_core.train.callbacks import read_metrics
 from kava_core.train.run import Result
+
+
+def show(results: Sequence[Result]) -> None:
+    """Print the table, save the plot beside the run directories, say where everything is."""
+    console = Console()
+    console.print(table(results))
+    folder = results[0].folder.parent
+    picture = folder / "curves.png"
+    if plot(results, picture):
+        console.print(f"curves: {picture}", soft_wrap=True)
+    else:
+        console.print("no plot: matplotlib is not installed (pip install 'kava[plots]')")
+    console.print(f"runs:   {folder}", soft_wrap=True)
 
 
 def table(results: Sequence[Result]) -> Table:
@@ -44,7 +58,11 @@ def _cell(value: float | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
-PANELS = (("eval_exact_match", "exact match"), ("eval_ce", "validation cross-entropy (nats/token)"), ("kv", "KV loss (validation)"))
+PANELS = (
+    ("eval_exact_match", "exact match"),
+    ("eval_ce", "validation cross-entropy (nats/token)"),
+    ("kv", "KV loss (validation)"),
+)
 
 
 def plot(results: Sequence[Result], path: Path) -> bool:
@@ -86,6 +104,10 @@ NOT_KV = {"eval_ce", "eval_perplexity", "eval_exact_match"}
 def _curves(result: Result, name: str) -> list[tuple[list[int], list[float]]]:
     """Steps and values of a metric; ``kv`` stands for every KV term."""
     lines = [line for line in read_metrics(result.folder / "metrics.jsonl") if "eval_ce" in line]
-    names = {key for line in lines for key in line if key.startswith("eval_")} - NOT_KV if name == "kv" else {name}
+    names = (
+        {key for line in lines for key in line if key.startswith("eval_")} - NOT_KV
+        if name == "kv"
+        else {name}
+    )
     found = [[(line["step"], line[key]) for line in lines if key in line] for key in sorted(names)]
     return [([step for step, _ in curve], [value for _, value in curve]) for curve in found if curve]

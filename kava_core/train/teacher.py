@@ -34,7 +34,7 @@ class Teacher:
 
     @torch.no_grad()
     def cache(self, side: Mapping[str, Tensor]) -> Cache:
-        """The cache of a batch: ``batch layer head time dim`` for each part, layers as in the aligner's sources."""
+        """The cache of a batch: ``batch layer head time dim`` a part, with the layers asked for."""
         with self.capture:
             self.model.base_model(
                 input_ids=side["input_ids"], attention_mask=side["attention_mask"], use_cache=False

@@ -172,6 +172,7 @@ class KavaTrainer(Trainer):
             if self.args.should_save:
                 checkpoint.seal(staged, folder / staged.name)
                 checkpoint.prune(folder, self.keep)
+                checkpoint.clear(folder)
         except (OSError, RuntimeError, SafetensorError) as error:
             checkpoint.clear(folder)
             raise KavaError(self._describe_unwritten(error)) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 
@@ -55,7 +56,7 @@ def load_weights(distiller: Distiller, folder: Path) -> None:
         _load_student(distiller.student, folder / STUDENT)
         if distiller.pipeline is not None:
             distiller.pipeline.load_state_dict(load_file(folder / ALIGNER_FILE))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: {str(error).splitlines()[0]}") from error
 
 

@@ -54,7 +54,7 @@ class Module(torch.nn.Module):
 
 
 def timeline(*sizes: tuple[int, int, int], left: int = 0, right: int = 0) -> Timeline:
-    """One row per (prompt, reasoning, answer); rows are padded to the longest, plus ``left`` and ``right``."""
+    """One row per (prompt, reasoning, answer); padded to the longest, plus ``left`` and ``right``."""
     longest = max(map(sum, sizes))
     rows = []
     for size in sizes:
@@ -67,7 +67,9 @@ def timeline(*sizes: tuple[int, int, int], left: int = 0, right: int = 0) -> Tim
     return Timeline(mask, positions, segments, spans)
 
 
-def cache(geometry: Geometry, time: int, *, batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float64) -> Cache:
+def cache(
+    geometry: Geometry, time: int, *, batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> Cache:
     """Random keys and values."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -79,7 +81,7 @@ def cache(geometry: Geometry, time: int, *, batch: int = 2, seed: int = 0, dtype
 
 
 def spec(*aligns: dict[str, Any], losses: list[Any], **fields: Any) -> PipelineSpec:
-    """A spec with one teacher for each ``align``, called a, b, …; width is passed on unless said otherwise."""
+    """A spec with one teacher for each ``align``, called a, b, …; width passes unless said otherwise."""
     plain = {"dim_projector": "identity"}
     teachers = [
         {"name": "abcdef"[i], "config": tiny.llama(), "tokenizer": tiny.CHARS, "align": plain | align}

@@ -71,7 +71,9 @@ def reference_loss(distiller: Distiller, batch: dict) -> Tensor:
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None and p.grad.any()}
+    return {
+        name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None and p.grad.any()
+    }
 
 
 def kava_gradients(distiller: Distiller, batch: dict) -> dict[str, Tensor]:
@@ -126,7 +128,8 @@ dist.init_process_group("gloo")
 rank = dist.get_rank()
 distiller, data, _ = setup(gradient_checkpointing=True)
 batch = data.plain_collator([data.train_items[i] for i in range(4)])
-items = torch.tensor([float((batch["student"]["labels"][:, 1:] != -100).sum()), float(batch["student"]["attention_mask"].sum())])
+labelled = (batch["student"]["labels"][:, 1:] != -100).sum()
+items = torch.stack([labelled, batch["student"]["attention_mask"].sum()]).float()
 mine = lambda side: {k: v[2 * rank : 2 * rank + 2] for k, v in side.items()}
 wrapped = DistributedDataParallel(distiller.train())
 out = wrapped(mine(batch["student"]), {n: mine(s) for n, s in batch["teachers"].items()}, items)
@@ -150,7 +153,9 @@ def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
     script.write_text(WORKER)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    subprocess.run([*torchrun, str(script), str(tmp_path / "grads.pt")], env=environment, check=True, timeout=300)
+    subprocess.run(
+        [*torchrun, str(script), str(tmp_path / "grads.pt")], env=environment, check=True, timeout=300
+    )
     found = torch.load(tmp_path / "grads.pt", weights_only=True)
     assert found.keys() == expected.keys()
     for name in expected:

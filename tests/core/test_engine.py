@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from kava_core.errors import KavaError, NonFiniteError, Preempted, SpecError
-from kava_core.train import checkpoint, run as run_module
+from kava_core.train import checkpoint
+from kava_core.train import run as run_module
 from kava_core.train.callbacks import read_metrics
 from kava_core.train.export import export
 from kava_core.train.run import Result, run
@@ -78,7 +79,10 @@ def test_a_signal_saves_once_and_resuming_is_bit_exact(
     assert checkpoint.step_of(checkpoint.newest(folder.checkpoints)) == at + 1
     result = run(spec, variant="main", seed=1)
     assert_same(weights(result), weights(whole))
-    evaluations = [[line for line in read_metrics(r.folder / "metrics.jsonl") if "eval_ce" in line] for r in (result, whole)]
+    evaluations = [
+        [line for line in read_metrics(r.folder / "metrics.jsonl") if "eval_ce" in line]
+        for r in (result, whole)
+    ]
     strip = [[{k: v for k, v in line.items() if k != "seconds"} for line in lines] for lines in evaluations]
     assert strip[0] == strip[1]
 
@@ -113,7 +117,9 @@ def test_accumulation_does_not_change_the_result(tmp_path: Path) -> None:
         results[size] = weights(run(tiny.spec(tmp_path, train=train), variant="main", seed=0))
     for name, expected in results[12].items():
         for size in (6, 3):
-            torch.testing.assert_close(results[size][name], expected, rtol=1e-3, atol=2e-5, msg=f"{name} {size}")
+            torch.testing.assert_close(
+                results[size][name], expected, rtol=1e-3, atol=2e-5, msg=f"{name} {size}"
+            )
 
 
 def test_same_seed_same_run_and_another_seed_another(tmp_path: Path) -> None:
@@ -158,7 +164,9 @@ def test_non_finite_loss_stops_before_the_update(tmp_path: Path, monkeypatch: py
 @pytest.mark.usefixtures("no_value_checks")
 def test_non_finite_weights_are_never_saved(tmp_path: Path) -> None:
     spec = tiny.spec(tmp_path, train={"learning_rate": 1e38, "steps": 6, "save_every": 1})
-    with pytest.raises(NonFiniteError, match=r"step 1: .* holds NaN or infinity after the update; nothing saved"):
+    with pytest.raises(
+        NonFiniteError, match=r"step 1: .* holds NaN or infinity after the update; nothing saved"
+    ):
         run(spec, variant="main", seed=0)
     folder = RunDir(spec, "main", 0)
     assert not checkpoint.steps(folder.checkpoints)
@@ -173,11 +181,15 @@ def test_two_processes_do_not_share_a_run_directory(tmp_path: Path) -> None:
 
 def test_changed_data_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "train.jsonl"
-    lines = [json.dumps({"prompt": f"{i}+1", "reasoning": str(i + 1), "answer": str(i + 1)}) for i in range(40)]
+    lines = [
+        json.dumps({"prompt": f"{i}+1", "reasoning": str(i + 1), "answer": str(i + 1)}) for i in range(40)
+    ]
     file.write_text("\n".join(lines))
     data = {"name": "jsonl", "train": str(file), "validation": str(file)}
     spec = tiny.spec(tmp_path, losses=[], teachers=[], train={"steps": 2})
-    spec = type(spec).model_validate(tiny.fields(losses=[], teachers=[]) | {"data": data, "output": str(tmp_path)})
+    spec = type(spec).model_validate(
+        tiny.fields(losses=[], teachers=[]) | {"data": data, "output": str(tmp_path)}
+    )
     folder = RunDir(spec, "main", 0)
     folder.path.mkdir(parents=True)
     folder.begin({"data": {"train": {"sha256": "other"}}})
@@ -200,7 +212,9 @@ def test_fp16_without_cuda_is_refused(tmp_path: Path) -> None:
 
 def test_lora_run_exports_a_plain_model(tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    result = run(tiny.spec(tmp_path, student={"lora": {"rank": 2}}, train={"steps": 2}), variant="main", seed=0)
+    result = run(
+        tiny.spec(tmp_path, student={"lora": {"rank": 2}}, train={"steps": 2}), variant="main", seed=0
+    )
     export(result.folder, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(model).__name__ == "LlamaForCausalLM"

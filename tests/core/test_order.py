@@ -44,7 +44,13 @@ def test_without_promises_the_order_is_canonical(e: Extents) -> None:
 
 def test_published_rule_for_heads_first() -> None:
     """science.md section 4: heads first iff Ht·Hs·Dt + Hs·Dt·Ds < Ht·Dt·Ds + Ht·Hs·Ds."""
-    for t_head, head, t_dim, dim in [(28, 2, 128, 64), (8, 2, 128, 64), (2, 8, 64, 128), (4, 4, 64, 32), (2, 16, 32, 64)]:
+    for t_head, head, t_dim, dim in [
+        (28, 2, 128, 64),
+        (8, 2, 128, 64),
+        (2, 8, 64, 128),
+        (4, 4, 64, 32),
+        (2, 16, 32, 64),
+    ]:
         e = Extents(t_head, head, 10, 10, t_dim, dim, taps=0)
         mixing = 0 if t_head == head else 1
         heads_first = mixing * t_head * head * t_dim + head * t_dim * dim
@@ -55,14 +61,17 @@ def test_published_rule_for_heads_first() -> None:
 
 @pytest.mark.parametrize("order", list(permutations(CANONICAL)))
 def test_affine_stages_commute(order: tuple[str, ...]) -> None:
-    """The claim behind the freedom: a row-stochastic head mix and time map commute with an affine projection."""
+    """The claim behind the freedom: row-stochastic maps commute with an affine projection."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 4, 5, 6, generator=g, dtype=torch.float64)
     heads = torch.rand(2, 4, generator=g, dtype=torch.float64)
     heads /= heads.sum(1, keepdim=True)
     time = torch.rand(7, 5, generator=g, dtype=torch.float64)
     time /= time.sum(1, keepdim=True)
-    width, mean = torch.randn(3, 6, generator=g, dtype=torch.float64), torch.randn(6, generator=g, dtype=torch.float64)
+    width, mean = (
+        torch.randn(3, 6, generator=g, dtype=torch.float64),
+        torch.randn(6, generator=g, dtype=torch.float64),
+    )
     stages = {
         "heads": lambda y: torch.einsum("gh,blhtd->blgtd", heads, y),
         "time": lambda y: torch.einsum("st,blhtd->blhsd", time, y),

@@ -43,14 +43,21 @@ ALL_LOSSES: list[Any] = [
 ]
 
 
-def pipeline(*geometries: Geometry, aligns: list[dict] | None = None, losses: list[Any], **fields: Any) -> KVPipeline:
+def pipeline(
+    *geometries: Geometry, aligns: list[dict] | None = None, losses: list[Any], **fields: Any
+) -> KVPipeline:
     """A float64 pipeline with one teacher for each geometry."""
     made = spec(*(aligns or [{}] * len(geometries)), losses=losses, **fields)
     return KVPipeline(made, teachers=dict(zip("abcdef", geometries, strict=False)), student=STUDENT).double()
 
 
 def run(
-    pipe: KVPipeline, ours: Cache, theirs: list[Cache], student: Timeline, teachers: list[Timeline], items: float = 7.0
+    pipe: KVPipeline,
+    ours: Cache,
+    theirs: list[Cache],
+    student: Timeline,
+    teachers: list[Timeline],
+    items: float = 7.0,
 ) -> dict[str, Tensor]:
     """The terms. Caches hold all layers; only those that are read are handed on."""
     read = [c.map(lambda x, _: x[:, list(a.sources)]) for c, a in zip(theirs, pipe.aligners, strict=True)]  # noqa: B023
@@ -85,20 +92,32 @@ def distance(name: str, x: Tensor, target: Tensor) -> float:
 
 
 def terms_by_hand(
-    name: str, ours: Cache, theirs: list[Cache], student: Timeline, teachers: list[Timeline], shares: list[float],
-    layers: tuple[int, ...] = (0, 1), items: float = 7.0,
+    name: str,
+    ours: Cache,
+    theirs: list[Cache],
+    student: Timeline,
+    teachers: list[Timeline],
+    shares: list[float],
+    layers: tuple[int, ...] = (0, 1),
+    items: float = 7.0,
 ) -> float:
     """Each teacher is compared; the losses are averaged with the shares of the valid ones."""
     total = 0.0
     for part in ("keys", "values"):
         x = getattr(ours, part)
-        sides = [aligned_by_hand(getattr(c, part), t, student, 2) for c, t in zip(theirs, teachers, strict=True)]
+        sides = [
+            aligned_by_hand(getattr(c, part), t, student, 2) for c, t in zip(theirs, teachers, strict=True)
+        ]
         for b in range(2):
             for t in range(student.mask.shape[1]):
                 weights = [s * float(valid[b, t]) for s, (_, valid) in zip(shares, sides, strict=True)]
                 for weight, (target, _) in zip(weights, sides, strict=True):
                     if weight:
-                        each = [distance(name, x[b, i, h, t], target[b, i, h, t]) for i in layers for h in range(2)]
+                        each = [
+                            distance(name, x[b, i, h, t], target[b, i, h, t])
+                            for i in layers
+                            for h in range(2)
+                        ]
                         total += weight / sum(weights) * sum(each) / len(each)
     return total / items
 
@@ -115,14 +134,18 @@ def test_separate_targets_against_loops(name: str) -> None:
         fuser={"name": "fixed", "weights": {"a": 3.0, "b": 1.0}},
     )
     found = run(pipe, ours, theirs, student, teachers)[name]
-    assert found.item() == pytest.approx(terms_by_hand(name, ours, theirs, student, teachers, [3, 1]), rel=1e-6)
+    assert found.item() == pytest.approx(
+        terms_by_hand(name, ours, theirs, student, teachers, [3, 1]), rel=1e-6
+    )
 
 
 def test_fused_target_against_loops() -> None:
     """The target of two teachers is their weighted mean where both are valid, else the valid one."""
     student, sides = timeline(*SIZES), [timeline(*T_SIZES), timeline((1, 1, 1), (2, 2, 2))]
     ours, theirs = cache(STUDENT, 6), [cache(WIDE, 9, seed=1), cache(DEEP, 6, seed=2)]
-    pipe = pipeline(WIDE, DEEP, aligns=[{"time_warper": "pad"}] * 2, losses=[{"name": "mse", "parts": ["keys"]}])
+    pipe = pipeline(
+        WIDE, DEEP, aligns=[{"time_warper": "pad"}] * 2, losses=[{"name": "mse", "parts": ["keys"]}]
+    )
     total = 0.0
     (a, a_valid), (b, b_valid) = (
         aligned_by_hand(c.keys, side, student, 2) for c, side in zip(theirs, sides, strict=True)
@@ -136,7 +159,12 @@ def test_fused_target_against_loops() -> None:
 
 
 def test_one_teacher_fused_or_separate() -> None:
-    ours, theirs, student, teacher = cache(STUDENT, 6), cache(WIDE, 9, seed=1), timeline(*SIZES), timeline(*T_SIZES)
+    ours, theirs, student, teacher = (
+        cache(STUDENT, 6),
+        cache(WIDE, 9, seed=1),
+        timeline(*SIZES),
+        timeline(*T_SIZES),
+    )
     fused, separate = (
         run(pipeline(WIDE, losses=ALL_LOSSES, target=target), ours, [theirs], student, [teacher])
         for target in ("fused", "separate")
@@ -153,7 +181,9 @@ def test_layers_are_selected() -> None:
     assert pipe.layers == (1,)
     assert pipe.aligners[0].sources == (3,)
     found = run(pipe, ours, [theirs], student, [teacher])["mse"].item()
-    assert found == pytest.approx(terms_by_hand("mse", ours, [theirs], student, [teacher], [1], layers=(1,)), rel=1e-6)
+    assert found == pytest.approx(
+        terms_by_hand("mse", ours, [theirs], student, [teacher], [1], layers=(1,)), rel=1e-6
+    )
 
 
 def test_losses_of_one_name_and_their_weights() -> None:
@@ -167,7 +197,9 @@ def test_losses_of_one_name_and_their_weights() -> None:
     pipe = pipeline(WIDE, aligns=[{"time_warper": "pad"}], losses=losses)
     terms = run(pipe, ours, [theirs], student, [teacher])
     wanted = [terms_by_hand("mse", ours, [theirs], student, [teacher], [1], layers=(i,)) for i in (0, 1)]
-    assert {n: t.item() for n, t in terms.items()} == pytest.approx(dict(zip(["mse", "mse_2"], wanted, strict=True)))
+    assert {n: t.item() for n, t in terms.items()} == pytest.approx(
+        dict(zip(["mse", "mse_2"], wanted, strict=True))
+    )
     assert pipe.total(terms).item() == pytest.approx(2 * wanted[0] + 0.5 * wanted[1])
 
 
@@ -202,7 +234,12 @@ def test_fused_target_of_different_views() -> None:
     )
 
 
-WARPERS = ["pad", "linear", "segment", {"name": "segment", "smoothing": {"reasoning": 3}, "ratio": {"reasoning": 0.5}}]
+WARPERS = [
+    "pad",
+    "linear",
+    "segment",
+    {"name": "segment", "smoothing": {"reasoning": 3}, "ratio": {"reasoning": 0.5}},
+]
 
 
 def padded(x: Cache, left: int, right: int, fill: float) -> Cache:
@@ -255,7 +292,10 @@ def test_nan_where_a_teacher_is_not_valid(warper: str, target: str) -> None:
 def test_parts_of_a_batch_add_up(target: str) -> None:
     pipe = pipeline(WIDE, DEEP, losses=ALL_LOSSES, target=target)
     sizes, t_sizes = [*SIZES, (1, 3, 1)], [*T_SIZES, (2, 2, 2)]
-    ours, theirs = cache(STUDENT, 6, batch=3), [cache(g, 9, batch=3, seed=s) for s, g in ((1, WIDE), (2, DEEP))]
+    ours, theirs = (
+        cache(STUDENT, 6, batch=3),
+        [cache(g, 9, batch=3, seed=s) for s, g in ((1, WIDE), (2, DEEP))],
+    )
 
     def summed(rows: list[int]) -> dict[str, float]:
         def some(side: Timeline) -> Timeline:
@@ -316,7 +356,10 @@ def fake(function: Any) -> FakeConfig:
 def with_views(function: Any) -> FakeConfig:
     def make(*, teacher: Geometry, student: Geometry) -> Module:
         module = Module(function)
-        module.teacher_view, module.student_view = teacher.with_(head=student.head, qhead=student.qhead), student
+        module.teacher_view, module.student_view = (
+            teacher.with_(head=student.head, qhead=student.qhead),
+            student,
+        )
         module.fold = lambda x: x
         return module
 
@@ -325,7 +368,9 @@ def with_views(function: Any) -> FakeConfig:
 
 BROKEN = {
     "head_adapter 'fake', teacher 'a'": {"head_adapter": with_views(lambda x, part: x[:, :, :1])},
-    "time_warper 'fake', teacher 'a'": {"time_warper": fake(lambda teacher, student: TimeMap.same(teacher.mask))},
+    "time_warper 'fake', teacher 'a'": {
+        "time_warper": fake(lambda teacher, student: TimeMap.same(teacher.mask))
+    },
     "dim_projector 'fake', teacher 'a'": {"dim_projector": fake(lambda x, part: x[..., 1:])},
     "fuser": {"fuser": fake(lambda context: torch.ones(1, 2, 3, 6))},
     "kv_loss 'fake'": {"losses": (FakeLoss(make=lambda **_: Module(lambda s, t, w: w)),)},

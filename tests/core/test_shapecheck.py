@@ -38,7 +38,7 @@ with warnings.catch_warnings(record=True) as caught:
     {after}
     from kava_core.kv.masks import widen
     from kava_core.kv.stages import fuse
-    from kava_core.train.distiller import cross_entropy
+    from kava_core.train.checkpoint import verify
     from kava_plugins.kv_losses.mse import MSE
     from kava_plugins.kv_losses.mercator import one_minus_cosine
     from theirs.tensors import halve
@@ -51,8 +51,8 @@ with warnings.catch_warnings(record=True) as caught:
             return type(error).__module__.partition(".")[0] in ("jaxtyping", "beartype")
         return False
 
-    wrapped = [hasattr(f, "__wrapped__") for f in (fuse, widen, cross_entropy, one_minus_cosine, MSE.forward, halve)]
-    hooks = [type(finder).__name__ for finder in sys.meta_path if type(finder).__module__.startswith("jaxtyping")]
+    wrapped = [hasattr(f, "__wrapped__") for f in (fuse, widen, verify, one_minus_cosine, MSE.forward, halve)]
+    hooks = [finder for finder in sys.meta_path if type(finder).__module__.startswith("jaxtyping")]
     print(json.dumps(dict(
         wrapped=wrapped,
         hooks=len(hooks),
@@ -78,7 +78,9 @@ def look(site: Path, *, variable: str, before: str = "pass", after: str = "pass"
     """What a fresh interpreter finds hooked."""
     environment = os.environ | {"PYTHONPATH": f"{site}{os.pathsep}{ROOT}", "KAVA_SHAPE_CHECK": variable}
     code = LOOK.format(before=before, after=after)
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -108,7 +110,9 @@ def test_late_enabling_warns_and_names_what_is_missed(site: Path) -> None:
     assert found["warned"] == ["imported before shape checking was switched on, not checked: theirs"]
 
 
-@pytest.mark.parametrize(("value", "on"), [("1", True), ("yes", True), ("0", False), ("", False), (None, False)])
+@pytest.mark.parametrize(
+    ("value", "on"), [("1", True), ("yes", True), ("0", False), ("", False), (None, False)]
+)
 def test_wanted(value: str | None, on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KAVA_SHAPE_CHECK", raising=False)
     if value is not None:
@@ -141,4 +145,6 @@ def test_finite_ignores_positions_that_are_not_valid() -> None:
 
 
 def test_finite_lets_meta_tensors_pass() -> None:
-    assert_finite(Cache(keys=torch.zeros(1, 1, 1, 2, 1, device="meta")), torch.ones(1, 2, dtype=torch.bool), "meta")
+    assert_finite(
+        Cache(keys=torch.zeros(1, 1, 1, 2, 1, device="meta")), torch.ones(1, 2, dtype=torch.bool), "meta"
+    )

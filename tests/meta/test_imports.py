@@ -25,9 +25,16 @@ ALLOWED_IN_PLUGINS = (
 )
 TENSORS = {"torch", "transformers", "jaxtyping", "numpy", "einops", "accelerate", "safetensors", "tokenizers"}
 DECLARATIVE = [
-    *(f"kava_core/{name}.py" for name in "__init__ errors config hookspecs registry cli paths shapecheck".split()),
+    *(
+        f"kava_core/{name}.py"
+        for name in ["__init__", "errors", "config", "hookspecs", "registry", "cli", "paths", "shapecheck"]
+    ),
     "kava_core/spec",
-    *(f"kava_plugins/{folder.name}/__init__.py" for folder in (ROOT / "kava_plugins").iterdir() if folder.is_dir()),
+    *(
+        f"kava_plugins/{folder.name}/__init__.py"
+        for folder in (ROOT / "kava_plugins").iterdir()
+        if folder.is_dir()
+    ),
 ]
 
 
@@ -46,7 +53,9 @@ def test_the_core_never_imports_plugins() -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("kind", sorted(f.name for f in (ROOT / "kava_plugins").iterdir() if (f / "__init__.py").exists()))
+@pytest.mark.parametrize(
+    "kind", sorted(f.name for f in (ROOT / "kava_plugins").iterdir() if (f / "__init__.py").exists())
+)
 def test_plugins_import_the_contract_and_their_own_kind(kind: str) -> None:
     own = f"kava_plugins.{kind}"
     ours = [
@@ -55,7 +64,11 @@ def test_plugins_import_the_contract_and_their_own_kind(kind: str) -> None:
         if within(name, "kava_core") or within(name, "kava_plugins")
     ]
     assert ours, "no import at all: the test looks at nothing"
-    wrong = [(at, name) for at, name in ours if not any(within(name, module) for module in (*ALLOWED_IN_PLUGINS, own))]
+    wrong = [
+        (at, name)
+        for at, name in ours
+        if not any(within(name, module) for module in (*ALLOWED_IN_PLUGINS, own))
+    ]
     assert wrong == []
 
 

@@ -39,7 +39,9 @@ def shell_blocks() -> list[str]:
     return re.findall(r"```(?:bash|sh|console)\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.parametrize("spec", SPECS or [pytest.param(None, marks=pytest.mark.skip("specs/ is empty"))], ids=str)
+@pytest.mark.parametrize(
+    "spec", SPECS or [pytest.param(None, marks=pytest.mark.skip("specs/ is empty"))], ids=str
+)
 def test_spec_passes_check(spec: object) -> None:
     assert [level for level, _ in check(str(spec))][:3] == ["syntax", "schema", "plugins"]
 

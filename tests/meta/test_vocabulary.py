@@ -24,13 +24,21 @@ def foreign(axes: str) -> list[str]:
     ['heads']
     """
     words = re.sub(r"\{[^}]*\}|->|\.\.\.|…|[()+,*/#?]|-", " ", axes).split()
-    return [word for word in (w.rstrip("=") for w in words) if not re.fullmatch(r"_|\d+", word) and word not in VOCABULARY]
+    return [
+        word
+        for word in (w.rstrip("=") for w in words)
+        if not re.fullmatch(r"_|\d+", word) and word not in VOCABULARY
+    ]
 
 
 def annotations(file: Path) -> Iterator[tuple[str, int]]:
     """Axis strings of jaxtyping annotations."""
     for node in ast.walk(tree(file)):
-        if isinstance(node, ast.Subscript) and _last_name(node.value) in DTYPES and isinstance(node.slice, ast.Tuple):
+        if (
+            isinstance(node, ast.Subscript)
+            and _last_name(node.value) in DTYPES
+            and isinstance(node.slice, ast.Tuple)
+        ):
             axes = node.slice.elts[-1]
             assert isinstance(axes, ast.Constant), f"{file}:{node.lineno}: axes must be written out"
             yield axes.value, node.lineno
@@ -58,7 +66,9 @@ def test_axis_words_are_the_vocabulary(file: str) -> None:
 def test_annotations_and_patterns_are_found() -> None:
     """The test above sees the strings it is about."""
     assert "layer t_layer" in dict(annotations(Path("kava_core/protocols.py")))
-    assert "batch layer head time dim -> (batch layer head time) dim" in dict(patterns(Path("kava_core/kv/timemap.py")))
+    assert "batch layer head time dim -> (batch layer head time) dim" in dict(
+        patterns(Path("kava_core/kv/timemap.py"))
+    )
 
 
 @pytest.mark.parametrize(

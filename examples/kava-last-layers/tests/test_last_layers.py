@@ -1,12 +1,10 @@
 """The mapper against its formula, and its name in the registry."""
 
 import pytest
+from kava_last_layers import LastLayers
 
-pytest.importorskip("kava_last_layers", reason="install it: pip install examples/kava-last-layers")
-
-from kava_core.kv.axes import Geometry  # noqa: E402
-from kava_core.registry import Registry  # noqa: E402
-from kava_last_layers import LastLayers  # noqa: E402
+from kava_core.kv.axes import Geometry
+from kava_core.registry import Registry
 
 
 def geometry(layer):

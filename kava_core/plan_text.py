@@ -1,0 +1,98 @@
+"""``kava plan`` for people: tables on the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from kava_core.plan import Plan
+from kava_core.spec.load import LoadedSpec
+
+
+def show(plan: Plan, loaded: LoadedSpec) -> None:
+    """Print where values come from, the shapes, the models, memory and cost."""
+    console = Console()
+    for table in (_origins(loaded), _shapes(plan), _models(plan), _memory(plan), _flops(plan)):
+        if table.row_count:
+            console.print(table)
+
+
+def _table(title: str, *columns: str, numbers: int = 0) -> Table:
+    """The last ``numbers`` columns are aligned right."""
+    table = Table(title=title, title_justify="left")
+    for place, column in enumerate(columns):
+        table.add_column(
+            column, justify="right" if place >= len(columns) - numbers else "left", overflow="fold"
+        )
+    return table
+
+
+def _origins(loaded: LoadedSpec) -> Table:
+    table = _table("resolved spec (values not listed are defaults)", "field", "value", "from")
+    for path, origin in loaded.origins.items():
+        table.add_row(path, _shown(loaded, path), origin)
+    return table
+
+
+def _shown(loaded: LoadedSpec, path: str) -> str:
+    value = loaded.document.data
+    for key in path.split("."):
+        value = value[int(key)] if isinstance(value, list) else value.get(key, "")
+    return str(value)
+
+
+def _shapes(plan: Plan) -> Table:
+    table = _table("shapes: batch layer head time dim", "teacher", "stage", "part", "shape")
+    last = None
+    for row in plan.dry.shapes:
+        if last is not None and row.teacher != last:
+            table.add_section()
+        last = row.teacher
+        table.add_row(row.teacher, row.stage, row.part, " ".join(map(str, row.shape)))
+    if plan.dry.pipeline is not None:
+        layers = len(plan.dry.pipeline.layers)
+        table.add_section()
+        table.add_row(
+            "student",
+            "captured",
+            f"layers {', '.join(map(str, plan.dry.pipeline.layers))}",
+            f"{layers} of {plan.dry.student}",
+        )
+    return table
+
+
+def _models(plan: Plan) -> Table:
+    table = _table("models", "model", "geometry", "parameters", "trained", numbers=2)
+    for cost in plan.models:
+        table.add_row(cost.name, cost.geometry, f"{cost.parameters:,}", f"{cost.trainable:,}")
+    if plan.dry.pipeline is not None:
+        parameters = list(plan.dry.pipeline.parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        everything = sum(p.numel() for p in parameters) + sum(b.numel() for b in plan.dry.pipeline.buffers())
+        table.add_row("alignment", "", f"{everything:,}", f"{trained:,}")
+    return table
+
+
+def _memory(plan: Plan) -> Table:
+    table = _table("memory of one process", "what", "bytes", numbers=1)
+    for what, size in plan.memory.items():
+        table.add_row(what, _size(size))
+    table.add_section()
+    table.add_row("together", _size(sum(plan.memory.values())), style="bold")
+    return table
+
+
+def _flops(plan: Plan) -> Table:
+    total = sum(plan.flops.values())
+    table = _table("floating-point operations of one optimizer step", "who", "FLOPs", "share", numbers=2)
+    for who, count in plan.flops.items():
+        table.add_row(who, f"{count:.3g}", f"{count / total:.1%}")
+    return table
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"

@@ -1,0 +1,105 @@
+"""The docs say what is there: hooks, components, commands, links, generated pages, the example's code."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import typer
+
+from kava_core.cli import app
+from kava_core.hookspecs import KINDS
+from kava_core.registry import Registry
+from tests.meta.source import ROOT
+
+DOCS = ROOT / "docs"
+PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PLUGINS = (DOCS / "plugins.md").read_text(encoding="utf-8")
+
+
+def generator() -> ModuleType:
+    found = importlib.util.spec_from_file_location("make_reference", DOCS / "make_reference.py")
+    assert found
+    assert found.loader
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def headings(text: str) -> list[str]:
+    return re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    titles = headings(page.read_text(encoding="utf-8"))
+    return {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", sorted(generator().PAGES))
+def test_generated_page_is_current(page: str) -> None:
+    written = (DOCS / page).read_text(encoding="utf-8")
+    assert written == generator().PAGES[page](), "run: python docs/make_reference.py"
+
+
+@pytest.mark.parametrize("hook", KINDS.values())
+def test_hook_has_a_heading(hook: str) -> None:
+    assert hook in headings(PLUGINS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_built_ins_are_described(kind: str) -> None:
+    """Against the registry, not the generator: a component in the wrong section is found."""
+    page = (DOCS / "components.md").read_text(encoding="utf-8")
+    _, _, rest = page.partition(f"\n## {kind}\n")
+    here = rest.partition("\n## ")[0]
+    names = Registry.build({"*"}).names(kind)
+    assert names
+    assert re.findall(r"^### (\w+)$", here, re.MULTILINE) == names
+
+
+@pytest.mark.parametrize("file", ["__init__.py", "mapper.py"])
+def test_plugin_page_shows_the_example_as_it_is(file: str) -> None:
+    path = f"kava_last_layers/{file}"
+    text = (ROOT / "examples" / "kava-last-layers" / path).read_text(encoding="utf-8")
+    assert f"```python\n# {path}\n{text}```" in PLUGINS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_exist(page: Path) -> None:
+    commands = set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    named = re.findall(r"(?:`|&& |\$ |--no-python )kava ([a-z]+)\b", page.read_text(encoding="utf-8"))
+    assert set(named) <= commands
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!http)([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text(encoding="utf-8"))
+    for target, anchor in links:
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
+
+
+def test_component_names_in_the_migration_page() -> None:
+    """What a row offers without "later" is registered."""
+    registry, fields = Registry.build({"*"}), 0
+    for line in (DOCS / "migration.md").read_text(encoding="utf-8").splitlines():
+        offered = line.rpartition(" | ")[2]
+        for kind, name in re.findall(r"`(\w+): (?:\{name: )?(\w+)", offered):
+            if kind in KINDS:
+                fields += 1
+                assert (name in registry.names(kind)) != ("later" in offered), line
+    assert fields > 10
+
+
+def test_exit_codes_are_those_of_the_errors() -> None:
+    from kava_core import errors
+
+    rows = re.findall(r"^\| (\d+) \|", (DOCS / "training.md").read_text(encoding="utf-8"), re.MULTILINE)
+    codes = {
+        e.exit_code for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.KavaError)
+    }
+    assert {int(row) for row in rows} == codes | {0}
