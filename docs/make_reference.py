@@ -22,8 +22,8 @@ mapping with its name and parameters: `{name: linear, share_heads: false}`.
 
 ABOUT_SPECS = """\
 A spec is YAML, read strictly: no anchors, tags or duplicate keys; `1e-4` is a number; an unknown key is an
-error with a suggestion. `kava check SPEC` checks it, `kava schema` writes its JSON Schema for editors. Trailing
-`key=value` arguments change single fields: `kava train spec.yaml train.steps=100`.
+error with a suggestion. `kava check SPEC` checks it, `kava schema` writes its JSON Schema for editors.
+Trailing `key=value` arguments change single fields: `kava train spec.yaml train.steps=100`.
 """
 
 COMPONENTS = {"ComponentConfig": "component", "KVLossConfig": "KV loss"}

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from kava_core.errors import KavaError
+from kava_core.errors import KavaError, PluginError
 
 app = typer.Typer(
     name="kava",
@@ -52,11 +52,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: an error kava can explain goes to stderr without a traceback."""
     try:
         app(args=arguments)
-    except KavaError as error:
-        if os.environ.get(TRACEBACK, "") not in ("", "0"):
+    except Exception as error:
+        known = explained(error)
+        if known is None or os.environ.get(TRACEBACK, "") not in ("", "0"):
             raise
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+        print(known, file=sys.stderr)
+        sys.exit(known.exit_code)
+
+
+def explained(error: Exception) -> KavaError | None:
+    """The error as one kava can explain: its own, and any that was raised inside a component."""
+    whose = [note.removeprefix("in ") for note in getattr(error, "__notes__", ()) if note.startswith("in ")]
+    if isinstance(error, KavaError):
+        return type(error)(": ".join([*whose, str(error)])) if whose else error
+    if not whose:
+        return None
+    said = str(error).strip().splitlines() or ["no message"]
+    facts = [line for line in said if line.startswith(("Actual value", "Expected type"))]
+    told = " ".join([said[0], *facts])
+    return PluginError(f"{whose[0]}: {type(error).__name__}: {told} (--traceback shows where)")
 
 
 @app.callback()

@@ -49,10 +49,9 @@ class ComponentConfig(Strict):
         module, _, attribute = cls.component.partition(":")
         try:
             return getattr(import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise PluginError(
-                f"component {cls.component_name()!r}: cannot import {cls.component!r}: {error}"
-            ) from error
+        except Exception as error:  # a plugin's module can raise anything while it is imported
+            told = f"cannot import {cls.component!r}: {type(error).__name__}: {error}"
+            raise PluginError(f"component {cls.component_name()!r}: {told}") from error
 
     @classmethod
     def component_name(cls) -> str:

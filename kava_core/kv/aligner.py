@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -42,25 +43,27 @@ class TeacherAligner(nn.Module):
     ) -> None:
         super().__init__()
         self.name = name
-        self._who = {
-            kind: f"{kind} {getattr(spec, kind).name!r}, teacher {name!r}" for kind in AlignSpec.model_fields
-        }
-        with blame(self._who["layer_mapper"]):
+        self._spec = spec
+        with self._blame("layer_mapper"):
             mapper = spec.layer_mapper.build(teacher=teacher, student=student)
             self.layer_map = LayerMap(mapper, teacher=teacher, student=student, layers=layers)
         extents = {"layer": len(layers)} | ({} if "queries" in parts else {"qhead": 0})
         student, self.teacher = student.with_(**extents), teacher.with_(**extents)
-        with blame(self._who["head_adapter"]):
+        with self._blame("head_adapter"):
             self.head_adapter = spec.head_adapter.build(teacher=self.teacher, student=student)
             self.adapted: Geometry = self.head_adapter.teacher_view
             self.view: Geometry = self.head_adapter.student_view
-        with blame(self._who["time_warper"]):
+        with self._blame("time_warper"):
             self.time_warper = spec.time_warper.build(teacher=self.teacher, student=student)
-        with blame(self._who["dim_projector"]):
+        with self._blame("dim_projector"):
             self.dim_projector = spec.dim_projector.build(teacher=self.adapted, student=self.view)
         keeps_width = getattr(self.dim_projector, "keeps_width", False)
         self.target = self.view.with_(dim=self.adapted.dim) if keeps_width else self.view
         self.freedom = self._freedom()
+
+    def _blame(self, kind: str) -> AbstractContextManager[None]:
+        config = getattr(self._spec, kind)
+        return blame(f"{kind} {config.name!r}, teacher {self.name!r}", config)
 
     def _freedom(self) -> Freedom:
         folds = self.adapted.dim != self.teacher.dim
@@ -83,12 +86,12 @@ class TeacherAligner(nn.Module):
 
     def plan(self, teacher: Timeline, student: Timeline) -> TimeMap:
         """The time map of a batch."""
-        with blame(self._who["time_warper"]):
+        with self._blame("time_warper"):
             return plan_time(self.time_warper, teacher, student)
 
     def fold(self, cache: Cache) -> Cache:
         """The student's cache in the view the losses see."""
-        with blame(self._who["head_adapter"]):
+        with self._blame("head_adapter"):
             return cache.map(
                 lambda x, part: fold_student(
                     self.head_adapter, x, head=self.view.heads(part), dim=self.view.dim
@@ -110,13 +113,13 @@ class TeacherAligner(nn.Module):
 
     def _stage(self, stage: Stage, x: Tensor, part: Part, time_map: TimeMap) -> Tensor:
         if stage == "time":
-            with blame(self._who["time_warper"]):
+            with self._blame("time_warper"):
                 return warp_time(time_map, x, time=time_map.valid.shape[1])
         if stage == "heads":
             dim = self.adapted.dim if x.shape[-1] == self.teacher.dim else x.shape[-1]
-            with blame(self._who["head_adapter"]):
+            with self._blame("head_adapter"):
                 return adapt_heads(self.head_adapter, x, part, head=self.adapted.heads(part), dim=dim)
-        with blame(self._who["dim_projector"]):
+        with self._blame("dim_projector"):
             return project_dim(self.dim_projector, x, part, dim=self.target.dim)
 
     def steps(self, cache: Cache, time_map: TimeMap) -> Iterator[tuple[str, Cache]]:

@@ -37,6 +37,7 @@ class LayerMap(nn.Module):
         self.register_buffer("rows", torch.tensor(layers, dtype=torch.long), persistent=False)
         with torch.no_grad():
             matrix = layer_matrix(mapper, teacher=teacher, student=student)[list(layers)]
+        _assert_means(matrix)
         self.sources = self._sources(matrix, layers)
         matrix = matrix[:, list(self.sources)]
         self.single = not self.learned and bool(
@@ -62,3 +63,10 @@ class LayerMap(nn.Module):
         if self.single:
             return x.index_select(1, self.pick)
         return mix_layers(x, self.mapper()[self.rows][:, list(self.sources)])
+
+
+def _assert_means(matrix: Float[Tensor, "layer t_layer"]) -> None:
+    sums = matrix.sum(1)
+    read = matrix.ne(0).any(1)
+    if bool((matrix < 0).any()) or not torch.allclose(sums[read], torch.ones_like(sums[read]), atol=1e-4):
+        raise PluginError(f"rows must be at least 0 and sum to 1, not {[round(s, 4) for s in sums.tolist()]}")

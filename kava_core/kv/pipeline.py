@@ -90,6 +90,7 @@ class KVPipeline(nn.Module):
         self.terms = _unique([config.name for config in self.configs])
         self._check_views()
         self._check_widths()
+        self.fuser_config = spec.fuser
         self.fuser = spec.fuser.build(teachers=self.names, student=self.teachers[0].view)
         rows = [[self.layers.index(layer) for layer in layers_of(config, student)] for config in self.configs]
         self.losses = nn.ModuleList(
@@ -110,7 +111,7 @@ class KVPipeline(nn.Module):
         return self.teachers if self.separate else self.teachers[:1]
 
     def _loss(self, config: KVLossConfig, aligner: TeacherAligner, layer: int) -> nn.Module:
-        with blame(f"kv_loss {config.name!r}"):
+        with blame(f"kv_loss {config.name!r}", config):
             return config.build(
                 teacher=aligner.target.with_(layer=layer), student=aligner.view.with_(layer=layer)
             )
@@ -180,7 +181,7 @@ class KVPipeline(nn.Module):
             targets=tuple(one.target for one in aligned),
             student=views[0],
         )
-        with blame("fuser"):
+        with blame(f"fuser {self.fuser_config.name!r}", self.fuser_config):
             weights = weigh(self.fuser, context, context.valid, layer=len(self.layers))
         return self._terms(views, aligned, weights / items)
 
@@ -193,7 +194,7 @@ class KVPipeline(nn.Module):
         terms = {}
         for index, (name, config) in enumerate(zip(self.terms, self.configs, strict=True)):
             rows = getattr(self, f"rows_{index}")
-            with blame(f"kv_loss {config.name!r}"):
+            with blame(f"kv_loss {config.name!r}", config):
                 terms[name] = torch.stack(
                     [
                         measure(losses[index], *_rows(view, target, weight, rows, config.parts))

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import packages_distributions, version
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kava_core.config import Part
+from kava_core import shapecheck
+from kava_core.config import ComponentConfig, Part
+from kava_core.errors import PluginError
 from kava_core.kv.axes import Cache, Geometry
 from kava_core.kv.timeline import Timeline
 from kava_core.kv.timemap import TimeMap
@@ -29,13 +32,22 @@ from kava_core.protocols import (
 
 
 @contextmanager
-def blame(who: str) -> Iterator[None]:
-    """Add ``who`` (component, distribution, teacher) to any exception raised inside."""
+def blame(who: str, config: ComponentConfig | None = None) -> Iterator[None]:
+    """Note on any exception raised inside whose component it was: ``who``, and who distributes ``config``."""
     try:
         yield
     except Exception as error:
-        error.add_note(f"in {who}")
+        error.add_note(f"in {who}{_origin(config)}")
         raise
+
+
+def _origin(config: ComponentConfig | None) -> str:
+    """``" (distribution version)"``; empty where no installed distribution holds the declaration."""
+    if config is None:
+        return ""
+    package = type(config).__module__.partition(".")[0]
+    owners = packages_distributions().get(package, [])
+    return "".join(f" ({owner} {version(owner)})" for owner in owners[:1])
 
 
 def layer_matrix(
@@ -74,6 +86,8 @@ def fold_student(
 def plan_time(warper: TimeWarper, teacher: Timeline, student: Timeline) -> TimeMap:
     """The time map of a batch; its validity has the student's extents."""
     time_map = warper(teacher, student)
+    if not isinstance(time_map, TimeMap):
+        raise PluginError(f"must return a TimeMap, not {type(time_map).__name__}")
     _same_extent(time_map.valid, student.mask)
     return time_map
 
@@ -96,11 +110,21 @@ def project_dim(
     return projector(x, part)
 
 
+def fuser_weights(
+    fuser: Fuser, context: FusionContext, *, teacher: int, layer: int
+) -> Float[Tensor, "{teacher} batch {layer} time"]:
+    """What the fuser says."""
+    return fuser(context)
+
+
 def weigh(
     fuser: Fuser, context: FusionContext, valid: Bool[Tensor, "teacher batch time"], *, layer: int
 ) -> Float[Tensor, "teacher batch {layer} time"]:
     """The fuser's weights, renormalised over the teachers valid at each position; 0 where none is."""
-    weights = fuser(context).masked_fill(~valid[:, :, None], 0)
+    weights = fuser_weights(fuser, context, teacher=valid.shape[0], layer=layer)
+    if shapecheck.wanted() and not weights.is_meta and bool((weights < 0).any()):
+        raise PluginError(f"weights must be at least 0, not {float(weights.min()):.3g}")
+    weights = weights.masked_fill(~valid[:, :, None], 0)
     total = weights.sum(0, keepdim=True)
     return torch.where(total > 0, weights / total.masked_fill(total == 0, 1), 0)
 

@@ -269,9 +269,10 @@ class PipelineSpec(Strict):
     rotary: Literal["strip", "keep"] = "strip"
     """``strip``: compare keys and queries without rotation, undone by each model's own angles; ``keep``: as
     cached."""
-    target: Literal["fused", "separate"] = "fused"
-    """``fused``: the teachers' aligned caches are averaged with the fuser's weights and compared once (they
-    must share a basis); ``separate``: each is compared, and the losses are averaged with the weights."""
+    target: Literal["separate", "fused"] = "separate"
+    """``separate``: the student is compared with every teacher, and the losses are averaged with the fuser's
+    weights; ``fused``: the aligned caches are averaged first, which only means something where they share a
+    basis (calibrated projections of two teachers do not)."""
     fuser: ComponentConfig = Field(default={"name": "fixed"})  # type: ignore[assignment]
     """How much each teacher counts, where and when."""
     losses: tuple[KVLossConfig, ...] = ()

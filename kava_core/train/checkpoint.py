@@ -141,7 +141,7 @@ def recover(folder: Path) -> tuple[Path | None, list[str]]:
     renamed, so that they neither count as kept ones nor stand in the way, and never deleted.
     """
     clear(folder)
-    found = []
+    found: list[str] = []
     for path in reversed(steps(folder).values()):
         wrong = fault(path)
         if wrong is None:

@@ -88,7 +88,8 @@ def _random(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, seed: int, wher
 
 def _stored(spec: ModelSpec, where: str) -> nn.Module:
     """Weights from safetensors only; transformers would fill missing ones with random numbers."""
-    model, found = AutoModelForCausalLM.from_pretrained(
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model, found = load(
         spec.path,
         revision=spec.revision,
         use_safetensors=True,
@@ -96,8 +97,7 @@ def _stored(spec: ModelSpec, where: str) -> nn.Module:
         output_loading_info=True,
         **_options(spec),
     )
-    missing = sorted(found["missing_keys"])
-    if missing:
+    if missing := sorted(found["missing_keys"]):
         raise SpecError(f"{where}: {spec.path}: {len(missing)} weights are missing, such as {missing[0]}")
     return model
 

@@ -129,6 +129,8 @@ def _train_quietly(spec: PipelineSpec, folder: RunDir) -> None:
                 _calibrate(distiller, data, spec, trainer.args.device)
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         if trainer.state.global_step < spec.train.steps:
+            if is_main():
+                folder.stop()
             raise Preempted(_stopped(folder, stop, trainer.state.global_step))
         _finish(trainer, folder, data)
 

@@ -99,6 +99,10 @@ class RunDir:
                 f"start it with {begun}, or give the run another name"
             )
 
+    def stop(self) -> None:
+        """Note that the run was asked to stop, and can go on."""
+        self.write({**self.record(), "status": "stopped"})
+
     def finish(self, results: dict[str, Any]) -> None:
         """Mark the run complete, with its last metrics."""
         self.write({**self.record(), "finished": _now(), "results": results, "status": "complete"})

@@ -161,8 +161,9 @@ class KavaTrainer(Trainer):
             NonFiniteError: a weight is NaN or infinite.
             KavaError: it could not be written; the checkpoints before it are untouched.
         """
+        assert self.model is not None
         assert_finite_weights(self.model, f"step {self.state.global_step}")
-        folder = Path(self.args.output_dir)
+        folder = self.checkpoints
         if self.args.should_save:
             checkpoint.clear(folder)
         self.accelerator.wait_for_everyone()
@@ -188,18 +189,23 @@ class KavaTrainer(Trainer):
         return staged
 
     @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return Path(str(self.args.output_dir))
+
+    @property
     def _means_file(self) -> str:
         return f"means_{self.args.process_index}.json"
 
     def _describe_unwritten(self, error: Exception) -> str:
         said = (str(error).splitlines() or [type(error).__name__])[0]
-        where = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        where = self.checkpoints / f"checkpoint-{self.state.global_step}"
         return f"{where}: cannot be written: {said}; earlier checkpoints are untouched. Is the disk full?"
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
             distiller = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            save_weights(distiller, Path(output_dir or self.args.output_dir), state_dict)
+            save_weights(distiller, Path(output_dir or self.checkpoints), state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))

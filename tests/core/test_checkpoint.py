@@ -8,6 +8,7 @@ import pickle
 import random
 import resource
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -22,9 +23,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from kava_core.errors import CheckpointError, KavaError
+from kava_core.errors import CheckpointError, KavaError, Preempted
 from kava_core.train import checkpoint
 from kava_core.train import run as run_module
+from kava_core.train.assemble import make_data
+from kava_core.train.callbacks import read_metrics
 from kava_core.train.checkpoint import MANIFEST, STAGING
 from kava_core.train.run import Result, run
 from kava_core.train.rundir import RunDir
@@ -307,6 +310,29 @@ def test_what_a_killed_save_left_in_staging_is_not_taken_over(whole: Result, cra
     assert_same(weights(run(crashed.spec, variant="main", seed=0)), weights(whole))
     assert not (crashed.checkpoints / STAGING).exists()
     assert not (crashed.checkpoints / "checkpoint-6" / "rng_state_1.pth").exists()
+
+
+def test_a_metrics_line_cut_off_by_a_kill_is_written_again(whole: Result, crashed: RunDir) -> None:
+    with crashed.metrics.open("a") as stream:
+        stream.write('{"step": 5, "lo')
+    run(crashed.spec, variant="main", seed=0)
+    found, expected = (read_metrics(path) for path in (crashed.metrics, whole.folder / "metrics.jsonl"))
+    assert [line | {"seconds": 0} for line in found] == [line | {"seconds": 0} for line in expected]
+    assert len(expected) == 8
+
+
+def test_a_signal_while_the_data_are_made_saves_after_one_step(
+    whole: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = tiny.spec(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            run_module, "make_data", lambda spec: (signal.raise_signal(signal.SIGUSR2), make_data(spec))[1]
+        )
+        with pytest.raises(Preempted, match="stopped by SIGUSR2 at step 1, saved"):
+            run(spec, variant="main", seed=0)
+    assert RunDir(spec, "main", 0).record()["status"] == "stopped"
+    assert_same(weights(run(spec, variant="main", seed=0)), weights(whole))
 
 
 @contextmanager

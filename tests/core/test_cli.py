@@ -98,12 +98,19 @@ def test_check_stops_at_the_level_that_fails(capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("implementation", "told"),
     [
-        (None, "component 'acme': cannot import 'acme_loss_impl:Acme': No module named 'acme_loss_impl'"),
-        ("raise RuntimeError('no\\ndriver')", "RuntimeError: no driver"),
+        (
+            None,
+            "component 'acme': cannot import 'acme_loss_impl:Acme': "
+            "ModuleNotFoundError: No module named 'acme_loss_impl'",
+        ),
+        (
+            "raise RuntimeError('no\\ndriver')",
+            "component 'acme': cannot import 'acme_loss_impl:Acme': RuntimeError: no driver",
+        ),
         (
             "other = 1",
             "component 'acme': cannot import 'acme_loss_impl:Acme': "
-            "module 'acme_loss_impl' has no attribute 'Acme'",
+            "AttributeError: module 'acme_loss_impl' has no attribute 'Acme'",
         ),
     ],
 )

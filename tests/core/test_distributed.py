@@ -6,7 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,9 @@ from torch import Tensor
 from kava_core.errors import SpecError
 from kava_core.train import checkpoint
 from kava_core.train.callbacks import read_metrics
+from kava_core.train.pretrain import pretraining_spec
 from kava_core.train.run import run
+from kava_core.train.rundir import RunDir
 from kava_core.train.weights import ALIGNER_FILE
 from tests import tiny
 
@@ -103,8 +108,8 @@ def timeless(folder: Path) -> list[dict[str, Any]]:
 
 
 def bumpy() -> dict[str, Any]:
-    """Dropout, two epochs, accumulation, a trained aligner, a teacher that is pretrained first; one validation
-    example, so that the second process has none."""
+    """Dropout, two epochs, accumulation, a trained aligner, a teacher that is pretrained first; and one
+    validation example, so that the second process has none."""
     wide, gpt = tiny.fields()["teachers"]
     wide["align"] = {"dim_projector": "linear"}
     gpt["pretrain"] = {"steps": 3, "batch_size": 4}
@@ -129,7 +134,7 @@ def test_only_the_first_process_writes(whole: tuple[Path, list[dict[str, Any]]])
     folder, (first, second) = whole
     assert (first["code"], second["code"]) == (0, 0)
     assert any("metrics.jsonl" in path for path in first["written"])
-    assert [path for path in second["written"] if "/checkpoints/staging/" not in path] == []
+    assert [path for path in second["written"] if "/checkpoints/staging" not in path] == []
     run_folder = folder_of(folder / "whole")
     assert [line["step"] for line in timeless(run_folder) if "loss" in line] == [2, 4, 6, 7]
     assert len((run_folder / "samples.jsonl").read_text().splitlines()) == 1
@@ -152,6 +157,7 @@ def test_a_signal_to_any_process_saves_once_and_resuming_is_bit_exact(
     assert [each["code"] for each in facts] == [75, 75]
     run_folder = folder_of(folder / name)
     assert list(checkpoint.steps(run_folder / "checkpoints")) == [3]
+    assert json.loads((run_folder / "run.json").read_text())["status"] == "stopped"
     assert [each["code"] for each in torchrun(folder, name, bumpy())] == [0, 0]
     found, expected = weights(run_folder), weights(folder_of(folder / "whole"))
     assert found.keys() == expected.keys()
@@ -170,6 +176,22 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path) -> None:
         assert line == pytest.approx(reference, rel=1e-4, abs=1e-6)
     for name, tensor in weights(one.folder).items():
         torch.testing.assert_close(weights(folder_of(tmp_path / "two"))[name], tensor, rtol=1e-3, atol=2e-5)
+
+
+def test_a_model_that_another_run_is_pretraining_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in an array of jobs that share a teacher."""
+    monkeypatch.setenv("KAVA_CACHE", str(tmp_path / "cache"))
+    teacher = tiny.fields()["teachers"][1] | {"pretrain": {"steps": 2, "batch_size": 4}}
+    spec = tiny.spec(tmp_path, teachers=[teacher], train={"steps": 1})
+    folder, held = RunDir(pretraining_spec(spec, spec.teachers[0]), "gpt2", 0), ExitStack()
+    held.enter_context(folder.lock())
+    begin, release = time.monotonic(), threading.Timer(1.5, held.close)
+    release.start()
+    run(spec, variant="main", seed=0)
+    assert time.monotonic() - begin > 1.5
+    assert folder.complete
 
 
 def test_another_number_of_processes_is_refused(

@@ -16,7 +16,7 @@ from kava_core.registry import Registry
 from tests.meta.source import ROOT
 
 DOCS = ROOT / "docs"
-PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md"]
 PLUGINS = (DOCS / "plugins.md").read_text(encoding="utf-8")
 
 
