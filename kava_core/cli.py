@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -57,7 +57,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if known is None or os.environ.get(TRACEBACK, "") not in ("", "0"):
             raise
         print(known, file=sys.stderr)
-        sys.exit(known.exit_code)
+        _leave(known.exit_code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit; one of several processes exits in a way that torch.distributed survives."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from kava_core.train.run import leave
+
+        leave(code)
+    sys.exit(code)
 
 
 def explained(error: Exception) -> KavaError | None:
@@ -107,12 +116,14 @@ def train(spec: Spec, overrides: Overrides = None) -> None:
 
     variants = resolve_variants(load(spec, overrides or ()))
     from kava_core.train import report
-    from kava_core.train.run import is_main, run
+    from kava_core.train.run import is_main, processes, run
 
     runs = [(name, seed, resolved) for name, resolved in variants.items() for seed in resolved.seeds]
     results = [run(resolved, variant=name, seed=seed) for name, seed, resolved in runs]
     if is_main():
         report.show(results)
+    if processes() > 1:
+        _leave(0)
 
 
 @app.command()

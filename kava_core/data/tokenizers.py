@@ -62,7 +62,7 @@ def train_tokenizer(spec: TrainTokenizer, texts: Iterable[str], cache: Path) -> 
 
 def _from_path(path: str, revision: str | None) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except Exception as error:  # transformers, tokenizers and the hub each raise their own
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise SpecError(f"tokenizer {path!r}: cannot be loaded: {reason}") from error
