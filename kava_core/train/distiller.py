@@ -110,6 +110,11 @@ class Distiller(nn.Module):
             assert self.pipeline is not None
             return self.pipeline(student, caches, Timeline.from_batch(side), timelines, items)
 
+    def place_teachers(self, device: torch.device) -> None:
+        """Move the teachers to the device of the batches."""
+        for teacher in self.__dict__["teachers"]:
+            teacher.to(device)
+
     @torch.no_grad()
     def calibrate(self, batch: Mapping[str, Any]) -> None:
         """Show one batch of the teachers' caches to every projector that wants to see data."""

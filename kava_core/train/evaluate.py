@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
@@ -63,7 +63,7 @@ class Evaluator:
         sums: dict[str, Tensor] = {}
         one = torch.ones(2, device=accelerator.device)
         for batch in DataLoader(Subset(self.items, mine), self.spec.batch_size, collate_fn=self.collator):
-            batch = _to(batch, accelerator.device)
+            batch = send_to_device(batch, accelerator.device)
             side = batch["student"]
             found = distiller(side, batch["teachers"], items=one) | {
                 "labelled": side["labels"][:, 1:].ne(IGNORED).sum(),
@@ -93,7 +93,7 @@ class Evaluator:
 
     def _write(self, student: nn.Module, examples: list[Example], device: torch.device) -> list[str]:
         """Greedy answers."""
-        prompts = _to(self.collator.prompts(examples)[0], device)
+        prompts = send_to_device(self.collator.prompts(examples)[0], device)
         tokens = student.generate(
             input_ids=prompts["input_ids"],
             attention_mask=prompts["attention_mask"],
@@ -118,12 +118,6 @@ def _means(sums: dict[str, float]) -> dict[str, float]:
     sums.pop("loss")
     perplexity = math.exp(ce) if ce < 700 else math.inf
     return {"ce": ce, "perplexity": perplexity, **{name: value / tokens for name, value in sums.items()}}
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, dict):
-        return {name: _to(inner, device) for name, inner in value.items()}
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 @contextmanager

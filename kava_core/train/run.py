@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, send_to_device
 from torch.utils.data import DataLoader, Subset
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -120,6 +120,7 @@ def _train_quietly(spec: PipelineSpec, folder: RunDir) -> None:
             folder.begin({"data": data.report()})
         distiller = make_distiller(spec, data, seed=folder.seed)
         trainer = _trainer(spec, folder, data, distiller, stop)
+        distiller.place_teachers(trainer.args.device)
         resume = _recovered(folder)
         if resume is not None and checkpoint.step_of(resume) >= spec.train.steps:
             load_weights(distiller, resume)
@@ -228,14 +229,8 @@ def _calibrate(distiller: Distiller, data: Data, spec: PipelineSpec, device: tor
     some = Subset(data.train_items, range(min(spec.train.calibration_examples, len(data.train_items))))
     with torch.random.fork_rng(devices=[]):
         for batch in DataLoader(some, spec.train.batch_size, collate_fn=data.plain_collator):
-            distiller.calibrate(_on(batch, device))
+            distiller.calibrate(send_to_device(batch, device))
     distiller.finish_calibration()
-
-
-def _on(value: Any, device: torch.device) -> Any:
-    if isinstance(value, dict):
-        return {name: _on(inner, device) for name, inner in value.items()}
-    return value.to(device)
 
 
 @contextmanager

@@ -32,6 +32,10 @@ class Teacher:
         self.model = model.eval().requires_grad_(False)
         self.capture = Capture(model, layers=layers, parts=parts, rotary=rotary)
 
+    def to(self, device: torch.device) -> None:
+        """Move the model; nothing else would, as it stands outside the trained module."""
+        self.model.to(device)
+
     @torch.no_grad()
     def cache(self, side: Mapping[str, Tensor]) -> Cache:
         """The cache of a batch: ``batch layer head time dim`` a part, with the layers asked for."""

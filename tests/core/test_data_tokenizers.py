@@ -1,5 +1,6 @@
 """Trained tokenizers: lossless, exact, the same every time; loaded ones: fast or refused."""
 
+import json
 import os
 import subprocess
 import sys
@@ -190,3 +191,13 @@ def test_mistral_is_fast():
     spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     assert {place for start, end in spans for place in range(start, end)} == set(range(len(text)))
     assert [end for _, end in spans] == sorted(end for _, end in spans)
+
+
+def test_a_tokenizer_never_runs_its_folders_code(tmp_path: Path) -> None:
+    """A folder may name a class of its own (``auto_map``): it is refused without a question, its code not run."""
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(SpecError, match="cannot be loaded"):
+        load_tokenizer(str(tmp_path))
+    assert not (tmp_path / "ran").exists()

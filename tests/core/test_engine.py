@@ -15,10 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from kava_core.errors import KavaError, NonFiniteError, Preempted, SpecError
 from kava_core.train import checkpoint
 from kava_core.train import run as run_module
+from kava_core.train.assemble import make_data, make_distiller
 from kava_core.train.callbacks import read_metrics
 from kava_core.train.export import export
 from kava_core.train.run import Result, run
 from kava_core.train.rundir import RunDir
+from kava_core.train.teacher import Teacher
 from kava_core.train.weights import ALIGNER_FILE
 from tests import tiny
 
@@ -233,3 +235,20 @@ def test_export_holds_the_trained_weights_and_the_spec(whole: Result, tmp_path: 
         export(whole.folder, tmp_path / "out")
     with pytest.raises(SpecError, match="not a run directory"):
         export(tmp_path, tmp_path / "elsewhere")
+
+
+def test_teachers_are_moved_to_the_device_of_the_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They stand outside the module, so nothing else moves them."""
+    moved = []
+    monkeypatch.setattr(Teacher, "to", lambda self, device: moved.append((self.name, device)))
+    run(tiny.spec(tmp_path, train={"steps": 1}), variant="main", seed=0)
+    assert moved == [("wide", torch.device("cpu")), ("gpt", torch.device("cpu"))]
+
+
+def test_moving_a_teacher_moves_its_model() -> None:
+    spec = tiny.spec()
+    teacher = make_distiller(spec, make_data(spec), seed=0).__dict__["teachers"][0]
+    teacher.to(torch.device("meta"))
+    assert {p.device.type for p in teacher.model.parameters()} == {"meta"}
