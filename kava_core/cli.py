@@ -25,22 +25,6 @@ app = typer.Typer(
 TRACEBACK = "KAVA_TRACEBACK"
 """Environment variable: show where an error was raised."""
 
-LIBRARIES = (
-    *(
-        "kava",
-        "torch",
-        "transformers",
-        "accelerate",
-        "tokenizers",
-        "safetensors",
-        "numpy",
-        "peft",
-        "datasets",
-    ),
-    *("pydantic", "pluggy", "einops", "jaxtyping", "beartype", "pyyaml", "typer"),
-)
-"""Distributions whose versions decide what a run computes."""
-
 Spec = Annotated[Path, typer.Argument(metavar="SPEC", help="Spec file (YAML).", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
@@ -101,7 +85,7 @@ def options(
 
 @app.command()
 def check(spec: Spec, overrides: Overrides = None) -> None:
-    """Check a spec: syntax, schema, imports of the plugins it uses, shapes at every stage (no weights)."""
+    """Check a spec: syntax, schema, plugins, shapes at every stage."""
     from kava_core.spec.check import check as levels
 
     for level, found in levels(spec, overrides or ()):
@@ -110,7 +94,7 @@ def check(spec: Spec, overrides: Overrides = None) -> None:
 
 @app.command()
 def train(spec: Spec, overrides: Overrides = None) -> None:
-    """Train every variant and seed of a spec; finished runs are skipped, interrupted ones resumed."""
+    """Train every variant and seed of a spec, or go on where it stopped."""
     from kava_core.spec.load import load
     from kava_core.spec.variants import resolve_variants
 
@@ -133,7 +117,7 @@ def plan(
     time: Annotated[int | None, typer.Option(help="Student tokens; default: train.max_length.")] = None,
     teacher_time: Annotated[int | None, typer.Option(help="Teacher tokens; default: as --time.")] = None,
 ) -> None:
-    """Show the shape at every stage, parameters, memory and cost of a step. No weights are loaded."""
+    """Show shapes, parameters, memory and cost of a step."""
     from kava_core.spec.load import load
 
     loaded = load(spec, overrides or ())
@@ -151,7 +135,7 @@ def export(
     ],
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="New folder.", show_default=False)],
 ) -> None:
-    """Write a run's student as a folder that plain transformers loads, with a model card."""
+    """Write a run's student as a plain transformers folder."""
     from kava_core.train.export import export as write
 
     write(run, target)
@@ -204,8 +188,10 @@ def env(
     """Print the versions a run depends on."""
     import platform
 
+    from kava_core.versions import versions
+
     rows = [("python", platform.python_version()), ("platform", platform.platform())]
-    rows += [(name, _version(name)) for name in LIBRARIES]
+    rows += [(name, found or "not installed") for name, found in versions().items()]
     for line in _aligned(rows + (_devices() if devices else [])):
         typer.echo(line)
 
@@ -223,15 +209,6 @@ def _aligned(rows: Iterable[Iterable[str]]) -> list[str]:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in table
     ]
-
-
-def _version(distribution: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _devices() -> list[tuple[str, str]]:

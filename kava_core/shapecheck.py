@@ -12,17 +12,9 @@ import warnings
 from importlib.metadata import entry_points
 from typing import Any
 
-from kava_core.errors import KavaError
-
 VARIABLE = "KAVA_SHAPE_CHECK"
 TENSOR_HALF = ("kava_core.kv", "kava_core.train", "kava_core.data", "kava_core.protocols", "kava_plugins")
 CHECKER = "kava_core.shapecheck.checker"
-
-
-class ShapeCheckError(KavaError):
-    """Shape checking was switched on too late."""
-
-    exit_code = 2
 
 
 def checker(function: Any) -> Any:

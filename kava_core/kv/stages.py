@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import packages_distributions, version
 
 import torch
 from jaxtyping import Bool, Float
@@ -29,6 +28,7 @@ from kava_core.protocols import (
     LayerMapper,
     TimeWarper,
 )
+from kava_core.versions import distributor
 
 
 @contextmanager
@@ -45,9 +45,8 @@ def _origin(config: ComponentConfig | None) -> str:
     """``" (distribution version)"``; empty where no installed distribution holds the declaration."""
     if config is None:
         return ""
-    package = type(config).__module__.partition(".")[0]
-    owners = packages_distributions().get(package, [])
-    return "".join(f" ({owner} {version(owner)})" for owner in owners[:1])
+    found = distributor(type(config).__module__)
+    return f" ({found})" if found else ""
 
 
 def layer_matrix(

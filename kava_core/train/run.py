@@ -28,6 +28,7 @@ from kava_core.train.callbacks import EndComplete, MetricsFile, ShowProgress, St
 from kava_core.train.distiller import Distiller
 from kava_core.train.evaluate import Evaluator
 from kava_core.train.export import save_student
+from kava_core.train.facts import facts
 from kava_core.train.pretrain import pretraining_spec
 from kava_core.train.rundir import RunDir
 from kava_core.train.trainer import KavaTrainer
@@ -117,7 +118,7 @@ def _train_quietly(spec: PipelineSpec, folder: RunDir) -> None:
     with StopOnSignal() as stop:
         data = make_data(spec)
         if is_main():
-            folder.begin({"data": data.report()})
+            folder.begin({"data": data.report(), **facts(spec)})
         distiller = make_distiller(spec, data, seed=folder.seed)
         trainer = _trainer(spec, folder, data, distiller, stop)
         distiller.place_teachers(trainer.args.device)

@@ -14,26 +14,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
 from kava_core.errors import CheckpointError, KavaError, SpecError
 from kava_core.spec.digest import digest
 from kava_core.spec.model import PipelineSpec
+from kava_core.versions import versions
 
 RECORD = "run.json"
-LIBRARIES = (
-    "kava",
-    "torch",
-    "transformers",
-    "accelerate",
-    "tokenizers",
-    "peft",
-    "datasets",
-    "numpy",
-    "safetensors",
-)
 
 
 class RunDir:
@@ -132,12 +121,11 @@ def environment() -> dict[str, Any]:
     """Versions, machine and command of this process."""
     import torch
 
-    installed = {distribution.name for distribution in distributions()}
     return {
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: version(name) for name in LIBRARIES if name in installed},
+        "versions": {name: found for name, found in versions().items() if found},
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),

@@ -194,7 +194,7 @@ def test_mistral_is_fast():
 
 
 def test_a_tokenizer_never_runs_its_folders_code(tmp_path: Path) -> None:
-    """A folder may name a class of its own (``auto_map``): it is refused without a question, its code not run."""
+    """A folder may name a class of its own (``auto_map``): refused without a question, not run."""
     (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
     settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))

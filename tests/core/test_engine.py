@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from kava_core.errors import KavaError, NonFiniteError, Preempted, SpecError
+from kava_core.spec.model import ModelSpec
 from kava_core.train import checkpoint
 from kava_core.train import run as run_module
 from kava_core.train.assemble import make_data, make_distiller
 from kava_core.train.callbacks import read_metrics
 from kava_core.train.export import export
+from kava_core.train.facts import model_facts
 from kava_core.train.run import Result, run
 from kava_core.train.rundir import RunDir
 from kava_core.train.teacher import Teacher
@@ -104,6 +108,8 @@ def test_run_directory_says_what_happened(whole: Result) -> None:
     assert record["data"]["duplicates_across"] == 0
     assert record["versions"]["torch"] == torch.__version__
     assert {"ce", "perplexity", "exact_match", "mercator", "relation", "steps"} == set(record["results"])
+    assert record["models"]["student"] == {"origin": "random weights"}
+    assert record["plugins"]["layer_mapper ratio"] == f"kava {version('kava')}"
     lines = read_metrics(whole.folder / "metrics.jsonl")
     assert {"step", "seconds", "ce", "mercator", "relation", "grad_norm", "learning_rate"} <= set(lines[0])
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 8))
@@ -252,3 +258,10 @@ def test_moving_a_teacher_moves_its_model() -> None:
     teacher = make_distiller(spec, make_data(spec), seed=0).__dict__["teachers"][0]
     teacher.to(torch.device("meta"))
     assert {p.device.type for p in teacher.model.parameters()} == {"meta"}
+
+
+def test_model_facts_hash_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "notes.txt").write_text("not hashed")
+    expected = {"model.safetensors": hashlib.sha256(b"weights").hexdigest()}
+    assert model_facts(ModelSpec(path=str(tmp_path)))["sha256"] == expected

@@ -1,0 +1,43 @@
+"""What ``run.json`` says about the models and plugins of a run."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from kava_core.spec.check import used_components
+from kava_core.spec.model import ModelSpec, PipelineSpec
+from kava_core.train.models import model_config
+from kava_core.versions import distributor
+
+
+def facts(spec: PipelineSpec) -> dict[str, Any]:
+    """Where every model comes from, with hashes, and which distribution every component."""
+    teachers = {teacher.name: model_facts(teacher) for teacher in spec.teachers}
+    return {"models": {"student": model_facts(spec.student)} | teachers, "plugins": plugin_facts(spec)}
+
+
+def model_facts(model: ModelSpec) -> dict[str, Any]:
+    """sha256 of a folder's configs and weights; the commit of a hub model; nothing for random weights."""
+    if model.path is None:
+        return {"origin": "random weights"}
+    folder = Path(model.path)
+    if not folder.is_dir():
+        commit = getattr(model_config(model, where=model.path), "_commit_hash", None)
+        return {"origin": model.path, "commit": commit}
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json"))
+    return {"origin": model.path, "sha256": {file.name: _sha256(file) for file in files}}
+
+
+def plugin_facts(spec: PipelineSpec) -> dict[str, str | None]:
+    """``kind name`` to ``distribution version``."""
+    return {
+        f"{kind} {config.name}": distributor(type(config).__module__)
+        for kind, config in used_components(spec)
+    }
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,45 @@
+"""Which distributions decide what a run computes, and their versions."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, entry_points, version
+
+LIBRARIES = (
+    *(
+        "kava",
+        "torch",
+        "transformers",
+        "accelerate",
+        "tokenizers",
+        "safetensors",
+        "numpy",
+        "peft",
+        "datasets",
+    ),
+    *("pydantic", "pluggy", "einops", "jaxtyping", "beartype", "pyyaml", "typer"),
+)
+
+
+def versions() -> dict[str, str | None]:
+    """Version of every library; None where it is not installed."""
+    return {name: version_of(name) for name in LIBRARIES}
+
+
+def version_of(distribution: str) -> str | None:
+    """A distribution's version; None where it is not installed."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def distributor(module: str) -> str | None:
+    """``distribution version`` of the plugin a module belongs to, by entry points; None without one.
+
+    Not by ``packages_distributions``: it knows no editable installs.
+    """
+    package = module.partition(".")[0]
+    for point in entry_points(group="kava"):
+        if point.module.partition(".")[0] == package and point.dist is not None:
+            return f"{point.dist.name} {point.dist.version}"
+    return None
