@@ -94,7 +94,7 @@ def check(spec: Spec, overrides: Overrides = None) -> None:
 
 @app.command()
 def train(spec: Spec, overrides: Overrides = None) -> None:
-    """Train every variant and seed of a spec, or go on where it stopped."""
+    """Train, or go on with, every variant and seed of a spec."""
     from kava_core.spec.load import load
     from kava_core.spec.variants import resolve_variants
 

@@ -59,7 +59,7 @@ Options:
 
 Commands:
   check    Check a spec: syntax, schema, plugins, shapes at every stage.
-  train    Train every variant and seed of a spec, or go on where it stopped.
+  train    Train, or go on with, every variant and seed of a spec.
   plan     Show shapes, parameters, memory and cost of a step.
   export   Write a run's student as a plain transformers folder.
   plugins  List the installed components and who registered them.
