@@ -44,9 +44,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("metric")
     parser.add_argument("variants", nargs="+")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these")
     options = parser.parse_args()
     found = {variant: results(options.folder, variant, options.metric) for variant in options.variants}
-    seeds = sorted(set.intersection(*(set(values) for values in found.values())))
+    shared = set.intersection(*(set(values) for values in found.values()))
+    seeds = sorted(shared & set(options.seeds or shared))
     print(f"{options.metric}, seeds {seeds}\n\n| variant | mean | of each seed |\n|---|---|---|")
     for variant, values in found.items():
         each = " ".join(f"{values[seed]:.2f}" for seed in seeds)
