@@ -8,7 +8,7 @@ alone, so a mistake in a spec is reported before torch is imported.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -49,7 +49,7 @@ class ComponentConfig(Strict):
         module, _, attribute = cls.component.partition(":")
         try:
             return getattr(import_module(module), attribute)
-        except Exception as error:  # a plugin's module can raise anything while it is imported
+        except (Exception, SystemExit) as error:  # importing a plugin's module can raise anything
             told = f"cannot import {cls.component!r}: {type(error).__name__}: {error}"
             raise PluginError(f"component {cls.component_name()!r}: {told}") from error
 
@@ -68,7 +68,7 @@ class KVLossConfig(ComponentConfig):
     parts: tuple[Part, ...] = Field(("keys", "values"), min_length=1)
     """Which tensors are compared."""
 
-    layers: tuple[int, ...] | Literal["all"] = "all"
+    layers: Annotated[tuple[int, ...], Field(min_length=1)] | Literal["all"] = "all"
     """Student layers the loss looks at, counted from 0 (negative: from the last)."""
 
     basis_free: ClassVar[bool] = False

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kava_core.config import Part
 from kava_core.kv.axes import Cache, Geometry
+from kava_core.kv.extents import expect
 from kava_core.kv.layer_map import LayerMap
 from kava_core.kv.order import CANONICAL, Extents, Freedom, Stage, cheapest
 from kava_core.kv.stages import adapt_heads, blame, fold_student, plan_time, project_dim, warp_time
@@ -17,6 +18,8 @@ from kava_core.kv.timeline import Timeline
 from kava_core.kv.timemap import TimeMap
 from kava_core.protocols import Calibrated
 from kava_core.spec.model import AlignSpec
+
+AXES = "batch layer head time dim"
 
 
 class TeacherAligner(nn.Module):
@@ -112,15 +115,19 @@ class TeacherAligner(nn.Module):
         return cheapest(extents, self.freedom)
 
     def _stage(self, stage: Stage, x: Tensor, part: Part, time_map: TimeMap) -> Tensor:
+        batch, layer, head, time, dim = x.shape
         if stage == "time":
             with self._blame("time_warper"):
                 return warp_time(time_map, x, time=time_map.valid.shape[1])
         if stage == "heads":
-            dim = self.adapted.dim if x.shape[-1] == self.teacher.dim else x.shape[-1]
+            head = self.adapted.heads(part)
+            dim = self.adapted.dim if dim == self.teacher.dim else dim
             with self._blame("head_adapter"):
-                return adapt_heads(self.head_adapter, x, part, head=self.adapted.heads(part), dim=dim)
+                adapted = adapt_heads(self.head_adapter, x, part, head=head, dim=dim)
+                return expect(adapted, (batch, layer, head, time, dim), AXES)
         with self._blame("dim_projector"):
-            return project_dim(self.dim_projector, x, part, dim=self.target.dim)
+            projected = project_dim(self.dim_projector, x, part, dim=self.target.dim)
+            return expect(projected, (batch, layer, head, time, self.target.dim), AXES)
 
     def steps(self, cache: Cache, time_map: TimeMap) -> Iterator[tuple[str, Cache]]:
         """Every intermediate cache, named by the stages that made it; the last is the target.

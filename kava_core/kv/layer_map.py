@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kava_core.errors import PluginError
 from kava_core.kv.axes import Geometry
+from kava_core.kv.extents import expect
 from kava_core.kv.stages import layer_matrix, mix_layers
 from kava_core.protocols import LayerMapper
 
@@ -36,7 +37,8 @@ class LayerMap(nn.Module):
         self.learned = any(parameter.requires_grad for parameter in mapper.parameters())
         self.register_buffer("rows", torch.tensor(layers, dtype=torch.long), persistent=False)
         with torch.no_grad():
-            matrix = layer_matrix(mapper, teacher=teacher, student=student)[list(layers)]
+            matrix = layer_matrix(mapper, teacher=teacher, student=student)
+            matrix = expect(matrix, (student.layer, teacher.layer), "layer t_layer")[list(layers)]
         _assert_means(matrix)
         self.sources = self._sources(matrix, layers)
         matrix = matrix[:, list(self.sources)]

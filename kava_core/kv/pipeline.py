@@ -14,6 +14,7 @@ from kava_core.config import KVLossConfig, Part
 from kava_core.errors import SpecError
 from kava_core.kv.aligner import TeacherAligner
 from kava_core.kv.axes import PARTS, Cache, Geometry
+from kava_core.kv.extents import expect
 from kava_core.kv.finite import assert_finite
 from kava_core.kv.stages import blame, fuse, measure, weigh
 from kava_core.kv.timeline import Timeline
@@ -88,6 +89,7 @@ class KVPipeline(nn.Module):
         )
         self.configs = active(spec)
         self.terms = _unique([config.name for config in self.configs])
+        self._check_calibration(parts_of(spec))
         self._check_views()
         self._check_widths()
         self.fuser_config = spec.fuser
@@ -125,6 +127,14 @@ class KVPipeline(nn.Module):
                 "use the same head_adapter and a dim_projector, or target: separate"
             )
 
+    def _check_calibration(self, parts: tuple[Part, ...]) -> None:
+        """Queries are projected by the keys' calibration, so keys must be compared as well."""
+        if "queries" in parts and "keys" not in parts and any(a.wants_calibration for a in self.teachers):
+            raise SpecError(
+                f"losses compare {', '.join(parts)}: a calibrated projector needs keys as well; "
+                "add keys to 'parts', or use dim_projector linear"
+            )
+
     def _check_widths(self) -> None:
         for aligner in self.teachers:
             same = (aligner.target.head, aligner.target.dim) == (aligner.view.head, aligner.view.dim)
@@ -136,17 +146,10 @@ class KVPipeline(nn.Module):
                     "calibrated or linear"
                 )
 
-    def align(
-        self, caches: Sequence[Cache], teachers: Sequence[Timeline], student: Timeline
-    ) -> list[Aligned]:
-        """Every teacher's target and validity, in order."""
-        maps = [
-            aligner.plan(timeline, student) for aligner, timeline in zip(self.teachers, teachers, strict=True)
-        ]
-        return [
-            Aligned(aligner.align(cache.map(_precise), time_map), time_map.valid)
-            for aligner, cache, time_map in zip(self.teachers, caches, maps, strict=True)
-        ]
+    def align(self, aligner: TeacherAligner, cache: Cache, teacher: Timeline, student: Timeline) -> Aligned:
+        """One teacher's target and validity; its raw cache is not needed afterwards."""
+        time_map = aligner.plan(teacher, student)
+        return Aligned(aligner.align(cache.map(_precise), time_map), time_map.valid)
 
     def forward(
         self,
@@ -167,8 +170,15 @@ class KVPipeline(nn.Module):
 
         A term is the sum over positions with a target of the mean loss over layers, divided by ``items``.
         """
+        sides = zip(self.teachers, caches, teachers, strict=True)
+        aligned = [self.align(aligner, cache, theirs, timeline) for aligner, cache, theirs in sides]
+        return self.terms_of(student, aligned, timeline, items)
+
+    def terms_of(
+        self, student: Cache, aligned: list[Aligned], timeline: Timeline, items: Tensor
+    ) -> dict[str, Float[Tensor, ""]]:
+        """``forward`` for targets that are aligned already."""
         student = student.map(_precise)
-        aligned = self.align(caches, teachers, timeline)
         if shapecheck.wanted():
             self._check_values(student, timeline, aligned)
         return self.compare(student, aligned, items)
@@ -197,7 +207,9 @@ class KVPipeline(nn.Module):
             with blame(f"kv_loss {config.name!r}", config):
                 terms[name] = torch.stack(
                     [
-                        measure(losses[index], *_rows(view, target, weight, rows, config.parts))
+                        expect(
+                            measure(losses[index], *_rows(view, target, weight, rows, config.parts)), (), ""
+                        )
                         for losses, view, target, weight in zip(
                             self.losses, views, targets, weights, strict=False
                         )

@@ -17,6 +17,7 @@ from kava_core import shapecheck
 from kava_core.config import ComponentConfig, Part
 from kava_core.errors import PluginError
 from kava_core.kv.axes import Cache, Geometry
+from kava_core.kv.extents import expect
 from kava_core.kv.timeline import Timeline
 from kava_core.kv.timemap import TimeMap
 from kava_core.protocols import (
@@ -121,7 +122,12 @@ def weigh(
 ) -> Float[Tensor, "teacher batch {layer} time"]:
     """The fuser's weights, renormalised over the teachers valid at each position; 0 where none is."""
     weights = fuser_weights(fuser, context, teacher=valid.shape[0], layer=layer)
-    if shapecheck.wanted() and not weights.is_meta and bool((weights < 0).any()):
+    teacher, batch, time = valid.shape
+    expect(weights, (teacher, batch, layer, time), "teacher batch layer time")
+    looked = weights.device.type == "cpu" or (
+        shapecheck.wanted() and not weights.is_meta
+    )  # no waiting for a GPU
+    if looked and bool((weights < 0).any()):
         raise PluginError(f"weights must be at least 0, not {float(weights.min()):.3g}")
     weights = weights.masked_fill(~valid[:, :, None], 0)
     total = weights.sum(0, keepdim=True)

@@ -17,6 +17,10 @@ def base_of(kind: str) -> type[ComponentConfig]:
     return KVLossConfig if kind == "kv_loss" else ComponentConfig
 
 
+RESERVED = ("loss", "ce", "perplexity", "exact_match", "labelled", "tokens", "step", "seconds", "epoch")
+"""Names of metrics: a loss of such a name would stand in their place."""
+
+
 def fault_of(kind: str, declaration: Any) -> str | None:
     """The first thing wrong with a declaration, as a sentence; None when it is usable."""
     base = base_of(kind)
@@ -25,6 +29,8 @@ def fault_of(kind: str, declaration: Any) -> str | None:
     told = f"class {declaration.__name__}"
     if not _named(declaration):
         return f"{told} needs a field like name: Literal['my_name'] = 'my_name' (lower case, digits, _)"
+    if kind == "kv_loss" and declaration.component_name() in RESERVED:
+        return f"{told}: {declaration.component_name()!r} is the name of a metric; choose another name"
     if not _IMPORT_PATH.fullmatch(str(getattr(declaration, "component", ""))):
         given = getattr(declaration, "component", None)
         return f"{told} needs component = 'package.module:Class', not {given!r}"

@@ -283,7 +283,7 @@ class PipelineSpec(Strict):
     """The optimisation."""
     evaluate: EvaluateSpec = EvaluateSpec()
     """Validation during training."""
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field((0,), min_length=1)
     """One run for each. A seed fixes the student's weights, the data order and dropout."""
     variants: dict[Name, dict[str, Any]] = Field(default={})
     """Named changes of this spec: dotted path to new value, as on the command line. One run for each variant

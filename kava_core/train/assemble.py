@@ -21,10 +21,13 @@ from kava_core.errors import SpecError
 from kava_core.kv.axes import Geometry
 from kava_core.kv.pipeline import KVPipeline, active, parts_of
 from kava_core.kv.probe import geometry_of
+from kava_core.kv.timeline import PROMPT
+from kava_core.kv.unused import freeze_unused
 from kava_core.paths import cache_folder
 from kava_core.spec.model import ModelSpec, PipelineSpec
 from kava_core.train.distiller import Distiller
 from kava_core.train.models import load_model, load_student
+from kava_core.train.room import assert_room, assert_room_to_write
 from kava_core.train.teacher import Teacher
 
 
@@ -42,6 +45,19 @@ class Data:
     """For calibration and evaluation."""
     train_items: EncodedDataset
     validation_items: EncodedDataset
+
+    def longest(self) -> Mapping[str | None, int]:
+        """Most tokens of an example on the side of every teacher, by name, and of the student, under None."""
+        items = [*self.train_items.items, *self.validation_items.items]
+        teachers = {
+            name: max(len(item.teachers[name].input_ids) for item in items)
+            for name in self.teacher_tokenizers
+        }
+        return {None: max(len(item.student.input_ids) for item in items), **teachers}
+
+    def longest_prompt(self) -> int:
+        """Most tokens of a validation example's prompt, for the student."""
+        return max(int((item.student.segments == PROMPT).sum()) for item in self.validation_items.items)
 
     def report(self) -> dict[str, Any]:
         """For run.json: sizes, hashes, duplicates, examples left out."""
@@ -93,6 +109,10 @@ def make_data(spec: PipelineSpec) -> Data:
 def make_distiller(spec: PipelineSpec, data: Data, *, seed: int) -> Distiller:
     """Student, pipeline and teachers; the student's weights depend on the seed alone."""
     student = load_student(spec.student, data.tokenizer, seed=seed)
+    longest = data.longest()
+    assert_room(student.config, longest[None], who="student")
+    if spec.evaluate.generate:
+        assert_room_to_write(student.config, data.longest_prompt(), spec.evaluate.max_new_tokens)
     if not used_teachers(spec):
         return Distiller(student)
     models = {
@@ -101,6 +121,8 @@ def make_distiller(spec: PipelineSpec, data: Data, *, seed: int) -> Distiller:
         )
         for teacher in spec.teachers
     }
+    for name, model in models.items():
+        assert_room(model.config, longest[name], who=f"teacher {name!r}")
     pipeline = make_pipeline(
         spec, {n: geometry_of(m) for n, m in models.items()}, geometry_of(student), seed=seed
     )
@@ -117,4 +139,6 @@ def make_pipeline(
     """The pipeline with its weights drawn from the seed; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return KVPipeline(spec, teachers=teachers, student=student)
+        pipeline = KVPipeline(spec, teachers=teachers, student=student)
+    freeze_unused(pipeline, parts=parts_of(spec), student=student)
+    return pipeline

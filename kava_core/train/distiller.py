@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from kava_core.kv.axes import Cache
 from kava_core.kv.capture import Capture
-from kava_core.kv.pipeline import KVPipeline
+from kava_core.kv.masks import without_autocast
+from kava_core.kv.pipeline import Aligned, KVPipeline
 from kava_core.kv.timeline import Timeline
 from kava_core.train.teacher import Teacher
 
@@ -84,31 +84,32 @@ class Distiller(nn.Module):
         if self.pipeline is None:
             ce = self._student(student, items[0])
             return {"loss": ce, "ce": ce.detach()}
-        caches = [teacher.cache(teachers[teacher.name]) for teacher in self.__dict__["teachers"]]
+        timeline = Timeline.from_batch(student)
+        aligned = self._aligned(teachers, timeline)
         with self.__dict__["capture"]:
             ce = self._student(student, items[0])
-        terms = self._terms(self.__dict__["capture"].take(), caches, student, teachers, items[1])
-        loss = ce + self.pipeline.total(terms)
+        with without_autocast(ce.device):
+            terms = self.pipeline.terms_of(self.__dict__["capture"].take(), aligned, timeline, items[1])
+            loss = ce + self.pipeline.total(terms)
         return {"loss": loss, "ce": ce.detach(), **{name: term.detach() for name, term in terms.items()}}
+
+    def _aligned(self, teachers: Mapping[str, Mapping[str, Tensor]], timeline: Timeline) -> list[Aligned]:
+        """Every teacher's target; only one raw cache is alive at a time."""
+        assert self.pipeline is not None
+        aligned = []
+        for aligner, teacher in zip(self.pipeline.teachers, self.__dict__["teachers"], strict=True):
+            side = teachers[teacher.name]
+            cache = teacher.cache(side)
+            with without_autocast(timeline.mask.device):
+                aligned.append(self.pipeline.align(aligner, cache, Timeline.from_batch(side), timeline))
+            del cache
+        return aligned
 
     def _student(self, side: Mapping[str, Tensor], items: Tensor) -> Float[Tensor, ""]:
         logits = self.student(
             input_ids=side["input_ids"], attention_mask=side["attention_mask"], use_cache=False
         ).logits
         return cross_entropy(logits, side["labels"], items)
-
-    def _terms(
-        self,
-        student: Cache,
-        caches: Sequence[Cache],
-        side: Mapping[str, Tensor],
-        teachers: Mapping[str, Mapping[str, Tensor]],
-        items: Tensor,
-    ) -> dict[str, Tensor]:
-        timelines = [Timeline.from_batch(teachers[teacher.name]) for teacher in self.__dict__["teachers"]]
-        with torch.autocast(student.any.device.type, enabled=False):
-            assert self.pipeline is not None
-            return self.pipeline(student, caches, Timeline.from_batch(side), timelines, items)
 
     def place_teachers(self, device: torch.device) -> None:
         """Move the teachers to the device of the batches."""

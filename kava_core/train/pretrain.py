@@ -5,12 +5,8 @@ Pretraining is an ordinary run with cross-entropy alone: one training loop for e
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 from kava_core.paths import cache_folder
 from kava_core.spec.model import EvaluateSpec, ModelSpec, PipelineSpec, Pretrain, StudentSpec, TrainSpec
-
-M = TypeVar("M", bound=ModelSpec)
 
 
 def pretraining_spec(spec: PipelineSpec, model: ModelSpec) -> PipelineSpec:
@@ -25,6 +21,8 @@ def pretraining_spec(spec: PipelineSpec, model: ModelSpec) -> PipelineSpec:
             "teachers": (),
             "losses": (),
             "variants": {},
+            "rotary": "strip",
+            "target": "separate",
             "seeds": (plan.seed,),
             "train": _train(plan, spec.train),
             "evaluate": EvaluateSpec(**spec.evaluate.model_dump() | {"every": plan.steps}),

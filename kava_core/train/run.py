@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -20,6 +21,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
+from kava_core.data.splits import load_splits, split_hash
 from kava_core.errors import Preempted, SpecError
 from kava_core.spec.model import ModelSpec, PipelineSpec
 from kava_core.train import checkpoint
@@ -82,7 +84,9 @@ def run(spec: PipelineSpec, *, variant: str, seed: int, wait: bool = False) -> R
     folder = RunDir(spec, variant, seed)
     with folder.lock(wait=wait) if is_main() else nullcontext():
         _meet()
-        if not folder.complete:
+        if folder.complete:
+            _same_data(spec, folder)
+        else:
             _train(_with_trained_models(spec), folder)
     return Result(variant, seed, folder.path, folder.record()["results"])
 
@@ -100,11 +104,21 @@ def _with_trained_models(spec: PipelineSpec) -> PipelineSpec:
     return spec.model_copy(update={"teachers": teachers, "student": _trained(spec, spec.student)})
 
 
+def _same_data(spec: PipelineSpec, folder: RunDir) -> None:
+    """SpecError where a finished run was trained on other examples than the spec's files hold now."""
+    now, then = load_splits(spec.data, root=Path.cwd()).report(), folder.record()["data"]
+    if any(now[split]["sha256"] != then[split]["sha256"] for split in ("train", "validation")):
+        raise SpecError(f"{folder.path}: the data changed since this run ended; give the run another name")
+
+
 def _trained(spec: PipelineSpec, model: M) -> M:
+    """The model's trained folder; its name holds the architecture and the hash of the training examples."""
     if model.pretrain is None:
         return model
     plan = pretraining_spec(spec, model)
-    result = run(plan, variant=str((model.config or {})["model_type"]), seed=plan.seeds[0], wait=True)
+    data = split_hash(load_splits(spec.data, root=Path.cwd()).train)[:8]
+    variant = f"{(model.config or {})['model_type']}-{data}"
+    result = run(plan, variant=variant, seed=plan.seeds[0], wait=True)
     path = str(result.folder / "student")
     return model.model_copy(update={"path": path, "tokenizer": path, "config": None, "pretrain": None})
 
@@ -135,6 +149,8 @@ def _train_quietly(spec: PipelineSpec, folder: RunDir) -> None:
                 folder.stop()
             raise Preempted(_stopped(folder, stop, trainer.state.global_step))
         _finish(trainer, folder, data)
+    if stop.received:
+        raise Preempted(f"{folder.path}: finished; {stop.received.name} stops what comes after it")
 
 
 def _recovered(folder: RunDir) -> Path | None:
@@ -188,6 +204,7 @@ def arguments(spec: PipelineSpec, folder: RunDir, *, examples: int) -> TrainingA
     cuda = torch.cuda.is_available()
     if train.precision == "fp16" and not cuda:
         raise SpecError("train.precision: fp16 needs a CUDA device; on CPU use fp32 or bf16")
+    _assert_installed(train.trackers)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.path / "tensorboard")
     args = TrainingArguments(
         output_dir=str(folder.checkpoints),
@@ -221,6 +238,12 @@ def arguments(spec: PipelineSpec, folder: RunDir, *, examples: int) -> TrainingA
     )
     args._n_gpu = min(args.n_gpu, 1)  # one process per GPU: torchrun, never nn.DataParallel
     return args
+
+
+def _assert_installed(trackers: tuple[str, ...]) -> None:
+    for tracker in trackers:
+        if find_spec(tracker) is None:
+            raise SpecError(f"train.trackers: {tracker} is not installed: pip install {tracker}")
 
 
 def _calibrate(distiller: Distiller, data: Data, spec: PipelineSpec, device: torch.device) -> None:

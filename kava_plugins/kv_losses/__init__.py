@@ -21,7 +21,7 @@ class MSE(KVLossConfig):
 
     scale: Scale = "none"
     """Divide both sides by the target's detached standard deviation, per layer: over the ``batch``, as KaVa
-    does, or over each ``example``."""
+    does (it then depends on how a batch is divided into forward passes), or over each ``example``."""
 
 
 class SmoothL1(KVLossConfig):
@@ -34,7 +34,7 @@ class SmoothL1(KVLossConfig):
     """Differences below this are squared."""
     scale: Scale = "none"
     """Divide both sides by the target's detached standard deviation, per layer: over the ``batch``, as KaVa
-    does, or over each ``example``."""
+    does (it then depends on how a batch is divided into forward passes), or over each ``example``."""
 
 
 class Mercator(KVLossConfig):

@@ -265,3 +265,22 @@ def test_model_facts_hash_the_folder(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("not hashed")
     expected = {"model.safetensors": hashlib.sha256(b"weights").hexdigest()}
     assert model_facts(ModelSpec(path=str(tmp_path)))["sha256"] == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"student": {"config": tiny.llama(max_position_embeddings=8)}},
+            "student: the longest example has 14 tokens but the model only 8 positions",
+        ),
+        (
+            {"evaluate": {"max_new_tokens": 125}},
+            "evaluate.max_new_tokens: the longest prompt and 125 new tokens are",
+        ),
+    ],
+)
+def test_texts_beyond_the_positions_are_refused(tmp_path: Path, changes: dict, told: str) -> None:
+    """A rotary model would train on them without a word."""
+    with pytest.raises(SpecError, match=told):
+        run(tiny.spec(tmp_path, **changes), variant="main", seed=0)

@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 from textwrap import dedent
+from typing import Literal
 
 import pytest
 
+from kava_core.config import KVLossConfig
 from kava_core.errors import PluginError, SpecError
 from kava_core.registry import Registry, entry_point_modules
+from kava_core.spec.declarations import fault_of
 
 Install = Callable[..., None]
 
@@ -241,3 +244,17 @@ def test_without_built_ins_every_kind_is_empty() -> None:
 def test_frozen() -> None:
     with pytest.raises(FrozenInstanceError):
         Registry.build().failures = ()  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["ce", "loss", "perplexity"])
+def test_a_loss_cannot_take_the_name_of_a_metric(name: str) -> None:
+    class Named(KVLossConfig):
+        """A loss."""
+
+        name: Literal["x"] = "x"
+        component = "acme:Acme"
+
+    Named.model_fields["name"].default = name
+    Named.model_fields["name"].annotation = Literal[name]
+    told = fault_of("kv_loss", Named)
+    assert told == f"class Named: {name!r} is the name of a metric; choose another name"

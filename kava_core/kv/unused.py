@@ -1,0 +1,39 @@
+"""Parameters that no loss reaches are frozen: distributed training waits for gradients that never come."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from kava_core.config import Part
+from kava_core.kv.axes import Cache, Geometry
+from kava_core.kv.pipeline import Aligned, KVPipeline
+from kava_core.kv.timemap import TimeMap
+
+BATCH, TIME = 1, 2
+
+
+def freeze_unused(pipeline: KVPipeline, *, parts: tuple[Part, ...], student: Geometry) -> None:
+    """Freeze what a backward pass of a copy on the meta device leaves without gradient.
+
+    For instance the keys' matrix of a projector, where only values are compared.
+    """
+    if not any(parameter.requires_grad for parameter in pipeline.parameters()):
+        return
+    probe = copy.deepcopy(pipeline).to("meta")
+    time_map = TimeMap.same(torch.ones(BATCH, TIME, dtype=torch.bool, device="meta"))
+    aligned = [
+        Aligned(aligner.align(_cache(aligner.teacher, len(aligner.sources), parts), time_map), time_map.valid)
+        for aligner in probe.teachers
+    ]
+    terms = probe.compare(_cache(student, len(probe.layers), parts), aligned, torch.ones((), device="meta"))
+    probe.total(terms).backward()
+    reached = {name for name, parameter in probe.named_parameters() if parameter.grad is not None}
+    for name, parameter in pipeline.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name in reached)
+
+
+def _cache(geometry: Geometry, layer: int, parts: tuple[Part, ...]) -> Cache:
+    shapes = {part: (BATCH, layer, geometry.heads(part), TIME, geometry.dim) for part in parts}
+    return Cache(**{part: torch.empty(shape, device="meta") for part, shape in shapes.items()})
