@@ -114,17 +114,22 @@ def train(spec: Spec, overrides: Overrides = None) -> None:
 def plan(
     spec: Spec,
     overrides: Overrides = None,
-    time: Annotated[int | None, typer.Option(help="Student tokens; default: train.max_length.")] = None,
-    teacher_time: Annotated[int | None, typer.Option(help="Teacher tokens; default: as --time.")] = None,
+    time: Annotated[
+        int | None,
+        typer.Option(min=1, help="Student tokens; default: train.max_length, or what the models take."),
+    ] = None,
+    teacher_time: Annotated[
+        int | None, typer.Option(min=1, help="Teacher tokens; default: as --time.")
+    ] = None,
 ) -> None:
     """Show shapes, parameters, memory and cost of a step."""
     from kava_core.spec.load import load
 
     loaded = load(spec, overrides or ())
-    from kava_core.plan import make_plan
+    from kava_core.plan import default_time, make_plan
     from kava_core.plan_text import show
 
-    length = time or loaded.spec.train.max_length
+    length = time or default_time(loaded.spec)
     show(make_plan(loaded.spec, time=length, t_time=teacher_time or length), loaded)
 
 

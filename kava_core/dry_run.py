@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from kava_core.data.tokenizers import load_tokenizer
+from kava_core.errors import SpecError
+from kava_core.kv.aligner import TeacherAligner
 from kava_core.kv.axes import Cache, Geometry
 from kava_core.kv.pipeline import Aligned, KVPipeline, active, parts_of
 from kava_core.kv.probe import probe_geometry
@@ -37,20 +41,61 @@ class DryRun:
     teachers: dict[str, Geometry]
     pipeline: KVPipeline | None
     shapes: list[StageShape]
+    own: Cache = field(default_factory=Cache)
+    """The student's cache of the layers looked at, without values."""
+    caches: dict[str, Cache] = field(default_factory=dict)
+    """Every teacher's captured cache, without values."""
+    maps: dict[str, TimeMap] = field(default_factory=dict)
+    """Every teacher's time map."""
 
 
 def geometry(model: ModelSpec, *, where: str) -> Geometry:
-    """A model's geometry from its config alone."""
-    return probe_geometry(sized_config(model, where=where))
+    """A model's geometry from its config alone.
+
+    Raises:
+        SpecError: transformers makes no causal language model of this config.
+        UnsupportedModelError: its cache cannot be captured.
+    """
+    config = sized_config(model, where=where)
+    try:
+        return probe_geometry(config)
+    except (ValueError, TypeError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise SpecError(f"{where}: {(lines or [type(error).__name__])[-1]}") from error
 
 
 def sized_config(model: ModelSpec, *, where: str) -> PreTrainedConfig:
-    """The model's config; a tokenizer that is yet to be trained counts with its largest vocabulary."""
-    config = model_config(model, where=where)
-    if isinstance(model.tokenizer, TrainTokenizer) and "vocab_size" not in (model.config or {}):
-        config.vocab_size = model.tokenizer.vocab_size
+    """The model's config; a tokenizer that is yet to be trained counts with its largest vocabulary.
+
+    A tokenizer that is no folder here, or cannot be loaded, leaves the config's default vocabulary.
+    """
+    config = model_config(model, stored_tokenizer(model), where=where)
+    if vocabulary_note(model) == AT_MOST and isinstance(model.tokenizer, TrainTokenizer):
+        config.get_text_config().vocab_size = model.tokenizer.vocab_size
         config.pad_token_id = config.bos_token_id = config.eos_token_id = None
     return config
+
+
+AT_MOST, UNKNOWN = "(at most)", "(vocabulary unknown)"
+
+
+def vocabulary_note(model: ModelSpec) -> str:
+    """How far the vocabulary of ``sized_config`` can be trusted; empty where it is the run's."""
+    if model.config is None or "vocab_size" in model.config:
+        return ""
+    if isinstance(model.tokenizer, TrainTokenizer):
+        return AT_MOST
+    return UNKNOWN if stored_tokenizer(model) is None else ""
+
+
+def stored_tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a folder that gives a ``config`` model its vocabulary; None where there is none."""
+    if model.config is None or not isinstance(model.tokenizer, str) or not Path(model.tokenizer).is_dir():
+        return None
+    try:
+        return load_tokenizer(model.tokenizer)
+    except SpecError:
+        return None
 
 
 def dry_run(spec: PipelineSpec, *, batch: int, time: int, t_time: int) -> DryRun:
@@ -64,38 +109,34 @@ def dry_run(spec: PipelineSpec, *, batch: int, time: int, t_time: int) -> DryRun
     if not active(spec):
         return DryRun(student, teachers, None, [])
     pipeline = make_pipeline(spec, teachers, student, seed=0)
-    ours, theirs = timeline(batch, time), timeline(batch, t_time)
-    maps = [_meta_map(aligner.plan(theirs, ours)) for aligner in pipeline.teachers]
+    ours = timeline(batch, time)
+    maps, caches = {}, {}
+    for a in pipeline.teachers:
+        length, time_map = _mapped(a, ours, t_time)
+        maps[a.name] = _meta_map(time_map)
+        caches[a.name] = meta_cache(spec, teachers[a.name], batch=batch, layer=len(a.sources), time=length)
     pipeline.to("meta")
-    shapes: list[StageShape] = []
-    caches = [
-        meta_cache(spec, teachers[a.name], batch=batch, layer=len(a.sources), time=t_time)
-        for a in pipeline.teachers
-    ]
-    for aligner, cache, time_map in zip(pipeline.teachers, caches, maps, strict=True):
-        shapes += _record(aligner.name, "captured", cache)
-        for stage, aligned in aligner.steps(cache, time_map):
-            shapes += _record(aligner.name, stage, aligned)
-    _compare(spec, pipeline, student, caches, maps, ours)
-    return DryRun(student, teachers, pipeline, shapes)
-
-
-def _compare(
-    spec: PipelineSpec,
-    pipeline: KVPipeline,
-    student: Geometry,
-    caches: list[Cache],
-    maps: list[TimeMap],
-    ours: Timeline,
-) -> None:
-    """Fuse and compare on the meta device, for the errors alone."""
-    batch, time = ours.mask.shape
     own = meta_cache(spec, student, batch=batch, layer=len(pipeline.layers), time=time)
-    aligned = [
-        Aligned(aligner.align(cache, time_map), time_map.valid)
-        for aligner, cache, time_map in zip(pipeline.teachers, caches, maps, strict=True)
-    ]
-    pipeline.compare(own, aligned, torch.ones((), device="meta"))
+    walked = [_walk(aligner, caches[aligner.name], maps[aligner.name]) for aligner in pipeline.teachers]
+    shapes = [shape for steps, _ in walked for shape in steps]
+    pipeline.compare(own, [aligned for _, aligned in walked], torch.ones((), device="meta"))
+    return DryRun(student, teachers, pipeline, shapes, own, caches, maps)
+
+
+def _walk(aligner: TeacherAligner, cache: Cache, time_map: TimeMap) -> tuple[list[StageShape], Aligned]:
+    """One teacher's shapes after every stage, and its target."""
+    steps = [("captured", cache), *aligner.steps(cache, time_map)]
+    shapes = [shape for stage, x in steps for shape in _record(aligner.name, stage, x)]
+    return shapes, Aligned(steps[-1][1], time_map.valid)
+
+
+def _mapped(aligner: TeacherAligner, ours: Timeline, t_time: int) -> tuple[int, TimeMap]:
+    """The teacher's length and its time map: the student's length where the warper takes no other."""
+    batch, time = ours.mask.shape
+    try:
+        return t_time, aligner.plan(timeline(batch, t_time), ours)
+    except Exception:  # a component can raise anything; at equal lengths it has no excuse
+        return time, aligner.plan(timeline(batch, time), ours)
 
 
 def timeline(batch: int, time: int) -> Timeline:

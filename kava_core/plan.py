@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedConfig
 
-from kava_core.dry_run import DryRun, dry_run, sized_config
+from kava_core.config import Part
+from kava_core.dry_run import DryRun, dry_run, sized_config, vocabulary_note
+from kava_core.kv.aligner import TeacherAligner
+from kava_core.kv.attention_layers import has_rotary
+from kava_core.kv.axes import Cache
+from kava_core.kv.order import Stage
+from kava_core.kv.pipeline import active
 from kava_core.kv.probe import fake_model
+from kava_core.kv.timemap import TimeMap
 from kava_core.spec.model import ModelSpec, PipelineSpec, StudentSpec
-from kava_core.train.models import add_lora
+from kava_core.train.models import add_lora, model_config
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+TRAINED_COPIES = 3
+"""Beside a trained weight, in its dtype: the gradient and AdamW's two moments."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,12 @@ class ModelCost:
     weights: int
     """Bytes of the weights, and of gradients and AdamW's two moments where trained."""
     flops: float
-    """Of one step's forward pass (teachers) or forward and backward pass (student)."""
+    """Of one forward pass (teachers) or forward and backward pass (student) over a batch."""
+    vocabulary: int
+    rotary: bool
+    """Whether keys and queries are rotated."""
+    note: str = ""
+    """Where the vocabulary, and with it every count, is not the run's."""
 
 
 @dataclass(frozen=True)
@@ -45,94 +61,181 @@ class Plan:
     """Of one optimizer step, by who does them."""
 
 
+def default_time(spec: PipelineSpec) -> int:
+    """``train.max_length``, or the fewest positions any of the models has."""
+    models = {"student": spec.student} | (
+        {f"teacher {t.name!r}": t for t in spec.teachers} if active(spec) else {}
+    )
+    configs = [model_config(model, where=where).get_text_config() for where, model in models.items()]
+    limits = [getattr(config, "max_position_embeddings", None) for config in configs]
+    return min([spec.train.max_length, *(limit for limit in limits if limit)])
+
+
 def make_plan(spec: PipelineSpec, *, time: int, t_time: int) -> Plan:
     """Everything about a step with ``train.batch_size`` examples of these lengths."""
     batch = spec.train.batch_size
     dry = dry_run(spec, batch=batch, time=time, t_time=t_time)
     student = _model_cost("student", spec.student, batch, time, geometry=str(dry.student))
     teachers = [
-        _model_cost(t.name, t, batch, t_time, geometry=str(dry.teachers[t.name]))
+        _model_cost(t.name, t, batch, dry.caches[t.name].any.shape[3], geometry=str(dry.teachers[t.name]))
         for t in spec.teachers
         if dry.pipeline
     ]
     steps = spec.train.accumulate
     flops = {cost.name: cost.flops * steps for cost in (student, *teachers)}
     if dry.pipeline is not None:
-        flops["alignment"] = _alignment_flops(dry, spec) * steps
+        flops["alignment"] = _alignment_flops(dry) * steps
     return Plan(dry, [student, *teachers], _memory(spec, dry, [student, *teachers], batch, time), flops)
 
 
 def _model_cost(name: str, spec: ModelSpec, batch: int, time: int, *, geometry: str) -> ModelCost:
-    training = isinstance(spec, StudentSpec)
-    with FakeTensorMode():
-        model: Any = fake_model(sized_config(spec, where=name), attn_implementation="eager")
-        flops = _forward_flops(model if training else model.base_model, time) * batch
+    config = sized_config(spec, where=name)
+    model = _weightless(spec, config)
+    trained = [p for p in model.parameters() if p.requires_grad and isinstance(spec, StudentSpec)]
+    return ModelCost(
+        name,
+        geometry,
+        parameters=sum(p.numel() for p in model.parameters()),
+        trainable=sum(p.numel() for p in trained),
+        weights=_bytes(model.parameters()) + TRAINED_COPIES * _bytes(trained),
+        flops=_forward_flops(spec, config, time) * batch * _passes(spec),
+        vocabulary=int(config.get_text_config().vocab_size),
+        rotary=has_rotary(model),
+        note=vocabulary_note(spec),
+    )
+
+
+def _weightless(spec: ModelSpec, config: PreTrainedConfig) -> nn.Module:
+    """The model on the meta device with the run's dtypes and adapters; only its parameters are looked at.
+
+    Not made of fake tensors: peft cannot replace their modules' weights.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = fake_model(config, dtype=getattr(torch, spec.dtype))
         if isinstance(spec, StudentSpec) and spec.lora is not None:
             model = add_lora(model, spec.lora, seed=0)
-    parameters = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) if training else 0
-    weights = parameters * BYTES[spec.dtype] + trainable * (BYTES[spec.dtype] + 8)
-    return ModelCost(name, geometry, parameters, trainable, weights, flops * (3 if training else 1))
+    return model
 
 
-def _forward_flops(model: nn.Module, time: int) -> float:
-    """Of one example, attention's matrix products included (eager attention, so that they are counted)."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(
-            input_ids=torch.zeros(1, time, dtype=torch.long, device=next(model.parameters()).device),
-            use_cache=False,
-        )
+def _passes(spec: ModelSpec) -> int:
+    """A step's work in forward passes: the backward pass costs one for activations and one for weights.
+
+    Adapters are too small to count; checkpointing runs the forward pass twice.
+    """
+    if not isinstance(spec, StudentSpec):
+        return 1
+    return (2 if spec.lora is not None else 3) + spec.gradient_checkpointing
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def _forward_flops(spec: ModelSpec, config: PreTrainedConfig, time: int) -> float:
+    """Of one example, attention's matrix products included (eager attention, so that they are counted).
+
+    A teacher's language-model head is not run.
+    """
+    with FakeTensorMode(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model: Any = fake_model(config, attn_implementation="eager")
+        run = model if isinstance(spec, StudentSpec) else model.base_model
+        ids = torch.zeros(1, time, dtype=torch.long, device=next(model.parameters()).device)
+        run(input_ids=ids, use_cache=False)
     return float(counter.get_total_flops())
 
 
-def _alignment_flops(dry: DryRun, spec: PipelineSpec) -> float:
-    """Multiply-adds × 2 of the stages, from the shapes they pass through, backward pass not needed."""
+def _alignment_flops(dry: DryRun) -> float:
+    """Of every teacher's alignment and the student's fold; fuser and losses are not counted."""
+    assert dry.pipeline is not None
     total = 0.0
-    for before, after in zip(dry.shapes, dry.shapes[1:], strict=False):
-        if before.teacher == after.teacher and before.part == after.part and before.shape != after.shape:
-            changed = [
-                axis for axis, (a, b) in enumerate(zip(before.shape, after.shape, strict=True)) if a != b
-            ]
-            total += 2 * prod(after.shape) * prod(before.shape[axis] for axis in changed)
+    for aligner in dry.pipeline.teachers:
+        time_map = dry.maps[aligner.name]
+        for part, x in dry.caches[aligner.name].items():
+            total += _part_flops(aligner, x, part, time_map)
+        total += sum(_fold_flops(aligner, x, part) for part, x in dry.own.items())
     return total
+
+
+def _fold_flops(aligner: TeacherAligner, x: Tensor, part: Part) -> float:
+    """The student's cache in the view the losses see; its gradient always comes back."""
+    return _counted(lambda x: aligner.fold(Cache(**{part: x})).any, x.detach().requires_grad_())[1]
+
+
+def _part_flops(aligner: TeacherAligner, x: Tensor, part: Part, time_map: TimeMap) -> float:
+    """One part's way through the stages in the order the aligner chooses for it."""
+    order = aligner.order(part, x.shape[3], time_map)
+    x, total = _counted(aligner.layer_map, x)
+    for stage in order:
+        x, flops = _stage_flops(aligner, stage, x, part, time_map)
+        total += flops
+    return total
+
+
+def _stage_flops(
+    aligner: TeacherAligner, stage: Stage, x: Tensor, part: Part, time_map: TimeMap
+) -> tuple[Tensor, float]:
+    if stage != "time":
+        return _counted(lambda x: aligner._stage(stage, x, part, time_map), x)
+    taps = 0 if time_map.identity else time_map.index.shape[-1]
+    with torch.no_grad():
+        y = aligner._stage(stage, x, part, time_map)
+    return y.requires_grad_(x.requires_grad), 2.0 * taps * y.numel() * (2 if x.requires_grad else 1)
+
+
+def _counted(change: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, float]:
+    """``change(x)`` on the meta device, and its matrix products: counted as they are called for.
+
+    The backward pass is counted as well where something before or in ``change`` is trained.
+    """
+    with FlopCounterMode(display=False) as counter:
+        y = change(x)
+        if y.requires_grad:
+            y.backward(torch.empty_like(y))
+    return y.detach().requires_grad_(y.requires_grad), float(counter.get_total_flops())
 
 
 def _memory(
     spec: PipelineSpec, dry: DryRun, models: list[ModelCost], batch: int, time: int
 ) -> dict[str, int]:
-    student = dry.student
-    wide = 2 if spec.train.precision != "fp32" else BYTES[spec.student.dtype]
-    logits = batch * time * _vocabulary(spec.student) * (wide + 4)
-    activations = (
-        17
-        * batch
-        * time
-        * student.hidden
-        * wide
-        * (1 if spec.student.gradient_checkpointing else student.layer)
-    )
-    captured = sum(
-        prod(s.shape) * BYTES[_dtype(spec, s.teacher)] for s in dry.shapes if s.stage == "captured"
-    )
-    aligned = sum(prod(shape) * 4 for shape in _targets(dry).values())
+    wide = _computed_bytes(spec, spec.student)
+    hidden = batch * time * dry.student.hidden * wide
+    kept = dry.student.layer + 17 if spec.student.gradient_checkpointing else 17 * dry.student.layer
     return {
         "student: weights, gradients, optimizer": models[0].weights,
-        "student: activations (about)": activations,
-        "student: logits and their gradient": logits,
+        "student: activations (about)": hidden * kept,
+        "student: logits and their gradient": batch * time * models[0].vocabulary * (wide + 4),
         "teachers: weights": sum(model.weights for model in models[1:]),
-        "teachers: captured caches": captured,
-        "teachers: aligned caches (fp32)": aligned,
+        "teachers: captured cache (the largest)": _captured(spec, dry, models[1:]),
+        "teachers: aligned caches (fp32)": sum(prod(shape) * 4 for shape in _targets(dry).values()),
+        "alignment: weights, gradients, optimizer": _alignment_bytes(dry),
     }
+
+
+def _computed_bytes(spec: PipelineSpec, model: ModelSpec) -> int:
+    """Width of a number in a model's forward pass."""
+    return 2 if spec.train.precision != "fp32" else BYTES[model.dtype]
+
+
+def _captured(spec: PipelineSpec, dry: DryRun, teachers: list[ModelCost]) -> int:
+    """Teachers run one after the other, and a raw cache is let go once it is aligned."""
+    declared = {teacher.name: teacher for teacher in spec.teachers}
+    return max((_cached(spec, declared[t.name], dry.caches[t.name], t.rotary) for t in teachers), default=0)
+
+
+def _cached(spec: PipelineSpec, teacher: ModelSpec, cache: Cache, rotary: bool) -> int:
+    """Bytes of a cache; autocast leaves what is rotated in the dtype of the weights."""
+    narrow, wide = _computed_bytes(spec, teacher), BYTES[teacher.dtype]
+    return sum(x.numel() * (wide if rotary and part != "values" else narrow) for part, x in cache.items())
+
+
+def _alignment_bytes(dry: DryRun) -> int:
+    if dry.pipeline is None:
+        return 0
+    trained = [p for p in dry.pipeline.parameters() if p.requires_grad]
+    held = _bytes(dry.pipeline.parameters()) + _bytes(dry.pipeline.buffers())
+    return held + TRAINED_COPIES * _bytes(trained)
 
 
 def _targets(dry: DryRun) -> dict[tuple[str, str], tuple[int, ...]]:
     """Shape of every teacher's and part's last stage."""
     return {(s.teacher, s.part): s.shape for s in dry.shapes}
-
-
-def _dtype(spec: PipelineSpec, teacher: str) -> str:
-    return next(t.dtype for t in spec.teachers if t.name == teacher)
-
-
-def _vocabulary(spec: ModelSpec) -> int:
-    return int(sized_config(spec, where="student").vocab_size)

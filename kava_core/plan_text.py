@@ -64,7 +64,8 @@ def _shapes(plan: Plan) -> Table:
 def _models(plan: Plan) -> Table:
     table = _table("models", "model", "geometry", "parameters", "trained", numbers=2)
     for cost in plan.models:
-        table.add_row(cost.name, cost.geometry, f"{cost.parameters:,}", f"{cost.trainable:,}")
+        name = f"{cost.name} {cost.note}".strip()
+        table.add_row(name, cost.geometry, f"{cost.parameters:,}", f"{cost.trainable:,}")
     if plan.dry.pipeline is not None:
         parameters = list(plan.dry.pipeline.parameters())
         trained = sum(p.numel() for p in parameters if p.requires_grad)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -14,7 +16,7 @@ import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from kava_core.data import trainers
-from kava_core.errors import SpecError
+from kava_core.errors import KavaError, SpecError
 from kava_core.spec.model import ModelSpec, TrainTokenizer
 
 
@@ -47,17 +49,54 @@ def train_tokenizer(spec: TrainTokenizer, texts: Iterable[str], cache: Path) -> 
     Its folder under ``cache`` is named by a hash of the spec, the texts in their order and the version of
     ``tokenizers``; it appears complete or not at all, also when two processes train it at once.
 
+    One that cannot be loaded is trained anew.
+
     Raises:
         SpecError: no texts, or a vocabulary too small to spell them.
+        KavaError: the cache cannot be written.
     """
     texts = list(texts)
     if not texts:
         raise SpecError(f"tokenizer: no texts to train {spec.kind!r} on")
     folder = cache / f"{spec.kind}-{_key(spec, texts)}"
-    if not folder.exists():
-        _publish(_wrapped(trainers.train(spec, texts)), folder)
-    trained: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+    if (kept := _kept(folder)) is not None:
+        return kept
+    if folder.exists():
+        _drop_broken(folder)
+    _publish(_wrapped(trainers.train(spec, texts)), folder)
+    if (trained := _kept(folder)) is None:
+        raise KavaError(f"{folder}: the tokenizer just saved cannot be read; delete the folder")
     return trained
+
+
+def _kept(folder: Path) -> PreTrainedTokenizerFast | None:
+    """The tokenizer in a folder; None where there is none that can be loaded."""
+    if not folder.is_dir():
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception:  # tokenizers raises bare Exception
+        return None
+    return tokenizer
+
+
+def _drop_broken(folder: Path) -> None:
+    """Delete a broken tokenizer, which loses its name first; never one that another process put there since."""
+    doomed = folder.with_name(f".{folder.name}.{uuid4().hex}")
+    with suppress(OSError), _locked(folder):
+        if _kept(folder) is None:
+            folder.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _from_path(path: str, revision: str | None) -> PreTrainedTokenizerBase:
@@ -93,13 +132,16 @@ def _wrapped(tokenizer: tokenizers.Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def _publish(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
     draft = folder.with_name(f".{folder.name}.{uuid4().hex}")
     try:
+        draft.mkdir(parents=True)
         tokenizer.save_pretrained(draft)
         os.rename(draft, folder)
-    except OSError:
-        if not folder.exists():
-            raise
+    except Exception as error:  # tokenizers raises bare Exception
+        if not folder.is_dir():
+            reason = getattr(error, "strerror", None) or error
+            raise KavaError(
+                f"{folder.parent}: the tokenizer cannot be kept here: {reason} (KAVA_CACHE names the cache)"
+            ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)

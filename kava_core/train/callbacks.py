@@ -7,12 +7,15 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from kava_core.errors import CheckpointError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -74,7 +77,10 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Drop lines beyond the checkpoint that is resumed from: they will be written again."""
+        """Drop lines beyond the checkpoint that is resumed from: they will be written again.
+
+        Seconds go on from the last line that is kept.
+        """
         if not state.is_world_process_zero or not self.path.exists():
             return
         kept = [
@@ -82,6 +88,8 @@ class MetricsFile(TrainerCallback):
             for line in read_metrics(self.path)
             if line["step"] <= state.global_step and state.global_step
         ]
+        if kept:
+            self.begin = time.monotonic() - kept[-1].get("seconds", 0)
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         temporary.replace(self.path)
@@ -102,14 +110,29 @@ class MetricsFile(TrainerCallback):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``; a last line cut off by a kill is left out."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
+    """The lines of a ``metrics.jsonl``; a last line cut off by a kill is left out.
+
+    Raises:
+        CheckpointError: there is no such file, or another line is damaged.
+    """
+    try:
+        *whole, cut = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    lines = [_metrics_line(line, f"{path}:{number}") for number, line in enumerate(whole, 1)]
+    with suppress(CheckpointError):
+        lines.append(_metrics_line(cut, str(path)))
     return lines
+
+
+def _metrics_line(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line.decode("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{where}: unreadable: {error}; restore or delete the file") from error
+    if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+        raise CheckpointError(f"{where}: not an object with a 'step'; restore or delete the file")
+    return found
 
 
 class ShowProgress(TrainerCallback):

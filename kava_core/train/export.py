@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from kava_core.errors import KavaError, SpecError
+from kava_core.errors import CheckpointError, KavaError, SpecError
 from kava_core.train import checkpoint
+from kava_core.train.rundir import RECORD, read_record
 
 CARD = """---
 library_name: transformers
@@ -38,16 +39,14 @@ Data: {data}
 
 
 def save_student(student: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Weights (adapters merged) and tokenizer; the folder is complete or absent."""
+    """Weights (adapters merged), tokenizer and their manifest; the folder is complete or absent."""
     if hasattr(student, "merge_and_unload"):
         student = student.merge_and_unload()
     staging = folder.with_name(folder.name + ".staging")
     shutil.rmtree(staging, ignore_errors=True)
     student.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
-    checkpoint.flush(staging)
-    checkpoint.discard(folder)
-    staging.rename(folder)
+    checkpoint.seal(staging, folder)
 
 
 def export(run: Path, target: Path) -> None:
@@ -55,24 +54,45 @@ def export(run: Path, target: Path) -> None:
 
     Raises:
         SpecError: ``run`` is no finished run.
-        KavaError: ``target`` exists and is not an empty folder.
+        CheckpointError: the run directory is damaged, its student missing or altered.
+        KavaError: ``target`` exists and is not an empty folder, or cannot be written.
     """
-    record = _record(run)
+    card = _card(run, _record(run))
+    _verify(run / "student")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise KavaError(f"{target}: exists already; give a new folder")
     staging = target.with_name(f"{target.name}.{os.getpid()}.staging")
-    shutil.copytree(run / "student", staging)
-    (staging / "README.md").write_text(_card(run, record), encoding="utf-8")
-    if target.exists():
-        target.rmdir()
-    staging.rename(target)
+    try:
+        shutil.copytree(run / "student", staging, ignore=shutil.ignore_patterns(checkpoint.MANIFEST))
+        (staging / "README.md").write_text(card, encoding="utf-8")
+        if target.exists():
+            target.rmdir()
+        staging.rename(target)
+    except OSError as error:
+        raise KavaError(f"{target}: cannot be written: {_reason(error)}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _reason(error: OSError) -> str:
+    """One line; ``shutil.copytree`` raises a list of errors, of which the first is told."""
+    if error.strerror is None and error.args and isinstance(error.args[0], list):
+        return str(error.args[0][0][-1])
+    return error.strerror or str(error)
+
+
+def _verify(student: Path) -> None:
+    """CheckpointError where the student is not what training saved."""
+    if not student.is_dir():
+        raise CheckpointError(f"{student}: missing, though the run is complete")
+    checkpoint.verify(student)
 
 
 def _record(run: Path) -> dict[str, Any]:
-    file = run / "run.json"
+    file = run / RECORD
     if not file.is_file():
-        raise SpecError(f"{run}: not a run directory (no run.json)")
-    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        raise SpecError(f"{run}: not a run directory (no {RECORD})")
+    record = read_record(file)
     if record.get("status") != "complete":
         raise SpecError(f"{run}: the run is not finished; train it to its end first")
     return record
@@ -90,5 +110,14 @@ def _card(run: Path, record: dict[str, Any]) -> str:
         steps=record["results"]["steps"],
         rows=rows,
         data=json.dumps(record["data"]),
-        spec=(run / "spec.json").read_text(encoding="utf-8"),
+        spec=_spec(run / "spec.json"),
     )
+
+
+def _spec(file: Path) -> str:
+    try:
+        text = file.read_text(encoding="utf-8")
+        json.loads(text)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: unreadable: {error}") from error
+    return text

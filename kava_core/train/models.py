@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -36,11 +37,14 @@ def model_config(
         if tokenizer is not None:
             fields = _from_tokenizer(tokenizer) | fields
         _check_model_type(fields["model_type"], where)
-        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+        _check_keys(spec.config or {}, where)
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     except SpecError:
         raise
     except Exception as error:
-        raise SpecError(f"{where}: cannot make a model config: {_first_line(error)}") from error
+        raise SpecError(f"{where}: cannot make a model config: {_told(error)}") from error
+    _check_heads(config, where)
+    return config
 
 
 def _check_model_type(given: str, where: str) -> None:
@@ -50,8 +54,57 @@ def _check_model_type(given: str, where: str) -> None:
         raise SpecError(f"{where}: config.model_type: transformers knows no {given!r}{near}")
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+TYPO = 0.85
+"""How alike a config key must be to a field to be taken for a slip of the hand."""
+
+
+def _check_keys(fields: dict[str, Any], where: str) -> None:
+    """SpecError for a misspelt field, which transformers would keep and ignore.
+
+    Unknown keys that resemble no field pass: some are read by modelling code alone.
+    """
+    model_type = fields["model_type"]
+    try:
+        default = CONFIG_MAPPING[model_type]()
+    except Exception:  # a few have no defaults that pass their own checks
+        return
+    possible = {*default.to_dict(), *default.attribute_map}
+    for key in fields:
+        if key in possible or hasattr(default, key):
+            continue
+        if near := difflib.get_close_matches(key, possible, n=1, cutoff=TYPO):
+            raise SpecError(
+                f"{where}: config.{key}: not a field of {model_type!r}; did you mean {near[0]!r}?"
+            )
+
+
+def _check_heads(config: PreTrainedConfig, where: str) -> None:
+    """transformers finds this out in the first forward pass."""
+    text = config.get_text_config()
+    query, key = (getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if not isinstance(query, int) or not isinstance(key, int):
+        return
+    if key < 1 or query % key:
+        raise SpecError(
+            f"{where}: num_attention_heads={query} is not a multiple of num_key_value_heads={key}"
+        )
+
+
+def positions(config: PreTrainedConfig) -> int | None:
+    """The longest text a model is made for, in tokens; None where its config names no limit."""
+    text = config.get_text_config()
+    found = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions"))
+    return next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
+
+
+def _told(error: Exception) -> str:
+    """One line of what was raised: the first, or where that only announces the others, the last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if lines[0].endswith(":"):
+        return lines[-1]
+    return lines[0] if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {lines[0]}"
 
 
 def _from_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -74,7 +127,7 @@ def load_model(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int
     except SpecError:
         raise
     except Exception as error:  # transformers, safetensors and torch each raise their own
-        raise SpecError(f"{where}: cannot load the model: {_first_line(error)}") from error
+        raise SpecError(f"{where}: cannot load the model: {_told(error)}") from error
     _check_vocabulary(model, tokenizer, where)
     model.generation_config.pad_token_id = _pad_id(tokenizer)
     return model
@@ -119,6 +172,7 @@ def _check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase, wher
 def load_student(spec: StudentSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> nn.Module:
     """The student, with its adapters and gradient checkpointing if asked for."""
     student = load_model(spec, tokenizer, seed=seed, where="student")
+    _check_causal(student)
     if spec.gradient_checkpointing:
         checkpoint_activations(student)
     if spec.lora is not None:
@@ -126,6 +180,41 @@ def load_student(spec: StudentSpec, tokenizer: PreTrainedTokenizerBase, *, seed:
             student.enable_input_require_grads()
         student = add_lora(student, spec.lora, seed=seed)
     return student
+
+
+PROBE_LENGTH = 4
+
+
+def _first_logits(model: nn.Module, where: str) -> tuple[Tensor, Tensor]:
+    """Logits at the first of a few tokens, and the embeddings they were computed from."""
+    embedded: list[Tensor] = []
+
+    def follow(module: nn.Module, given: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    some = int(getattr(model.config.get_text_config(), "pad_token_id", None) == 0)  # nothing like padding
+    handle, training = model.get_input_embeddings().register_forward_hook(follow), model.training
+    try:
+        ids = torch.full((1, PROBE_LENGTH), some, device=next(model.parameters()).device)
+        with torch.enable_grad():
+            return model.eval()(input_ids=ids, use_cache=False).logits[0, 0], embedded[0]
+    except Exception as error:
+        raise SpecError(f"{where}: {type(model).__name__} cannot run: {_told(error)}") from error
+    finally:
+        handle.remove()
+        model.train(training)
+
+
+def _check_causal(student: nn.Module) -> None:
+    """SpecError where a token's logits depend on later tokens, as the gradient says without rounding."""
+    logits, embedded = _first_logits(student, "student")
+    (slope,) = torch.autograd.grad(logits.float().sum(), embedded)
+    if (slope[:, 1:].abs() > 0).any():
+        raise SpecError(
+            f"student: {type(student).__name__} is not causal: its tokens attend to later ones; "
+            "it may need is_decoder: true in its config"
+        )
 
 
 def checkpoint_activations(model: nn.Module) -> None:
@@ -156,7 +245,7 @@ def add_lora(student: nn.Module, lora: Lora, *, seed: int) -> nn.Module:
     try:
         return get_peft_model(student, config)
     except ValueError as error:
-        raise SpecError(f"student.lora: {_first_line(error)}") from error
+        raise SpecError(f"student.lora: {_told(error)}") from error
 
 
 def _check_targets(student: nn.Module, targets: str | list[str]) -> None:

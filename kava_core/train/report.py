@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from kava_core.train.callbacks import read_metrics
@@ -16,7 +18,7 @@ from kava_core.train.run import Result
 def show(results: Sequence[Result]) -> None:
     """Print the table, save the plot beside the run directories, say where everything is."""
     console = Console()
-    console.print(table(results))
+    print_whole(table(results), console)
     folder = results[0].folder.parent
     picture = folder / "curves.png"
     if plot(results, picture):
@@ -24,6 +26,13 @@ def show(results: Sequence[Result]) -> None:
     else:
         console.print("no plot: matplotlib is not installed (pip install 'kava[plots]')")
     console.print(f"runs:   {folder}", soft_wrap=True)
+
+
+def print_whole(shown: Table, console: Console) -> None:
+    """Print a table with every word whole, also where it is wider than the terminal."""
+    needed = Measurement.get(console, console.options.update(max_width=10_000), shown).maximum
+    console.width = max(console.width, needed)
+    console.print(shown)
 
 
 def table(results: Sequence[Result]) -> Table:
@@ -46,64 +55,82 @@ def _columns(results: Sequence[Result]) -> list[str]:
     return list(dict.fromkeys(name for result in results for name in result.results))
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def _mean(values: Sequence[int | float | None]) -> int | float | None:
     """The mean, or None where a run lacks the metric: a missing number is never a zero."""
     there = [value for value in values if value is not None]
     return mean(there) if len(there) == len(values) else None
 
 
-def _cell(value: float | None) -> str:
+def _cell(value: int | float | None) -> str:
     if value is None:
         return "–"
     return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
-PANELS = (
-    ("eval_exact_match", "exact match"),
-    ("eval_ce", "validation cross-entropy (nats/token)"),
-    ("kv", "KV loss (validation)"),
-)
+PANELS = {
+    "eval_exact_match": "exact match",
+    "eval_ce": "validation cross-entropy (nats/token)",
+    "kv": "KV loss (validation)",
+}
+Curves = list[tuple[list[int], list[float]]]
+"""Steps and values, for every metric of a panel."""
 
 
 def plot(results: Sequence[Result], path: Path) -> bool:
     """Accuracy and losses against steps, a line for every seed, a colour for every variant.
 
-    Returns False where matplotlib is not installed.
+    Metrics that no run has get no panel. Returns False where matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    axes = figure.subplots(1, len(PANELS))
-    variants = list(dict.fromkeys(result.variant for result in results))
-    for result in results:
-        colour = f"C{variants.index(result.variant)}"
-        label = result.variant if result.seed == _first_seed(results, result.variant) else None
-        for axis, (name, _) in zip(axes, PANELS, strict=True):
-            for steps, values in _curves(result, name):
-                axis.plot(steps, values, color=colour, alpha=0.8, marker=".", label=label)
-    for axis, (_, title) in zip(axes, PANELS, strict=True):
-        axis.set(xlabel="step", title=title)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylim(-0.03, 1.03)
-    axes[1].set_yscale("log")
-    axes[0].legend(title=f"{len(results)} runs, a line each")
+    panels = _panels(results)
+    figure = Figure(figsize=(1 + 4 * max(1, len(panels)), 4), layout="constrained")
+    for place, (name, curves) in enumerate(panels.items(), 1):
+        axis = figure.add_subplot(1, len(panels), place)
+        _draw(axis, name, curves, results)
+        if place == 1:
+            axis.legend(title=f"{len(results)} runs, a line each")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return True
 
 
-def _first_seed(results: Sequence[Result], variant: str) -> int:
-    return next(result.seed for result in results if result.variant == variant)
+def _panels(results: Sequence[Result]) -> dict[str, list[Curves]]:
+    """The metrics that some run has, each with the curves of every run."""
+    lines = [_evaluations(result) for result in results]
+    found = {name: [_curves(of_run, name) for of_run in lines] for name in PANELS}
+    return {name: curves for name, curves in found.items() if any(curves)}
+
+
+def _draw(axis: Any, name: str, curves: list[Curves], results: Sequence[Result]) -> None:
+    """One panel; the first curve of every variant bears its name."""
+    variants = list(dict.fromkeys(result.variant for result in results))
+    named: set[str] = set()
+    for result, of_run in zip(results, curves, strict=True):
+        colour = f"C{variants.index(result.variant)}"
+        for steps, values in of_run:
+            label = None if result.variant in named else result.variant
+            named.add(result.variant)
+            axis.plot(steps, values, color=colour, alpha=0.8, marker=".", label=label)
+    axis.set(xlabel="step", title=PANELS[name])
+    axis.grid(alpha=0.3)
+    if name == "eval_exact_match":
+        axis.set_ylim(-0.03, 1.03)
+    if name == "eval_ce":
+        axis.set_yscale("log")
 
 
 NOT_KV = {"eval_ce", "eval_perplexity", "eval_exact_match"}
 
 
-def _curves(result: Result, name: str) -> list[tuple[list[int], list[float]]]:
+def _evaluations(result: Result) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(result.folder / "metrics.jsonl") if "eval_ce" in line]
+
+
+def _curves(lines: list[dict[str, Any]], name: str) -> Curves:
     """Steps and values of a metric; ``kv`` stands for every KV term."""
-    lines = [line for line in read_metrics(result.folder / "metrics.jsonl") if "eval_ce" in line]
     names = (
         {key for line in lines for key in line if key.startswith("eval_")} - NOT_KV
         if name == "kv"

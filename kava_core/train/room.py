@@ -5,13 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedConfig
 
 from kava_core.errors import SpecError
-
-
-def positions(config: PreTrainedConfig) -> int | None:
-    """How many positions a model was made for; None where its config names no limit."""
-    text = config.get_text_config()
-    found = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    return int(found) if found else None
+from kava_core.train.models import positions
 
 
 def assert_room(config: PreTrainedConfig, longest: int, *, who: str) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from kava_core.errors import CheckpointError, KavaError, SpecError
 from kava_core.spec.digest import digest
@@ -23,6 +23,8 @@ from kava_core.spec.model import PipelineSpec
 from kava_core.versions import versions
 
 RECORD = "run.json"
+ALWAYS = ("name", "variant", "seed", "spec_digest", "status", "data", "versions", "world_size")
+"""What every ``run.json`` holds."""
 
 
 class RunDir:
@@ -40,24 +42,24 @@ class RunDir:
     @contextmanager
     def lock(self, *, wait: bool = False) -> Iterator[None]:
         """Hold the directory; where another process does, wait for it or raise KavaError."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "lock").open("w") as stream:
+        with self._lock_file() as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise KavaError(f"{self.path}: another process is training here") from error
             yield
 
+    def _lock_file(self) -> TextIO:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            return (self.path / "lock").open("w")
+        except OSError as error:
+            raise KavaError(f"{self.path}: cannot be written: {error.strerror}") from error
+
     def record(self) -> dict[str, Any]:
         """What ``run.json`` says; empty where there is none yet."""
         file = self.path / RECORD
-        if not file.exists():
-            return {}
-        try:
-            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{file}: unreadable: {error}") from error
-        return found
+        return read_record(file) if file.exists() else {}
 
     @property
     def complete(self) -> bool:
@@ -107,14 +109,45 @@ class RunDir:
         write_json(self.path / RECORD, head | record)
 
 
+def read_record(file: Path) -> dict[str, Any]:
+    """A ``run.json`` with everything that a run writes into it; CheckpointError where it is damaged."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(file, f"unreadable: {error}") from error
+    if not isinstance(found, dict):
+        raise _damaged(file, f"holds a {type(found).__name__}, not an object")
+    if missing := [name for name in ALWAYS if name not in found]:
+        raise _damaged(file, f"says nothing of {', '.join(missing)}")
+    if found["status"] == "complete" and not _are_results(found.get("results")):
+        raise _damaged(file, "the run is complete, but its results are missing or no numbers")
+    return found
+
+
+def _damaged(file: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{file}: {what}; restore it, or delete {file.parent} to train anew")
+
+
+def _are_results(results: Any) -> bool:
+    """Whether these are numbers by name, the step among them."""
+    return (
+        isinstance(results, dict)
+        and "steps" in results
+        and all(isinstance(value, int | float) for value in results.values())
+    )
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file in one step."""
     temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=1, ensure_ascii=False)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            json.dump(value, stream, indent=1, ensure_ascii=False)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise KavaError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def environment() -> dict[str, Any]:

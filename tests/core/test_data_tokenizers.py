@@ -16,7 +16,7 @@ from kava_core.data import trainers
 from kava_core.data.chain import chain_examples
 from kava_core.data.examples import render
 from kava_core.data.tokenizers import load_tokenizer, train_tokenizer
-from kava_core.errors import SpecError
+from kava_core.errors import KavaError, SpecError
 from kava_core.spec.model import ChainData, ModelSpec, TrainTokenizer
 
 CHAIN = ChainData(train=200, validation=1)
@@ -137,7 +137,7 @@ def test_many_at_once_leave_one_folder(tmp_path):
 
 def test_nothing_stays_behind_when_saving_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(KavaError, match="cannot be kept here: disk full"):
         train_tokenizer(TrainTokenizer(kind="chars"), TEXTS, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
