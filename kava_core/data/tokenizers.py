@@ -81,7 +81,7 @@ def _kept(folder: Path) -> PreTrainedTokenizerFast | None:
 
 
 def _drop_broken(folder: Path) -> None:
-    """Delete a broken tokenizer, which loses its name first; never one that another process put there since."""
+    """Delete a broken tokenizer, which loses its name first; never a sound one put there since."""
     doomed = folder.with_name(f".{folder.name}.{uuid4().hex}")
     with suppress(OSError), _locked(folder):
         if _kept(folder) is None:

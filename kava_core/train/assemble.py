@@ -46,14 +46,13 @@ class Data:
     train_items: EncodedDataset
     validation_items: EncodedDataset
 
-    def longest(self) -> Mapping[str | None, int]:
+    def longest(self) -> dict[str | None, int]:
         """Most tokens of an example on the side of every teacher, by name, and of the student, under None."""
         items = [*self.train_items.items, *self.validation_items.items]
-        teachers = {
-            name: max(len(item.teachers[name].input_ids) for item in items)
-            for name in self.teacher_tokenizers
-        }
-        return {None: max(len(item.student.input_ids) for item in items), **teachers}
+        most: dict[str | None, int] = {None: max(len(item.student.input_ids) for item in items)}
+        for name in self.teacher_tokenizers:
+            most[name] = max(len(item.teachers[name].input_ids) for item in items)
+        return most
 
     def longest_prompt(self) -> int:
         """Most tokens of a validation example's prompt, for the student."""
@@ -108,14 +107,14 @@ def make_data(spec: PipelineSpec) -> Data:
 
 def make_distiller(spec: PipelineSpec, data: Data, *, seed: int) -> Distiller:
     """Student, pipeline and teachers; the student's weights depend on the seed alone."""
-    student = load_student(spec.student, data.tokenizer, seed=seed)
+    student: Any = load_student(spec.student, data.tokenizer, seed=seed)
     longest = data.longest()
     assert_room(student.config, longest[None], who="student")
     if spec.evaluate.generate:
         assert_room_to_write(student.config, data.longest_prompt(), spec.evaluate.max_new_tokens)
     if not used_teachers(spec):
         return Distiller(student)
-    models = {
+    models: dict[str, Any] = {
         teacher.name: load_model(
             teacher, data.teacher_tokenizers[teacher.name], seed=0, where=f"teacher {teacher.name!r}"
         )
