@@ -48,7 +48,7 @@ def install(session: nox.Session, *what: str) -> None:
 def tests(session: nox.Session, shapes: bool) -> None:
     """The whole suite; with and without run-time shape checking."""
     install(session, "-e", ".[dev]")
-    session.run("pytest", *session.posargs, env={"KAVA_SHAPE_CHECK": "1" if shapes else "0"})
+    session.run("pytest", "-n", "2", *session.posargs, env={"KAVA_SHAPE_CHECK": "1" if shapes else "0"})
 
 
 @nox.session(python=PYTHONS)

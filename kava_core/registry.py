@@ -115,11 +115,6 @@ class Registry:
         order = list(KINDS)
         return sorted(self.registered, key=lambda one: (order.index(one.kind), one.name))
 
-    def packages(self) -> list[str]:
-        """Top-level modules of third-party plugins in use."""
-        theirs = (one for one in self.registered if one.distribution != BUILT_IN)
-        return sorted({one.module.partition(".")[0] for one in theirs})
-
     def unknown(self, kind: str, name: str) -> str:
         """One line about a name that is not registered: what is possible, the likely one, what failed."""
         possible = self.names(kind)
@@ -136,11 +131,6 @@ class Registry:
             if one.name == name:
                 return one
         raise SpecError(self.unknown(kind, name))
-
-
-def entry_point_modules() -> list[str]:
-    """Modules of all installed plugins, read from metadata: nothing is imported."""
-    return sorted({point.module for point in entry_points(group=GROUP)})
 
 
 class _Loader:

@@ -13,7 +13,7 @@ import pytest
 
 from kava_core.config import KVLossConfig
 from kava_core.errors import PluginError, SpecError
-from kava_core.registry import Registry, entry_point_modules
+from kava_core.registry import Registry
 from kava_core.spec.declarations import fault_of
 
 Install = Callable[..., None]
@@ -73,7 +73,6 @@ def test_built_ins_come_by_entry_point() -> None:
     assert registry.names("dim_projector") == ["calibrated", "identity", "linear"]
     assert registry.names("kv_loss") == ["mercator", "mse", "relation", "smooth_l1"]
     assert registry.origin("fuser", "fixed").startswith("kava ")
-    assert registry.packages() == []
 
 
 def test_third_party_component(install: Install) -> None:
@@ -82,15 +81,8 @@ def test_third_party_component(install: Install) -> None:
     assert registry.names("layer_mapper") == ["ours", "ratio"]
     assert registry.get("layer_mapper", "ours").__name__ == "Ours"
     assert registry.origin("layer_mapper", "ours") == "acme-maps 1.2"
-    assert registry.packages() == ["acme_maps"]
     (row,) = [one for one in registry.table() if one.name == "ours"]
     assert (row.kind, row.entry, row.doc) == ("layer_mapper", "main", "Ours: the first line.")
-
-
-def test_entry_point_modules_imports_nothing(install: Install) -> None:
-    install("acme-never", "raise RuntimeError('imported')")
-    assert "acme_never" in entry_point_modules()
-    assert "acme_never" not in sys.modules
 
 
 def test_table_is_ordered_by_hook_and_name() -> None:
