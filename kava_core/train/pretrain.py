@@ -5,6 +5,9 @@ Pretraining is an ordinary run with cross-entropy alone: one training loop for e
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from kava_core.data.splits import load_splits, split_hash
 from kava_core.paths import cache_folder
 from kava_core.spec.model import EvaluateSpec, ModelSpec, PipelineSpec, Pretrain, StudentSpec, TrainSpec
 
@@ -29,6 +32,12 @@ def pretraining_spec(spec: PipelineSpec, model: ModelSpec) -> PipelineSpec:
             "output": str(cache_folder()),
         }
     )
+
+
+def pretraining_name(spec: PipelineSpec, model: ModelSpec) -> str:
+    """The run's variant: the architecture and the hash of the training examples, which a path does not hold."""
+    examples = load_splits(spec.data, root=Path.cwd()).train
+    return f"{(model.config or {})['model_type']}-{split_hash(examples)[:8]}"
 
 
 def _train(plan: Pretrain, train: TrainSpec) -> TrainSpec:

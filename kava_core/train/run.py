@@ -21,7 +21,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
-from kava_core.data.splits import load_splits, split_hash
+from kava_core.data.splits import load_splits
 from kava_core.errors import Preempted, SpecError
 from kava_core.spec.model import ModelSpec, PipelineSpec
 from kava_core.train import checkpoint
@@ -31,7 +31,7 @@ from kava_core.train.distiller import Distiller
 from kava_core.train.evaluate import Evaluator
 from kava_core.train.export import save_student
 from kava_core.train.facts import facts
-from kava_core.train.pretrain import pretraining_spec
+from kava_core.train.pretrain import pretraining_name, pretraining_spec
 from kava_core.train.rundir import RunDir
 from kava_core.train.trainer import KavaTrainer
 from kava_core.train.weights import load_weights
@@ -112,13 +112,11 @@ def _same_data(spec: PipelineSpec, folder: RunDir) -> None:
 
 
 def _trained(spec: PipelineSpec, model: M) -> M:
-    """The model's trained folder; its name holds the architecture and the hash of the training examples."""
+    """The model with its trained folder in place of its config."""
     if model.pretrain is None:
         return model
     plan = pretraining_spec(spec, model)
-    data = split_hash(load_splits(spec.data, root=Path.cwd()).train)[:8]
-    variant = f"{(model.config or {})['model_type']}-{data}"
-    result = run(plan, variant=variant, seed=plan.seeds[0], wait=True)
+    result = run(plan, variant=pretraining_name(spec, model), seed=plan.seeds[0], wait=True)
     path = str(result.folder / "student")
     return model.model_copy(update={"path": path, "tokenizer": path, "config": None, "pretrain": None})
 
@@ -160,6 +158,8 @@ def _recovered(folder: RunDir) -> Path | None:
         chosen[0], damaged = checkpoint.recover(folder.checkpoints)
         for line in damaged:
             print(line, file=sys.stderr)
+        if damaged and chosen[0] is None:
+            print(f"{folder.path}: no intact checkpoint is left; the run begins anew", file=sys.stderr)
     return broadcast_object_list(chosen)[0]
 
 

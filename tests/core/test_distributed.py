@@ -21,7 +21,7 @@ from torch import Tensor
 from kava_core.errors import SpecError
 from kava_core.train import checkpoint
 from kava_core.train.callbacks import read_metrics
-from kava_core.train.pretrain import pretraining_spec
+from kava_core.train.pretrain import pretraining_name, pretraining_spec
 from kava_core.train.run import run
 from kava_core.train.rundir import RunDir
 from kava_core.train.weights import ALIGNER_FILE
@@ -185,7 +185,8 @@ def test_a_model_that_another_run_is_pretraining_is_waited_for(
     monkeypatch.setenv("KAVA_CACHE", str(tmp_path / "cache"))
     teacher = tiny.fields()["teachers"][1] | {"pretrain": {"steps": 2, "batch_size": 4}}
     spec = tiny.spec(tmp_path, teachers=[teacher], train={"steps": 1})
-    folder, held = RunDir(pretraining_spec(spec, spec.teachers[0]), "gpt2", 0), ExitStack()
+    plan, name = pretraining_spec(spec, spec.teachers[0]), pretraining_name(spec, spec.teachers[0])
+    folder, held = RunDir(plan, name, 0), ExitStack()
     held.enter_context(folder.lock())
     begin, release = time.monotonic(), threading.Timer(1.5, held.close)
     release.start()

@@ -115,9 +115,10 @@ def test_wrong_shape_is_caught_at_the_border(broken: Path, spec: Path) -> None:
     assert any("layer_mapper 'last_layers', teacher 'big'" in note for note in notes)
 
 
-def test_unchecked_without_debug_mode(broken: Path, spec: Path) -> None:
-    """The test above fails for the right reason: the same plugin gets by when nothing is checked."""
-    assert python(broken, BUILD, spec, shapes=False) == "(3, 4)"
+def test_wrong_shape_is_an_error_without_debug_mode_too(broken: Path, spec: Path) -> None:
+    error, *notes = python(broken, BUILD, spec, shapes=False).split("|")
+    assert error == "PluginError"
+    assert any("layer_mapper 'last_layers' (kava-last-layers 0.1.0), teacher 'big'" in note for note in notes)
 
 
 def test_the_example_has_no_annotations() -> None:
