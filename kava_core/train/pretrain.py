@@ -35,7 +35,7 @@ def pretraining_spec(spec: PipelineSpec, model: ModelSpec) -> PipelineSpec:
 
 
 def pretraining_name(spec: PipelineSpec, model: ModelSpec) -> str:
-    """The run's variant: the architecture and the hash of the training examples, which a path does not hold."""
+    """The run's variant: architecture and hash of the training examples, which a path does not hold."""
     examples = load_splits(spec.data, root=Path.cwd()).train
     return f"{(model.config or {})['model_type']}-{split_hash(examples)[:8]}"
 

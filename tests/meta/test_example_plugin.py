@@ -118,7 +118,7 @@ def test_wrong_shape_is_caught_at_the_border(broken: Path, spec: Path) -> None:
 def test_wrong_shape_is_an_error_without_debug_mode_too(broken: Path, spec: Path) -> None:
     error, *notes = python(broken, BUILD, spec, shapes=False).split("|")
     assert error == "PluginError"
-    assert any("layer_mapper 'last_layers' (kava-last-layers 0.1.0), teacher 'big'" in note for note in notes)
+    assert any("layer_mapper 'last_layers', teacher 'big' (kava-last-layers 0.1.0)" in note for note in notes)
 
 
 def test_the_example_has_no_annotations() -> None:
