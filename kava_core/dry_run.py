@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from kava_core.data.tokenizers import load_tokenizer
 from kava_core.errors import SpecError
 from kava_core.kv.aligner import TeacherAligner
-from kava_core.kv.axes import Cache, Geometry
+from kava_core.kv.axes import Cache, Geometry, meta_cache
 from kava_core.kv.pipeline import Aligned, KVPipeline, active, parts_of
 from kava_core.kv.probe import probe_geometry
 from kava_core.kv.timeline import ANSWER, PROMPT, REASONING, Timeline
@@ -114,9 +114,11 @@ def dry_run(spec: PipelineSpec, *, batch: int, time: int, t_time: int) -> DryRun
     for a in pipeline.teachers:
         length, time_map = _mapped(a, ours, t_time)
         maps[a.name] = _meta_map(time_map)
-        caches[a.name] = meta_cache(spec, teachers[a.name], batch=batch, layer=len(a.sources), time=length)
+        caches[a.name] = meta_cache(
+            teachers[a.name], parts_of(spec), batch=batch, layer=len(a.sources), time=length
+        )
     pipeline.to("meta")
-    own = meta_cache(spec, student, batch=batch, layer=len(pipeline.layers), time=time)
+    own = meta_cache(student, parts_of(spec), batch=batch, layer=len(pipeline.layers), time=time)
     walked = [_walk(aligner, caches[aligner.name], maps[aligner.name]) for aligner in pipeline.teachers]
     shapes = [shape for steps, _ in walked for shape in steps]
     pipeline.compare(own, [aligned for _, aligned in walked], torch.ones((), device="meta"))
@@ -147,16 +149,6 @@ def timeline(batch: int, time: int) -> Timeline:
     segments[:, time - max(1, time // 8) :] = ANSWER
     spans = torch.stack([positions, positions + 1], -1)
     return Timeline(torch.ones(batch, time, dtype=torch.bool), positions, segments, spans)
-
-
-def meta_cache(spec: PipelineSpec, geometry: Geometry, *, batch: int, layer: int, time: int) -> Cache:
-    """A cache without values."""
-    return Cache(
-        **{
-            part: torch.empty(batch, layer, geometry.heads(part), time, geometry.dim, device="meta")
-            for part in parts_of(spec)
-        }
-    )
 
 
 def _meta_map(time_map: TimeMap) -> TimeMap:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -85,3 +86,9 @@ class Cache:
     def any(self) -> Tensor:
         """One of the parts, for its batch, layer and time extents, its device and dtype."""
         return next(tensor for _, tensor in self.items())
+
+
+def meta_cache(geometry: Geometry, parts: tuple[Part, ...], *, batch: int, layer: int, time: int) -> Cache:
+    """A cache of these extents on the meta device: shapes without values."""
+    shapes = {part: (batch, layer, geometry.heads(part), time, geometry.dim) for part in parts}
+    return Cache(**{part: torch.empty(shape, device="meta") for part, shape in shapes.items()})

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import torch
 
 from kava_core.config import Part
-from kava_core.kv.axes import Cache, Geometry
+from kava_core.kv.axes import Geometry, meta_cache
 from kava_core.kv.pipeline import Aligned, KVPipeline
 from kava_core.kv.timemap import TimeMap
 
@@ -23,17 +24,13 @@ def freeze_unused(pipeline: KVPipeline, *, parts: tuple[Part, ...], student: Geo
         return
     probe = copy.deepcopy(pipeline).to("meta")
     time_map = TimeMap.same(torch.ones(BATCH, TIME, dtype=torch.bool, device="meta"))
+    cache = partial(meta_cache, parts=parts, batch=BATCH, time=TIME)
     aligned = [
-        Aligned(aligner.align(_cache(aligner.teacher, len(aligner.sources), parts), time_map), time_map.valid)
+        Aligned(aligner.align(cache(aligner.teacher, layer=len(aligner.sources)), time_map), time_map.valid)
         for aligner in probe.teachers
     ]
-    terms = probe.compare(_cache(student, len(probe.layers), parts), aligned, torch.ones((), device="meta"))
+    terms = probe.compare(cache(student, layer=len(probe.layers)), aligned, torch.ones((), device="meta"))
     probe.total(terms).backward()
     reached = {name for name, parameter in probe.named_parameters() if parameter.grad is not None}
     for name, parameter in pipeline.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name in reached)
-
-
-def _cache(geometry: Geometry, layer: int, parts: tuple[Part, ...]) -> Cache:
-    shapes = {part: (BATCH, layer, geometry.heads(part), TIME, geometry.dim) for part in parts}
-    return Cache(**{part: torch.empty(shape, device="meta") for part, shape in shapes.items()})
