@@ -111,6 +111,25 @@ def train(spec: Spec, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def cache(
+    spec: Spec,
+    overrides: Overrides = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Write nothing; compare every file with its sha256.")
+    ] = False,
+) -> None:
+    """Run the teachers once and store what training needs of them."""
+    from kava_core.spec.load import load
+    from kava_core.spec.variants import resolve_variants
+
+    variants = resolve_variants(load(spec, overrides or ()))
+    from kava_core.train.cache import cache_all
+
+    for line in cache_all(variants, verify=verify):
+        typer.echo(line)
+
+
+@app.command()
 def plan(
     spec: Spec,
     overrides: Overrides = None,
@@ -131,6 +150,23 @@ def plan(
 
     length = time or default_time(loaded.spec)
     show(make_plan(loaded.spec, time=length, t_time=teacher_time or length), loaded)
+
+
+@app.command()
+def calibrate(
+    spec: Spec,
+    output: Annotated[
+        Path, typer.Option("--output", metavar="FOLDER", help="Where files go.", show_default=False)
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Measure which teacher layers resemble which student layers; write maps and heat maps."""
+    from kava_core.spec.load import load
+
+    loaded = load(spec, overrides or ())
+    from kava_core.train.calibrate import calibrate as measure
+
+    measure(loaded, output)
 
 
 @app.command()

@@ -113,7 +113,7 @@ def dry_run(spec: PipelineSpec, *, batch: int, time: int, t_time: int) -> DryRun
     maps, caches = {}, {}
     for a in pipeline.teachers:
         length, time_map = _mapped(a, ours, t_time)
-        maps[a.name] = _meta_map(time_map)
+        maps[a.name] = time_map.to("meta")
         caches[a.name] = meta_cache(
             teachers[a.name], parts_of(spec), batch=batch, layer=len(a.sources), time=length
         )
@@ -149,11 +149,6 @@ def timeline(batch: int, time: int) -> Timeline:
     segments[:, time - max(1, time // 8) :] = ANSWER
     spans = torch.stack([positions, positions + 1], -1)
     return Timeline(torch.ones(batch, time, dtype=torch.bool), positions, segments, spans)
-
-
-def _meta_map(time_map: TimeMap) -> TimeMap:
-    index, weight, valid = (x.to("meta") for x in (time_map.index, time_map.weight, time_map.valid))
-    return TimeMap(index, weight, valid, time_map.identity)
 
 
 def _record(teacher: str, stage: str, cache: Cache) -> list[StageShape]:

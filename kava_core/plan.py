@@ -158,12 +158,12 @@ def _alignment_flops(dry: DryRun) -> float:
 
 def _fold_flops(aligner: TeacherAligner, x: Tensor, part: Part) -> float:
     """The student's cache in the view the losses see; its gradient always comes back."""
-    return _counted(lambda x: aligner.fold(Cache(**{part: x})).any, x.detach().requires_grad_())[1]
+    return _counted(lambda x: aligner.view_of(Cache(**{part: x})).any, x.detach().requires_grad_())[1]
 
 
 def _part_flops(aligner: TeacherAligner, x: Tensor, part: Part, time_map: TimeMap) -> float:
     """One part's way through the stages in the order the aligner chooses for it."""
-    order = aligner.order(part, x.shape[3], time_map)
+    order = aligner.stages(part, x.shape[3], time_map)
     x, total = _counted(aligner.layer_map, x)
     for stage in order:
         x, flops = _stage_flops(aligner, stage, x, part, time_map)
@@ -176,7 +176,7 @@ def _stage_flops(
 ) -> tuple[Tensor, float]:
     if stage != "time":
         return _counted(lambda x: aligner._stage(stage, x, part, time_map), x)
-    taps = 0 if time_map.identity else time_map.index.shape[-1]
+    taps = 0 if time_map.identity else time_map.taps
     with torch.no_grad():
         y = aligner._stage(stage, x, part, time_map)
     return y.requires_grad_(x.requires_grad), 2.0 * taps * y.numel() * (2 if x.requires_grad else 1)

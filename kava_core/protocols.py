@@ -1,14 +1,16 @@
 """The six kinds of component: one axis each, and the contract of that axis.
 
 Every component is a ``torch.nn.Module``: its parameters and buffers move, train and are saved with the
-student. Whole tensors, not lists, cross these borders, so that every element is shape-checked. The
-boundary functions in ``kava_core.kv.stages`` check what third-party components return.
+student. One with an attribute ``learning_rate`` (float or None) has its parameters trained at that peak
+rate instead of ``train.learning_rate``. Whole tensors, not lists, cross these borders, so that every
+element is shape-checked. The boundary functions in ``kava_core.kv.stages`` check what third-party
+components return.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -33,12 +35,37 @@ class LayerMapper(Protocol):
 
 
 @runtime_checkable
+class Measured(Protocol):
+    """What a layer mapper offers if its weights come from comparing the layers of both models on data.
+
+    kava measures before the pipeline is built, saves ``state_dict()`` and builds the mapper again with the
+    config's ``map`` naming that file, so the config needs a field ``map: str | None = None``.
+    """
+
+    on: Literal["hidden", "keys", "values"]
+    """What is compared: the layers' outputs, or a part of the cache (rotation undone)."""
+
+    def observe(
+        self,
+        teacher: Float[Tensor, "batch t_layer time t_dim"],
+        student: Float[Tensor, "batch layer time dim"],
+        valid: Bool[Tensor, "batch time"],
+    ) -> None:
+        """Take in one batch, time aligned, all heads side by side in the last axis."""
+        ...
+
+    def finish(self) -> None:
+        """Compute the weights from everything observed."""
+        ...
+
+
+@runtime_checkable
 class HeadAdapter(Protocol):
     """``t_head → head``. Constructed as ``HeadAdapter(config, *, teacher, student)``.
 
-    An adapter may see both caches in another view, as ``flat`` does (one head as wide as all): it says so
-    in ``teacher_view`` (extents after the adapter) and ``student_view``, and ``fold`` brings the student's
-    tensors into that view.
+    An adapter may see both caches in another view, as ``flat`` does (one head as wide as all, or all layers
+    as one): it says so in ``teacher_view`` (extents after the adapter) and ``student_view``, and ``fold``
+    brings the student's tensors into that view.
     """
 
     teacher_view: Geometry
@@ -85,10 +112,15 @@ class Calibrated(Protocol):
     def observe(
         self,
         x: Float[Tensor, "batch layer head time t_dim"],
+        like: Float[Tensor, "batch layer head time dim"],
         valid: Bool[Tensor, "batch time"],
         part: Part,
     ) -> None:
-        """Take in one batch of the teacher's cache, after layers, heads and time are aligned."""
+        """Take in one batch: what will be projected, and what stands on the other side at these positions.
+
+        ``x`` is the teacher's cache with layers, heads and time aligned, ``like`` the student's; with
+        ``direction: to_teacher`` the other way round.
+        """
         ...
 
     def finish(self) -> None:

@@ -1,4 +1,4 @@
-"""One teacher's alignment: its four components, and the steps from its cache to the student's axes."""
+"""One teacher's alignment: its components, and the steps from both caches to where they are compared."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from kava_core.config import Part
 from kava_core.kv.axes import Cache, Geometry
 from kava_core.kv.extents import expect
 from kava_core.kv.layer_map import LayerMap
-from kava_core.kv.order import CANONICAL, Extents, Freedom, Stage, cheapest
-from kava_core.kv.stages import adapt_heads, blame, fold_student, plan_time, project_dim, warp_time
+from kava_core.kv.order import Extents, Freedom, Stage, cheapest
+from kava_core.kv.stages import adapt_heads, blame, fold_heads, project_dim, warp_time
+from kava_core.kv.time_plan import TimePlan
 from kava_core.kv.timeline import Timeline
 from kava_core.kv.timemap import TimeMap
 from kava_core.protocols import Calibrated
@@ -23,10 +24,13 @@ AXES = "batch layer head time dim"
 
 
 class TeacherAligner(nn.Module):
-    """Brings one teacher's cache to the student's layers, heads, time and width.
+    """Brings one teacher's cache and the student's to the same layers, heads, time and width.
+
+    Layers and time are always the student's. Heads and width are the student's, or, with
+    ``direction: to_teacher``, the teacher's: the same two components then map the student's cache.
 
     Args:
-        spec: the four components.
+        spec: the components.
         name: the teacher's name, for error notes.
         teacher: the teacher's geometry.
         student: the student's geometry.
@@ -46,33 +50,46 @@ class TeacherAligner(nn.Module):
     ) -> None:
         super().__init__()
         self.name = name
+        self.lifts = spec.direction == "to_teacher"
         self._spec = spec
         with self._blame("layer_mapper"):
             mapper = spec.layer_mapper.build(teacher=teacher, student=student)
-            self.layer_map = LayerMap(mapper, teacher=teacher, student=student, layers=layers)
+            self.layer_map = LayerMap(
+                mapper, teacher=teacher, student=student, layers=layers, combine=spec.layers
+            )
         extents = {"layer": len(layers)} | ({} if "queries" in parts else {"qhead": 0})
         student, self.teacher = student.with_(**extents), teacher.with_(**extents)
+        self.time_plan = TimePlan(spec, name=name, teacher=self.teacher, student=student)
+        teacher = self.teacher.with_(dim=teacher.dim * self.layer_map.joined)
+        self.moved, fixed = (student, teacher) if self.lifts else (teacher, student)
         with self._blame("head_adapter"):
-            self.head_adapter = spec.head_adapter.build(teacher=self.teacher, student=student)
+            self.head_adapter = spec.head_adapter.build(teacher=self.moved, student=fixed)
             self.adapted: Geometry = self.head_adapter.teacher_view
-            self.view: Geometry = self.head_adapter.student_view
-        with self._blame("time_warper"):
-            self.time_warper = spec.time_warper.build(teacher=self.teacher, student=student)
+            self.fixed: Geometry = self.head_adapter.student_view
         with self._blame("dim_projector"):
-            self.dim_projector = spec.dim_projector.build(teacher=self.adapted, student=self.view)
+            self.dim_projector = spec.dim_projector.build(teacher=self.adapted, student=self.fixed)
         keeps_width = getattr(self.dim_projector, "keeps_width", False)
-        self.target = self.view.with_(dim=self.adapted.dim) if keeps_width else self.view
+        self.projected = self.fixed.with_(dim=self.adapted.dim) if keeps_width else self.fixed
         self.freedom = self._freedom()
+
+    @property
+    def target(self) -> Geometry:
+        """Extents of the teacher's side where the losses compare."""
+        return self.fixed if self.lifts else self.projected
+
+    @property
+    def view(self) -> Geometry:
+        """Extents of the student's side where the losses compare."""
+        return self.projected if self.lifts else self.fixed
 
     def _blame(self, kind: str) -> AbstractContextManager[None]:
         config = getattr(self._spec, kind)
         return blame(f"{kind} {config.name!r}, teacher {self.name!r}", config)
 
     def _freedom(self) -> Freedom:
-        folds = self.adapted.dim != self.teacher.dim
-        linear_heads = getattr(self.head_adapter, "linear", False)
+        folds = (self.adapted.dim, self.adapted.layer) != (self.moved.dim, self.moved.layer)
         return Freedom(
-            linear_heads=linear_heads,
+            linear_heads=getattr(self.head_adapter, "linear", False),
             linear_width=getattr(self.dim_projector, "linear", False),
             shared_width=getattr(self.dim_projector, "shared_width", False) and not folds,
         )
@@ -89,69 +106,95 @@ class TeacherAligner(nn.Module):
 
     def plan(self, teacher: Timeline, student: Timeline) -> TimeMap:
         """The time map of a batch."""
-        with self._blame("time_warper"):
-            return plan_time(self.time_warper, teacher, student)
-
-    def fold(self, cache: Cache) -> Cache:
-        """The student's cache in the view the losses see."""
-        with self._blame("head_adapter"):
-            return cache.map(
-                lambda x, part: fold_student(
-                    self.head_adapter, x, head=self.view.heads(part), dim=self.view.dim
-                )
-            )
+        return self.time_plan(teacher, student)
 
     def order(self, part: Part, t_time: int, time_map: TimeMap) -> tuple[Stage, ...]:
         """The cheapest order of stages for these lengths."""
+        time = time_map.valid.shape[1]
+        return self._cheapest(part, t_time, time, taps=0 if time_map.identity else time_map.taps)
+
+    def _cheapest(self, part: Part, t_time: int, time: int, *, taps: int) -> tuple[Stage, ...]:
         extents = Extents(
-            t_head=self.teacher.heads(part),
+            t_head=self.moved.heads(part),
             head=self.adapted.heads(part),
             t_time=t_time,
-            time=time_map.valid.shape[1],
+            time=time,
             t_dim=self.adapted.dim,
-            dim=self.target.dim,
-            taps=0 if time_map.identity else time_map.index.shape[-1],
+            dim=self.projected.dim,
+            taps=taps,
         )
         return cheapest(extents, self.freedom)
 
-    def _stage(self, stage: Stage, x: Tensor, part: Part, time_map: TimeMap) -> Tensor:
-        batch, layer, head, time, dim = x.shape
-        if stage == "time":
-            with self._blame("time_warper"):
-                return warp_time(time_map, x, time=time_map.valid.shape[1])
-        if stage == "heads":
-            head = self.adapted.heads(part)
-            dim = self.adapted.dim if dim == self.teacher.dim else dim
-            with self._blame("head_adapter"):
-                adapted = adapt_heads(self.head_adapter, x, part, head=head, dim=dim)
-                return expect(adapted, (batch, layer, head, time, dim), AXES)
+    def _warp(self, x: Tensor, time_map: TimeMap) -> Tensor:
+        with self._blame("time_warper"):
+            return warp_time(time_map, x, time=time_map.valid.shape[1])
+
+    def _adapt(self, x: Tensor, part: Part) -> Tensor:
+        batch, _, _, time, dim = x.shape
+        layer, head = self.adapted.layer, self.adapted.heads(part)
+        dim = self.adapted.dim if dim == self.moved.dim else dim
+        with self._blame("head_adapter"):
+            adapted = adapt_heads(self.head_adapter, x, part, layer=layer, head=head, dim=dim)
+            return expect(adapted, (batch, layer, head, time, dim), AXES)
+
+    def _project(self, x: Tensor, part: Part) -> Tensor:
         with self._blame("dim_projector"):
-            projected = project_dim(self.dim_projector, x, part, dim=self.target.dim)
-            return expect(projected, (batch, layer, head, time, self.target.dim), AXES)
+            projected = project_dim(self.dim_projector, x, part, dim=self.projected.dim)
+            return expect(projected, (*x.shape[:4], self.projected.dim), AXES)
+
+    def _fold(self, x: Tensor, part: Part) -> Tensor:
+        layer, head, dim = self.fixed.layer, self.fixed.heads(part), self.fixed.dim
+        with self._blame("head_adapter"):
+            return fold_heads(self.head_adapter, x, layer=layer, head=head, dim=dim)
+
+    def _stage(self, stage: Stage, x: Tensor, part: Part, time_map: TimeMap) -> Tensor:
+        if stage == "time":
+            return self._warp(x, time_map)
+        if self.lifts:
+            return self._fold(x, part)
+        return self._adapt(x, part) if stage == "heads" else self._project(x, part)
+
+    def stages(self, part: Part, t_time: int, time_map: TimeMap) -> tuple[Stage, ...]:
+        """What the teacher's cache goes through after its layers."""
+        return ("time", "heads") if self.lifts else self.order(part, t_time, time_map)
 
     def steps(self, cache: Cache, time_map: TimeMap) -> Iterator[tuple[str, Cache]]:
-        """Every intermediate cache, named by the stages that made it; the last is the target.
+        """Every intermediate cache of the teacher, named by the stages that made it; the last is the target.
 
         Keys and queries may take different orders, as their head counts differ.
         """
         cache = cache.map(lambda x, _: self.layer_map(x))
         yield "layers", cache
-        orders = {part: self.order(part, x.shape[3], time_map) for part, x in cache.items()}
-        for step in range(len(CANONICAL)):
-            now = {part: order[step] for part, order in orders.items()}
-            cache = cache.map(lambda x, part: self._stage(now[part], x, part, time_map))  # noqa: B023
-            yield "/".join(dict.fromkeys(now.values())), cache
+        orders = {part: self.stages(part, x.shape[3], time_map) for part, x in cache.items()}
+        for now in zip(*orders.values(), strict=True):
+            stage_of = dict(zip(orders, now, strict=True))
+            cache = cache.map(lambda x, part: self._stage(stage_of[part], x, part, time_map))  # noqa: B023
+            yield "/".join(dict.fromkeys(now)), cache
 
     def align(self, cache: Cache, time_map: TimeMap) -> Cache:
-        """The target: this teacher's cache on the student's axes (as the adapter's view has them)."""
+        """The target: this teacher's cache where the losses compare."""
         *_, (_, target) = self.steps(cache, time_map)
         return target
 
+    def view_of(self, student: Cache) -> Cache:
+        """The student's cache where the losses compare."""
+        return student.map(self._lift if self.lifts else self._fold)
+
+    def _lift(self, x: Tensor, part: Part) -> Tensor:
+        time = x.shape[3]
+        for stage in self._cheapest(part, time, time, taps=0):
+            if stage != "time":
+                x = self._adapt(x, part) if stage == "heads" else self._project(x, part)
+        return x
+
     @torch.no_grad()
-    def observe(self, cache: Cache, time_map: TimeMap) -> None:
-        """Show one batch to the projector, with layers, heads and time aligned."""
-        cache = cache.map(lambda x, _: self.layer_map(x))
-        for stage in CANONICAL[:2]:
-            cache = cache.map(lambda x, part: self._stage(stage, x, part, time_map))  # noqa: B023
-        for part, x in cache.items():
-            self.dim_projector.observe(x, time_map.valid, part)
+    def observe(self, teacher: Cache, student: Cache, time_map: TimeMap) -> None:
+        """Show one batch to the projector: what it will project, and the other side at these positions."""
+        for (part, theirs), (_, own) in zip(teacher.items(), student.items(), strict=True):
+            theirs = self.layer_map(theirs)
+            if self.lifts:
+                x, like = self._adapt(own, part), self._fold(self._warp(theirs, time_map), part)
+            else:
+                x, like = self._warp(self._adapt(theirs, part), time_map), self._fold(own, part)
+            with self._blame("dim_projector"):
+                self.dim_projector.observe(x, like, time_map.valid, part)

@@ -53,7 +53,7 @@ class Slot:
         self.values: Tensor | None = None
         self.queries: Tensor | None = None
         self.angles: Angles | None = None
-        self.seen = 0
+        self.seen = self.dim = 0
 
     def write(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Take over one call's tensors; UnsupportedModelError where they are no plain keys and values."""
@@ -65,6 +65,7 @@ class Slot:
                 "multi-head latent attention (MLA) cannot be captured"
             )
         self._rotation(key)
+        self.dim = key.shape[-1]
         self.keys = _own(key) if "keys" in self.parts else None
         self.values = _own(value) if "values" in self.parts else None
         self.queries = _own(query) if "queries" in self.parts else None
@@ -78,7 +79,8 @@ class Slot:
         if self.parts and rows != attended:
             raise UnsupportedModelError(
                 f"{self.model}, attention layer {self.layer}: attends to {attended} keys but rotated {rows}; "
-                "strip needs a forward pass without past keys that rotates every head; use rotary: keep"
+                "strip and match need a forward pass without past keys that rotates every head; "
+                "use rotary: keep"
             )
 
 

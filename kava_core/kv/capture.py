@@ -13,7 +13,8 @@ from kava_core.errors import KavaError
 from kava_core.kv import attention_layers as find
 from kava_core.kv.attention_hook import SLOT, Slot, tap_attention, tap_rotary
 from kava_core.kv.axes import Cache
-from kava_core.kv.captured import check_rotated, check_seen, listed, stack
+from kava_core.kv.captured import check_rotated, check_seen, listed, rotation_of, stack
+from kava_core.kv.rope import Rotation
 
 
 class Capture:
@@ -32,7 +33,7 @@ class Capture:
         layers: Which attention layers, counted over the model's attention layers from 0; None: all.
         parts: Which tensors.
         rotary: ``strip`` undoes the model's own rotation of keys and queries, in float32 at least; ``keep``
-            leaves them as they are cached.
+            leaves them as they are cached; so does ``match``, where ``rotation`` tells how they were rotated.
 
     Raises:
         UnsupportedModelError: The model has no attention layer, or is no decoder.
@@ -45,13 +46,15 @@ class Capture:
         *,
         layers: Sequence[int] | None = None,
         parts: tuple[Part, ...] = ("keys", "values"),
-        rotary: Literal["strip", "keep"] = "strip",
+        rotary: Literal["strip", "keep", "match"] = "strip",
     ) -> None:
         self.name, self.parts = find.model_name(model), parts
         self.modules = find.attention_layers(model)
         self.layers = _asked(layers, len(self.modules), self.name)
-        self._model, self._strip = model, rotary == "strip" and find.has_rotary(model)
-        self._taps = [tap_rotary(module) if self._strip else None for module in self.modules]
+        self._model, self._strip = model, rotary == "strip"
+        self._followed = rotary != "keep" and find.has_rotary(model)
+        self._taps = [tap_rotary(module) if self._followed else None for module in self.modules]
+        self._rotation: Rotation | None = None
         self._checkpointed = find.checkpointed(model)
         self._slots = [
             Slot(self.name, i, parts if i in self.layers else (), tap) for i, tap in enumerate(self._taps)
@@ -63,6 +66,7 @@ class Capture:
         if any(SLOT in module.__dict__ for module in self.modules):
             raise KavaError(f"{self.name}: another capture of this model is still open")
         self._clear()
+        self._rotation = None
         for module, slot in zip(self.modules, self._slots, strict=True):
             tap_attention(module, find.implementation(module, self._model))
             module.__dict__[SLOT] = slot
@@ -90,11 +94,20 @@ class Capture:
         asked = [self._slots[i] for i in self.layers]
         try:
             check_seen(asked)
-            if self._strip:
+            if self._followed:
                 check_rotated(self._slots)
-            return Cache(**{part: stack(asked, part) for part in self.parts})
+                self._rotation = rotation_of(asked)
+            undo = self._rotation if self._strip else None
+            return Cache(**{part: stack(asked, part, undo) for part in self.parts})
         finally:
             self._clear()
+
+    def rotation(self) -> Rotation | None:
+        """How the forward pass taken last rotated the layers asked for, in their order.
+
+        None for a model without rotary embeddings, and with ``keep``.
+        """
+        return self._rotation
 
     def _arm(self, step: int) -> None:
         for tap in {id(tap): tap for tap in self._taps if tap is not None}.values():

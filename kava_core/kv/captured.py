@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
@@ -12,24 +11,28 @@ from torch import Tensor
 from kava_core.config import Part
 from kava_core.errors import KavaError, UnsupportedModelError
 from kava_core.kv.attention_hook import Slot
-from kava_core.kv.rope import unrotate
+from kava_core.kv.rope import Rotation, Turn
 
 
-def stack(slots: list[Slot], part: Part) -> Float[Tensor, "batch layer head time dim"]:
-    """One part of all layers, keys and queries without the rotation their slots saw.
+def stack(slots: list[Slot], part: Part, undo: Rotation | None) -> Float[Tensor, "batch layer head time dim"]:
+    """One part of all layers; keys and queries without the rotation ``undo``, where one is given.
 
     Raises:
         UnsupportedModelError: The layers have different head counts or widths.
     """
     _check_equal(slots, part)
-    if part == "values":
-        return _stacked(slots, part)
-    groups = _by_angles(slots)
-    turned = torch.cat([_turned_back([slots[i] for i in group], part) for group in groups], dim=1)
-    if len(groups) == 1:
-        return turned
-    order = torch.tensor([i for group in groups for i in group], device=turned.device)
-    return turned[:, order.argsort()]
+    whole = _stacked(slots, part)
+    return whole if undo is None or part == "values" else undo.undo(whole)
+
+
+def rotation_of(slots: list[Slot]) -> Rotation:
+    """How these layers were rotated: those with the very same angles are one turn."""
+    turns = []
+    for places in _by_angles(slots):
+        slot = slots[places[0]]
+        function = slot.rotary.apply if slot.rotary is not None else None
+        turns.append(Turn(tuple(places), slot.angles, function))
+    return Rotation(tuple(turns), slots[0].dim)
 
 
 def check_seen(slots: list[Slot]) -> None:
@@ -69,14 +72,6 @@ def _by_angles(slots: list[Slot]) -> list[list[int]]:
         key = (id(slot.angles.cos), slot.angles.width) if slot.angles is not None else (0, 0)
         groups.setdefault(key, []).append(position)
     return list(groups.values())
-
-
-def _turned_back(slots: list[Slot], part: Part) -> Float[Tensor, "batch layer head time dim"]:
-    whole, angles, rotary = _stacked(slots, part), slots[0].angles, slots[0].rotary
-    if angles is None or rotary is None:
-        return whole
-    cos, sin = angles.cos.to(whole.device), angles.sin.to(whole.device)
-    return unrotate(whole, cos, sin, rotary.apply, angles.width)
 
 
 def _stacked(slots: list[Slot], part: Part) -> Float[Tensor, "batch layer head time dim"]:

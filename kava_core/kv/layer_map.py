@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kava_core.errors import PluginError
+from kava_core.errors import PluginError, SpecError
 from kava_core.kv.axes import Geometry
 from kava_core.kv.extents import expect
-from kava_core.kv.stages import layer_matrix, mix_layers
+from kava_core.kv.stages import join_layers, layer_matrix, mix_layers
 from kava_core.protocols import LayerMapper
 
 
@@ -21,16 +23,26 @@ class LayerMap(nn.Module):
         teacher: the teacher's geometry.
         student: the student's geometry.
         layers: student layers that are wanted.
+        combine: several teacher layers for one student layer: their weighted mean, or side by side along
+            the width, which becomes ``joined`` times as wide.
 
     Raises:
         PluginError: a wanted layer reads no teacher layer.
+        SpecError: layers are to stand side by side, and the mapper learns its weights or reads more of them
+            for one student layer than for another.
     """
 
     rows: Tensor
     pick: Tensor
 
     def __init__(
-        self, mapper: LayerMapper, *, teacher: Geometry, student: Geometry, layers: tuple[int, ...]
+        self,
+        mapper: LayerMapper,
+        *,
+        teacher: Geometry,
+        student: Geometry,
+        layers: tuple[int, ...],
+        combine: Literal["mean", "concat"] = "mean",
     ) -> None:
         super().__init__()
         self.mapper = mapper
@@ -42,10 +54,12 @@ class LayerMap(nn.Module):
         _assert_means(matrix)
         self.sources = self._sources(matrix, layers)
         matrix = matrix[:, list(self.sources)]
-        self.single = not self.learned and bool(
-            (matrix.ne(0).sum(1) == 1).all() and (matrix.amax(1) == 1).all()
+        self.joined = self._read_by_each(matrix) if combine == "concat" else 1
+        self.single = combine == "concat" or (
+            not self.learned and bool((matrix.ne(0).sum(1) == 1).all() and (matrix.amax(1) == 1).all())
         )
-        self.register_buffer("pick", matrix.argmax(1), persistent=False)
+        order = matrix.ne(0).nonzero()[:, 1] if self.single else matrix.argmax(1)
+        self.register_buffer("pick", order, persistent=False)
         self.whole = self.single and self.pick.tolist() == list(range(len(self.sources)))
 
     def _sources(self, matrix: Float[Tensor, "layer t_layer"], layers: tuple[int, ...]) -> tuple[int, ...]:
@@ -56,15 +70,24 @@ class LayerMap(nn.Module):
             raise PluginError(f"student layers {empty} read no teacher layer; choose others with 'layers'")
         return tuple(matrix.ne(0).any(0).nonzero().flatten().tolist())
 
+    def _read_by_each(self, matrix: Float[Tensor, "layer t_layer"]) -> int:
+        """How many teacher layers every student layer reads."""
+        if self.learned:
+            raise SpecError("layers: concat needs a layer mapper with fixed layers; this one learns weights")
+        counts = matrix.ne(0).sum(1).tolist()
+        if len(set(counts)) > 1:
+            raise SpecError(f"layers: concat needs equally many teacher layers for each layer, not {counts}")
+        return int(counts[0])
+
     def forward(
-        self, x: Float[Tensor, "batch t_layer head time dim"]
+        self, x: Float[Tensor, "batch t_layer head time _"]
     ) -> Float[Tensor, "batch layer head time dim"]:
         """``x`` holds the layers in ``sources``, in that order."""
-        if self.whole:
-            return x
-        if self.single:
-            return x.index_select(1, self.pick)
-        return mix_layers(x, self.mapper()[self.rows][:, list(self.sources)])
+        if not self.single:
+            return mix_layers(x, self.mapper()[self.rows][:, list(self.sources)])
+        if not self.whole:
+            x = x.index_select(1, self.pick)
+        return x if self.joined == 1 else join_layers(x, len(self.rows))
 
 
 def _assert_means(matrix: Float[Tensor, "layer t_layer"]) -> None:

@@ -16,8 +16,10 @@ from kava_core.kv.aligner import TeacherAligner
 from kava_core.kv.axes import PARTS, Cache, Geometry
 from kava_core.kv.extents import expect
 from kava_core.kv.finite import assert_finite
+from kava_core.kv.rope import Rotation
 from kava_core.kv.stages import blame, fuse, measure, weigh
 from kava_core.kv.timeline import Timeline
+from kava_core.kv.timemap import TimeMap
 from kava_core.protocols import FusionContext
 from kava_core.spec.model import PipelineSpec
 
@@ -89,12 +91,14 @@ class KVPipeline(nn.Module):
         )
         self.configs = active(spec)
         self.terms = _unique([config.name for config in self.configs])
+        self.matches = spec.rotary == "match"
         self._check_calibration(parts_of(spec))
         self._check_views()
         self._check_widths()
+        self._check_rotary(student)
         self.fuser_config = spec.fuser
         self.fuser = spec.fuser.build(teachers=self.names, student=self.teachers[0].view)
-        rows = [[self.layers.index(layer) for layer in layers_of(config, student)] for config in self.configs]
+        rows = [self._compared_rows(config, student) for config in self.configs]
         self.losses = nn.ModuleList(
             nn.ModuleList(self._loss(config, a, len(r)) for config, r in zip(self.configs, rows, strict=True))
             for a in self._compared
@@ -118,14 +122,39 @@ class KVPipeline(nn.Module):
                 teacher=aligner.target.with_(layer=layer), student=aligner.view.with_(layer=layer)
             )
 
+    def _compared_rows(self, config: KVLossConfig, student: Geometry) -> list[int]:
+        """Places, among the compared layers, of those the loss looks at."""
+        wanted = layers_of(config, student)
+        if self.teachers[0].view.layer == len(self.layers):
+            return [self.layers.index(layer) for layer in wanted]
+        if len(wanted) < len(self.layers):
+            raise SpecError(
+                f"loss {config.name!r} looks at layers {wanted}, but the head adapter merges layers "
+                f"{list(self.layers)} into one: all losses must look at the same layers"
+            )
+        return list(range(self.teachers[0].view.layer))
+
     def _check_views(self) -> None:
         views = {(aligner.target, aligner.view) for aligner in self.teachers}
+        found = "; ".join(f"{a.name}: {a.target}" for a in self.teachers)
         if not self.separate and len(views) > 1:
-            found = "; ".join(f"{a.name}: {a.target}" for a in self.teachers)
             raise SpecError(
                 f"target: fused needs one head adapter view and one width for all teachers, not {found}; "
                 "use the same head_adapter and a dim_projector, or target: separate"
             )
+        if len({aligner.view.layer for aligner in self.teachers}) > 1:
+            raise SpecError(f"all teachers must have their layers merged, or none: {found}")
+
+    def _check_rotary(self, student: Geometry) -> None:
+        """A target can be rotated as the student's keys are only where it has the student's heads."""
+        for aligner in self.teachers:
+            own = student.with_(layer=len(self.layers), qhead=aligner.target.qhead)
+            if self.matches and aligner.target != own:
+                raise SpecError(
+                    f"rotary: match: teacher {aligner.name!r} is compared at {aligner.target}, not the "
+                    f"student's {own}; use head_adapter structured, direction: to_student and a projector, "
+                    "or rotary: strip"
+                )
 
     def _check_calibration(self, parts: tuple[Part, ...]) -> None:
         """Queries are projected by the keys' calibration, so keys must be compared as well."""
@@ -148,7 +177,10 @@ class KVPipeline(nn.Module):
 
     def align(self, aligner: TeacherAligner, cache: Cache, teacher: Timeline, student: Timeline) -> Aligned:
         """One teacher's target and validity; its raw cache is not needed afterwards."""
-        time_map = aligner.plan(teacher, student)
+        return self.warped(aligner, cache, aligner.plan(teacher, student))
+
+    def warped(self, aligner: TeacherAligner, cache: Cache, time_map: TimeMap) -> Aligned:
+        """``align`` with the time map already planned."""
         return Aligned(aligner.align(cache.map(_precise), time_map), time_map.valid)
 
     def forward(
@@ -158,6 +190,7 @@ class KVPipeline(nn.Module):
         timeline: Timeline,
         teachers: Sequence[Timeline],
         items: Tensor,
+        rotation: Rotation | None = None,
     ) -> dict[str, Float[Tensor, ""]]:
         """The unweighted loss terms, by name.
 
@@ -167,32 +200,40 @@ class KVPipeline(nn.Module):
             timeline: the student's positions.
             teachers: every teacher's positions.
             items: number of the student's real tokens in the whole batch, over accumulation and processes.
+            rotation: with ``rotary: match``, the student's own rotation in this forward pass.
 
         A term is the sum over positions with a target of the mean loss over layers, divided by ``items``.
         """
         sides = zip(self.teachers, caches, teachers, strict=True)
         aligned = [self.align(aligner, cache, theirs, timeline) for aligner, cache, theirs in sides]
-        return self.terms_of(student, aligned, timeline, items)
+        return self.terms_of(student, aligned, timeline, items, rotation)
 
     def terms_of(
-        self, student: Cache, aligned: list[Aligned], timeline: Timeline, items: Tensor
+        self,
+        student: Cache,
+        aligned: list[Aligned],
+        timeline: Timeline,
+        items: Tensor,
+        rotation: Rotation | None = None,
     ) -> dict[str, Float[Tensor, ""]]:
         """``forward`` for targets that are aligned already."""
         student = student.map(_precise)
+        if self.matches and rotation is not None:
+            aligned = [Aligned(_rotated(one.target, rotation), one.valid) for one in aligned]
         if shapecheck.wanted():
             self._check_values(student, timeline, aligned)
         return self.compare(student, aligned, items)
 
     def compare(self, student: Cache, aligned: list[Aligned], items: Tensor) -> dict[str, Float[Tensor, ""]]:
         """The unweighted loss terms of the student's cache against aligned targets."""
-        views = [aligner.fold(student) for aligner in self.teachers]
+        views = [aligner.view_of(student) for aligner in self.teachers]
         context = FusionContext(
             valid=torch.stack([one.valid for one in aligned]),
             targets=tuple(one.target for one in aligned),
             student=views[0],
         )
         with blame(f"fuser {self.fuser_config.name!r}", self.fuser_config):
-            weights = weigh(self.fuser, context, context.valid, layer=len(self.layers))
+            weights = weigh(self.fuser, context, context.valid, layer=views[0].any.shape[1])
         return self._terms(views, aligned, weights / items)
 
     def _terms(
@@ -230,6 +271,10 @@ class KVPipeline(nn.Module):
 def _precise(x: Tensor, _: Part) -> Tensor:
     """float32 at least: bf16 caches are aligned and compared in float32."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _rotated(target: Cache, rotation: Rotation) -> Cache:
+    return target.map(lambda x, part: x if part == "values" else rotation.apply(x))
 
 
 def _fuse_caches(targets: list[Cache], weights: Tensor) -> Cache:

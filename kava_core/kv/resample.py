@@ -5,6 +5,7 @@ Positions are computed with integers, so no rounding depends on the device or on
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,10 +13,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kava_core.kv.timemap import TimeMap
+from kava_core.kv.timemap import TimeMap, ranges
 
-Mode = Literal["interpolate", "nearest"]
-"""Mean of the two neighbouring positions, or the nearer one."""
+Mode = Literal["interpolate", "area", "nearest"]
+"""Weighted mean of the two neighbouring positions, of all positions covered, or the nearest one."""
+BlockMode = Mode | Literal["auto"]
+"""``auto``: ``area`` where the block shrinks to less than half, so that no position goes unread, else
+``interpolate``."""
 
 
 def safe_linear_indices(
@@ -36,11 +40,12 @@ def safe_linear_indices(
 def safe_time_resample(
     x: Float[Tensor, " ..."], time: int, *, axis: int = -2, mode: Mode = "interpolate"
 ) -> Float[Tensor, " ..."]:
-    """``x`` with ``time`` positions along ``axis``, the first and the last kept; other axes as they are.
+    """``x`` with ``time`` positions along ``axis``; other axes as they are.
 
-    No positions give zeros, one is repeated, and a single wanted one is the middle. Dtype and device stay;
-    half precision is interpolated in float32. For any number of axes (the earlier ``safe_time_resample``
-    took 3, 4 or 5). ``x`` itself is returned where nothing changes.
+    ``interpolate`` and ``nearest`` keep the first and the last position, and a single wanted one is the
+    middle. ``area``: position i is the mean over ``[i, i + 1) · t_time / time``. No positions give zeros,
+    one is repeated. Dtype and device stay; half precision is summed in float32. For any number of axes (the
+    earlier ``safe_time_resample`` took 3, 4 or 5). ``x`` itself is returned where nothing changes.
     """
     t_time = x.shape[axis]
     if t_time == 0:
@@ -51,7 +56,16 @@ def safe_time_resample(
         return x
     if mode == "nearest":
         return x.index_select(axis, safe_linear_indices(t_time, time, x.device))
-    return _interpolate(x, time, axis)
+    return _average(x, time, axis) if mode == "area" else _interpolate(x, time, axis)
+
+
+def _average(x: Float[Tensor, " ..."], time: int, axis: int) -> Float[Tensor, " ..."]:
+    moved = x.movedim(axis, 0)
+    t_time, *others = moved.shape
+    block = torch.zeros(1, t_time, dtype=torch.long), torch.zeros(1, time, dtype=torch.long)
+    rows = moved.reshape(1, 1, 1, t_time, math.prod(others))
+    found = block_map(places(*block, 1), "area").to(x.device).apply(rows)
+    return found.reshape(time, *others).movedim(0, axis)
 
 
 def _interpolate(x: Float[Tensor, " ..."], time: int, axis: int) -> Float[Tensor, " ..."]:
@@ -114,51 +128,58 @@ def _extents(block: Int[Tensor, "batch time"], blocks: int) -> tuple[Tensor, Ten
     return (inside.cumsum(1) == 0).sum(1), inside.sum(1)
 
 
-def block_map(
-    at: Places,
-    mode: Mode = "interpolate",
-    window: Int[Tensor, "batch time"] | None = None,
-    widest: int = 1,
-) -> TimeMap:
+def block_map(at: Places, mode: BlockMode = "auto") -> TimeMap:
     """Each student block resampled from the teacher's block, on half-pixel centres.
 
-    Student position u of n reads the teacher's place ``(u + ½) · t_count / n − ½``, as ``F.interpolate`` does
-    with ``align_corners=False`` (``nearest``: as its ``nearest-exact``). An odd ``window`` first replaces the
-    teacher's positions by their moving average, truncated at the borders of the block; ``widest`` is the
-    largest window, so that the number of taps does not depend on data.
+    ``interpolate``: student position u of n reads the teacher's place ``(u + ½) · t_count / n − ½``, as
+    ``F.interpolate`` does with ``align_corners=False`` (``nearest``: as its ``nearest-exact``). ``area``: it
+    averages the teacher's places ``[u, u + 1) · t_count / n``, each weighted by its overlap. ``auto``:
+    ``area`` where ``t_count > 2 n``, else ``interpolate``, block by block. The shapes of ``interpolate`` and
+    ``nearest`` do not depend on data.
     """
-    last = (at.t_count - 1).clamp_min(0)
     if mode == "nearest":
-        low, fraction = (2 * at.offset + 1) * at.t_count // (2 * at.count), None
-    else:
-        scaled = ((2 * at.offset + 1) * at.t_count - at.count).clamp_min(0)
-        low = scaled // (2 * at.count)
-        fraction = (scaled - low * 2 * at.count).float() / (2 * at.count)
-    low = torch.minimum(low.clamp_min(0), last)
-    reach = torch.zeros_like(low) if window is None else window // 2
-    return _taps(at, low, fraction, last, reach, widest // 2)
+        nearest = (2 * at.offset + 1) * at.t_count // (2 * at.count)
+        return TimeMap.gather(at.t_start + nearest, at.valid)
+    if mode == "interpolate":
+        low, part = _neighbour(at)
+        high = torch.minimum(low + 1, (at.t_count - 1).clamp_min(0))
+        return TimeMap.between(at.t_start + low, at.t_start + high, part / (2 * at.count), at.valid)
+    return _covered(at, at.t_count > (0 if mode == "area" else 2 * at.count))
 
 
-def _taps(
-    at: Places, low: Tensor, fraction: Tensor | None, last: Tensor, reach: Tensor, widest: int
-) -> TimeMap:
-    """Taps from ``low − widest`` on; the weight of each is its share of both neighbours' averages."""
-    taps = 2 * widest + (1 if fraction is None else 2)
-    place = low[..., None] + torch.arange(-widest, taps - widest, device=low.device)
-    weight = _share(place, low, last, reach)
-    if fraction is not None:
-        high = torch.minimum(low + 1, last)
-        weight = torch.lerp(weight, _share(place, high, last, reach), fraction[..., None])
-    place = torch.minimum(place.clamp_min(0), last[..., None]) + at.t_start[..., None]
-    index = torch.where(at.valid[..., None], place, 0)
-    return TimeMap(index, weight * at.valid[..., None], at.valid)
+def _neighbour(at: Places) -> tuple[Tensor, Tensor]:
+    """The teacher's place below the one to read, and the distance to it, times ``2 · count``."""
+    scaled = ((2 * at.offset + 1) * at.t_count - at.count).clamp_min(0)
+    low = scaled // (2 * at.count)
+    return low, scaled - low * 2 * at.count
 
 
-def _share(place: Tensor, centre: Tensor, last: Tensor, reach: Tensor) -> Tensor:
-    """Weight of each tap in the average around ``centre``: 1/size of the truncated window, or 0."""
-    start, stop = (centre - reach).clamp_min(0), torch.minimum(centre + reach, last)
-    inside = (place >= start[..., None]) & (place <= stop[..., None])
-    return inside.float() / (stop - start + 1)[..., None]
+def _covered(at: Places, averaged: Tensor) -> TimeMap:
+    """Exact area averages where ``averaged``, interpolation elsewhere."""
+    low, part = _neighbour(at)
+    first = torch.where(averaged, at.offset * at.t_count // at.count, low)
+    stop = torch.where(averaged, -(-(at.offset + 1) * at.t_count // at.count), low + 2)
+    count = torch.where(at.valid, torch.minimum(stop, at.t_count) - first, 0)
+    row, place = ranges(first.flatten(), count.flatten())
+    fields = (at.offset, at.count, at.t_start, at.t_count, low, part, averaged)
+    u, n, t_start, t_n, low, part, averaged = (field.flatten()[row] for field in fields)
+    overlap = torch.minimum((place + 1) * n, (u + 1) * t_n) - torch.maximum(place * n, u * t_n)
+    between = torch.where(place == low, 2 * n - part, part)
+    return TimeMap.of_entries(
+        row, t_start + place, torch.where(averaged, overlap, between).double(), at.valid
+    )
+
+
+def moving_average(at: Places, window: Int[Tensor, "batch time"]) -> TimeMap:
+    """Each position's mean over an odd ``window`` around it, truncated at the borders of its block.
+
+    ``at`` is where the positions stand in their own blocks: ``places(block, block, blocks)``.
+    """
+    reach = window // 2
+    first = (at.offset - reach).clamp_min(0)
+    count = torch.where(at.valid, torch.minimum(at.offset + reach + 1, at.count) - first, 0)
+    row, index = ranges((at.t_start + first).flatten(), count.flatten())
+    return TimeMap.of_entries(row, index, torch.ones_like(index, dtype=torch.float32), at.valid)
 
 
 def evenly_kept(at: Places, millionths: Int[Tensor, "batch time"]) -> Bool[Tensor, "batch time"]:

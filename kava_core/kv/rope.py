@@ -9,12 +9,15 @@ some frequency schemes (YaRN, longrope) and carries the rounding of low-precisio
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
+
+from kava_core.errors import KavaError
 
 Apply = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """A model's ``apply_rotary_pos_emb(q, k, cos, sin)`` for tensors ``batch head time dim``."""
@@ -27,6 +30,64 @@ class Angles(NamedTuple):
     sin: Float[Tensor, "_ time _"]
     width: int
     """Leading channels of a head that were given to the rotation; the others were passed by."""
+
+
+class Turn(NamedTuple):
+    """Layers that were rotated alike."""
+
+    layers: tuple[int, ...]
+    """Their places along the axis ``layer``."""
+    angles: Angles | None
+    """None: they were not rotated."""
+    function: Apply | None
+    """The model's own function; None: they were not rotated."""
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How a forward pass rotated the layers that were captured; it can be undone, or done to other tensors.
+
+    Layers keep their own angles and width: local and global ones, and those without rotation.
+    """
+
+    turns: tuple[Turn, ...]
+    """Every layer stands in one of them."""
+    dim: int
+    """Width of a head."""
+
+    def apply(
+        self, x: Float[Tensor, "batch layer head time dim"]
+    ) -> Float[Tensor, "batch layer head time dim"]:
+        """Rotate as the forward pass did, scaling included; any heads, the same layers, times and width.
+
+        Computed in float32 at least; the dtype of ``x`` is kept. KavaError where layers or width differ.
+        """
+        return self._each(x, rerotate)
+
+    def undo(
+        self, x: Float[Tensor, "batch layer head time dim"]
+    ) -> Float[Tensor, "batch layer head time dim"]:
+        """The inverse of ``apply``."""
+        return self._each(x, unrotate)
+
+    def _each(self, x: Tensor, turn: Callable[..., Tensor]) -> Tensor:
+        self._check(x)
+        if len(self.turns) == 1:
+            return _turned(x, self.turns[0], turn)
+        places = [torch.tensor(one.layers, device=x.device) for one in self.turns]
+        parts = [
+            _turned(x.index_select(1, place), one, turn)
+            for place, one in zip(places, self.turns, strict=True)
+        ]
+        return torch.cat(parts, dim=1).index_select(1, torch.cat(places).argsort())
+
+    def _check(self, x: Tensor) -> None:
+        layers = sum(len(one.layers) for one in self.turns)
+        if (x.shape[1], x.shape[-1]) != (layers, self.dim):
+            raise KavaError(
+                f"this rotation is of {layers} layers and heads {self.dim} wide, "
+                f"not of {x.shape[1]} layers and heads {x.shape[-1]} wide"
+            )
 
 
 def unrotate(
@@ -58,6 +119,13 @@ def rerotate(
     turned, _ = apply(turned, turned[:, :0], cos.to(_wide(x)), sin.to(_wide(x)))
     whole = torch.cat([turned, passed], dim=-1).to(x.dtype)
     return rearrange(whole, "batch (layer head) time dim -> batch layer head time dim", layer=x.shape[1])
+
+
+def _turned(x: Tensor, one: Turn, turn: Callable[..., Tensor]) -> Tensor:
+    if one.angles is None or one.function is None:
+        return x
+    cos, sin = one.angles.cos.to(x.device), one.angles.sin.to(x.device)
+    return turn(x, cos, sin, one.function, one.angles.width)
 
 
 def _wide(x: Tensor) -> torch.dtype:

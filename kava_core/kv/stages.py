@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -57,6 +58,16 @@ def layer_matrix(
     return mapper()
 
 
+def join_layers(
+    x: Float[Tensor, "batch t_layer head time t_dim"], layer: int
+) -> Float[Tensor, "batch {layer} head time dim"]:
+    """Each run of ``t_layer / layer`` neighbouring layers side by side along the width."""
+    joined: Tensor = rearrange(
+        x, "batch (layer tap) head time dim -> batch layer head time (tap dim)", layer=layer
+    )
+    return joined
+
+
 def mix_layers(
     x: Float[Tensor, "batch t_layer head time dim"], matrix: Float[Tensor, "layer t_layer"]
 ) -> Float[Tensor, "batch layer head time dim"]:
@@ -66,20 +77,21 @@ def mix_layers(
 
 def adapt_heads(
     adapter: HeadAdapter,
-    x: Float[Tensor, "batch layer t_head time t_dim"],
+    x: Float[Tensor, "batch _ t_head time t_dim"],
     part: Part,
     *,
+    layer: int,
     head: int,
     dim: int,
-) -> Float[Tensor, "batch layer {head} time {dim}"]:
+) -> Float[Tensor, "batch {layer} {head} time {dim}"]:
     """``t_head → head``."""
     return adapter(x, part)
 
 
-def fold_student(
-    adapter: HeadAdapter, x: Float[Tensor, "batch layer _ time _"], *, head: int, dim: int
-) -> Float[Tensor, "batch layer {head} time {dim}"]:
-    """The student's tensor in the adapter's view."""
+def fold_heads(
+    adapter: HeadAdapter, x: Float[Tensor, "batch _ _ time _"], *, layer: int, head: int, dim: int
+) -> Float[Tensor, "batch {layer} {head} time {dim}"]:
+    """The other side's tensor in the adapter's view."""
     return adapter.fold(x)
 
 

@@ -26,9 +26,8 @@ def bind(registry: Registry) -> type[PipelineSpec]:
     A component is written as its name, or as a mapping with its name and parameters.
     """
     parts = {kind: component(registry, kind) for kind in KINDS}
-    align = _narrowed(
-        AlignSpec, {kind: part for kind, part in parts.items() if kind in AlignSpec.model_fields}
-    )
+    stages = {kind: part for kind, part in parts.items() if kind in AlignSpec.model_fields}
+    align = _narrowed(AlignSpec, {**stages, "token_warper": parts["time_warper"] | None})
     teacher = _narrowed(TeacherSpec, {"align": align})
     many = {"teachers": _many(teacher), "losses": _many(parts["kv_loss"])}
     return cast(type[PipelineSpec], _narrowed(PipelineSpec, {**many, "fuser": parts["fuser"]}))

@@ -102,12 +102,21 @@ class AlignSpec(Strict):
 
     layer_mapper: ComponentConfig = Field(default={"name": "ratio"})  # type: ignore[assignment]
     """t_layer → layer."""
+    layers: Literal["mean", "concat"] = "mean"
+    """Where a student layer reads several teacher layers: their mean with the mapper's weights, or side by
+    side along the width, for the projector to choose from."""
     head_adapter: ComponentConfig = Field(default={"name": "structured"})  # type: ignore[assignment]
     """t_head → head."""
+    token_warper: ComponentConfig | None = None
+    """A time warper that first brings the teacher's tokens to the student's (say, char_iou); time_warper then
+    works among the student's positions. Both are applied as one map."""
     time_warper: ComponentConfig = Field(default={"name": "segment"})  # type: ignore[assignment]
     """t_time → time."""
     dim_projector: ComponentConfig = Field(default={"name": "calibrated"})  # type: ignore[assignment]
     """t_dim → dim."""
+    direction: Literal["to_student", "to_teacher"] = "to_student"
+    """Which side the head adapter and the projector map: the teacher's cache to the student's heads and
+    width, or the student's cache up to the teacher's, which stays as it is (FitNets)."""
 
 
 class TeacherSpec(ModelSpec):
@@ -117,6 +126,10 @@ class TeacherSpec(ModelSpec):
     """How tables and weights call this teacher."""
     align: AlignSpec = Field(default={})  # type: ignore[assignment]
     """How its cache is brought to the student's axes."""
+    quantize: Literal["int8", "int4", "nf4"] | None = None
+    """Round the weights of its linear layers to 8 or 4 bits (needs the extra ``quantize``); embeddings, head
+    and cache keep their dtype. ``int8``, ``int4``: torchao (int4 takes no less memory than int8); ``nf4``:
+    bitsandbytes, half a byte a weight."""
 
 
 class Template(Strict):
@@ -242,6 +255,18 @@ class TrainSpec(Strict):
     """Trackers beside metrics.jsonl."""
 
 
+class StoreSpec(Strict):
+    """The teachers' aligned caches on disk: ``kava cache`` writes them, training then runs no teacher."""
+
+    folder: str
+    """Folder of stores. Each is named by a hash of everything it depends on: weights, tokenizers, examples,
+    alignment, what is compared."""
+    dtype: Literal["bfloat16", "int8", "float32"] = "bfloat16"
+    """How numbers are stored. ``int8``: with a float32 scale for each layer, head and position."""
+    shard_mb: Positive = 512
+    """Size of a file, in MiB."""
+
+
 class EvaluateSpec(Strict):
     """Validation during training."""
 
@@ -266,9 +291,10 @@ class PipelineSpec(Strict):
     """The model that is trained."""
     teachers: tuple[TeacherSpec, ...] = ()
     """The models that are distilled."""
-    rotary: Literal["strip", "keep"] = "strip"
+    rotary: Literal["strip", "keep", "match"] = "strip"
     """``strip``: compare keys and queries without rotation, undone by each model's own angles; ``keep``: as
-    cached."""
+    cached; ``match``: the teacher's rotation is undone and, once aligned, done again with the student's
+    positions and base."""
     target: Literal["separate", "fused"] = "separate"
     """``separate``: the student is compared with every teacher, and the losses are averaged with the fuser's
     weights; ``fused``: the aligned caches are averaged first, which only means something where they share a
@@ -283,6 +309,8 @@ class PipelineSpec(Strict):
     """The optimisation."""
     evaluate: EvaluateSpec = EvaluateSpec()
     """Validation during training."""
+    store: StoreSpec | None = None
+    """Train from aligned caches written before by ``kava cache``; null: run the teachers at every step."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field((0,), min_length=1)
     """One run for each. A seed fixes the student's weights, the data order and dropout."""
     variants: dict[Name, dict[str, Any]] = Field(default={})
@@ -300,4 +328,9 @@ class PipelineSpec(Strict):
             raise ValueError("'losses' need at least one teacher")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("'seeds' must differ from one another")
+        if self.store is not None and self.train.shuffle_teacher:
+            raise ValueError(
+                "'train.shuffle_teacher' aligns every teacher's cache to another example, which no store "
+                "holds; set 'store: null'"
+            )
         return self

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from kava_core.data.collate import Collator
@@ -17,16 +20,18 @@ from kava_core.data.encode import prefix_mismatch
 from kava_core.data.examples import render
 from kava_core.data.splits import Splits, load_splits
 from kava_core.data.tokenizers import load_tokenizer
-from kava_core.errors import SpecError
+from kava_core.errors import CheckpointError, SpecError
 from kava_core.kv.axes import Geometry
 from kava_core.kv.pipeline import KVPipeline, active, parts_of
-from kava_core.kv.probe import geometry_of
+from kava_core.kv.probe import geometry_of, probe_geometry
 from kava_core.kv.timeline import PROMPT
 from kava_core.kv.unused import freeze_unused
 from kava_core.paths import cache_folder
 from kava_core.spec.model import ModelSpec, PipelineSpec
+from kava_core.store.index import PROJECTORS
+from kava_core.store.reader import Store
 from kava_core.train.distiller import Distiller
-from kava_core.train.models import load_model, load_student
+from kava_core.train.models import load_model, load_student, model_config
 from kava_core.train.room import assert_room, assert_room_to_write
 from kava_core.train.teacher import Teacher
 
@@ -45,6 +50,8 @@ class Data:
     """For calibration and evaluation."""
     train_items: EncodedDataset
     validation_items: EncodedDataset
+    store: Store | None = None
+    """Where the collators read the teachers' targets; None runs the teachers."""
 
     def longest(self) -> dict[str | None, int]:
         """Most tokens of an example on the side of every teacher, by name, and of the student, under None."""
@@ -114,6 +121,8 @@ def make_distiller(spec: PipelineSpec, data: Data, *, seed: int) -> Distiller:
         assert_room_to_write(student.config, data.longest_prompt(), spec.evaluate.max_new_tokens)
     if not used_teachers(spec):
         return Distiller(student)
+    if data.store is not None:
+        return _reading_distiller(spec, data, data.store, student, seed)
     models: dict[str, Any] = {
         teacher.name: load_model(
             teacher, data.teacher_tokenizers[teacher.name], seed=0, where=f"teacher {teacher.name!r}"
@@ -130,6 +139,51 @@ def make_distiller(spec: PipelineSpec, data: Data, *, seed: int) -> Distiller:
         for t, a in zip(spec.teachers, pipeline.teachers, strict=True)
     ]
     return Distiller(student, pipeline, teachers, parts=parts_of(spec), rotary=spec.rotary)
+
+
+def _reading_distiller(
+    spec: PipelineSpec, data: Data, store: Store, student: nn.Module, seed: int
+) -> Distiller:
+    """Without teachers: their geometry is known from their configs, their targets lie in the store."""
+    pipeline = make_pipeline(spec, config_geometries(spec, data), geometry_of(student), seed=seed)
+    load_projectors(pipeline, store.folder / PROJECTORS)
+    return Distiller(student, pipeline, parts=parts_of(spec), rotary=spec.rotary)
+
+
+def config_geometries(spec: PipelineSpec, data: Data) -> dict[str, Geometry]:
+    """Every teacher's geometry, by name; no model is loaded."""
+    tokenizers = data.teacher_tokenizers
+    return {
+        t.name: config_geometry(t, tokenizers[t.name], where=f"teacher {t.name!r}") for t in spec.teachers
+    }
+
+
+def config_geometry(model: ModelSpec, tokenizer: PreTrainedTokenizerBase, *, where: str) -> Geometry:
+    """A model's geometry, from its config."""
+    return probe_geometry(model_config(model, tokenizer, where=where))
+
+
+def projectors(pipeline: KVPipeline) -> dict[str, Tensor]:
+    """The state of calibrated projectors, which is computed before the first step."""
+    return {
+        f"{aligner.name}/{name}": tensor.detach().cpu().contiguous()
+        for aligner in pipeline.teachers
+        if aligner.wants_calibration
+        for name, tensor in aligner.dim_projector.state_dict().items()
+    }
+
+
+def load_projectors(pipeline: KVPipeline, file: Path) -> None:
+    """Load what ``projectors`` gave; CheckpointError where it does not fit."""
+    try:
+        saved = load_file(file)
+        for aligner in pipeline.teachers:
+            if aligner.wants_calibration:
+                mine = f"{aligner.name}/"
+                state = {name.removeprefix(mine): x for name, x in saved.items() if name.startswith(mine)}
+                aligner.dim_projector.load_state_dict(state)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: {str(error).splitlines()[0]}") from error
 
 
 def make_pipeline(

@@ -7,17 +7,22 @@ of it; teachers are held where ``nn.Module`` does not look, so that nothing trai
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from kava_core.config import Part
+from kava_core.kv.aligner import TeacherAligner
+from kava_core.kv.axes import Cache
 from kava_core.kv.capture import Capture
 from kava_core.kv.masks import without_autocast
 from kava_core.kv.pipeline import Aligned, KVPipeline
 from kava_core.kv.timeline import Timeline
+from kava_core.kv.timemap import TimeMap
+from kava_core.store.reader import target_of
 from kava_core.train.teacher import Teacher
 
 IGNORED = -100
@@ -45,8 +50,9 @@ class Distiller(nn.Module):
     Args:
         student: a causal language model of transformers, possibly with adapters.
         pipeline: alignment, fusion and KV losses; None trains on cross-entropy alone.
-        teachers: one for each aligner of the pipeline.
-        rotary: whether the student's keys and queries are compared without their rotation.
+        teachers: one for each aligner of the pipeline; none where batches bring stored targets.
+        parts: what the losses compare.
+        rotary: whether keys and queries are compared without their rotation.
     """
 
     main_input_name = "student"
@@ -57,25 +63,31 @@ class Distiller(nn.Module):
         student: nn.Module,
         pipeline: KVPipeline | None = None,
         teachers: Sequence[Teacher] = (),
-        **capture: Any,
+        *,
+        parts: tuple[Part, ...] = ("keys", "values"),
+        rotary: Literal["strip", "keep", "match"] = "strip",
     ) -> None:
         super().__init__()
         self.student = student
         self.config = student.config
         self.pipeline = pipeline
         self.__dict__["teachers"] = tuple(teachers)
-        self.__dict__["capture"] = (
-            None if pipeline is None else Capture(student, layers=pipeline.layers, **capture)
-        )
+        self.parts, self.rotary = parts, rotary
+        self.__dict__["capture"] = None if pipeline is None else self._capture(rotary)
+
+    def _capture(self, rotary: Literal["strip", "keep", "match"]) -> Capture:
+        assert self.pipeline is not None
+        return Capture(self.student, layers=self.pipeline.layers, parts=self.parts, rotary=rotary)
 
     def forward(
-        self, student: Mapping[str, Tensor], teachers: Mapping[str, Mapping[str, Tensor]], items: Tensor
+        self, student: Mapping[str, Tensor], teachers: Mapping[str, Mapping[str, Any]], items: Tensor
     ) -> dict[str, Tensor]:
         """Losses of a batch.
 
         Args:
             student: the collator's tensors of the student's side.
-            teachers: the same for every teacher, by name.
+            teachers: the same for every teacher, by name; with ``time_map`` where it is planned already; or
+                its side of a store.
             items: Float ``2``: labelled positions and real tokens of the whole batch.
 
         Returns:
@@ -85,25 +97,37 @@ class Distiller(nn.Module):
             ce = self._student(student, items[0])
             return {"loss": ce, "ce": ce.detach()}
         timeline = Timeline.from_batch(student)
-        aligned = self._aligned(teachers, timeline)
-        with self.__dict__["capture"]:
+        aligned = self.aligned(teachers, timeline, self.pipeline)
+        capture: Capture = self.__dict__["capture"]
+        with capture:
             ce = self._student(student, items[0])
         with without_autocast(ce.device):
-            terms = self.pipeline.terms_of(self.__dict__["capture"].take(), aligned, timeline, items[1])
+            cache = capture.take()
+            rotation = capture.rotation() if self.rotary == "match" else None
+            terms = self.pipeline.terms_of(cache, aligned, timeline, items[1], rotation)
             loss = ce + self.pipeline.total(terms)
         return {"loss": loss, "ce": ce.detach(), **{name: term.detach() for name, term in terms.items()}}
 
-    def _aligned(self, teachers: Mapping[str, Mapping[str, Tensor]], timeline: Timeline) -> list[Aligned]:
-        """Every teacher's target; only one raw cache is alive at a time."""
-        assert self.pipeline is not None
-        aligned = []
-        for aligner, teacher in zip(self.pipeline.teachers, self.__dict__["teachers"], strict=True):
-            side = teachers[teacher.name]
-            cache = teacher.cache(side)
-            with without_autocast(timeline.mask.device):
-                aligned.append(self.pipeline.align(aligner, cache, Timeline.from_batch(side), timeline))
-            del cache
-        return aligned
+    def aligned(
+        self, teachers: Mapping[str, Mapping[str, Any]], timeline: Timeline, pipeline: KVPipeline
+    ) -> list[Aligned]:
+        """Every teacher's target: read from a store, or by this pipeline; one raw cache is alive at a time."""
+        return [
+            self._target(aligner, teachers[aligner.name], timeline, pipeline) for aligner in pipeline.teachers
+        ]
+
+    def _target(
+        self, aligner: TeacherAligner, side: Mapping[str, Any], timeline: Timeline, pipeline: KVPipeline
+    ) -> Aligned:
+        if "target" in side:
+            return Aligned(*target_of(side))
+        cache = self._teacher(aligner.name).cache(side)
+        with without_autocast(timeline.mask.device):
+            return pipeline.warped(aligner, cache, _time_map(aligner, side, timeline))
+
+    def _teacher(self, name: str) -> Teacher:
+        found: Teacher = next(teacher for teacher in self.__dict__["teachers"] if teacher.name == name)
+        return found
 
     def _student(self, side: Mapping[str, Tensor], items: Tensor) -> Float[Tensor, ""]:
         logits = self.student(
@@ -118,14 +142,30 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, batch: Mapping[str, Any]) -> None:
-        """Show one batch of the teachers' caches to every projector that wants to see data."""
+        """Show one batch of everyone's cache to every projector that wants to see data."""
         assert self.pipeline is not None
         timeline = Timeline.from_batch(batch["student"])
+        student = self.still_cache(batch["student"])
         for aligner, teacher in zip(self.pipeline.teachers, self.__dict__["teachers"], strict=True):
             if aligner.wants_calibration:
                 side = batch["teachers"][teacher.name]
-                cache = teacher.cache(side).map(lambda x, _: x.float())
-                aligner.observe(cache, aligner.plan(Timeline.from_batch(side), timeline))
+                cache = teacher.cache(side).map(_wide)
+                aligner.observe(cache, student, _time_map(aligner, side, timeline))
+
+    @torch.no_grad()
+    def still_cache(self, side: Mapping[str, Tensor]) -> Cache:
+        """The student's cache in evaluation mode, in float32; unrotated with ``rotary: match``."""
+        here, training = next(self.student.parameters()).device, self.training
+        capture = self._capture("keep" if self.rotary == "keep" else "strip")
+        self.student.eval()
+        with capture:
+            self.student.base_model(
+                input_ids=side["input_ids"].to(here),
+                attention_mask=side["attention_mask"].to(here),
+                use_cache=False,
+            )
+        self.student.train(training)
+        return capture.take().map(lambda x, part: _wide(x, part).to(side["input_ids"].device))
 
     def finish_calibration(self) -> None:
         """Compute every calibrated projection from what was observed."""
@@ -133,3 +173,13 @@ class Distiller(nn.Module):
         for aligner in self.pipeline.teachers:
             if aligner.wants_calibration:
                 aligner.dim_projector.finish()
+
+
+def _time_map(aligner: TeacherAligner, side: Mapping[str, Any], timeline: Timeline) -> TimeMap:
+    """The map the collator planned, or a new one."""
+    planned: TimeMap | None = side.get("time_map")
+    return aligner.plan(Timeline.from_batch(side), timeline) if planned is None else planned
+
+
+def _wide(x: Tensor, _: Part) -> Tensor:
+    return x.float()

@@ -19,7 +19,9 @@ from kava_core.data.collate import Collator
 from kava_core.data.dataset import EncodedDataset
 from kava_core.data.examples import Example, is_correct
 from kava_core.spec.model import EvaluateSpec, Template
+from kava_core.train.collapse import EXAMPLES, CollapseMonitor
 from kava_core.train.distiller import IGNORED, Distiller
+from kava_core.train.time_plans import PlansTime
 
 SAMPLES = 8
 """Written answers of the newest evaluation that are kept."""
@@ -35,6 +37,7 @@ class Evaluator:
         template: finds the answer in what the student wrote.
         spec: sizes.
         samples: file for some written answers of the newest evaluation.
+        monitor: watches the aligners on the first validation examples.
     """
 
     def __init__(
@@ -45,9 +48,20 @@ class Evaluator:
         template: Template,
         spec: EvaluateSpec,
         samples: Path,
+        monitor: CollapseMonitor,
     ) -> None:
         self.items, self.examples, self.collator = items, items.examples, collator
         self.tokenizer, self.template, self.spec, self.samples = tokenizer, template, spec, samples
+        self.monitor = monitor
+
+    def begin(self, distiller: Distiller, device: torch.device) -> None:
+        """Let the monitor keep the state before the first step."""
+        self.monitor.begin(distiller, self._watched(distiller, device))
+
+    def _watched(self, distiller: Distiller, device: torch.device) -> dict[str, Any]:
+        some = [self.items[index] for index in range(min(EXAMPLES, len(self.items)))]
+        batch: dict[str, Any] = send_to_device(PlansTime(self.collator, distiller.pipeline)(some), device)
+        return batch
 
     def __call__(self, distiller: Distiller) -> dict[str, float]:
         """Metrics: ``ce`` (nats per labelled token), ``perplexity``, every KV term, ``exact_match``."""
@@ -55,6 +69,7 @@ class Evaluator:
         mine = range(accelerator.process_index, len(self.examples), accelerator.num_processes)
         with _evaluating(distiller), _own_random_numbers(), torch.no_grad():
             metrics = self._losses(distiller, list(mine), accelerator)
+            metrics |= self.monitor(distiller, self._watched(distiller, accelerator.device))
             if self.spec.generate:
                 metrics["exact_match"] = self._exact_match(distiller.student, list(mine), accelerator)
         return metrics
@@ -62,7 +77,8 @@ class Evaluator:
     def _losses(self, distiller: Distiller, mine: list[int], accelerator: Accelerator) -> dict[str, float]:
         sums: dict[str, Tensor] = {}
         one = torch.ones(2, device=accelerator.device)
-        for batch in DataLoader(Subset(self.items, mine), self.spec.batch_size, collate_fn=self.collator):
+        collate = PlansTime(self.collator, distiller.pipeline)
+        for batch in DataLoader(Subset(self.items, mine), self.spec.batch_size, collate_fn=collate):
             batch = send_to_device(batch, accelerator.device)
             side = batch["student"]
             found = distiller(side, batch["teachers"], items=one) | {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import tempfile
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from transformers import (
 )
 
 from kava_core.errors import SpecError, did_you_mean
-from kava_core.spec.model import Lora, ModelSpec, StudentSpec
+from kava_core.spec.model import Lora, ModelSpec, StudentSpec, TeacherSpec
+from kava_core.train.quantize import check_quantised, explained, loading_options
 
 
 def model_config(
@@ -123,7 +125,7 @@ def load_model(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int
         SpecError: it cannot be made or loaded, or its vocabulary is smaller than the tokenizer's.
     """
     try:
-        model = _random(spec, tokenizer, seed, where) if spec.path is None else _stored(spec, where)
+        model = _made(spec, tokenizer, seed, where)
     except SpecError:
         raise
     except Exception as error:  # transformers, safetensors and torch each raise their own
@@ -133,13 +135,33 @@ def load_model(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int
     return model
 
 
+def _made(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, seed: int, where: str) -> nn.Module:
+    quantized = isinstance(spec, TeacherSpec) and spec.quantize is not None
+    if spec.path is not None:
+        return _quantized(spec, where) if quantized else _stored(spec, where)
+    if not quantized:
+        return _random(spec, tokenizer, seed, where)
+    with tempfile.TemporaryDirectory(prefix="kava-") as folder:  # the libraries quantise while loading
+        _random(spec, tokenizer, seed, where).save_pretrained(folder)
+        return _quantized(spec.model_copy(update={"path": folder, "revision": None}), where)
+
+
 def _random(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, seed: int, where: str) -> nn.Module:
     config = model_config(spec, tokenizer, where=where)
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(copy.deepcopy(config), **_options(spec))
 
 
-def _stored(spec: ModelSpec, where: str) -> nn.Module:
+def _quantized(spec: Any, where: str) -> nn.Module:
+    dtype = getattr(torch, spec.dtype)
+    options = loading_options(spec.quantize, dtype, where=where)
+    with explained(spec.quantize, where=where):
+        model = _stored(spec, where, **options)
+    check_quantised(model, where=where)
+    return model
+
+
+def _stored(spec: ModelSpec, where: str, **more: Any) -> nn.Module:
     """Weights from safetensors only; transformers would fill missing ones with random numbers."""
     load: Any = AutoModelForCausalLM.from_pretrained
     model, found = load(
@@ -149,6 +171,7 @@ def _stored(spec: ModelSpec, where: str) -> nn.Module:
         trust_remote_code=False,
         output_loading_info=True,
         **_options(spec),
+        **more,
     )
     if missing := sorted(found["missing_keys"]):
         raise SpecError(f"{where}: {spec.path}: {len(missing)} weights are missing, such as {missing[0]}")

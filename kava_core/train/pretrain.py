@@ -27,6 +27,7 @@ def pretraining_spec(spec: PipelineSpec, model: ModelSpec) -> PipelineSpec:
             "rotary": "strip",
             "target": "separate",
             "seeds": (plan.seed,),
+            "store": None,
             "train": _train(plan, spec.train),
             "evaluate": EvaluateSpec(**spec.evaluate.model_dump() | {"every": plan.steps}),
             "output": str(cache_folder()),

@@ -12,6 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from kava_core.train.callbacks import read_metrics
+from kava_core.train.collapse import PREFIX
 from kava_core.train.run import Result
 
 
@@ -26,6 +27,23 @@ def show(results: Sequence[Result]) -> None:
     else:
         console.print("no plot: matplotlib is not installed (pip install 'kava[plots]')")
     console.print(f"runs:   {folder}", soft_wrap=True)
+    for line in warnings(results):
+        console.print(line, style="yellow", soft_wrap=True)
+
+
+ABSORBED = 0.5
+"""Share of the loss's fall, due to the aligner alone, from which on a run is pointed out."""
+
+
+def warnings(results: Sequence[Result]) -> list[str]:
+    """A line for every run whose KV loss fell because of its aligner more than because of its student."""
+    shares = [(result, result.results.get(f"{PREFIX}/absorbed", 0.0)) for result in results]
+    return [
+        f"{result.variant} seed {result.seed}: {share:.0%} of the fall of the KV loss is due to the trained "
+        "aligner alone; a low loss says little about this student (docs/training.md, collapse)"
+        for result, share in shares
+        if share > ABSORBED
+    ]
 
 
 def print_whole(shown: Table, console: Console) -> None:
@@ -52,7 +70,9 @@ def table(results: Sequence[Result]) -> Table:
 
 
 def _columns(results: Sequence[Result]) -> list[str]:
-    return list(dict.fromkeys(name for result in results for name in result.results))
+    """Every metric but those of the collapse monitor, of which there are many."""
+    names = dict.fromkeys(name for result in results for name in result.results)
+    return [name for name in names if not name.startswith(PREFIX)]
 
 
 def _mean(values: Sequence[int | float | None]) -> int | float | None:
@@ -132,7 +152,7 @@ def _evaluations(result: Result) -> list[dict[str, Any]]:
 def _curves(lines: list[dict[str, Any]], name: str) -> Curves:
     """Steps and values of a metric; ``kv`` stands for every KV term."""
     names = (
-        {key for line in lines for key in line if key.startswith("eval_")} - NOT_KV
+        {key for line in lines for key in line if key.startswith("eval_") and PREFIX not in key} - NOT_KV
         if name == "kv"
         else {name}
     )

@@ -27,12 +27,16 @@ from kava_core.spec.model import ModelSpec, PipelineSpec
 from kava_core.train import checkpoint
 from kava_core.train.assemble import Data, make_data, make_distiller, used_teachers
 from kava_core.train.callbacks import EndComplete, MetricsFile, ShowProgress, StopOnSignal
+from kava_core.train.collapse import CollapseMonitor
 from kava_core.train.distiller import Distiller
 from kava_core.train.evaluate import Evaluator
 from kava_core.train.export import save_student
 from kava_core.train.facts import facts
+from kava_core.train.layer_maps import with_measured_maps
 from kava_core.train.pretrain import pretraining_name, pretraining_spec
 from kava_core.train.rundir import RunDir
+from kava_core.train.stored import with_store
+from kava_core.train.time_plans import PlansTime
 from kava_core.train.trainer import KavaTrainer
 from kava_core.train.weights import load_weights
 
@@ -87,7 +91,7 @@ def run(spec: PipelineSpec, *, variant: str, seed: int, wait: bool = False) -> R
         if folder.complete:
             _same_data(spec, folder)
         else:
-            _train(_with_trained_models(spec), folder)
+            _train(with_trained_models(spec), folder)
     return Result(variant, seed, folder.path, folder.record()["results"])
 
 
@@ -98,7 +102,7 @@ def _meet() -> None:
         state.wait_for_everyone()
 
 
-def _with_trained_models(spec: PipelineSpec) -> PipelineSpec:
+def with_trained_models(spec: PipelineSpec) -> PipelineSpec:
     """The spec with every model to be pretrained replaced by its trained folder."""
     teachers = tuple(_trained(spec, teacher) for teacher in used_teachers(spec))
     return spec.model_copy(update={"teachers": teachers, "student": _trained(spec, spec.student)})
@@ -122,15 +126,17 @@ def _trained(spec: PipelineSpec, model: M) -> M:
 
 
 def _train(spec: PipelineSpec, folder: RunDir) -> None:
-    with _quiet():
+    with quiet():
         _train_quietly(spec, folder)
 
 
 def _train_quietly(spec: PipelineSpec, folder: RunDir) -> None:
     with StopOnSignal() as stop:
-        data = make_data(spec)
+        spec, data = with_store(spec, make_data(spec), seed=folder.seed)
         if is_main():
-            folder.begin({"data": data.report(), **facts(spec)})
+            store = {} if data.store is None else {"store": str(data.store.folder)}
+            folder.begin({"data": data.report(), **facts(spec), **store})
+        spec = with_measured_maps(spec, folder.path / "layer_maps", data, seed=folder.seed)
         distiller = make_distiller(spec, data, seed=folder.seed)
         trainer = _trainer(spec, folder, data, distiller, stop)
         distiller.place_teachers(trainer.args.device)
@@ -140,7 +146,8 @@ def _train_quietly(spec: PipelineSpec, folder: RunDir) -> None:
             trainer.state = TrainerState.load_from_json(str(resume / TRAINER_STATE_NAME))
         else:
             if resume is None:
-                _calibrate(distiller, data, spec, trainer.args.device)
+                calibrate(distiller, data, spec, trainer.args.device)
+                trainer.evaluator.begin(distiller, trainer.args.device)
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         if trainer.state.global_step < spec.train.steps:
             if is_main():
@@ -178,13 +185,14 @@ def _trainer(
         spec.data.template,
         spec.evaluate,
         folder.samples,
+        CollapseMonitor(folder.path / "before_training.safetensors"),
     )
     trainer = KavaTrainer(
         model=distiller,
         args=arguments(spec, folder, examples=len(data.train_items)),
         train_dataset=data.train_items,
         eval_dataset=data.validation_items,
-        data_collator=data.collator,
+        data_collator=PlansTime(data.collator, distiller.pipeline),
         callbacks=[
             EndComplete(),
             MetricsFile(folder.metrics),
@@ -246,19 +254,25 @@ def _assert_installed(trackers: tuple[str, ...]) -> None:
             raise SpecError(f"train.trackers: {tracker} is not installed: pip install {tracker}")
 
 
-def _calibrate(distiller: Distiller, data: Data, spec: PipelineSpec, device: torch.device) -> None:
-    """Show the first training examples to calibrated projectors, without touching the random state."""
-    if distiller.pipeline is None or not any(a.wants_calibration for a in distiller.pipeline.teachers):
+def calibrate(distiller: Distiller, data: Data, spec: PipelineSpec, device: torch.device) -> None:
+    """Show the first training examples to calibrated projectors, without touching the random state.
+
+    A store holds them calibrated.
+    """
+    if distiller.pipeline is None or data.store is not None:
+        return
+    if not any(a.wants_calibration for a in distiller.pipeline.teachers):
         return
     some = Subset(data.train_items, range(min(spec.train.calibration_examples, len(data.train_items))))
     with torch.random.fork_rng(devices=[]):
-        for batch in DataLoader(some, spec.train.batch_size, collate_fn=data.plain_collator):
+        collate = PlansTime(data.plain_collator, distiller.pipeline)
+        for batch in DataLoader(some, spec.train.batch_size, collate_fn=collate):
             distiller.calibrate(send_to_device(batch, device))
     distiller.finish_calibration()
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers' own chatter off; kava reports what matters."""
     from transformers.utils import logging
 

@@ -26,11 +26,12 @@ class Teacher:
         *,
         layers: tuple[int, ...],
         parts: tuple[Part, ...],
-        rotary: Literal["strip", "keep"],
+        rotary: Literal["strip", "keep", "match"],
     ) -> None:
         self.name = name
         self.model = model.eval().requires_grad_(False)
-        self.capture = Capture(model, layers=layers, parts=parts, rotary=rotary)
+        undo: Literal["strip", "keep"] = "keep" if rotary == "keep" else "strip"
+        self.capture = Capture(model, layers=layers, parts=parts, rotary=undo)
 
     def to(self, device: torch.device) -> None:
         """Move the model; nothing else would, as it stands outside the trained module."""

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from transformers import Trainer
 
 from kava_core.errors import CheckpointError, KavaError, NonFiniteError
 from kava_core.train import checkpoint
-from kava_core.train.distiller import IGNORED, Distiller
+from kava_core.train.distiller import IGNORED
+from kava_core.train.evaluate import Evaluator
 from kava_core.train.weights import assert_finite_weights, load_weights, save_weights
 
 
@@ -57,18 +58,35 @@ class RunningMeans:
         self.steps = saved["steps"]
 
 
+def own_rates(model: nn.Module) -> dict[Tensor, float]:
+    """Trained parameters of modules that name a ``learning_rate``, with that rate."""
+    named = [(module, getattr(module, "learning_rate", None)) for module in model.modules()]
+    return {
+        parameter: rate
+        for module, rate in named
+        if isinstance(rate, int | float)
+        for parameter in module.parameters()
+    }
+
+
+def split_group(optimizer: torch.optim.Optimizer, group: dict[str, Any], own: Mapping[Tensor, float]) -> None:
+    """Move a group's parameters with a rate of their own to a new group for each rate."""
+    for rate in sorted({own[p] for p in group["params"] if p in own}):
+        apart = [p for p in group["params"] if own.get(p) == rate]
+        group["params"] = [p for p in group["params"] if own.get(p) != rate]
+        optimizer.add_param_group({**group, "params": apart, "lr": rate})
+
+
 class KavaTrainer(Trainer):
     """Trains a ``Distiller``.
 
     Args:
-        evaluator: called with the distiller; returns the metrics of an evaluation.
+        evaluator: called with the distiller; gives the metrics of an evaluation.
         keep: complete checkpoints kept.
         Everything else as in ``transformers.Trainer``.
     """
 
-    def __init__(
-        self, *args: Any, evaluator: Callable[[Distiller], dict[str, float]], keep: int, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, evaluator: Evaluator, keep: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.evaluator = evaluator
         self.keep = keep
@@ -100,6 +118,16 @@ class KavaTrainer(Trainer):
         self._means.add(outputs)
         loss = outputs["loss"] * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    # optimizer
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """AdamW; components with a ``learning_rate`` of their own get groups of their own."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        own = own_rates(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+        for group in list(optimizer.param_groups):
+            split_group(optimizer, group, own)
+        return optimizer
 
     # stopping on NaN
 

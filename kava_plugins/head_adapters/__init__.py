@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from kava_core import hookimpl
 from kava_core.config import ComponentConfig
@@ -24,6 +26,8 @@ class Structured(ComponentConfig):
     """Keys and values are mixed alike. Queries always have their own mix."""
     trainable: bool = False
     """Train the mix with the student. A mix trained by the KV loss alone can absorb the mismatch."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of the mix, if it is trained; null: ``train.learning_rate``."""
     seed: int = 0
     """Seed of ``random``."""
 
@@ -33,6 +37,9 @@ class Flat(ComponentConfig):
 
     name: Literal["flat"] = "flat"
     component = "kava_plugins.head_adapters.flat:Flat"
+
+    layers: bool = False
+    """Put all compared layers side by side as well, as one layer with one head."""
 
 
 @hookimpl

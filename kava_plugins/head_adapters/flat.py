@@ -1,4 +1,4 @@
-"""All heads of a layer as one: the baseline without structure."""
+"""All heads of a layer as one, or all heads of all layers: the baseline without structure."""
 
 from __future__ import annotations
 
@@ -13,23 +13,31 @@ from kava_plugins.head_adapters import Flat as Config
 
 
 class Flat(nn.Module):
-    """One head as wide as all heads together, on both sides; the projector does the rest."""
+    """One head as wide as all together, on both sides; the projector does the rest."""
 
     linear = True
 
     def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
-        self.teacher_view = teacher.with_(head=1, qhead=1, dim=teacher.head * teacher.dim)
-        self.student_view = student.with_(head=1, qhead=1, dim=student.head * student.dim)
+        self.layers = config.layers
+        self.teacher_view, self.student_view = (_flat(side, config.layers) for side in (teacher, student))
 
     def forward(
         self, x: Float[Tensor, "batch layer t_head time dim"], part: Part
-    ) -> Float[Tensor, "batch layer 1 time _"]:
+    ) -> Float[Tensor, "batch _ 1 time _"]:
         """The teacher's heads side by side; KavaError for queries, whose width would be another."""
         if part == "queries":
             raise KavaError("head_adapter flat: queries cannot be flattened; possible parts: keys, values")
         return self.fold(x)
 
-    def fold(self, x: Float[Tensor, "batch layer head time dim"]) -> Float[Tensor, "batch layer 1 time _"]:
-        """The student's heads side by side."""
+    def fold(self, x: Float[Tensor, "batch layer head time dim"]) -> Float[Tensor, "batch _ 1 time _"]:
+        """The student's heads side by side, layer after layer where these are merged too."""
+        if self.layers:
+            return rearrange(x, "batch layer head time dim -> batch 1 1 time (layer head dim)")
         return rearrange(x, "batch layer head time dim -> batch layer 1 time (head dim)")
+
+
+def _flat(side: Geometry, layers: bool) -> Geometry:
+    """One head, and one layer where these are merged too."""
+    merged = side.layer if layers else 1
+    return side.with_(layer=side.layer // merged, head=1, qhead=1, dim=merged * side.head * side.dim)

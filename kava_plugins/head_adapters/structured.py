@@ -24,7 +24,7 @@ class Structured(nn.Module):
         super().__init__()
         self.teacher_view = teacher.with_(head=student.head, qhead=student.qhead)
         self.student_view = student
-        self.share_kv = config.share_kv
+        self.share_kv, self.learning_rate = config.share_kv, config.learning_rate
         parts: tuple[Part, ...] = ("keys", "queries") if config.share_kv else ("keys", "values", "queries")
         for order, part in enumerate(parts):
             mix = _initial(config, teacher, student, part, seed=config.seed + order)
@@ -49,10 +49,8 @@ def mix_heads(
     x: Float[Tensor, "batch layer t_head time dim"], mix: Float[Tensor, "_ head t_head"]
 ) -> Float[Tensor, "batch layer head time dim"]:
     """``mix`` (one for all layers, or one each) times the head axis of ``x``, as one batched product."""
-    batch, layer = x.shape[:2]
-    flat = rearrange(x, "batch layer head time dim -> (batch layer) head (time dim)")
-    mixed = torch.bmm(mix.expand(batch, layer, -1, -1).reshape(batch * layer, *mix.shape[1:]), flat)
-    return mixed.view(batch, layer, mix.shape[1], *x.shape[3:])
+    mixed = mix @ rearrange(x, "batch layer head time dim -> batch layer head (time dim)")
+    return mixed.view(*x.shape[:2], mix.shape[1], *x.shape[3:])
 
 
 def grouped(t_head: int, head: int) -> Float[Tensor, "head t_head"]:
@@ -74,9 +72,10 @@ def _initial(
     layer = student.layer if config.per_layer else 1
     if not head:  # queries that no loss compares
         return None
+    if t_head == head and not config.trainable and (config.init == "grouped" or head == 1):
+        return None
     if config.init == "grouped":
-        unchanged = t_head == head and not config.trainable
-        return None if unchanged else grouped(t_head, head).expand(layer, -1, -1).clone()
+        return grouped(t_head, head).expand(layer, -1, -1).clone()
     if config.init == "uniform":
         return torch.full((layer, head, t_head), 1 / t_head)
     generator = torch.Generator(device="cpu").manual_seed(seed)

@@ -21,7 +21,58 @@ class Ratio(ComponentConfig):
     """How many neighbouring teacher layers each student layer averages."""
 
 
+class LastAligned(ComponentConfig):
+    """Student layer i of L reads teacher layer T − L + i of T: the last layers meet, one by one."""
+
+    name: Literal["last_aligned"] = "last_aligned"
+    component = "kava_plugins.layer_mappers.last_aligned:LastAligned"
+
+    sources: int = Field(1, gt=0)
+    """How many neighbouring teacher layers each student layer averages."""
+
+
+class Cka(ComponentConfig):
+    """The most similar teacher layers, measured on training examples by debiased linear CKA.
+
+    Training measures before the first step, unless ``map`` names what ``kava calibrate`` measured.
+    """
+
+    name: Literal["cka"] = "cka"
+    component = "kava_plugins.layer_mappers.cka:Cka"
+
+    on: Literal["hidden", "keys", "values"] = "hidden"
+    """What is compared: the layers' outputs (the last one normalised, as transformers returns it), or a part
+    of the cache, without rotation."""
+    skip: int = Field(1, ge=0)
+    """Tokens left out at the start of every example. Activations of the first one are hundreds of times
+    larger in many models (arXiv 2402.17762): it alone would decide the similarity."""
+    top_k: int = Field(2, gt=0)
+    """How many of the most similar teacher layers each student layer reads."""
+    temperature: float = Field(0.1, gt=0)
+    """Their weights are softmax(similarity / temperature)."""
+    rows: int = Field(256, ge=4)
+    """Tokens in a minibatch of the estimate. More see rarer differences and cost more memory."""
+    map: str | None = None
+    """The ``.safetensors`` file of a measurement; the ``.json`` beside it must still describe it. ``top_k``
+    and ``temperature`` may differ from those it was measured with."""
+
+
+class Learned(ComponentConfig):
+    """A mixture of all teacher layers for each student layer, trained with the student.
+
+    A mixture trained only by the KV loss can absorb part of the mismatch, as a trained projector does.
+    """
+
+    name: Literal["learned"] = "learned"
+    component = "kava_plugins.layer_mappers.learned:Learned"
+
+    temperature: float = Field(1.0, gt=0)
+    """The weights are softmax(logits / temperature): lower is sharper, also at the start."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate of the logits; default: that of the student."""
+
+
 @hookimpl
 def kava_layer_mappers() -> Sequence[type[ComponentConfig]]:
     """Register this package's layer mappers."""
-    return [Ratio]
+    return [Ratio, LastAligned, Cka, Learned]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from kava_core.kv.axes import Geometry
 from kava_plugins.layer_mappers import Ratio as Config
+from kava_plugins.layer_mappers.window import mean_around, same_depth
 
 
 class Ratio(nn.Module):
@@ -21,12 +21,7 @@ class Ratio(nn.Module):
 
     def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
-        depth = torch.arange(1, student.layer + 1)
-        nearest = (2 * depth * teacher.layer + student.layer) // (2 * student.layer) - 1
-        sources = min(config.sources, teacher.layer)
-        first = (nearest.clamp_min(0) - sources // 2).clamp(0, teacher.layer - sources)
-        ahead = torch.arange(teacher.layer) - first[:, None]
-        matrix = ((ahead >= 0) & (ahead < sources)).float() / sources
+        matrix = mean_around(same_depth(teacher, student), teacher.layer, config.sources)
         self.register_buffer("matrix", matrix, persistent=False)
 
     def forward(self) -> Float[Tensor, "layer t_layer"]:

@@ -11,6 +11,7 @@ from kava_core import hookimpl
 from kava_core.config import ComponentConfig, Strict
 
 SegmentName = Literal["prompt", "reasoning", "answer"]
+ResampleMode = Literal["auto", "interpolate", "area", "nearest"]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -43,8 +44,10 @@ class Linear(ComponentConfig):
     name: Literal["linear"] = "linear"
     component = "kava_plugins.time_warpers.linear:Linear"
 
-    mode: Literal["interpolate", "nearest"] = "interpolate"
-    """Between two teacher positions: their weighted mean, or the nearer one."""
+    mode: ResampleMode = "auto"
+    """``interpolate``: the weighted mean of the two nearest teacher positions; ``area``: of all that are
+    covered; ``nearest``: one; ``auto``: ``area`` where there are more than twice as many, else
+    ``interpolate``."""
 
 
 class Ratios(Strict):
@@ -81,11 +84,46 @@ class Segment(ComponentConfig):
     """Of a segment's ``n`` student positions only ``round(ratio · n)``, evenly spaced, are compared."""
     smoothing: Windows = Windows()
     """Window of a moving average over the teacher's segment before it is resampled."""
-    mode: Literal["interpolate", "nearest"] = "interpolate"
-    """Between two teacher positions: their weighted mean, or the nearer one."""
+    mode: ResampleMode = "auto"
+    """``interpolate``: the weighted mean of the two nearest teacher positions; ``area``: of all that are
+    covered; ``nearest``: one; ``auto``: ``area`` where there are more than twice as many, else
+    ``interpolate``."""
+
+
+class CharIoU(ComponentConfig):
+    """A student token reads the teacher tokens that hold the same characters, across any two tokenizers.
+
+    For one text in two tokenizations. Weights are the intersection over union (IoU) of the character spans,
+    normalised; tokens without text (special ones) and tokens whose text the teacher lacks are not valid.
+    """
+
+    name: Literal["char_iou"] = "char_iou"
+    component = "kava_plugins.time_warpers.char_iou:CharIoU"
+
+    mode: Literal["soft", "hard"] = "soft"
+    """Read every overlapping teacher token by its IoU, or only the one with the highest, the first of
+    equals."""
+    min_overlap: float = Field(0.0, ge=0, le=1)
+    """Pairs of a lower IoU are left out."""
+
+
+class Streaming(ComponentConfig):
+    """Only the first few tokens and the most recent ones are compared (StreamingLLM, arXiv 2309.17453).
+
+    The first read the teacher's token of the same index, the recent ones that of the same index counted from
+    the end.
+    """
+
+    name: Literal["streaming"] = "streaming"
+    component = "kava_plugins.time_warpers.streaming:Streaming"
+
+    sinks: int = Field(4, ge=0)
+    """Attention sinks: tokens kept at the beginning."""
+    window: int = Field(512, ge=1)
+    """Tokens kept at the end."""
 
 
 @hookimpl
 def kava_time_warpers() -> Sequence[type[ComponentConfig]]:
     """Register this package's time warpers."""
-    return [Identity, Pad, Linear, Segment]
+    return [Identity, Pad, Linear, Segment, CharIoU, Streaming]

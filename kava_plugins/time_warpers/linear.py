@@ -19,6 +19,6 @@ class Linear(nn.Module):
         self.mode = config.mode
 
     def forward(self, teacher: Timeline, student: Timeline) -> TimeMap:
-        """The map and its validity: two taps, or one with ``nearest``."""
+        """The map and its validity."""
         at = places(teacher.mask.long() - 1, student.mask.long() - 1, blocks=1)
         return block_map(at, self.mode)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kava_core.kv.axes import Geometry
-from kava_core.kv.resample import block_map, evenly_kept, places
+from kava_core.kv.resample import block_map, evenly_kept, moving_average, places
 from kava_core.kv.timeline import SEGMENT_NAMES, Timeline
 from kava_core.kv.timemap import TimeMap
 from kava_plugins.time_warpers import Segment as Config
@@ -27,7 +27,7 @@ class Segment(nn.Module):
         self.mode = config.mode
         windows = [getattr(config.smoothing, name) for name in SEGMENT_NAMES]
         kept = [round(getattr(config.ratio, name) * 1_000_000) for name in SEGMENT_NAMES]
-        self.widest = max(windows)
+        self.smooths = max(windows) > 1
         self.thinned = min(kept) < 1_000_000
         self.register_buffer("windows", torch.tensor(windows), persistent=False)
         self.register_buffer("kept", torch.tensor(kept), persistent=False)
@@ -35,10 +35,15 @@ class Segment(nn.Module):
         self.register_buffer("wanted", wanted, persistent=False)
 
     def forward(self, teacher: Timeline, student: Timeline) -> TimeMap:
-        """The map and its validity: two taps (one with ``nearest``), and more with smoothing."""
+        """The map and its validity; what ``smoothing`` averages is the teacher's whole segment."""
         own = student.segments.clamp_min(0)
         block = torch.where(self.wanted[own], student.segments, -1)
         at = places(teacher.segments, block, len(SEGMENT_NAMES))
         if self.thinned:
             at = at.only(evenly_kept(at, self.kept[own]))
-        return block_map(at, self.mode, self.windows[own], self.widest)
+        resampled = block_map(at, self.mode)
+        return self._smoothed(teacher).then(resampled) if self.smooths else resampled
+
+    def _smoothed(self, teacher: Timeline) -> TimeMap:
+        within = places(teacher.segments, teacher.segments, len(SEGMENT_NAMES))
+        return moving_average(within, self.windows[teacher.segments.clamp_min(0)])

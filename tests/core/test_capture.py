@@ -284,8 +284,8 @@ def test_strip_with_past_keys_is_refused_and_keep_is_not() -> None:
     with pytest.raises(UnsupportedModelError) as caught, Capture(model):
         model(IDS[:, :2], past_key_values=copy.deepcopy(past))
     assert str(caught.value) == (
-        "LlamaForCausalLM, attention layer 0: attends to 44 keys but rotated 8; strip needs a forward pass "
-        "without past keys that rotates every head; use rotary: keep"
+        "LlamaForCausalLM, attention layer 0: attends to 44 keys but rotated 8; strip and match need a "
+        "forward pass without past keys that rotates every head; use rotary: keep"
     )
     with Capture(model, rotary="keep") as capture:
         model(IDS[:, :2], past_key_values=copy.deepcopy(past))

@@ -100,7 +100,8 @@ def test_gradient_of_the_kv_loss_is_right(checkpointing: bool, lora: dict | None
     assert any(wanted in name for name in expected)
     assert found.keys() == expected.keys()
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=2e-4, atol=1e-7, msg=name)
+        rounding = 1e-6 * float(expected[name].abs().max())
+        torch.testing.assert_close(found[name], expected[name], rtol=2e-4, atol=rounding, msg=name)
 
 
 def test_reentrant_checkpointing_is_refused() -> None:
@@ -159,4 +160,5 @@ def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
     found = torch.load(tmp_path / "grads.pt", weights_only=True)
     assert found.keys() == expected.keys()
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-7, msg=name)
+        rounding = 1e-6 * float(expected[name].abs().max())
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=rounding, msg=name)

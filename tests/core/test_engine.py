@@ -25,6 +25,7 @@ from kava_core.train.facts import model_facts
 from kava_core.train.run import Result, run
 from kava_core.train.rundir import RunDir
 from kava_core.train.teacher import Teacher
+from kava_core.train.trainer import own_rates, split_group
 from kava_core.train.weights import ALIGNER_FILE
 from tests import tiny
 
@@ -107,7 +108,8 @@ def test_run_directory_says_what_happened(whole: Result) -> None:
     assert len(record["data"]["train"]["sha256"]) == 64
     assert record["data"]["duplicates_across"] == 0
     assert record["versions"]["torch"] == torch.__version__
-    assert {"ce", "perplexity", "exact_match", "mercator", "relation", "steps"} == set(record["results"])
+    plain = {name for name in record["results"] if not name.startswith("collapse/")}
+    assert plain == {"ce", "perplexity", "exact_match", "mercator", "relation", "steps"}
     assert record["models"]["student"] == {"origin": "random weights"}
     assert record["plugins"]["layer_mapper ratio"] == f"kava {version('kava')}"
     lines = read_metrics(whole.folder / "metrics.jsonl")
@@ -284,3 +286,24 @@ def test_texts_beyond_the_positions_are_refused(tmp_path: Path, changes: dict, t
     """A rotary model would train on them without a word."""
     with pytest.raises(SpecError, match=told):
         run(tiny.spec(tmp_path, **changes), variant="main", seed=0)
+
+
+def test_components_are_trained_at_their_own_rate() -> None:
+    """One parameter with a rate of its own and decay, one without decay, the rest at the common rate."""
+    a, b, c = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+    optimizer = torch.optim.AdamW(
+        [{"params": [a, b], "weight_decay": 0.1}, {"params": [c], "weight_decay": 0.0}], lr=1e-3
+    )
+    for group in list(optimizer.param_groups):
+        split_group(optimizer, group, {b: 1e-5, c: 1e-4})
+    found = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert found == {id(a): (1e-3, 0.1), id(b): (1e-5, 0.1), id(c): (1e-4, 0.0)}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 3
+
+
+def test_own_rates_are_those_of_the_modules_that_name_one() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[1].learning_rate = 1e-5
+    assert own_rates(model) == dict.fromkeys(model[1].parameters(), 1e-5)
+    model[0].learning_rate = None
+    assert set(own_rates(model)) == set(model[1].parameters())

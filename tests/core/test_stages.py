@@ -41,7 +41,8 @@ def adapter(function: Any) -> Module:
 
 
 NOTE = "in kind 'fake', teacher 'a'"
-X = torch.zeros(2, 3, 4, 5, 6)
+LAYER = 3
+X = torch.zeros(2, LAYER, 4, 5, 6)
 
 
 @checked
@@ -50,7 +51,9 @@ X = torch.zeros(2, 3, 4, 5, 6)
 )
 def test_adapter_of_wrong_extents(returned: Tensor | None) -> None:
     """Two heads of width 6 are wanted; layers and time must stay."""
-    assert NOTE in blamed(stages.adapt_heads, adapter(lambda x, part: returned), X, "keys", head=2, dim=6)
+    assert NOTE in blamed(
+        stages.adapt_heads, adapter(lambda x, part: returned), X, "keys", layer=LAYER, head=2, dim=6
+    )
 
 
 @checked
@@ -69,13 +72,13 @@ def test_mapper_of_wrong_extents(shape: tuple[int, ...]) -> None:
 @checked
 @pytest.mark.parametrize("returned", [X[:, :, :3], X[..., 1:], X[:, :, :2, 1:], X[:, 1:, :2]])
 def test_fold_of_wrong_extents(returned: Tensor) -> None:
-    assert NOTE in blamed(stages.fold_student, adapter(lambda x, part: returned), X, head=2, dim=6)
+    assert NOTE in blamed(stages.fold_heads, adapter(lambda x, part: returned), X, layer=LAYER, head=2, dim=6)
 
 
 def test_adapter_of_right_extents() -> None:
     right = adapter(lambda x, part: x[:, :, :2])
-    assert torch.equal(stages.adapt_heads(right, X, "keys", head=2, dim=6), X[:, :, :2])
-    assert torch.equal(stages.fold_student(right, X, head=2, dim=6), X[:, :, :2])
+    assert torch.equal(stages.adapt_heads(right, X, "keys", layer=LAYER, head=2, dim=6), X[:, :, :2])
+    assert torch.equal(stages.fold_heads(right, X, layer=LAYER, head=2, dim=6), X[:, :, :2])
 
 
 @checked

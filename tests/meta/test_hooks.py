@@ -38,8 +38,8 @@ def random(*extents: int) -> Tensor:
 
 def use_head_adapter(config: Any) -> None:
     adapter, x = config.build(**SIDES), random(3, 4, 5, 8)
-    assert torch.equal(stages.adapt_heads(adapter, x, "keys", head=2, dim=8), x[:, :, :2])
-    assert torch.equal(stages.fold_student(adapter, x, head=4, dim=8), x)
+    assert torch.equal(stages.adapt_heads(adapter, x, "keys", layer=x.shape[1], head=2, dim=8), x[:, :, :2])
+    assert torch.equal(stages.fold_heads(adapter, x, layer=x.shape[1], head=4, dim=8), x)
 
 
 def use_time_warper(config: Any) -> None:

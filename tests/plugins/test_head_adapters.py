@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from kava_core.errors import KavaError
 from kava_core.kv.axes import Geometry
@@ -86,12 +87,37 @@ def test_random_rows_are_means_and_follow_the_seed(per_layer, share_kv, trainabl
     assert bool(list(adapter.parameters())) is trainable
 
 
-def test_equal_heads_cost_nothing():
-    adapter, x = build("structured", 4, 4, t_qhead=8, qhead=8), draw(4)
+@pytest.mark.parametrize("share_kv", [False, True])
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_equal_heads_cost_nothing(share_kv, per_layer):
+    adapter = build("structured", 4, 4, t_qhead=8, qhead=8, share_kv=share_kv, per_layer=per_layer)
+    x, queries = draw(4), draw(8)
     assert adapter(x, "keys") is x
     assert adapter(x, "values") is x
-    assert adapter(draw(8), "queries").shape[2] == 8
+    assert adapter(queries, "queries") is queries
     assert adapter.fold(x) is x
+    assert not adapter.state_dict()
+
+
+@pytest.mark.parametrize("init", ["grouped", "uniform", "random"])
+def test_one_head_each_costs_nothing(init):
+    """A mean of one head is that head, whatever the init."""
+    adapter, x = build("structured", 1, 1, init=init), draw(1)
+    assert adapter(x, "keys") is x
+    assert adapter(x, "values") is x
+
+
+def test_queries_are_mixed_where_only_their_counts_differ():
+    adapter, x = build("structured", 4, 4, t_qhead=8, qhead=16), draw(4)
+    assert adapter(x, "keys") is x
+    assert adapter(draw(8), "queries").shape[2] == 16
+
+
+def test_learning_rate_is_where_the_engine_looks():
+    assert build("structured", 4, 2, trainable=True).learning_rate is None
+    assert build("structured", 4, 2, trainable=True, learning_rate=1e-5).learning_rate == 1e-5
+    with pytest.raises(ValidationError):
+        build("structured", 4, 2, learning_rate=0)
 
 
 def test_equal_heads_trained_start_as_the_identity():
@@ -109,6 +135,24 @@ def test_gradients_reach_input_and_mix():
         torch.testing.assert_close(found, wanted)
 
 
+def test_the_batch_and_its_padding_do_not_matter():
+    adapter, x = build("structured", 12, 5), draw(12)
+    whole = adapter(x, "keys")
+    for b in range(BATCH):
+        torch.testing.assert_close(adapter(x[b : b + 1], "keys"), whole[b : b + 1])
+    padded = torch.cat([torch.full_like(x, 1e4), x], 3)
+    torch.testing.assert_close(adapter(padded, "keys")[:, :, :, TIME:], whole)
+
+
+def test_layers_do_not_see_each_other():
+    adapter, x = build("structured", 4, 3, per_layer=True, init="random"), draw(4)
+    changed = x.clone()
+    changed[:, 0] += 1
+    before, after = adapter(x, "keys"), adapter(changed, "keys")
+    assert torch.equal(before[:, 1:], after[:, 1:])
+    torch.testing.assert_close(after[:, 0], before[:, 0] + 1)  # rows sum to 1
+
+
 def test_half_precision():
     adapter, x = build("structured", 12, 2), draw(12).bfloat16()
     wanted = slow_mix(x.double(), slow_grouped(12, 2).expand(LAYER, -1, -1))
@@ -117,10 +161,15 @@ def test_half_precision():
     torch.testing.assert_close(found.double(), wanted, rtol=2e-2, atol=1e-2)
 
 
-def test_one_layer_one_head_and_no_time():
-    adapter = build("structured", 1, 2, layer=1)
-    x = torch.randn(1, 1, 1, 0, DIM)
-    assert adapter(x, "keys").shape == (1, 1, 2, 0, DIM)
+@pytest.mark.parametrize("time", [0, 1])
+def test_one_layer_one_head_and_hardly_any_time(time):
+    x = torch.randn(1, 1, 1, time, DIM, requires_grad=True)
+    found = build("structured", 1, 2, layer=1)(x, "keys")
+    torch.testing.assert_close(found, x.expand(-1, -1, 2, -1, -1))
+    found.sum().backward()
+    assert torch.isfinite(x.grad).all()
+    assert build("flat", 1, 2, layer=1)(x, "keys").shape == (1, 1, 1, time, DIM)
+    assert build("flat", 1, 2, layer=1, layers=True)(x, "keys").shape == (1, 1, 1, time, DIM)
 
 
 @pytest.mark.parametrize("init", ["grouped", "uniform", "random"])
@@ -146,7 +195,29 @@ def test_flat_puts_heads_side_by_side():
     assert torch.equal(adapter.fold(student)[:, :, 0], torch.cat([student[:, :, 0], student[:, :, 1]], -1))
 
 
-def test_flat_refuses_queries():
+def test_flat_puts_layers_side_by_side_too():
+    adapter, x = build("flat", 3, 2, layers=True), draw(3)
+    teacher, student = adapter.teacher_view, adapter.student_view
+    assert (teacher.layer, teacher.head, teacher.dim) == (1, 1, LAYER * 3 * DIM)
+    assert (student.layer, student.head, student.dim) == (1, 1, LAYER * 2 * 6)
+    wanted = torch.cat([x[:, i, j] for i in range(LAYER) for j in range(3)], -1)
+    assert torch.equal(adapter(x, "values")[:, 0, 0], wanted)
+    own = torch.randn(BATCH, LAYER, 2, TIME, 6)
+    wanted = torch.cat([own[:, i, j] for i in range(LAYER) for j in range(2)], -1)
+    assert torch.equal(adapter.fold(own)[:, 0, 0], wanted)
+
+
+@pytest.mark.parametrize("layers", [False, True])
+def test_flat_keeps_every_number_and_its_gradient(layers):
+    adapter, x = build("flat", 3, 2, layers=layers), draw(3).requires_grad_()
+    found = adapter(x, "keys")
+    torch.testing.assert_close(found.square().sum((1, 2, 4)), x.square().sum((1, 2, 4)))
+    found.square().sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x)
+
+
+@pytest.mark.parametrize("layers", [False, True])
+def test_flat_refuses_queries(layers):
     with pytest.raises(KavaError) as caught:
-        build("flat", 3, 2)(draw(6), "queries")
+        build("flat", 3, 2, layers=layers)(draw(6), "queries")
     assert str(caught.value) == "head_adapter flat: queries cannot be flattened; possible parts: keys, values"

@@ -1,4 +1,4 @@
-"""Each warper against a loop over examples, positions and taps in float64."""
+"""Each warper against a loop over examples, positions and taps in float64; char_iou has its own file."""
 
 from __future__ import annotations
 
@@ -47,25 +47,32 @@ TEACHER = spread([(3, 6, 2), (1, 9, 1), (4, 0, 3), (2, 2, 2), (0, 0, 0)], [0, 2,
 STUDENT = spread([(2, 3, 2), (3, 2, 4), (2, 2, 0), (2, 5, 0), (3, 3, 3)], [2, 0, 1, 0, 0], 10)
 
 
+def shares(u, n, t_n, mode):
+    """Place to weight: what student place u of n reads of a block's ``t_n`` places."""
+    if mode == "auto":
+        mode = "area" if t_n > 2 * n else "interpolate"
+    low, high = Fraction(u * t_n, n), Fraction((u + 1) * t_n, n)
+    if mode == "area":
+        return {j: float(max(min(high, j + 1) - max(low, j), 0) / (high - low)) for j in range(t_n)}
+    centre = (low + high) / 2
+    if mode == "nearest":
+        return {math.floor(centre): 1.0}
+    place = min(max(centre - Fraction(1, 2), Fraction(0)), Fraction(t_n - 1))
+    low = math.floor(place)
+    return {low: 1 - float(place - low), low + 1: float(place - low)}
+
+
 def slow_row(u, n, t_n, mode, window):
-    """Weights over a block's ``t_n`` teacher places for student place u of n."""
+    """Weights over a block's ``t_n`` teacher places, each replaced by its moving average."""
     row = torch.zeros(t_n, dtype=torch.float64)
-    place = Fraction((2 * u + 1) * t_n, 2 * n) - Fraction(1, 2)
-    place = min(max(place, Fraction(0)), Fraction(t_n - 1))
-    pair = {math.floor(Fraction((2 * u + 1) * t_n, 2 * n)): 1.0} if mode == "nearest" else {
-        math.floor(place): 1 - float(place - math.floor(place)),
-        math.floor(place) + 1: float(place - math.floor(place)),
-    }  # fmt: skip
-    for centre, share in pair.items():
+    for centre, share in shares(u, n, t_n, mode).items():
         near = [k for k in range(t_n) if abs(k - centre) <= window // 2]
         for k in near if share else ():
             row[k] += share / len(near)
     return row
 
 
-def slow_map(
-    teacher, student, blocks, *, mode="interpolate", windows=(1, 1, 1), ratio=(1, 1, 1), wanted=(0, 1, 2)
-):
+def slow_map(teacher, student, blocks, *, mode="auto", windows=(1, 1, 1), ratio=(1, 1, 1), wanted=(0, 1, 2)):
     """Dense map and validity; ``blocks(timeline)`` gives one list of block ids for each example."""
     dense = torch.zeros(*student.mask.shape, teacher.mask.shape[1], dtype=torch.float64)
     valid = torch.zeros(student.mask.shape, dtype=torch.bool)
@@ -102,13 +109,13 @@ def check(time_map, dense, valid):
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["interpolate", "nearest"])
+@pytest.mark.parametrize("mode", ["auto", "interpolate", "area", "nearest"])
 def test_linear(mode):
     dense, valid = slow_map(TEACHER, STUDENT, as_one, mode=mode, wanted=(0,))
     check(build("linear", mode=mode)(TEACHER, STUDENT), dense, valid)
 
 
-@pytest.mark.parametrize("mode", ["interpolate", "nearest"])
+@pytest.mark.parametrize("mode", ["auto", "interpolate", "area", "nearest"])
 @pytest.mark.parametrize("windows", [(1, 1, 1), (3, 1, 5), (1, 7, 1)])
 @pytest.mark.parametrize("ratio", [(1, 1, 1), (1, 0.5, 0.3)])
 @pytest.mark.parametrize("wanted", [(0, 1, 2), (1,), (0, 2)])
@@ -156,7 +163,7 @@ def test_identity_refuses_other_lengths():
     )
 
 
-@pytest.mark.parametrize("name", ["pad", "linear", "segment"])
+@pytest.mark.parametrize("name", ["pad", "linear", "segment", "streaming"])
 @pytest.mark.parametrize(("t_left", "left"), [(0, 4), (3, 0), (2, 3)])
 def test_padding_changes_nothing(name, t_left, left):
     sizes, t_sizes = (2, 4, 2), (3, 5, 1)
@@ -172,7 +179,7 @@ def test_padding_changes_nothing(name, t_left, left):
     assert not torch.cat([found[:, :, :, :left], found[:, :, :, left + 8 :]], 3).any()
 
 
-@pytest.mark.parametrize("name", ["pad", "linear", "segment"])
+@pytest.mark.parametrize("name", ["pad", "linear", "segment", "streaming"])
 def test_nothing_to_read(name):
     empty, some = timeline((0, 0, 0), length=0), timeline((1, 2, 1))
     time_map = build(name)(empty, some)
@@ -181,17 +188,42 @@ def test_nothing_to_read(name):
     assert build(name)(some, empty).apply(torch.randn(1, 1, 2, 4, 3)).shape == (1, 1, 2, 0, 3)
 
 
-@pytest.mark.parametrize("name", ["pad", "linear", "segment"])
+@pytest.mark.parametrize("name", ["pad", "linear", "segment", "streaming"])
 def test_one_token_is_repeated(name):
     time_map = build(name)(timeline((0, 1, 0)), timeline((0, 3, 0)))
     x = torch.randn(1, 1, 1, 1, 2)
-    reach = 1 if name == "pad" else 3
+    reach = 3 if name in ("linear", "segment") else 1
+
     assert torch.equal(time_map.apply(x)[0, 0, 0, :reach], x[0, 0, 0].expand(reach, -1))
     assert time_map.valid.sum() == reach
 
 
-@pytest.mark.parametrize("name", ["identity", "pad", "linear", "segment"])
-def test_meta_shapes(name):
-    meta = Timeline(*(getattr(STUDENT, f).to("meta") for f in ("mask", "positions", "segments", "spans")))
-    warper = build(name).to("meta")
-    assert warper(meta, meta).apply(torch.empty(5, 2, 2, 10, 3, device="meta")).shape == (5, 2, 2, 10, 3)
+@pytest.mark.parametrize("name", ["identity", "pad", "linear", "segment", "char_iou", "streaming"])
+def test_maps_move_to_the_meta_device(name):
+    time_map = build(name)(STUDENT, STUDENT).to("meta")
+    assert time_map.apply(torch.empty(5, 2, 2, 10, 3, device="meta")).shape == (5, 2, 2, 10, 3)
+
+
+@pytest.mark.parametrize("name", ["linear", "segment"])
+@pytest.mark.parametrize("mode", ["auto", "area", "nearest"])
+def test_half_precision(name, mode):
+    time_map = build(name, mode=mode)(TEACHER, STUDENT)
+    x = torch.randn(5, 2, 2, 13, 3).bfloat16()
+    wanted = torch.einsum("bij,blhjd->blhid", time_map.dense(13).double(), x.double())
+    torch.testing.assert_close(time_map.apply(x).double(), wanted, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("sinks", "window"), [(4, 512), (2, 3), (0, 1), (3, 2)])
+def test_streaming(seed, sinks, window):
+    generator = torch.Generator().manual_seed(seed)
+    t_sizes, sizes = torch.randint(0, 9, (2, 6, 1), generator=generator).tolist()
+    lefts = torch.randint(0, 3, (2, 6), generator=generator).tolist()
+    teacher, student = spread(t_sizes, lefts[0], 12), spread(sizes, lefts[1], 11)
+    dense = torch.zeros(6, 11, 12, dtype=torch.float64)
+    for b, ((t_n,), (n,)) in enumerate(zip(t_sizes, sizes, strict=True)):
+        for u in range(n):
+            read = u if u < sinks else t_n - (n - u) if n - u <= window else -1
+            if 0 <= read < t_n:
+                dense[b, lefts[1][b] + u, lefts[0][b] + read] = 1
+    check(build("streaming", sinks=sinks, window=window)(teacher, student), dense, dense.sum(-1) > 0)

@@ -1,0 +1,52 @@
+"""A teacher's way from its positions to the student's: one time warper, or one after another."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+from torch import nn
+
+from kava_core.kv.axes import Geometry
+from kava_core.kv.stages import blame, plan_time
+from kava_core.kv.timeline import Timeline
+from kava_core.kv.timemap import TimeMap
+from kava_core.spec.model import AlignSpec
+
+
+class TimePlan(nn.Module):
+    """Plans the time map of a batch.
+
+    With a ``token_warper`` the teacher's positions first become the student's; the ``time_warper`` then works
+    between the student's positions and themselves, and both are one map.
+
+    Args:
+        spec: the alignment.
+        name: the teacher's name, for error notes.
+        teacher: the teacher's geometry.
+        student: the student's geometry.
+    """
+
+    def __init__(self, spec: AlignSpec, *, name: str, teacher: Geometry, student: Geometry) -> None:
+        super().__init__()
+        self._configs = {"token_warper": spec.token_warper, "time_warper": spec.time_warper}
+        self._name = name
+        for field, config in self._configs.items():
+            with self._blame(field):
+                built = None if config is None else config.build(teacher=teacher, student=student)
+                self.add_module(field, built)
+
+    def _blame(self, field: str) -> AbstractContextManager[None]:
+        config = self._configs[field]
+        who = "" if config is None else f"{field} {config.name!r}, teacher {self._name!r}"
+        return blame(who, config)
+
+    def forward(self, teacher: Timeline, student: Timeline) -> TimeMap:
+        """The map of a batch, for timelines on one device."""
+        if self.token_warper is None:
+            return self._planned("time_warper", teacher, student)
+        tokens = self._planned("token_warper", teacher, student)
+        return tokens.then(self._planned("time_warper", student, student))
+
+    def _planned(self, field: str, teacher: Timeline, student: Timeline) -> TimeMap:
+        with self._blame(field):
+            return plan_time(getattr(self, field), teacher, student)

@@ -1,0 +1,1 @@
+"""Teachers' aligned caches on disk: written once, read instead of running the teachers."""

@@ -1,0 +1,136 @@
+"""How much each teacher counts."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kava_core.config import Part
+from kava_core.kv.axes import Cache
+from kava_core.kv.stages import weigh
+from kava_core.protocols import FusionContext
+from kava_core.testing.component import MetaTests
+from kava_core.testing.geometries import Sides
+from kava_core.testing.require import require, require_finite, require_same, require_tensor
+from kava_core.testing.tensors import changed, draw_cache
+
+BATCH, TIME = 3, 5
+
+
+class FuserTests(MetaTests):
+    """The contract of ``kava_core.protocols.Fuser``."""
+
+    kind: ClassVar[str] = "fuser"
+
+    names: ClassVar[tuple[str, ...]] = ("ada", "bob", "cleo")
+    """The teachers' names."""
+
+    counts: ClassVar[tuple[int, ...]] = (1, 2, 3)
+    """How many of them there are."""
+
+    parts: ClassVar[tuple[Part, ...]] = ("keys", "values")
+    """Parts in the caches the fuser sees."""
+
+    def construct(self, config: Any, sides: Sides, names: tuple[str, ...] | None = None) -> Any:
+        """With the teachers' names instead of a geometry."""
+        return config.build(teachers=names or self.names, student=sides.student)
+
+    def context(
+        self, sides: Sides, teachers: int, *, batch: int = BATCH, time: int = TIME, **how: Any
+    ) -> FusionContext:
+        """Random caches; the first teacher has no target at the last position, the last none at the first."""
+        extents = {"batch": batch, "time": time} | how
+        valid = torch.ones(teachers, batch, time, dtype=torch.bool)
+        valid[0, :, time - 1 :] = valid[-1, :, :1] = False
+        targets = tuple(
+            draw_cache(sides.student, self.parts, seed=teacher, **extents) for teacher in range(teachers)
+        )
+        return FusionContext(valid, targets, draw_cache(sides.student, self.parts, seed=9, **extents))
+
+    def inputs(self, config: Any, sides: Sides) -> FusionContext:
+        """All teachers."""
+        return self.context(sides, len(self.names))
+
+    def outputs(self, component: Any, inputs: Any) -> list[Tensor]:
+        """The weights."""
+        return [component(inputs)]
+
+    def test_axes(self, config: Any, sides: Sides) -> None:
+        """A weight for each teacher, example, layer and position, for any number of teachers."""
+        for teachers in self.counts:
+            component = self.construct(config, sides, self.names[:teachers]).eval()
+            for batch, time in ((BATCH, TIME), (1, TIME), (BATCH, 1), (BATCH, 0)):
+                weights = component(self.context(sides, teachers, batch=batch, time=time))
+                shape = (teachers, batch, sides.student.layer, time)
+                weights = require_tensor(weights, shape, "teacher batch layer time", self.who)
+                floats = weights.is_floating_point()
+                require(floats, "a fuser must return floats", f"it returned {weights.dtype}")
+
+    def test_weights_are_at_least_0(self, config: Any, sides: Sides) -> None:
+        """Weights are finite, none is negative and not all are 0."""
+        weights = self._weights(config, sides)
+        require_finite(weights, "weights of teachers must be finite")
+        least, total = float(weights.min()), float(weights.sum())
+        require(least >= 0, "weights of teachers must be at least 0", f"one is {least:.3g}")
+        require(total > 0, "some teacher must count somewhere", "all weights are 0")
+
+    def test_any_dtype(self, config: Any, dtype: torch.dtype) -> None:
+        """Caches may be bfloat16, float32 or float64."""
+        context = self.context(self.usual, len(self.names), dtype=dtype)
+        weights = self.build(config, self.usual)(context)
+        require_finite(weights, f"weights of teachers must be finite ({dtype})")
+
+    def test_masked_teachers_have_no_influence(self, config: Any) -> None:
+        """What stands where a teacher has no target changes nothing, NaN neither."""
+        context, component = self.inputs(config, self.usual), self.build(config, self.usual)
+        wanted = self._weigh(component, context)
+        hidden = zip(context.targets, context.valid, strict=True)
+        targets = tuple(_filled(target, valid, torch.nan) for target, valid in hidden)
+        seen = self._weigh(component, FusionContext(context.valid, targets, context.student))
+        require_same(seen, wanted, "a teacher must have no influence at positions where it is not valid")
+
+    def test_examples_are_independent(self, config: Any) -> None:
+        """An example alone gives what it gives in a batch."""
+        component, context = self.build(config, self.usual), self.inputs(config, self.usual)
+        together = component(context)
+        for row in range(BATCH):
+            rows = slice(row, row + 1)
+            caches = changed((context.targets, context.student), lambda x: x[rows])  # noqa: B023
+            seen = component(FusionContext(context.valid[:, rows], *caches))
+            contract = "an example must not depend on the others of its batch"
+            require_same(seen, together[:, rows], contract)
+
+    def test_order_of_teachers_does_not_matter(self, config: Any) -> None:
+        """Teachers in another order get the same weights, unless the fuser learns one for each place."""
+        component, context = self.build(config, self.usual), self.inputs(config, self.usual)
+        if any(True for _ in component.parameters()):
+            return
+        turned = self.construct(config, self.usual, self.names[::-1]).eval()
+        seen = turned(FusionContext(context.valid.flip(0), context.targets[::-1], context.student))
+        require_same(seen.flip(0), component(context), "a teacher's weight must not depend on its place")
+
+    def test_gradients_are_finite(self, config: Any) -> None:
+        """Those of the fuser's parameters, and of the student where the weights depend on it."""
+        component, context = self.build(config, self.usual), self.inputs(config, self.usual)
+        student = changed(context.student, lambda x: x.requires_grad_())
+        weights = self._weigh(component, FusionContext(context.valid, context.targets, student))
+        if not weights.requires_grad:
+            return
+        (weights * torch.arange(1, weights.numel() + 1).view_as(weights)).sum().backward()
+        leaves = {**dict(component.named_parameters()), **dict(student.items())}
+        for name, leaf in leaves.items():
+            if leaf.grad is not None:
+                require_finite(leaf.grad, f"the gradient of {name} must be finite")
+
+    def _weights(self, config: Any, sides: Sides) -> Tensor:
+        weights: Tensor = self.build(config, sides)(self.inputs(config, sides))
+        return weights
+
+    def _weigh(self, component: Any, context: FusionContext) -> Tensor:
+        return weigh(component, context, context.valid, layer=context.student.any.shape[1])
+
+
+def _filled(cache: Cache, valid: Tensor, value: float) -> Cache:
+    return cache.map(lambda x, _: torch.where(valid[:, None, None, :, None], x, value))

@@ -1,0 +1,181 @@
+"""The student's cache against a target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kava_core.kv.axes import Cache
+from kava_core.testing.component import MetaTests
+from kava_core.testing.geometries import EXTENTS, GEOMETRIES, Sides
+from kava_core.testing.require import gradient_of, require, require_finite, require_same, require_tensor
+from kava_core.testing.tensors import draw, draw_cache
+
+BATCH, TIME = 3, 5
+
+
+class Compared(NamedTuple):
+    """What a loss is called with."""
+
+    student: Cache
+    target: Cache
+    weight: Tensor
+
+
+class KVLossTests(MetaTests):
+    """The contract of ``kava_core.protocols.KVLoss``."""
+
+    kind: ClassVar[str] = "kv_loss"
+
+    geometries: ClassVar[Mapping[str, Sides]] = {k: v for k, v in GEOMETRIES.items() if k != "no_queries"}
+
+    def fitted(self, config: Any, sides: Sides) -> Sides:
+        """The target has the student's extents; with ``basis_free`` only its layers."""
+        teacher, student = sides
+        return Sides(teacher.with_(layer=student.layer) if config.basis_free else student, student)
+
+    def compared(
+        self, config: Any, sides: Sides, *, batch: int = BATCH, time: int = TIME, dtype: Any = torch.float32
+    ) -> Compared:
+        """Random caches; weights are 0 at the first position of every example but the first."""
+        teacher, student = self.fitted(config, sides)
+        how = {"batch": batch, "time": time, "dtype": dtype}
+        weight = draw(batch, student.layer, time, seed=7).abs() + 0.1
+        weight[1:, :, :1] = 0
+        return Compared(
+            draw_cache(student, config.parts, seed=1, **how),
+            draw_cache(teacher, config.parts, seed=2, **how),
+            weight,
+        )
+
+    def inputs(self, config: Any, sides: Sides) -> Compared:
+        """One batch."""
+        return self.compared(config, sides)
+
+    def outputs(self, component: Any, inputs: Any) -> list[Tensor]:
+        """The loss."""
+        return [component(*inputs)]
+
+    def test_axes(self, config: Any, sides: Sides) -> None:
+        """A scalar, also for one position and for none."""
+        component = self.build(config, sides)
+        for batch, time in EXTENTS:
+            loss = component(*self.compared(config, sides, batch=batch, time=time))
+            require_finite(require_tensor(loss, (), "a scalar", self.who), "the loss must be finite")
+
+    def test_sums_are_at_least_float32(self, config: Any, dtype: torch.dtype) -> None:
+        """bfloat16 caches are compared in float32, float64 caches in float64."""
+        component, compared = self.build(config, self.usual), self.compared(config, self.usual, dtype=dtype)
+        loss = component(*compared)
+        wanted = torch.promote_types(dtype, torch.float32)
+        require(loss.dtype == wanted, f"the loss of {dtype} caches must be {wanted}", f"it is {loss.dtype}")
+        exact = component(*(_each(cache, torch.Tensor.double) for cache in compared[:2]), compared.weight)
+        require_same(loss.float(), exact.float(), "sums must be taken in float32 or better")
+
+    def test_gradient_reaches_the_student(self, config: Any, sides: Sides) -> None:
+        """Every compared part gets a finite gradient that is not 0."""
+        _, target, weight = compared = self.compared(config, sides)
+        student = _each(compared.student, Tensor.requires_grad_)
+        self._require_gradient(self.build(config, sides), Compared(student, target, weight))
+        for part, x in student.items():
+            single = x.shape[2] * x.shape[4] == 1  # one number has no direction to learn
+            reached = bool((gradient_of(x, part) != 0).any())
+            require(reached or single, "a gradient must reach the student", f"that of its {part} is 0")
+
+    def test_gradient_is_finite_everywhere(self, config: Any) -> None:
+        """For zeros, for values of ±50, and for a student equal to its target."""
+        component, (student, target, weight) = self.build(config, self.usual), self.inputs(config, self.usual)
+        for change in (torch.zeros_like, lambda x: 50 * x.sign()):
+            mine, theirs = _each(student, change), _each(target, change)
+            self._require_gradient(component, Compared(_each(mine, Tensor.requires_grad_), theirs, weight))
+        component, perfect = self._perfect(config)
+        self._require_gradient(component, perfect)
+
+    def test_weight_0_has_no_influence(self, config: Any) -> None:
+        """Whatever stands there, NaN too: not on the loss, and without gradient."""
+        component, compared = self.build(config, self.usual), self.compared(config, self.usual)
+        dead = (compared.weight == 0)[:, :, None, :, None]
+        wanted = component(*compared)
+        for value in (1e4, torch.nan, torch.inf):
+            student, target = (
+                _each(cache, lambda x: torch.where(dead, value, x))  # noqa: B023
+                for cache in compared[:2]
+            )
+            attached = Compared(_each(student, Tensor.requires_grad_), target, compared.weight)
+            contract = f"a position of weight 0 must have no influence (it held {value})"
+            require_same(self._require_gradient(component, attached), wanted, contract)
+            for part, x in attached.student.items():
+                leaked = bool((torch.where(dead, gradient_of(x, part), 0) != 0).any())
+                require(not leaked, "a position of weight 0 must get no gradient", f"its {part} get one")
+
+    def test_all_weights_0(self, config: Any) -> None:
+        """A batch without targets has loss 0."""
+        component, compared = self.build(config, self.usual), self.compared(config, self.usual)
+        student = _each(compared.student, Tensor.requires_grad_)
+        weight = torch.zeros_like(compared.weight)
+        loss = self._require_gradient(component, Compared(student, compared.target, weight))
+        require(float(loss) == 0, "where all weights are 0 the loss must be 0", f"it is {float(loss):.3g}")
+
+    def test_loss_is_proportional_to_the_weight(self, config: Any) -> None:
+        """Twice the weight, twice the loss."""
+        component, (student, target, weight) = self.build(config, self.usual), self.inputs(config, self.usual)
+        twice = component(student, target, 2 * weight)
+        once = component(student, target, weight)
+        require_same(twice, 2 * once, "the loss must be proportional to the weight")
+
+    def test_examples_are_independent(self, config: Any) -> None:
+        """The loss of a batch is the sum of the losses of its examples."""
+        component, compared = self.build(config, self.usual), self.inputs(config, self.usual)
+        rows = [_rows(compared, row) for row in range(BATCH)]
+        apart = torch.stack([component(*row) for row in rows]).sum()
+        contract = "the loss of a batch must be the sum over its examples, each taken alone"
+        require_same(component(*compared), apart, contract)
+
+    def test_padding_has_no_influence(self, config: Any) -> None:
+        """More positions of weight 0 change nothing, on either side."""
+        component, compared = self.build(config, self.usual), self.inputs(config, self.usual)
+        for padding in ((0, 3), (3, 0)):
+            student, target = (_each(cache, lambda x: _padded(x, padding)) for cache in compared[:2])  # noqa: B023
+            seen = component(student, target, torch.nn.functional.pad(compared.weight, padding))
+            require_same(seen, component(*compared), "padding of weight 0 must not change the loss")
+
+    def test_a_perfect_student_loses_nothing(self, config: Any) -> None:
+        """0 where the student is its target, more where it is not."""
+        component, perfect = self._perfect(config)
+        none = float(component(*perfect).detach())
+        require(abs(none) < 1e-4, "a student equal to its target must have loss 0", f"it has {none:.3g}")
+        some = float(self.build(config, self.usual)(*self.inputs(config, self.usual)))
+        require(some > 1e-3, "a student unlike its target must have a loss above 0", f"it has {some:.3g}")
+
+    def _perfect(self, config: Any) -> tuple[Any, Compared]:
+        """A component for equal extents, and a student that is its target."""
+        sides = Sides(self.usual.student, self.usual.student)
+        student, _, weight = self.inputs(config, sides)
+        attached = _each(student, lambda x: x.clone().requires_grad_())
+        return self.build(config, sides), Compared(attached, student, weight)
+
+    def _require_gradient(self, component: Any, compared: Compared) -> Tensor:
+        """Backward; every compared part must have got a finite gradient."""
+        loss: Tensor = component(*compared)
+        require(loss.requires_grad, "the loss must stay attached to the student", "it is detached")
+        loss.backward()
+        for part, x in compared.student.items():
+            gradient_of(x, f"student's {part}")
+        return loss.detach()
+
+
+def _each(cache: Cache, change: Any) -> Cache:
+    return cache.map(lambda x, _: change(x))
+
+
+def _rows(compared: Compared, row: int) -> Compared:
+    rows = slice(row, row + 1)
+    student, target, weight = compared
+    return Compared(_each(student, lambda x: x[rows]), _each(target, lambda x: x[rows]), weight[rows])
+
+
+def _padded(x: Tensor, padding: tuple[int, int]) -> Tensor:
+    return torch.nn.functional.pad(x, (0, 0, *padding), value=3.0)

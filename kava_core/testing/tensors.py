@@ -1,0 +1,83 @@
+"""Random inputs, and every tensor inside what a component takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kava_core.config import Part
+from kava_core.kv.axes import Cache, Geometry
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers, the same for the same seed."""
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return drawn.to(dtype)
+
+
+def draw_part(
+    geometry: Geometry,
+    part: Part,
+    *,
+    batch: int,
+    time: int,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """One part of a cache: ``batch layer head time dim``."""
+    shape = (batch, geometry.layer, geometry.heads(part), time, geometry.dim)
+    return draw(*shape, seed=seed, dtype=dtype)
+
+
+def draw_cache(
+    geometry: Geometry,
+    parts: tuple[Part, ...],
+    *,
+    batch: int,
+    time: int,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Cache:
+    """A cache of these parts, each with its own numbers."""
+    drawn = {
+        part: draw_part(geometry, part, batch=batch, time=time, seed=10 * seed + order, dtype=dtype)
+        for order, part in enumerate(parts)
+    }
+    return Cache(**drawn)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor inside tuples, lists, mappings and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        for inner in _inside(value).values():
+            yield from tensors_in(inner)
+
+
+def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of ``value`` with every tensor inside it changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    inner = {key: changed(one, change) for key, one in _inside(value).items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value, **inner)
+    if isinstance(value, Mapping):
+        return inner
+    if isinstance(value, tuple | list):
+        return getattr(type(value), "_make", type(value))(inner.values())
+    return value
+
+
+def _inside(value: Any) -> Mapping[Any, Any]:
+    if isinstance(value, Mapping):
+        return value
+    if isinstance(value, tuple | list):
+        return dict(enumerate(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return {}

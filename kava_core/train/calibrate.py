@@ -1,0 +1,90 @@
+"""``kava calibrate``: measure the layers of every teacher, show what was found, keep it for later runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+from torch import Tensor
+
+from kava_core.config import ComponentConfig
+from kava_core.errors import SpecError
+from kava_core.spec.load import LoadedSpec
+from kava_core.spec.model import PipelineSpec, TeacherSpec
+from kava_core.train.assemble import make_data, used_teachers
+from kava_core.train.heatmap import draw_similarity
+from kava_core.train.layer_maps import can_measure, measured_map
+from kava_core.train.map_files import chosen
+from kava_core.train.report import print_whole
+from kava_core.train.run import _quiet, _with_trained_models
+
+
+def calibrate(loaded: LoadedSpec, folder: Path) -> None:
+    """Measure and print; models to be pretrained are trained first.
+
+    Teachers whose layer mapper is not one that is measured are measured with the defaults of ``cka``.
+
+    Raises:
+        SpecError: there is no teacher that a loss looks at.
+    """
+    if not used_teachers(loaded.spec):
+        raise SpecError("kava calibrate: no teacher is used; it needs 'teachers' and a loss of weight > 0")
+    with _quiet():
+        spec = _with_trained_models(loaded.spec)
+        data = make_data(spec)
+        console = Console()
+        for teacher in spec.teachers:
+            config = _config(loaded, teacher)
+            path = measured_map(spec, teacher, config, folder, data, seed=spec.seeds[0])
+            _show(console, spec, teacher, config, path)
+
+
+def _config(loaded: LoadedSpec, teacher: TeacherSpec) -> ComponentConfig:
+    """What to measure with; a map that the spec names is measured again."""
+    config = teacher.align.layer_mapper
+    if can_measure(config):
+        return config.model_copy(update={"map": None})
+    return loaded.registry.get("layer_mapper", "cka").model_validate({})
+
+
+def _show(
+    console: Console, spec: PipelineSpec, teacher: TeacherSpec, config: ComponentConfig, path: Path
+) -> None:
+    state = load_file(path)
+    weights = state["matrix"]
+    similarity = state.get("similarity", weights)
+    print_whole(_table(teacher.name, similarity, weights), console)
+    if spec.student.path is None:
+        seed = spec.seeds[0]
+        console.print(
+            f"note: the student was measured with its random weights of seed {seed}", soft_wrap=True
+        )
+    picture = path.with_suffix(".png")
+    title = f"{spec.name}: {config.name} of {getattr(config, 'on', 'layers')}; framed: what is read"
+    if draw_similarity(similarity, weights, picture, teacher=teacher.name, title=title):
+        console.print(f"heat map: {picture}", soft_wrap=True)
+    else:
+        console.print("no heat map: matplotlib is not installed (pip install 'kava[plots]')")
+    console.print(f"for the spec, under align of teacher {teacher.name}:", soft_wrap=True)
+    console.print(spec_line(config, path), soft_wrap=True, markup=False, highlight=False)
+
+
+def _table(teacher: str, similarity: Tensor, weights: Tensor) -> Table:
+    """One row a student layer: the teacher layers it reads, with weight and similarity."""
+    shown = Table(title=f"layers of teacher {teacher}")
+    shown.add_column("student layer", justify="right")
+    shown.add_column("teacher layers: weight (similarity)")
+    for i, row in enumerate(chosen(weights)):
+        cells = (f"{j}: {weight:.2f} ({float(similarity[i, j]):.2f})" for j, weight in row)
+        shown.add_row(str(i), "   ".join(cells))
+    return shown
+
+
+def spec_line(config: ComponentConfig, path: Path) -> str:
+    """The line that makes a spec use the file: ``layer_mapper: {name: cka, map: …}``."""
+    fields = {"name": config.name, **config.model_dump(mode="json", exclude_defaults=True), "map": str(path)}
+    flow = yaml.safe_dump(fields, default_flow_style=True, sort_keys=False, width=10_000).strip()
+    return f"layer_mapper: {flow}"

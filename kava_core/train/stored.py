@@ -1,0 +1,256 @@
+"""Training from a teacher store: which store belongs to a run, and how its targets come into the batches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kava_core.data.collate import Collator, Item
+from kava_core.data.examples import Example
+from kava_core.data.splits import split_hash
+from kava_core.errors import SpecError
+from kava_core.kv.aligner import TeacherAligner
+from kava_core.kv.axes import Geometry
+from kava_core.kv.pipeline import KVPipeline, parts_of
+from kava_core.spec.model import PipelineSpec, StoreSpec, TeacherSpec
+from kava_core.store.index import FORMAT, MAPS, Ingredients, Layout, differences, digest, nearest, read_index
+from kava_core.store.reader import Store
+from kava_core.train import checkpoint
+from kava_core.train.assemble import Data, config_geometries, config_geometry, make_pipeline, used_teachers
+from kava_core.train.layer_maps import wants_measuring
+from kava_core.train.map_files import models_of, tokenizer_hash
+from kava_core.versions import version_of
+
+AGAIN = "run `kava cache` with this spec and these overrides"
+
+
+class StoredCollator(Collator):
+    """The student's side as ever; in place of the teachers' tokens, their targets from a store.
+
+    They leave it as they are stored, so that bf16 and int8 cross to the device narrow.
+    """
+
+    def __init__(self, plain: Collator, store: Store) -> None:
+        super().__init__(
+            plain.student_tokenizer,
+            {},
+            plain.template,
+            plain.loss_on,
+            max_length=plain.max_length,
+            pad_to_multiple=plain.pad_to_multiple,
+        )
+        self.store = store
+
+    def __call__(self, batch: Sequence[Example | Item]) -> dict[str, Any]:
+        """``{"student": Side with labels, "teachers": {name: side of the store}, "labels": …}``."""
+        made = super().__call__(batch)
+        keys = [key_of(entry.example if isinstance(entry, Item) else entry) for entry in batch]
+        made["teachers"] = self.store.batch(keys, made["student"]["input_ids"].shape[1])
+        return made
+
+
+def key_of(example: Example) -> str:
+    """An example's name in a store: a hash of its texts, so the order of the data does not matter."""
+    texts = json.dumps([example.prompt, example.reasoning, example.answer])
+    return hashlib.sha256(texts.encode()).hexdigest()[:32]
+
+
+def with_store(spec: PipelineSpec, data: Data, *, seed: int) -> tuple[PipelineSpec, Data]:
+    """The spec and data of a run that reads its store; both unchanged where it has none or needs none.
+
+    Args:
+        spec: with every model ready to load.
+        data: the run's.
+        seed: the run's.
+
+    Raises:
+        SpecError: nothing is stored for this run, or from something else that has changed.
+        CheckpointError: the store is damaged.
+    """
+    if spec.store is None or not used_teachers(spec):
+        return spec, data
+    store = open_store(spec.store, ingredients(spec, data, seed=seed))
+    reading = StoredCollator(data.plain_collator, store)
+    mapped = with_maps_of(spec, store.folder / MAPS)
+    return mapped, replace(data, collator=reading, plain_collator=reading, store=store)
+
+
+def with_maps_of(spec: PipelineSpec, folder: Path) -> PipelineSpec:
+    """The spec with the store's map for every layer mapper that would be measured."""
+    teachers = tuple(_mapped(teacher, folder / f"{teacher.name}.safetensors") for teacher in spec.teachers)
+    return spec.model_copy(update={"teachers": teachers})
+
+
+def _mapped(teacher: TeacherSpec, file: Path) -> TeacherSpec:
+    mapper = teacher.align.layer_mapper
+    if not wants_measuring(mapper):
+        return teacher
+    mapper = mapper.model_copy(update={"map": str(file.absolute())})
+    return teacher.model_copy(update={"align": teacher.align.model_copy(update={"layer_mapper": mapper})})
+
+
+def folder_of(store: StoreSpec, wanted: Ingredients) -> Path:
+    """Where the store with these ingredients is or will be."""
+    return Path(store.folder) / digest(wanted)
+
+
+def open_store(store: StoreSpec, wanted: Ingredients) -> Store:
+    """The store with exactly these ingredients; every file's size is checked, not its content.
+
+    Raises:
+        SpecError: there is none; says what differs from the nearest one.
+        CheckpointError: a file is missing or has another size.
+    """
+    folder = folder_of(store, wanted)
+    if not folder.is_dir():
+        raise SpecError(f"store: {_absence(folder, wanted)}")
+    checkpoint.verify(folder, content=False)
+    if differing := differences(wanted, read_index(folder).ingredients):
+        raise SpecError(f"store: {folder}: {'; '.join(differing)}; delete it and {AGAIN}")
+    return Store(folder)
+
+
+def _absence(folder: Path, wanted: Ingredients) -> str:
+    if partial_of(folder).is_dir():
+        return f"{folder}: not finished; {AGAIN}: it goes on where it stopped"
+    near = nearest(folder.parent, wanted)
+    if near is None:
+        return f"{folder.parent}: nothing is stored for this spec; {AGAIN} first"
+    other, differing = near
+    return f"{other} is out of date: {'; '.join(differing)}; to make a new one {AGAIN}"
+
+
+def partial_of(folder: Path) -> Path:
+    """The folder in which a store is being made."""
+    return folder.with_name(f"{folder.name}.partial")
+
+
+def ingredients(spec: PipelineSpec, data: Data, *, seed: int) -> Ingredients:
+    """Everything the stored numbers depend on, in words.
+
+    Raises:
+        SpecError: a component that makes the target is trained, so there is no fixed target.
+    """
+    assert spec.store is not None
+    pipeline = config_pipeline(spec, data, seed=seed)
+    assert_fixed(pipeline)
+    shared = {
+        "store format": FORMAT,
+        "kava": version_of("kava"),
+        "store.dtype": spec.store.dtype,
+        "student's tokenizer": tokenizer_hash(data.tokenizer),
+        "student's geometry": str(config_geometry(spec.student, data.tokenizer, where="student")),
+        "training examples": _set_hash(data.train_items.examples),
+        "validation examples": _set_hash(data.validation_items.examples),
+        "data.template": spec.data.template.model_dump(mode="json"),
+        "train.max_length": spec.train.max_length,
+        "train.precision": spec.train.precision,
+        "compared layers": list(pipeline.layers),
+        "compared parts": list(parts_of(spec)),
+        "rotary": "keep" if spec.rotary == "keep" else "strip",
+    }
+    each = [_of_teacher(spec, teacher, data) for teacher in spec.teachers]
+    made = {name: value for found in (shared, *each) for name, value in found.items()}
+    if looks_at_data(spec, pipeline):
+        made |= _of_calibration(spec, data)
+    if depends_on_student(spec, pipeline):
+        made |= _of_student(spec, data, seed)
+    found: Ingredients = json.loads(json.dumps(made))
+    return found
+
+
+def config_pipeline(spec: PipelineSpec, data: Data, *, seed: int) -> KVPipeline:
+    """The run's pipeline, by the models' configs alone: no model is loaded."""
+    student = config_geometry(spec.student, data.tokenizer, where="student")
+    return make_pipeline(spec, config_geometries(spec, data), student, seed=seed)
+
+
+def layout_of(spec: PipelineSpec, pipeline: KVPipeline) -> Layout:
+    """What is stored of a position."""
+    assert spec.store is not None
+    return Layout(
+        spec.store.dtype,
+        {a.name: {part: _extent(a.target, part) for part in parts_of(spec)} for a in pipeline.teachers},
+    )
+
+
+def _extent(target: Geometry, part: Any) -> tuple[int, int, int]:
+    return target.layer, target.heads(part), target.dim
+
+
+def _of_teacher(spec: PipelineSpec, teacher: TeacherSpec, data: Data) -> dict[str, Any]:
+    whose = f"of teacher {teacher.name!r}"
+    weights = dict(models_of(spec, teacher, data)["teacher"])
+    tokenizer = weights.pop("tokenizer")
+    found = {
+        f"weights {whose}": weights,
+        f"tokenizer {whose}": tokenizer,
+        f"alignment {whose}": teacher.align.model_dump(mode="json"),
+    }
+    if given := getattr(teacher.align.layer_mapper, "map", None):
+        found[f"layer map {whose}"] = _file_hash(Path(given))
+    return found
+
+
+def _of_calibration(spec: PipelineSpec, data: Data) -> dict[str, Any]:
+    count = min(spec.train.calibration_examples, len(data.train_items))
+    return {
+        "train.calibration_examples": count,
+        "calibration examples": split_hash(data.train_items.examples[:count]),
+        "train.batch_size": spec.train.batch_size,
+    }
+
+
+def _of_student(spec: PipelineSpec, data: Data, seed: int) -> dict[str, Any]:
+    weights = dict(models_of(spec, spec.teachers[0], data)["student"])
+    del weights["tokenizer"]
+    return {"student's weights": weights, "seed": seed if spec.student.path is None else None}
+
+
+def looks_at_data(spec: PipelineSpec, pipeline: KVPipeline) -> bool:
+    """Whether something is computed from the first training examples before the targets."""
+    return any(a.wants_calibration for a in pipeline.teachers) or _measures(spec)
+
+
+def depends_on_student(spec: PipelineSpec, pipeline: KVPipeline) -> bool:
+    """Whether the stored state looks at the student, so that a store belongs to one seed."""
+    return _measures(spec) or any(_is_paired(aligner) for aligner in pipeline.teachers)
+
+
+def _measures(spec: PipelineSpec) -> bool:
+    return any(wants_measuring(teacher.align.layer_mapper) for teacher in spec.teachers)
+
+
+def _is_paired(aligner: TeacherAligner) -> bool:
+    """Calibrated projectors that do not say ``paired = False`` may look at the student."""
+    return aligner.wants_calibration and (
+        aligner.lifts or bool(getattr(aligner.dim_projector, "paired", True))
+    )
+
+
+def assert_fixed(pipeline: KVPipeline) -> None:
+    """SpecError naming the first trained component between a teacher's cache and its target."""
+    for aligner in pipeline.teachers:
+        makers = {"layer_mapper": aligner.layer_map, "time warper": aligner.time_plan}
+        if not aligner.lifts:
+            makers |= {"head_adapter": aligner.head_adapter, "dim_projector": aligner.dim_projector}
+        for kind, component in makers.items():
+            if any(parameter.requires_grad for parameter in component.parameters()):
+                raise SpecError(
+                    f"store: the {kind} of teacher {aligner.name!r} is trained with the student, so its "
+                    "targets change at every step; freeze it (trainable: false, or a calibrated projector), "
+                    "use direction: to_teacher, or set store: null"
+                )
+
+
+def _set_hash(examples: Sequence[Example]) -> str:
+    keys = sorted({key_of(example) for example in examples})
+    return hashlib.sha256("".join(keys).encode()).hexdigest()
+
+
+def _file_hash(file: Path) -> str | None:
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None

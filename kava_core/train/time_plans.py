@@ -1,0 +1,38 @@
+"""Time maps are planned beside the batches, on the CPU, in the data loader's processes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from kava_core.data.collate import Collator, Item
+from kava_core.data.examples import Example
+from kava_core.kv.pipeline import KVPipeline
+from kava_core.kv.timeline import Timeline
+
+
+class PlansTime:
+    """A collator that adds every teacher's ``time_map`` to its side of the batch.
+
+    Warpers with parameters are left out: they plan inside the forward pass, where their gradients are. So
+    are sides that come from a store, aligned already.
+    """
+
+    def __init__(self, collator: Collator, pipeline: KVPipeline | None) -> None:
+        self.collator = collator
+        plans = {} if pipeline is None else {a.name: a.time_plan for a in pipeline.teachers}
+        self.plans = {
+            name: copy.deepcopy(plan).to("cpu") for name, plan in plans.items() if not list(plan.parameters())
+        }
+
+    def __call__(self, batch: Sequence[Example | Item]) -> dict[str, Any]:
+        """The collator's batch with time maps."""
+        made = self.collator(batch)
+        own = Timeline.from_batch(made["student"])
+        for name, plan in self.plans.items():
+            side = made["teachers"][name]
+            if "target" in side:
+                continue
+            side["time_map"] = plan(Timeline.from_batch(side), own)
+        return made
