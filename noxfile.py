@@ -92,12 +92,12 @@ def core_alone(session: nox.Session) -> None:
 
 @nox.session(python="3.11")
 def plugin_example(session: nox.Session) -> None:
-    """Build kava's wheel, install it and the example plugin, run the plugin's tests."""
+    """Build kava's wheel, install it with the conformance kit, and the example plugin; run its tests."""
     wheels = Path(session.create_tmp()).resolve()
     session.install("build")
     session.run("python", "-m", "build", "--wheel", "--outdir", str(wheels), ".")
     session.install(*CONSTRAINTS, "torch")
-    session.install(*CONSTRAINTS, str(next(wheels.glob("kava-*.whl"))), "pytest")
+    session.install(*CONSTRAINTS, f"{next(wheels.glob('kava-*.whl'))}[testing]")
     session.install("examples/kava-last-layers")
     with session.chdir("examples/kava-last-layers"):
         session.run("pytest", env={"KAVA_SHAPE_CHECK": "1"})

@@ -237,6 +237,47 @@ def env(
         typer.echo(line)
 
 
+new = typer.Typer(no_args_is_help=True)
+app.add_typer(new, name="new")
+
+Folder = Annotated[Path, typer.Option("--output", help="Folder to write into.")]
+
+
+@new.callback()
+def _new() -> None:
+    """Write a new plugin package or spec."""
+
+
+@new.command("plugin")
+def new_plugin(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the component.", show_default=False)],
+    kind: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND", help="head_adapter, time_warper, layer_mapper, dim_projector, fuser or kv_loss."
+        ),
+    ] = "layer_mapper",
+    output: Folder = Path(),
+) -> None:
+    """Write a package with one component and its test."""
+    from kava_core.scaffold.plugin import new_plugin as write
+
+    folder = write(name, kind, output)
+    typer.echo(f"{folder}: pip install -e '{folder}[test]' && pytest {folder}")
+
+
+@new.command("spec")
+def new_spec(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the run.", show_default=False)],
+    output: Folder = Path(),
+) -> None:
+    """Write a small spec that runs as it is, with comments."""
+    from kava_core.scaffold.spec import new_spec as write
+
+    file = write(name, output)
+    typer.echo(f"{file}: kava check {file} && kava train {file}")
+
+
 def _row(registered: Any) -> dict[str, str]:
     fields = ("kind", "name", "distribution", "version", "doc")
     return {field: getattr(registered, field) for field in fields}

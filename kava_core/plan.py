@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 
 from kava_core.config import Part
+from kava_core.data.splits import load_splits
 from kava_core.dry_run import DryRun, dry_run, sized_config, vocabulary_note
+from kava_core.errors import SpecError
 from kava_core.kv.aligner import TeacherAligner
 from kava_core.kv.attention_layers import has_rotary
 from kava_core.kv.axes import Cache
@@ -22,8 +25,9 @@ from kava_core.kv.order import Stage
 from kava_core.kv.pipeline import active
 from kava_core.kv.probe import fake_model
 from kava_core.kv.timemap import TimeMap
-from kava_core.spec.model import ModelSpec, PipelineSpec, StudentSpec
+from kava_core.spec.model import HubData, ModelSpec, PipelineSpec, StudentSpec
 from kava_core.train.models import add_lora, model_config
+from kava_core.train.stored import layout_of
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TRAINED_COPIES = 3
@@ -50,6 +54,18 @@ class ModelCost:
 
 
 @dataclass(frozen=True)
+class StoreSize:
+    """What ``kava cache`` would write."""
+
+    token: int
+    """Bytes of all teachers' targets at one student position."""
+    time: int
+    """Student tokens that an example is taken to have."""
+    examples: int | None
+    """Training and validation examples; None where only reading the data would tell."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """The answer of ``kava plan``."""
 
@@ -59,6 +75,8 @@ class Plan:
     """Bytes, by what they hold."""
     flops: dict[str, float]
     """Of one optimizer step, by who does them."""
+    store: StoreSize | None = None
+    """Where the spec asks for a store."""
 
 
 def default_time(spec: PipelineSpec) -> int:
@@ -85,7 +103,8 @@ def make_plan(spec: PipelineSpec, *, time: int, t_time: int) -> Plan:
     flops = {cost.name: cost.flops * steps for cost in (student, *teachers)}
     if dry.pipeline is not None:
         flops["alignment"] = _alignment_flops(dry) * steps
-    return Plan(dry, [student, *teachers], _memory(spec, dry, [student, *teachers], batch, time), flops)
+    memory = _memory(spec, dry, [student, *teachers], batch, time)
+    return Plan(dry, [student, *teachers], memory, flops, _store_size(spec, dry, time))
 
 
 def _model_cost(name: str, spec: ModelSpec, batch: int, time: int, *, geometry: str) -> ModelCost:
@@ -226,6 +245,23 @@ def _cached(spec: PipelineSpec, teacher: ModelSpec, cache: Cache, rotary: bool) 
     """Bytes of a cache; autocast leaves what is rotated in the dtype of the weights."""
     narrow, wide = _computed_bytes(spec, teacher), BYTES[teacher.dtype]
     return sum(x.numel() * (wide if rotary and part != "values" else narrow) for part, x in cache.items())
+
+
+def _store_size(spec: PipelineSpec, dry: DryRun, time: int) -> StoreSize | None:
+    if spec.store is None or dry.pipeline is None:
+        return None
+    return StoreSize(layout_of(spec, dry.pipeline).bytes_per_token(), time, _examples(spec))
+
+
+def _examples(spec: PipelineSpec) -> int | None:
+    """Examples of generated data and of files that are here; a hub is not asked."""
+    if isinstance(spec.data, HubData):
+        return None
+    try:
+        splits = load_splits(spec.data, root=Path.cwd())
+    except SpecError:
+        return None
+    return len(splits.train) + min(len(splits.validation), spec.evaluate.examples)
 
 
 def _alignment_bytes(dry: DryRun) -> int:

@@ -12,7 +12,7 @@ from kava_core.spec.load import LoadedSpec
 def show(plan: Plan, loaded: LoadedSpec) -> None:
     """Print where values come from, the shapes, the models, memory and cost."""
     console = Console()
-    for table in (_origins(loaded), _shapes(plan), _models(plan), _memory(plan), _flops(plan)):
+    for table in (_origins(loaded), _shapes(plan), _models(plan), _memory(plan), _flops(plan), _store(plan)):
         if table.row_count:
             console.print(table)
 
@@ -88,6 +88,22 @@ def _flops(plan: Plan) -> Table:
     table = _table("floating-point operations of one optimizer step", "who", "FLOPs", "share", numbers=2)
     for who, count in plan.flops.items():
         table.add_row(who, f"{count:.3g}", f"{count / total:.1%}")
+    return table
+
+
+def _store(plan: Plan) -> Table:
+    table = _table("teacher store on disk", "what", "bytes", numbers=1)
+    if plan.store is None:
+        return table
+    one = plan.store.token * plan.store.time
+    table.add_row("one student token, all teachers", _size(plan.store.token))
+    table.add_row(f"one example of {plan.store.time} tokens (the longest; see --time)", _size(one))
+    if plan.store.examples is None:
+        table.add_row("all examples", "not known without the data")
+    else:
+        table.add_row(
+            f"all {plan.store.examples:,} examples if each were that long", _size(one * plan.store.examples)
+        )
     return table
 
 

@@ -107,7 +107,11 @@ class DimProjector(Protocol):
 
 @runtime_checkable
 class Calibrated(Protocol):
-    """What a projector offers if it wants to see data before training."""
+    """What a projector offers if it wants to see data before training.
+
+    An attribute ``paired = False`` says that ``like`` is not looked at; ``queries_from_keys = True`` that
+    queries cannot be projected unless keys were observed.
+    """
 
     def observe(
         self,
@@ -138,6 +142,10 @@ class FusionContext:
     """The aligned caches, one per teacher."""
     student: Cache
     """The student's cache, in the view of the losses."""
+    hidden: Float[Tensor, "batch time hidden"] | None = None
+    """The student's last hidden states, without gradient; only for a fuser with ``needs_hidden = True``."""
+    tasks: tuple[str, ...] | None = None
+    """The task label of every example, empty where it has none."""
 
 
 @runtime_checkable
@@ -146,6 +154,49 @@ class Fuser(Protocol):
 
     def __call__(self, context: FusionContext) -> Float[Tensor, "teacher batch layer time"]:
         """Non-negative weights. kava renormalises them over the teachers valid at a position."""
+        ...
+
+
+@runtime_checkable
+class Regularised(Protocol):
+    """What a fuser offers if it adds a term of its own to the loss."""
+
+    def penalty(self, weights: Float[Tensor, "teacher batch layer time"]) -> Float[Tensor, ""]:
+        """A sum over positions, of the mean over layers.
+
+        ``weights`` are the fuser's, renormalised; all teachers' are 0 where none is valid.
+        """
+        ...
+
+
+@runtime_checkable
+class ObservesTeachers(Protocol):
+    """What a fuser offers if it wants to see data before training, after projectors are calibrated."""
+
+    def observe(self, context: FusionContext) -> None:
+        """Take in one batch."""
+        ...
+
+    def finish(self) -> None:
+        """Compute what it needs from everything observed."""
+        ...
+
+
+@runtime_checkable
+class Chooses(Protocol):
+    """What a fuser offers if not all teachers run in every forward pass."""
+
+    def choose(self) -> Bool[Tensor, " teacher"]:
+        """Which teachers are to run; called before they would, and before the weights are asked for."""
+        ...
+
+
+@runtime_checkable
+class Rewarded(Protocol):
+    """What a fuser offers if it learns from a reward."""
+
+    def reward(self, value: Float[Tensor, ""]) -> None:
+        """Cross-entropy of the student's tokens in this forward pass, after the weights were given."""
         ...
 
 

@@ -25,7 +25,8 @@ def centred_grams(x: Float[Tensor, "layer time dim"]) -> Float[Tensor, "layer _"
     rows = x.shape[1]
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     # U-centring would remove the mean, but only after products that a channel of mean 3000 has swamped.
-    x = x - x.mean(1, keepdim=True, dtype=torch.float64).to(x.dtype)
+    # It removes what is left by rounding.
+    x = x - x.mean(1, keepdim=True)
     gram = x @ x.mT
     gram.diagonal(dim1=1, dim2=2).zero_()
     each = gram.sum(2) / (rows - 2)

@@ -157,8 +157,9 @@ class KVPipeline(nn.Module):
                 )
 
     def _check_calibration(self, parts: tuple[Part, ...]) -> None:
-        """Queries are projected by the keys' calibration, so keys must be compared as well."""
-        if "queries" in parts and "keys" not in parts and any(a.wants_calibration for a in self.teachers):
+        """Where queries are projected by the keys' calibration, keys must be compared as well."""
+        borrowed = any(getattr(a.dim_projector, "queries_from_keys", False) for a in self.teachers)
+        if "queries" in parts and "keys" not in parts and borrowed:
             raise SpecError(
                 f"losses compare {', '.join(parts)}: a calibrated projector needs keys as well; "
                 "add keys to 'parts', or use dim_projector linear"

@@ -89,11 +89,14 @@ class TimeMap:
             weight: at least 0. Taps of weight 0 are dropped; a position left without any is not valid.
             valid: which positions may be; taps of the others are dropped.
         """
-        kept = (weight > 0) & valid.flatten()[row]
-        row, index, weight = row[kept], index[kept], weight[kept].double()
-        total = weight.new_zeros(valid.numel()).index_add_(0, row, weight)
-        start = torch.searchsorted(row, torch.arange(valid.numel() + 1, device=row.device))
-        weight = (weight / total[row]).float()
+        rows = valid.numel()
+        kept = (weight > 0) & valid.flatten().index_select(0, row)
+        if not kept.all():
+            row, index, weight = row[kept], index[kept], weight[kept]
+        weight = weight.double()
+        total = weight.new_zeros(rows).index_add_(0, row, weight)
+        start = F.pad(torch.bincount(row, minlength=rows).cumsum(0), (1, 0))
+        weight = (weight / total.index_select(0, row)).float()
         return cls(index, weight, start, (total > 0).view(valid.shape))
 
     @property
@@ -159,15 +162,16 @@ class TimeMap:
         owner, taken = ranges(first, count, total=self.index.numel() * copies)
         place = self.index[taken] + owner // max(time, 1) * t_time
         start = F.pad(count.cumsum(0), (1, 0))
-        warped = weighted_rows(x.reshape(-1, dim), place, self.weight[taken].to(x.dtype), start, valid)
+        rows = rearrange(x, "batch layer head time dim -> (batch layer head time) dim")
+        warped = weighted_rows(rows, place, self.weight[taken].to(x.dtype), start, valid)
         return warped.view(batch, layer, head, time, dim)
 
     def dense(self, t_time: int) -> Float[Tensor, "batch time t_time"]:
         """The map as a matrix; rows of invalid positions are zero."""
-        row = self.rows
         matrix = self.weight.new_zeros(self.valid.numel(), t_time)
-        weight = torch.where(self.valid.flatten()[row], self.weight, 0)
-        matrix.index_put_((row, self.index), weight, accumulate=True)
+        row = self.rows
+        live = self.valid.flatten()[row]
+        matrix.index_put_((row[live], self.index[live]), self.weight[live], accumulate=True)
         return matrix.view(*self.valid.shape, t_time)
 
     def then(self, second: TimeMap) -> TimeMap:
@@ -179,16 +183,14 @@ class TimeMap:
         """
         if second.identity:
             return replace(self, valid=self.valid & second.valid)
-        middle, time = self.valid.shape[1], second.valid.shape[1]
         row = second.rows
-        via = row // max(time, 1) * middle + second.index
-        count = torch.where(
-            self.valid.flatten()[via] & second.valid.flatten()[row], self.start.diff()[via], 0
-        )
+        live = second.valid.flatten()[row]
+        row = row[live]
+        via = row // max(second.valid.shape[1], 1) * self.valid.shape[1] + second.index[live]
+        count = torch.where(self.valid.flatten()[via], self.start.diff()[via], 0)
         owner, place = ranges(self.start[via], count)
-        row, index = row[owner], self.index[place]
-        weight = second.weight[owner].double() * self.weight[place].double()
-        return TimeMap.of_entries(*_coalesced(row, index, weight), second.valid)
+        weight = second.weight[live][owner].double() * self.weight[place].double()
+        return TimeMap.of_entries(*_coalesced(row[owner], self.index[place], weight), second.valid)
 
 
 def ranges(
@@ -198,10 +200,9 @@ def ranges(
 
     With ``total``, the sum of ``count``, nothing waits for a GPU.
     """
-    stop = count.cumsum(0)
     owner = torch.repeat_interleave(count, output_size=total)
-    within = torch.arange(owner.numel(), device=count.device) - (stop - count)[owner]
-    return owner, first[owner] + within
+    shift = first - count.cumsum(0) + count
+    return owner, torch.arange(len(owner), device=count.device) + shift.index_select(0, owner)
 
 
 def _coalesced(row: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool
@@ -16,15 +15,14 @@ from kava_core.config import Part
 from kava_core.errors import CheckpointError
 from kava_core.kv.axes import Cache
 from kava_core.store.codec import decode
-from kava_core.store.index import Layout, read_index
+from kava_core.store.index import read_index
 
 VALID = "valid"
 SCALE = ".scale"
 """Suffix of the tensor with a part's scales."""
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where an example lies: its shard, the tokens before it in that shard, its own tokens."""
 
     shard: str
@@ -73,8 +71,8 @@ class Store:
         """The stored targets of some examples, padded right to ``time`` student positions.
 
         Returns:
-            For every teacher ``target`` (part to ``batch layer head time dim``), ``scale`` (with int8: part to
-            ``batch layer head time``) and ``valid`` (Bool ``batch time``), as they are stored.
+            For every teacher, as they are stored: ``target`` (part to ``batch layer head time dim``), with
+            int8 ``scale`` (part to ``batch layer head time``), and ``valid`` (Bool ``batch time``).
 
         Raises:
             CheckpointError: an example is not in the store, or a shard cannot be read.
@@ -104,17 +102,21 @@ class Store:
         self, teacher: str, what: str, places: list[Place], time: int, extent: tuple[int, int, int]
     ) -> Tensor:
         """``batch layer head time dim``, zero where an example is shorter."""
-        name, (layer, head, dim) = tensor_name(teacher, what), extent
-        width = layer * head * dim
-        padded: Tensor | None = None
-        for row, place in enumerate(places):
-            flat = self._shard(place.shard)[name]
-            if padded is None:
-                padded = flat.new_zeros(len(places), layer, head, time, dim)
-            block = flat[place.start * width : (place.start + place.time) * width]
-            padded[row, :, :, : place.time] = block.view(layer, head, place.time, dim)
-        assert padded is not None, "a batch has at least one example"
+        blocks = [self._block(tensor_name(teacher, what), place, extent) for place in places]
+        layer, head, dim = extent
+        padded = blocks[0].new_empty(len(blocks), layer, head, time, dim)
+        for row, block in zip(padded, blocks, strict=True):
+            row[:, :, : block.shape[2]] = block
+            row[:, :, block.shape[2] :] = 0
         return padded
+
+    def _block(self, name: str, place: Place, extent: tuple[int, int, int]) -> Tensor:
+        """One example's ``layer head time dim``, in mapped memory."""
+        layer, head, dim = extent
+        width = layer * head * dim
+        flat = self._shard(place.shard)[name]
+        block = flat[place.start * width : (place.start + place.time) * width]
+        return block.view(layer, head, place.time, dim)
 
     def _shard(self, file: str) -> dict[str, Tensor]:
         """A shard's flat tensors, which lie in mapped memory."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -37,7 +38,7 @@ from kava_core.train.assemble import (
 )
 from kava_core.train.distiller import Distiller
 from kava_core.train.layer_maps import with_measured_maps
-from kava_core.train.run import calibrate, quiet, with_trained_models
+from kava_core.train.run import _calibrate, _quiet, _with_trained_models
 from kava_core.train.stored import folder_of, ingredients, key_of, layout_of, open_store, partial_of
 from kava_core.train.time_plans import PlansTime
 
@@ -100,8 +101,8 @@ def cache(spec: PipelineSpec, *, seed: int, verify: bool = False) -> Cached | No
         raise KavaError("kava cache: runs in one process, not under torchrun")
     if not used_teachers(spec):
         return None
-    with quiet():
-        spec = with_trained_models(spec)
+    with _quiet():
+        spec = _with_trained_models(spec)
         data = make_data(spec)
         wanted = ingredients(spec, data, seed=seed)
         return _verified(spec, wanted) if verify else _made(spec, data, wanted, seed)
@@ -171,7 +172,7 @@ def _write(spec: PipelineSpec, data: Data, wanted: Ingredients, partial: Path, s
     writer = Writer(partial, layout_of(spec, distiller.pipeline), shard_mb=spec.store.shard_mb)
     missing = _missing(data, writer.done)
     with _progress(spec.name, len(missing)) as advance:
-        loader = DataLoader(
+        loader: Any = DataLoader(
             missing,  # type: ignore[arg-type]
             spec.train.batch_size,
             collate_fn=_WithItems(PlansTime(data.plain_collator, distiller.pipeline)),
@@ -191,7 +192,7 @@ def _calibrated(
     if file.is_file():
         load_projectors(distiller.pipeline, file)
         return
-    calibrate(distiller, data, spec, device)
+    _calibrate(distiller, data, spec, device)
     save_durably(projectors(distiller.pipeline), file)
 
 
@@ -207,13 +208,13 @@ class _WithItems:
     def __init__(self, collate: PlansTime) -> None:
         self.collate = collate
 
-    def __call__(self, items: list[Item]) -> tuple[list[Item], dict[str, Tensor]]:
+    def __call__(self, items: list[Item]) -> tuple[list[Item], dict[str, Any]]:
         return items, self.collate(items)
 
 
 @torch.no_grad()
 def _aligned(
-    distiller: Distiller, batch: dict[str, Tensor], precision: str, device: torch.device
+    distiller: Distiller, batch: dict[str, Any], precision: str, device: torch.device
 ) -> dict[str, Aligned]:
     """Every teacher's target, by the training step's own code and in its precision."""
     assert distiller.pipeline is not None

@@ -111,7 +111,7 @@ class Distiller(nn.Module):
     def aligned(
         self, teachers: Mapping[str, Mapping[str, Any]], timeline: Timeline, pipeline: KVPipeline
     ) -> list[Aligned]:
-        """Every teacher's target: read from a store, or by this pipeline; one raw cache is alive at a time."""
+        """Every teacher's target, from a store or by this pipeline; one raw cache is alive at a time."""
         return [
             self._target(aligner, teachers[aligner.name], timeline, pipeline) for aligner in pipeline.teachers
         ]

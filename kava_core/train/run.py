@@ -91,7 +91,7 @@ def run(spec: PipelineSpec, *, variant: str, seed: int, wait: bool = False) -> R
         if folder.complete:
             _same_data(spec, folder)
         else:
-            _train(with_trained_models(spec), folder)
+            _train(_with_trained_models(spec), folder)
     return Result(variant, seed, folder.path, folder.record()["results"])
 
 
@@ -102,7 +102,7 @@ def _meet() -> None:
         state.wait_for_everyone()
 
 
-def with_trained_models(spec: PipelineSpec) -> PipelineSpec:
+def _with_trained_models(spec: PipelineSpec) -> PipelineSpec:
     """The spec with every model to be pretrained replaced by its trained folder."""
     teachers = tuple(_trained(spec, teacher) for teacher in used_teachers(spec))
     return spec.model_copy(update={"teachers": teachers, "student": _trained(spec, spec.student)})
@@ -126,7 +126,7 @@ def _trained(spec: PipelineSpec, model: M) -> M:
 
 
 def _train(spec: PipelineSpec, folder: RunDir) -> None:
-    with quiet():
+    with _quiet():
         _train_quietly(spec, folder)
 
 
@@ -146,7 +146,7 @@ def _train_quietly(spec: PipelineSpec, folder: RunDir) -> None:
             trainer.state = TrainerState.load_from_json(str(resume / TRAINER_STATE_NAME))
         else:
             if resume is None:
-                calibrate(distiller, data, spec, trainer.args.device)
+                _calibrate(distiller, data, spec, trainer.args.device)
                 trainer.evaluator.begin(distiller, trainer.args.device)
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         if trainer.state.global_step < spec.train.steps:
@@ -254,7 +254,7 @@ def _assert_installed(trackers: tuple[str, ...]) -> None:
             raise SpecError(f"train.trackers: {tracker} is not installed: pip install {tracker}")
 
 
-def calibrate(distiller: Distiller, data: Data, spec: PipelineSpec, device: torch.device) -> None:
+def _calibrate(distiller: Distiller, data: Data, spec: PipelineSpec, device: torch.device) -> None:
     """Show the first training examples to calibrated projectors, without touching the random state.
 
     A store holds them calibrated.
@@ -272,7 +272,7 @@ def calibrate(distiller: Distiller, data: Data, spec: PipelineSpec, device: torc
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """transformers' own chatter off; kava reports what matters."""
     from transformers.utils import logging
 

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kava_core.data.collate import Collator, Item
 from kava_core.data.examples import Example
 from kava_core.data.splits import split_hash
@@ -16,6 +18,7 @@ from kava_core.errors import SpecError
 from kava_core.kv.aligner import TeacherAligner
 from kava_core.kv.axes import Geometry
 from kava_core.kv.pipeline import KVPipeline, parts_of
+from kava_core.spec.check import used_components
 from kava_core.spec.model import PipelineSpec, StoreSpec, TeacherSpec
 from kava_core.store.index import FORMAT, MAPS, Ingredients, Layout, differences, digest, nearest, read_index
 from kava_core.store.reader import Store
@@ -23,7 +26,7 @@ from kava_core.train import checkpoint
 from kava_core.train.assemble import Data, config_geometries, config_geometry, make_pipeline, used_teachers
 from kava_core.train.layer_maps import wants_measuring
 from kava_core.train.map_files import models_of, tokenizer_hash
-from kava_core.versions import version_of
+from kava_core.versions import distributor, version_of
 
 AGAIN = "run `kava cache` with this spec and these overrides"
 
@@ -137,8 +140,8 @@ def ingredients(spec: PipelineSpec, data: Data, *, seed: int) -> Ingredients:
     """
     assert spec.store is not None
     pipeline = config_pipeline(spec, data, seed=seed)
-    assert_fixed(pipeline)
-    shared = {
+    assert_fixed(spec, pipeline)
+    shared: dict[str, Any] = {
         "store format": FORMAT,
         "kava": version_of("kava"),
         "store.dtype": spec.store.dtype,
@@ -152,6 +155,11 @@ def ingredients(spec: PipelineSpec, data: Data, *, seed: int) -> Ingredients:
         "compared layers": list(pipeline.layers),
         "compared parts": list(parts_of(spec)),
         "rotary": "keep" if spec.rotary == "keep" else "strip",
+    }
+    shared["plugins"] = {
+        f"{kind} {config.name}": distributor(type(config).__module__)
+        for kind, config in used_components(spec)
+        if kind not in ("fuser", "kv_loss")
     }
     each = [_of_teacher(spec, teacher, data) for teacher in spec.teachers]
     made = {name: value for found in (shared, *each) for name, value in found.items()}
@@ -186,6 +194,8 @@ def _of_teacher(spec: PipelineSpec, teacher: TeacherSpec, data: Data) -> dict[st
     whose = f"of teacher {teacher.name!r}"
     weights = dict(models_of(spec, teacher, data)["teacher"])
     tokenizer = weights.pop("tokenizer")
+    if teacher.path is None:
+        weights["torch"] = torch.__version__  # draws them
     found = {
         f"weights {whose}": weights,
         f"tokenizer {whose}": tokenizer,
@@ -232,19 +242,27 @@ def _is_paired(aligner: TeacherAligner) -> bool:
     )
 
 
-def assert_fixed(pipeline: KVPipeline) -> None:
+def assert_fixed(spec: PipelineSpec, pipeline: KVPipeline) -> None:
     """SpecError naming the first trained component between a teacher's cache and its target."""
-    for aligner in pipeline.teachers:
-        makers = {"layer_mapper": aligner.layer_map, "time warper": aligner.time_plan}
-        if not aligner.lifts:
-            makers |= {"head_adapter": aligner.head_adapter, "dim_projector": aligner.dim_projector}
-        for kind, component in makers.items():
-            if any(parameter.requires_grad for parameter in component.parameters()):
-                raise SpecError(
-                    f"store: the {kind} of teacher {aligner.name!r} is trained with the student, so its "
-                    "targets change at every step; freeze it (trainable: false, or a calibrated projector), "
-                    "use direction: to_teacher, or set store: null"
-                )
+    for teacher, aligner in zip(spec.teachers, pipeline.teachers, strict=True):
+        for kind, component in _makers(aligner).items():
+            if component is None or not any(p.requires_grad for p in component.parameters()):
+                continue
+            name = getattr(teacher.align, kind).name
+            raise SpecError(
+                f"store: {kind} {name!r} of teacher {teacher.name!r} is trained with the student, so its "
+                "targets change at every step; choose one that is not (trainable: false, where it has that), "
+                "use direction: to_teacher if it is the head adapter or projector, or set store: null"
+            )
+
+
+def _makers(aligner: TeacherAligner) -> dict[str, Any]:
+    """The components that a target goes through, by their field in the spec; None where there is none."""
+    plan = aligner.time_plan
+    made: dict[str, Any] = {"layer_mapper": aligner.layer_map, "token_warper": plan.token_warper}
+    made |= {"time_warper": plan.time_warper}
+    both = {"head_adapter": aligner.head_adapter, "dim_projector": aligner.dim_projector}
+    return made if aligner.lifts else made | both
 
 
 def _set_hash(examples: Sequence[Example]) -> str:

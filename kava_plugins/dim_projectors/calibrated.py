@@ -37,6 +37,8 @@ class Calibrated(nn.Module):
     def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.config, self.learning_rate = config, config.learning_rate
+        self.paired = config.method != "pca"
+        self.queries_from_keys = not self.paired
         own_queries = config.method != "pca" and teacher.qhead > 0
         self.parts: tuple[Part, ...] = ("keys", "values", "queries") if own_queries else ("keys", "values")
         for part in self.parts:

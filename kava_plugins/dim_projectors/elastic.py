@@ -20,7 +20,7 @@ LARGE_HIDDEN, MIDDLE_HIDDEN = 8192, 3584
 
 
 class Elastic(nn.Module):
-    """One bottleneck for each layer, with ``mlp_ratio`` times the student's width inside, at least 1.
+    """One bottleneck for each layer, ``mlp_ratio`` times as wide inside as what comes out, at least 1.
 
     It serves all heads or one of them, keys and values together or one of them. The LayerNorm has no scale
     and shift of its own: the linear map behind it holds them. All layers and heads are one batched product.

@@ -26,8 +26,8 @@ def project(
 def _batched(
     x: Float[Tensor, "batch layer head time t_dim"], matrix: Float[Tensor, "layer head dim t_dim"]
 ) -> Float[Tensor, "batch layer head time dim"]:
-    # A batched product copies one factor: matmul the matrix for every example, einsum the vectors.
-    if x.shape[3] >= matrix.shape[2]:
+    # Matmul copies the matrix for every example, and again its gradient; einsum copies the vectors.
+    if x.shape[3] >= 2 * matrix.shape[2]:
         return x @ matrix.mT
     pattern = "batch layer head time t_dim, layer head dim t_dim -> batch layer head time dim"
     projected: Tensor = einsum(x, matrix, pattern)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from kava_core.errors import SpecError, did_you_mean, one_of
@@ -13,29 +13,56 @@ from kava_plugins.fusers import Fixed as Config
 
 
 class Fixed(nn.Module):
-    """The same weights everywhere; equal ones where the spec gives none."""
+    """The same weights everywhere; equal ones where the spec gives none.
+
+    With ``sample`` only some teachers count in a forward pass of training, and only they run.
+    """
 
     weights: Float[Tensor, " teacher"]
+    chosen: Bool[Tensor, " teacher"]
 
     def __init__(self, config: Config, *, teachers: tuple[str, ...], student: Geometry) -> None:
         super().__init__()
-        given = dict.fromkeys(teachers, 1.0) if config.weights is None else dict(config.weights)
-        _check_names(given, teachers)
-        weights = torch.tensor([given[name] for name in teachers], dtype=torch.float32)
+        self.sample = config.sample
+        weights = constants(config.weights, teachers, who="fixed")
+        if config.sample is not None and config.sample > int((weights > 0).sum()):
+            raise SpecError(
+                f"fuser fixed: sample: {config.sample} of {int((weights > 0).sum())} teachers with a weight "
+                "above 0"
+            )
         self.register_buffer("weights", weights, persistent=False)
+        self.register_buffer("chosen", torch.ones_like(weights, dtype=torch.bool), persistent=False)
+
+    @torch.no_grad()
+    def choose(self) -> Bool[Tensor, " teacher"]:
+        """True at the teachers that are to run, drawn without replacement in proportion to their weights."""
+        self.chosen.fill_(True)
+        if self.training and self.sample is not None and not self.weights.is_meta:
+            drawn = torch.multinomial(self.weights, self.sample)
+            self.chosen.fill_(False).index_fill_(0, drawn, True)
+        return self.chosen
 
     def forward(self, context: FusionContext) -> Float[Tensor, "teacher batch layer time"]:
-        """The constants, expanded without a copy."""
+        """The constants, 0 for teachers that were not chosen, expanded without a copy."""
         teacher, batch, time = context.valid.shape
         layer = context.student.any.shape[1]
-        return self.weights[:, None, None, None].expand(teacher, batch, layer, time)
+        return (self.weights * self.chosen)[:, None, None, None].expand(teacher, batch, layer, time)
 
 
-def _check_names(given: dict[str, float], teachers: tuple[str, ...]) -> None:
+def constants(
+    weights: dict[str, float] | None, teachers: tuple[str, ...], *, who: str
+) -> Float[Tensor, " teacher"]:
+    """The weights in the teachers' order, 1 each where none are given; SpecError for wrong names."""
+    given = dict.fromkeys(teachers, 1.0) if weights is None else dict(weights)
+    _check_names(given, teachers, who)
+    return torch.tensor([given[name] for name in teachers], dtype=torch.float32)
+
+
+def _check_names(given: dict[str, float], teachers: tuple[str, ...], who: str) -> None:
     for name in given:
         if name not in teachers:
             hint = did_you_mean(name, teachers)
-            raise SpecError(f"fuser fixed: weights: no teacher {name!r}; possible: {one_of(teachers)}{hint}")
+            raise SpecError(f"fuser {who}: weights: no teacher {name!r}; possible: {one_of(teachers)}{hint}")
     missing = set(teachers) - set(given)
     if missing:
-        raise SpecError(f"fuser fixed: weights: none for {one_of(missing)}; every teacher needs one")
+        raise SpecError(f"fuser {who}: weights: none for {one_of(missing)}; every teacher needs one")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kava_core import hookimpl
 from kava_core.config import KVLossConfig, Part
 
 Scale = Literal["none", "batch", "example"]
+Divergence = Literal["forward", "reverse", "jeffreys"]
 
 
 class MSE(KVLossConfig):
@@ -45,7 +46,7 @@ class Mercator(KVLossConfig):
 
 
 class Relation(KVLossConfig):
-    """Mean squared difference of cosine Gram matrices over time, heads merged.
+    """Difference of the relations between positions: cosines or softmaxed products, heads merged or re-split.
 
     Neither head counts nor bases need agree. Relations between positions: MiniLMv2 (arXiv 2012.15828).
     """
@@ -57,10 +58,101 @@ class Relation(KVLossConfig):
     parts: tuple[Part, ...] = Field(("values",), min_length=1)
     """Which tensors are compared. Values alone were faster than keys and values in our runs."""
     center: bool = True
-    """Remove each example's mean over time first."""
+    """Remove each example's mean over time first. MiniLMv2 does not."""
+    form: Literal["cosine", "softmax"] = "cosine"
+    """``cosine``: mean squared difference of cosines; ``softmax``: KL divergence of the rows of
+    softmax(x·xᵀ / √width), the target's first (MiniLMv2)."""
+    heads: Annotated[int, Field(ge=1)] | Literal["merged"] = "merged"
+    """Relation heads: all heads side by side as one, or cut anew into so many of equal width. The number must
+    divide the full width (heads × width) of both sides."""
+
+
+class AttentionKL(KVLossConfig):
+    """KL divergence of attention rows, without attention maps: memory is linear in time.
+
+    Rows are made of the compared queries and keys, so ``rotary: match`` (or ``keep``) compares what the
+    models attend to, and ``strip`` only what they look for by content. Widths may differ, query heads may
+    not.
+    Attention rows as a target: MiniLM (arXiv 2002.10957).
+    """
+
+    name: Literal["attention_kl"] = "attention_kl"
+    component = "kava_plugins.kv_losses.attention_kl:AttentionKL"
+    basis_free: ClassVar[bool] = True
+
+    parts: tuple[Literal["keys"], Literal["queries"]] = ("keys", "queries")
+    """Attention rows need both, and nothing else."""
+    temperature: float = Field(1.0, gt=0)
+    """Products are divided by this on both sides; the loss is not multiplied by its square."""
+    kind: Divergence = "forward"
+    """``forward``: KL(target ‖ student); ``reverse``: KL(student ‖ target); ``jeffreys``: their sum."""
+    causal: bool = True
+    """A position attends to itself and to earlier ones only."""
+
+
+class AttentionOutput(KVLossConfig):
+    """Difference of softmax(q·k)·v: what the student's and the target's attention hand on."""
+
+    name: Literal["attention_output"] = "attention_output"
+    component = "kava_plugins.kv_losses.attention_output:AttentionOutput"
+
+    parts: tuple[Literal["keys"], Literal["values"], Literal["queries"]] = ("keys", "values", "queries")
+    """Attention outputs need all three."""
+    form: Literal["cosine", "mse"] = "cosine"
+    """``cosine``: 1 − cosine over the width of a query head; ``mse``: mean squared difference."""
+    temperature: float = Field(1.0, gt=0)
+    """Products of queries and keys are divided by this on both sides."""
+    causal: bool = True
+    """A position attends to itself and to earlier ones only."""
+
+
+class Structural(KVLossConfig):
+    """alpha_k · (1 − cos K) + alpha_v · (1 − cos V) + alpha_attn · KL(attention).
+
+    Queries are captured only if alpha_attn is above 0. See ``mercator`` and ``attention_kl``.
+    """
+
+    name: Literal["structural"] = "structural"
+    component = "kava_plugins.kv_losses.structural:Structural"
+
+    parts: tuple[Part, ...] = ()
+    """Leave it out: the alphas say which tensors are read."""
+    alpha_k: float = Field(1.0, ge=0)
+    """Weight of 1 − cosine of keys."""
+    alpha_v: float = Field(1.0, ge=0)
+    """Weight of 1 − cosine of values."""
+    alpha_attn: float = Field(0.1, ge=0)
+    """Weight of the divergence of attention rows."""
+    attention_layers: Annotated[tuple[int, ...], Field(min_length=1)] | Literal["all"] = "all"
+    """Where attention is compared, counted from 0 among the layers the loss looks at (negative: from the
+    last). Their mean stands for all layers, so alpha_attn need not change with their number."""
+    temperature: float = Field(1.0, gt=0)
+    """Products of queries and keys are divided by this on both sides."""
+    kind: Divergence = "forward"
+    """``forward``: KL(target ‖ student); ``reverse``: KL(student ‖ target); ``jeffreys``: their sum."""
+    causal: bool = True
+    """A position attends to itself and to earlier ones only."""
+
+    @model_validator(mode="after")
+    def _parts_follow(self) -> Structural:
+        parts = self._wanted()
+        if not parts:
+            raise ValueError("alpha_k, alpha_v and alpha_attn are all 0: nothing is compared")
+        if self.parts and self.parts != parts:
+            raise ValueError(f"these alphas compare {', '.join(parts)}: leave 'parts' out")
+        self.__dict__["parts"] = parts  # frozen against others
+        return self
+
+    def _wanted(self) -> tuple[Part, ...]:
+        reads: dict[Part, float] = {
+            "keys": self.alpha_k + self.alpha_attn,
+            "values": self.alpha_v,
+            "queries": self.alpha_attn,
+        }
+        return tuple(part for part, alpha in reads.items() if alpha > 0)
 
 
 @hookimpl
 def kava_kv_losses() -> Sequence[type[KVLossConfig]]:
     """Register this package's losses."""
-    return [MSE, SmoothL1, Mercator, Relation]
+    return [MSE, SmoothL1, Mercator, Relation, AttentionKL, AttentionOutput, Structural]

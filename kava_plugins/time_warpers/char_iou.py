@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -26,50 +28,66 @@ class CharIoU(nn.Module):
         """The map; valid where a real token with text overlaps one of the teacher's by ``min_overlap``."""
         row, place, iou = _overlaps(student, teacher)
         if self.min_overlap:
-            enough = iou >= self.min_overlap
-            row, place, iou = row[enough], place[enough], iou[enough]
+            iou = torch.where(iou >= self.min_overlap, iou, 0)
         if self.hard:
             row, place, iou = _highest(row, place, iou, student.mask.numel())
         return TimeMap.of_entries(row, place, iou, student.mask)
 
 
+class _Texts(NamedTuple):
+    """All tokens with text, of all examples in a row; each example's characters follow the one's before."""
+
+    row: Tensor
+    """``example · time + position``."""
+    begin: Tensor
+    end: Tensor
+
+
 def _overlaps(student: Timeline, teacher: Timeline) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, teacher position and IoU of every pair that shares characters, row after row."""
-    begin, end = _spans(student)
-    t_begin, t_end = _spans(teacher)
-    first, stop = _candidates(begin, end, t_begin, t_end)
-    row, place = ranges(first.flatten(), (stop - first).clamp_min(0).flatten())
-    at = row // max(student.mask.shape[1], 1), place
-    begin, end, t_begin, t_end = begin.flatten()[row], end.flatten()[row], t_begin[at], t_end[at]
-    shared = torch.minimum(end, t_end) - torch.maximum(begin, t_begin)
+    """Row, teacher position and IoU, row after row, of all pairs that share characters and perhaps others."""
+    length = max((int(side.spans.max()) for side in (student, teacher) if side.spans.numel()), default=0) + 1
+    ours, theirs = _texts(student, length), _texts(teacher, length)
+    owner, place = _candidates(ours, theirs, len(student.mask) * length)
+    begin, end = ours.begin.index_select(0, owner), ours.end.index_select(0, owner)
+    t_begin, t_end = theirs.begin.index_select(0, place), theirs.end.index_select(0, place)
+    shared = (torch.minimum(end, t_end) - torch.maximum(begin, t_begin)).clamp_min(0)
     union = torch.maximum(end, t_end) - torch.minimum(begin, t_begin)
-    some = shared > 0
-    return row[some], place[some], shared[some].double() / union[some]
+    index = theirs.row.index_select(0, place) % max(teacher.mask.shape[1], 1)
+    return ours.row.index_select(0, owner), index, shared.double() / union
 
 
-def _spans(timeline: Timeline) -> tuple[Tensor, Tensor]:
-    """Begin and end of each token; one without text begins after and ends before all others."""
-    begin, end = timeline.spans.unbind(-1)
-    texts = timeline.mask & (end > begin)
-    return torch.where(texts, begin, torch.iinfo(begin.dtype).max), torch.where(texts, end, 0)
+def _texts(side: Timeline, length: int) -> _Texts:
+    begin, end = side.spans.unbind(-1)
+    row = (side.mask & (end > begin)).flatten().nonzero().squeeze(1)
+    shift = row // max(side.mask.shape[1], 1) * length
+    begin, end = (each.flatten().index_select(0, row) + shift for each in (begin, end))
+    return _Texts(row, begin, end)
 
 
-def _candidates(begin: Tensor, end: Tensor, t_begin: Tensor, t_end: Tensor) -> tuple[Tensor, Tensor]:
-    """For each student token a range of teacher positions outside of which none overlaps it.
+def _candidates(ours: _Texts, theirs: _Texts, length: int) -> tuple[Tensor, Tensor]:
+    """For each student token a range of teacher tokens outside of which none overlaps it.
 
-    Before it every token so far ends too early, after it every later one begins too late. The highest end so
+    Before it every token so far ends too early, after it every later one begins too late: the highest end so
     far and the lowest begin from here on are ascending in whatever order the spans are.
     """
-    highest_end = t_end.cummax(1).values
-    lowest_begin = t_begin.flip(1).cummin(1).values.flip(1)
-    first = torch.searchsorted(highest_end, begin.contiguous(), right=True)
-    return first, torch.searchsorted(lowest_begin, end.contiguous())
+    highest_end = theirs.end.cummax(0).values
+    lowest_begin = theirs.begin.flip(0).cummin(0).values
+    first = _count_up_to(ours.begin, highest_end, length)
+    return ranges(first, (_count_up_to(ours.end - 1, lowest_begin, length) - first).clamp_min(0))
+
+
+def _count_up_to(bound: Tensor, value: Tensor, length: int) -> Tensor:
+    """How many values each bound reaches; all lie between 0 and ``length``.
+
+    By counting the values at every character: a third of the time of a binary search.
+    """
+    return torch.bincount(value, minlength=length).cumsum(0).index_select(0, bound)
 
 
 def _highest(row: Tensor, place: Tensor, iou: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of each row the pair of the highest IoU, the first of equals."""
     best = iou.new_zeros(rows).scatter_reduce_(0, row, iou, "amax")
-    kept = iou == best[row]
+    kept = iou == best.index_select(0, row)
     row, place, iou = row[kept], place[kept], iou[kept]
     first = torch.ones_like(row, dtype=torch.bool)
     first[1:] = row[1:] != row[:-1]

@@ -1,16 +1,21 @@
-"""Layer maps: measured before training, kept, used again, refused; and ``kava calibrate`` as a user runs it."""
+"""Layer maps: measured before training, kept, used again, refused; and ``kava calibrate`` as it is run."""
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
-from pathlib import Path
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from subprocess import CompletedProcess
+from unittest import mock
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
+from kava_core.cli import main
 from kava_core.errors import KavaError, SpecError
 from kava_core.kv.capture import Capture
 from kava_core.kv.cka import StreamedCKA
@@ -231,6 +236,18 @@ def test_training_measures_and_reads_the_measured_layers(tmp_path):
         assert torch.equal(aligner.layer_map.mapper(), saved["matrix"])
 
 
+def kava_here(*words, cwd, **environment):
+    """The command line in this process, which has imported everything already."""
+    out, told, code = io.StringIO(), io.StringIO(), 0
+    settings = {"COLUMNS": "160"} | environment
+    with mock.patch.dict(os.environ, settings), chdir(cwd), redirect_stdout(out), redirect_stderr(told):
+        try:
+            main(words)
+        except SystemExit as end:
+            code = end.code or 0
+    return CompletedProcess(words, code, out.getvalue(), told.getvalue())
+
+
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory):
     """``kava calibrate`` on models that are trained first: folder, spec fields, what was printed."""
@@ -301,7 +318,7 @@ def with_lines(fields, done):
 def test_training_uses_the_calibrated_maps(calibrated):
     folder, fields, done = calibrated
     (folder / "mapped.yaml").write_text(json.dumps(with_lines(fields, done)))
-    trained = kava("train", "mapped.yaml", "train.steps=2", cwd=folder, KAVA_CACHE=str(folder / "cache"))
+    trained = kava_here("train", "mapped.yaml", "train.steps=2", cwd=folder, KAVA_CACHE=str(folder / "cache"))
     assert trained.returncode == 0, trained.stderr
     [run_folder] = (folder / "runs/tiny").glob("main-*")
     assert not (run_folder / "layer_maps").exists()
@@ -317,18 +334,18 @@ def test_maps_of_other_models_are_refused_in_training(calibrated, tmp_path):
     other = with_lines(fields, done)
     other["teachers"][0]["pretrain"] = {**PRETRAIN, "steps": 3}
     (tmp_path / "spec.yaml").write_text(json.dumps(other))
-    trained = kava("train", "spec.yaml", cwd=tmp_path, KAVA_CACHE=str(folder / "cache"))
+    trained = kava_here("train", "spec.yaml", cwd=tmp_path, KAVA_CACHE=str(folder / "cache"))
     assert trained.returncode == SpecError.exit_code
     assert trained.stderr.splitlines()[-1] == (
-        f"teacher 'wide': layer_mapper.map: {folder.resolve()}/maps/wide.safetensors: was measured with another "
-        "teacher (weights differ); measure again with kava calibrate, or leave 'map' out"
+        f"teacher 'wide': layer_mapper.map: {folder.resolve()}/maps/wide.safetensors: was measured with "
+        "another teacher (weights differ); measure again with kava calibrate, or leave 'map' out"
     )
 
 
 def test_calibrating_again_changes_nothing(calibrated, tmp_path):
     folder, _, done = calibrated
     shutil.copytree(folder / "maps", tmp_path / "maps")
-    again = kava(
+    again = kava_here(
         *("calibrate", "spec.yaml", "train.steps=2", "--output", "maps"),
         cwd=folder,
         KAVA_CACHE=str(folder / "cache"),
@@ -341,10 +358,10 @@ def test_calibrating_again_changes_nothing(calibrated, tmp_path):
 def test_calibrate_says_that_a_student_is_random_and_refuses_without_teachers(tmp_path):
     teachers = tiny.FIELDS["teachers"][1:]
     (tmp_path / "spec.yaml").write_text(json.dumps(tiny.fields(teachers=teachers)))
-    done = kava("calibrate", "spec.yaml", "--output", "maps", cwd=tmp_path)
+    done = kava_here("calibrate", "spec.yaml", "--output", "maps", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "note: the student was measured with its random weights of seed 0\n" in done.stdout
-    none = kava("calibrate", "spec.yaml", "losses=[]", "--output", "none", cwd=tmp_path)
+    none = kava_here("calibrate", "spec.yaml", "losses=[]", "--output", "none", cwd=tmp_path)
     assert none.returncode == SpecError.exit_code
     assert none.stderr == "kava calibrate: no teacher is used; it needs 'teachers' and a loss of weight > 0\n"
 

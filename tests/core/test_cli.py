@@ -65,6 +65,7 @@ Commands:
   plugins  List the installed components and who registered them.
   schema   Print the JSON Schema of specs with what is installed.
   env      Print the versions a run depends on.
+  new      Write a new plugin package or spec.
 """
 
 

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
-from model_table import PAGE, page
+import transformers
+from model_sweep import outcome
+from model_table import PAGE, SWEPT_TITLE, page, swept_section
 from tiny_models import REFUSED, WORKS, Case
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kava_core.errors import UnsupportedModelError
 from kava_core.kv.attention_layers import attention_layers
@@ -83,4 +86,40 @@ def capture_once(model: nn.Module) -> None:
 
 
 def test_page_is_current() -> None:
-    assert PAGE.read_text() == page(), "docs/models.md is stale: run python tests/core/model_table.py"
+    text = PAGE.read_text()
+    assert text == page(swept_section(text)), "docs/models.md is stale: run python tests/core/model_table.py"
+
+
+def swept() -> dict[str, tuple[str, str]]:
+    """The last table of the page: what was captured and the remarks, by ``model_type``."""
+    section = swept_section(PAGE.read_text())
+    if not section.startswith(f"{SWEPT_TITLE}{transformers.__version__}\n"):
+        pytest.skip(f"the page is not about transformers {transformers.__version__}")
+    rows = section.partition("|---|---|---|\n")[2].splitlines()
+    cells = [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in rows]
+    return {name.strip("`"): (captured, remarks) for name, captured, remarks in cells}
+
+
+def test_the_sweep_lists_every_causal_model() -> None:
+    assert swept().keys() == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys(), "run model_table.py --sweep"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["llama", "jamba", "deepseek_v3", "mamba", "bloom"])
+def test_the_sweep_is_current(model_type: str) -> None:
+    assert swept()[model_type] == outcome(model_type)
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "gemma2", "gemma3_text"])
+def test_chosen_layers_of_sliding_window_models(model_type: str) -> None:
+    """One layer alone is what it is among all; the window hides positions, not keys."""
+    case = next(case for case in WORKS if case.model_type == model_type)
+    model = case.model().eval()
+    caches = []
+    for layers in (None, (1,)):
+        with Capture(model, layers=layers) as capture, torch.no_grad():
+            run(model)
+        caches.append(capture.take())
+    assert caches[0].keys.shape[3] == IDS.shape[1] > case.config().sliding_window
+    assert torch.equal(caches[0].keys[:, 1:], caches[1].keys)
+    assert torch.equal(caches[0].values[:, 1:], caches[1].values)

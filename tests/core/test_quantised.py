@@ -189,9 +189,10 @@ def loud_in(folder: Path, load: Callable[..., nn.Module], seen: list[nn.Module])
     return loaded
 
 
-@formats
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("loss", ["mercator", "smooth_l1"])
+RUNS = [("int8", "bf16", "mercator"), ("int4", "fp32", "smooth_l1"), ("nf4", "bf16", "smooth_l1")]
+
+
+@pytest.mark.parametrize(("quantize", "precision", "loss"), RUNS)
 def test_a_teacher_with_values_of_fifty_trains_without_blow_up(
     quantize: str, precision: str, loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

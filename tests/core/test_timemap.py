@@ -192,6 +192,13 @@ def test_no_teacher_positions_give_zeros(make):
     assert torch.equal(found, torch.zeros(BATCH, LAYER, HEAD, TIME, DIM, dtype=torch.float64))
 
 
+def test_no_teacher_positions_are_an_empty_matrix():
+    nowhere = TimeMap.gather(torch.zeros(BATCH, TIME).long(), torch.zeros(BATCH, TIME).bool())
+    assert nowhere.dense(0).shape == (BATCH, TIME, 0)
+    nothing = TimeMap.gather(torch.zeros(BATCH, 0).long(), torch.zeros(BATCH, 0).bool())
+    assert not nothing.then(nowhere).valid.any()
+
+
 def test_no_student_positions():
     nothing = TimeMap.gather(torch.zeros(BATCH, 0).long(), torch.zeros(BATCH, 0).bool())
     assert nothing.apply(cache()).shape == (BATCH, LAYER, HEAD, 0, DIM)

@@ -16,7 +16,9 @@ from kava_core.registry import Registry
 from tests.meta.source import ROOT
 
 DOCS = ROOT / "docs"
-PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md"]
+PAGES = [*sorted(DOCS.rglob("*.md")), ROOT / "README.md"]
+SMALL = 60_000
+"""Bytes a picture may have."""
 PLUGINS = (DOCS / "plugins.md").read_text(encoding="utf-8")
 
 
@@ -58,6 +60,41 @@ def test_built_ins_are_described(kind: str) -> None:
     names = Registry.build({"*"}).names(kind)
     assert names
     assert re.findall(r"^### (\w+)$", here, re.MULTILINE) == names
+
+
+KIND_PAGES = {kind: DOCS / "kinds" / f"{hook.removeprefix('kava_')}.md" for kind, hook in KINDS.items()}
+PICTURED = [*KIND_PAGES.values(), DOCS / "kinds" / "rotary.md"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_page_of_a_kind_names_every_built_in(kind: str) -> None:
+    """In the section about what is built in, as code."""
+    page = KIND_PAGES[kind].read_text(encoding="utf-8")
+    here = page.partition("\n## Built in\n")[2].partition("\n## ")[0]
+    missing = [name for name in Registry.build({"*"}).names(kind) if f"`{name}`" not in here]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PICTURED, ids=lambda page: page.stem)
+def test_page_of_a_kind_has_a_small_picture_that_the_script_draws(page: Path) -> None:
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    assert pictures
+    for picture in pictures:
+        file = (page.parent / picture).resolve()
+        assert file.stat().st_size < SMALL
+        assert file.parent == DOCS / "pictures"
+        assert f"def {file.stem}(" in (DOCS / "make_pictures.py").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PICTURED, ids=lambda page: page.stem)
+def test_page_of_a_kind_says_what_it_must(page: Path) -> None:
+    found = headings(page.read_text(encoding="utf-8"))
+    assert {"When to use what", "Measured", "Traps"} <= set(found)
+
+
+def test_no_picture_is_left_over() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert not [file.name for file in (DOCS / "pictures").iterdir() if f"pictures/{file.name})" not in text]
 
 
 @pytest.mark.parametrize("file", ["__init__.py", "mapper.py"])

@@ -1,19 +1,23 @@
-"""The mapper against its formula, and its name in the registry."""
+"""The mapper: kava's conformance kit, its formula, and its name in the registry."""
 
 import pytest
 from kava_last_layers import LastLayers
 
 from kava_core.kv.axes import Geometry
 from kava_core.registry import Registry
+from kava_core.testing import LayerMapperTests
 
 
-def geometry(layer):
-    return Geometry(layer=layer, head=2, dim=4, qhead=4, hidden=16)
+class TestLastLayers(LayerMapperTests):
+    @pytest.fixture
+    def config(self):
+        return LastLayers()
 
 
 @pytest.mark.parametrize(("t_layer", "layer"), [(6, 2), (4, 4), (2, 5), (1, 1)])
 def test_last_layers_meet(t_layer, layer):
-    matrix = LastLayers().build(teacher=geometry(t_layer), student=geometry(layer))()
+    teacher, student = (Geometry(layer=n, head=2, dim=4, qhead=4, hidden=16) for n in (t_layer, layer))
+    matrix = LastLayers().build(teacher=teacher, student=student)()
     wanted = [[float(j == max(t_layer - layer + i, 0)) for j in range(t_layer)] for i in range(layer)]
     assert matrix.tolist() == wanted
 

@@ -1,0 +1,1 @@
+"""New plugins and new specs, written from templates. No torch here."""

@@ -1,0 +1,101 @@
+"""A package with one component, its declaration, its test and its entry point, ready to be installed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from string import Template
+
+from kava_core.errors import KavaError, SpecError, did_you_mean, one_of
+from kava_core.hookspecs import KINDS
+from kava_core.registry import Registry
+from kava_core.spec.declarations import RESERVED
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
+"""Lower-case words of letters and digits, joined by ``-`` or ``_``."""
+
+TAKEN = ("literal", "component_config", "core", "plugins")
+"""Names the generated files or kava itself need."""
+
+
+def new_plugin(name: str, kind: str, output: Path) -> Path:
+    """Write the package and return its folder, ``output/kava-NAME``.
+
+    Raises:
+        SpecError: the kind does not exist, the name is no name, or the component exists.
+        KavaError: the folder exists or cannot be written.
+    """
+    words = _words(name, kind)
+    folder = output / words["distribution"]
+    files = _files(words, kind)
+    try:
+        folder.mkdir(parents=True)
+        for place, text in files.items():
+            (folder / place).parent.mkdir(exist_ok=True)
+            (folder / place).write_text(text, encoding="utf-8")
+    except FileExistsError as error:
+        raise KavaError(f"{folder}: exists already; choose another name or --output") from error
+    except OSError as error:
+        raise KavaError(f"{folder}: cannot be written: {error.strerror}") from error
+    return folder
+
+
+def _words(name: str, kind: str) -> dict[str, str]:
+    """What the templates are filled in with."""
+    if kind not in KINDS:
+        raise SpecError(f"no kind {kind!r}; possible: {one_of(KINDS)}{did_you_mean(kind, KINDS)}")
+    if not NAME.fullmatch(name):
+        raise SpecError(f"name {name!r}: must be lower-case letters and digits, joined by '-' or '_'")
+    component = name.replace("-", "_").removeprefix("kava_")
+    _check_free(component, kind)
+    return {
+        "component": component,
+        "distribution": f"kava-{component}".replace("_", "-"),
+        "package": f"kava_{component}",
+        "declaration": "".join(word.capitalize() for word in component.split("_")),
+        "kind": kind,
+        "said": kind.replace("_", " "),
+        "module": kind.rpartition("_")[2],
+        "suffix": kind.rpartition("_")[2].capitalize(),
+        "hook": KINDS[kind],
+        "base": "KVLossConfig" if kind == "kv_loss" else "ComponentConfig",
+        "kit": "".join("KV" if word == "kv" else word.capitalize() for word in kind.split("_")) + "Tests",
+        "use": _use(kind, component),
+    }
+
+
+def _check_free(component: str, kind: str) -> None:
+    reserved = (*TAKEN, *RESERVED) if kind == "kv_loss" else TAKEN
+    if component in reserved:
+        raise SpecError(f"name {component!r}: is reserved; choose another name")
+    registry = Registry.build()
+    if component in registry.names(kind):
+        owner = registry.origin(kind, component)
+        raise SpecError(f"{kind} {component!r} is registered by {owner}; choose another name")
+
+
+def _use(kind: str, component: str) -> str:
+    """The line of a spec that names the component."""
+    if kind == "kv_loss":
+        return f"losses: [{component}]"
+    return f"fuser: {component}" if kind == "fuser" else f"align: {{{kind}: {component}}}"
+
+
+def _files(words: dict[str, str], kind: str) -> dict[str, str]:
+    """Path in the package's folder to text."""
+    package = words["package"]
+    sources = {
+        "pyproject.toml": "pyproject.toml",
+        "README.md": "README.md",
+        f"{package}/__init__.py": "declaration.py",
+        f"{package}/{words['module']}.py": f"{kind}.py",
+        f"tests/test_{words['component']}.py": "test.py",
+    }
+    return {place: _filled(source, words) for place, source in sources.items()}
+
+
+def _filled(source: str, words: dict[str, str]) -> str:
+    text = (TEMPLATES / f"{source}.txt").read_text(encoding="utf-8")
+    return Template(text).substitute(words)

@@ -1,0 +1,80 @@
+"""Teachers weighed by how much the student's cache looks like theirs on average."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from kava_core.errors import KavaError
+from kava_core.kv.axes import Cache, Geometry
+from kava_core.kv.masks import widen
+from kava_core.protocols import FusionContext
+from kava_plugins.fusers import Similarity as Config
+from kava_plugins.fusers.routing import mean_over_time, routed
+
+
+class Similarity(nn.Module):
+    """Softmax over teachers of cosine(query, prototype) / temperature, layer by layer.
+
+    The query is the student's cache at a position, or its mean over an example; a teacher's prototype is the
+    mean of its aligned cache over the calibration examples. All heads side by side, of the first compared
+    part. Prototypes are fixed; no gradient reaches the student through its query.
+    """
+
+    prototypes: Float[Tensor, "teacher layer dim"]
+    count: Float[Tensor, " teacher"]
+    ready: Bool[Tensor, ""]
+
+    def __init__(self, config: Config, *, teachers: tuple[str, ...], student: Geometry) -> None:
+        super().__init__()
+        self.temperature, self.by_example = config.temperature, config.per == "example"
+        width = student.head * student.dim
+        self.register_buffer("prototypes", torch.zeros(len(teachers), student.layer, width))
+        self.register_buffer("count", torch.zeros(len(teachers)))
+        self.register_buffer("ready", torch.zeros((), dtype=torch.bool))
+        self._checked = False
+
+    def observe(self, context: FusionContext) -> None:
+        """Add a batch to the sums of the teachers' aligned caches."""
+        for place, (target, valid) in enumerate(zip(context.targets, context.valid, strict=True)):
+            kept = torch.where(valid[:, None, :, None], beside(target), 0)
+            self.prototypes[place] += kept.sum((0, 2)).to(self.prototypes)
+            self.count[place] += valid.sum()
+
+    def finish(self) -> None:
+        """Sums become means. KavaError where a teacher had no valid position."""
+        if not (self.count > 0).all():
+            raise KavaError("fuser similarity: a teacher had no valid position in the calibration examples")
+        self.prototypes /= self.count[:, None, None]
+        self.ready.fill_(True)
+
+    def forward(self, context: FusionContext) -> Float[Tensor, "teacher batch layer time"]:
+        """The weights; KavaError before calibration (on the meta device only shapes matter)."""
+        self._require_ready()
+        query = beside(context.student).detach()
+        if self.by_example:
+            layers = rearrange(query, "batch layer time dim -> batch time (layer dim)")
+            mean = mean_over_time(layers, context.valid.any(0))
+            query = rearrange(mean, "batch 1 (layer dim) -> batch layer 1 dim", layer=query.shape[1])
+        query = torch.nn.functional.normalize(query, dim=-1, eps=1e-10)
+        fixed = torch.nn.functional.normalize(self.prototypes.to(query), dim=-1, eps=1e-10)
+        scores = torch.einsum("bltd,kld->kblt", query, fixed) / self.temperature
+        teacher, batch, time = context.valid.shape
+        return routed(scores.expand(teacher, batch, -1, time), context.valid)
+
+    def _require_ready(self) -> None:
+        # Remembered, because reading the flag waits for the device.
+        if not self._checked and not self.ready.is_meta:
+            if not self.ready:
+                raise KavaError(
+                    "fuser similarity: used before calibration; call observe() and finish() first"
+                )
+            self._checked = True
+
+
+def beside(cache: Cache) -> Float[Tensor, "batch layer time dim"]:
+    """All heads of the first part side by side, in float32 or better."""
+    _, x = next(iter(cache.items()))
+    return widen(rearrange(x, "batch layer head time dim -> batch layer time (head dim)"))

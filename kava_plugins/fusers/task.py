@@ -1,0 +1,33 @@
+"""Constant weights for each task label."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kava_core.kv.axes import Geometry
+from kava_core.protocols import FusionContext
+from kava_plugins.fusers import Task as Config
+from kava_plugins.fusers.fixed import constants
+
+
+class Task(nn.Module):
+    """An example's label chooses its row of weights; an unknown or missing label gets ``default``."""
+
+    table: Float[Tensor, "_ teacher"]
+
+    def __init__(self, config: Config, *, teachers: tuple[str, ...], student: Geometry) -> None:
+        super().__init__()
+        self.place = {label: row for row, label in enumerate(config.weights, 1)}
+        rows = [config.default, *config.weights.values()]
+        table = torch.stack([constants(row, teachers, who="task") for row in rows])
+        self.register_buffer("table", table, persistent=False)
+
+    def forward(self, context: FusionContext) -> Float[Tensor, "teacher batch layer time"]:
+        """Each example's row, the same at all positions and layers."""
+        teacher, batch, time = context.valid.shape
+        tasks = context.tasks if context.tasks is not None else ("",) * batch
+        rows = torch.tensor([self.place.get(task, 0) for task in tasks], device=self.table.device)
+        weights = self.table[rows].mT[:, :, None, None]
+        return weights.expand(teacher, batch, context.student.any.shape[1], time)

@@ -1,0 +1,34 @@
+"""Divergence of the attention rows that queries and keys make: what a position looks at."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kava_core.errors import SpecError
+from kava_core.kv.axes import Cache, Geometry
+from kava_plugins.kv_losses import AttentionKL as Config
+from kava_plugins.kv_losses.attention_divergence import between_caches
+
+
+class AttentionKL(nn.Module):
+    """Mean over query heads of the divergence of the rows, in float32 or better.
+
+    Raises:
+        SpecError: the target has other query heads than the student.
+    """
+
+    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+        super().__init__()
+        if teacher.qhead != student.qhead:
+            raise SpecError(
+                f"loss 'attention_kl' compares query head by query head: the student has {student.qhead}, "
+                f"the target {teacher.qhead}; use a head_adapter"
+            )
+        self.config = config
+
+    def forward(
+        self, student: Cache, target: Cache, weight: Float[Tensor, "batch layer time"]
+    ) -> Float[Tensor, ""]:
+        """Σ weight × loss of the position, over positions and layers."""
+        return between_caches(student, target, weight, self.config)

@@ -1,0 +1,69 @@
+"""Directions of keys and values, and the attention rows they serve, in one sum."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kava_core.errors import SpecError
+from kava_core.kv.axes import Cache, Geometry
+from kava_core.kv.masks import live, weighted_sum, widen
+from kava_plugins.kv_losses import Structural as Config
+from kava_plugins.kv_losses.attention_divergence import between_caches
+from kava_plugins.kv_losses.mercator import one_minus_cosine
+
+
+class Structural(nn.Module):
+    """``alpha_k · (1 − cos K) + alpha_v · (1 − cos V) + alpha_attn · KL(attention)`` of every position.
+
+    Raises:
+        SpecError: ``attention_layers`` names a layer the loss does not look at.
+    """
+
+    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+        super().__init__()
+        self.cosines = {"keys": config.alpha_k, "values": config.alpha_v}
+        self.alpha_attn, self.config = config.alpha_attn, config
+        chosen = _chosen(config.attention_layers, student.layer)
+        self.share = student.layer / max(1, len(chosen))
+        self.attention_layers: Tensor
+        self.register_buffer("attention_layers", torch.tensor(chosen, dtype=torch.long), persistent=False)
+
+    def forward(
+        self, student: Cache, target: Cache, weight: Float[Tensor, "batch layer time"]
+    ) -> Float[Tensor, ""]:
+        """Σ weight × loss of the position, over positions and layers."""
+        terms = [
+            alpha * _cosine(getattr(student, part), getattr(target, part), weight)
+            for part, alpha in self.cosines.items()
+            if alpha > 0
+        ]
+        if self.alpha_attn > 0:
+            terms.append(self.alpha_attn * self._attention(student, target, weight))
+        return torch.stack(terms).sum()
+
+    def _attention(self, student: Cache, target: Cache, weight: Tensor) -> Tensor:
+        """The mean over the chosen layers stands for the mean over all."""
+        layers = self.attention_layers
+        if len(layers) < weight.shape[1]:
+            reads = student.pick(("keys", "queries")), target.pick(("keys", "queries"))
+            student, target = (cache.map(lambda x, _: x.index_select(1, layers)) for cache in reads)
+            weight = weight.index_select(1, layers)
+        return between_caches(student, target, weight * self.share, self.config)
+
+
+def _cosine(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return weighted_sum(one_minus_cosine(widen(x), widen(target), live(weight)), weight)
+
+
+def _chosen(layers: tuple[int, ...] | str, count: int) -> list[int]:
+    if isinstance(layers, str):
+        return list(range(count))
+    outside = [layer for layer in layers if not -count <= layer < count]
+    if outside:
+        raise SpecError(
+            f"loss 'structural': attention_layers {outside}: the loss looks at {count} layers, "
+            f"counted here from 0 to {count - 1}"
+        )
+    return sorted({layer % count for layer in layers})

@@ -1,0 +1,266 @@
+"""The store's files: numbers within their bounds, any example from anywhere, nothing half-written taken."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from kava_core.errors import CheckpointError, KavaError, NonFiniteError
+from kava_core.kv.axes import Cache
+from kava_core.kv.pipeline import Aligned
+from kava_core.store.codec import StoredDtype, bytes_per_vector, decode, encode
+from kava_core.store.index import INDEX, Layout, differences, digest, nearest, read_index
+from kava_core.store.reader import SCALE, VALID, Store, target_of, tensor_name
+from kava_core.store.writer import Writer, drop_records
+from kava_core.train.cache import _encoded
+
+DTYPES: tuple[StoredDtype, ...] = ("float32", "bfloat16", "int8")
+TEACHERS = {"a": {"keys": (2, 3, 8), "values": (2, 3, 8)}, "b.keys": {"keys": (1, 1, 5)}}
+LENGTHS = [3, 1, 7, 4, 1, 6, 2]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def made_store(
+    folder: Path, dtype: StoredDtype = "float32", *, limit: int = 2000
+) -> dict[str, dict[str, Tensor]]:
+    """A store of several shards in ``folder``; the float32 targets it was made of, by example and tensor."""
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = Writer(folder, Layout(dtype, TEACHERS), shard_mb=1)  # type: ignore[arg-type]
+    writer.limit = limit
+    originals = {f"example {i}": example(time, seed=i) for i, time in enumerate(LENGTHS)}
+    for key, tensors in originals.items():
+        if key not in writer.done:
+            writer.add(key, tensors["a/keys"].shape[2], stored(tensors, dtype))
+    writer.finish({"what": "test"})
+    return originals
+
+
+def example(time: int, *, seed: int) -> dict[str, Tensor]:
+    """Every target of one example, ``layer head time dim``, and validity."""
+    found: dict[str, Tensor] = {}
+    for number, (teacher, parts) in enumerate(TEACHERS.items()):
+        for place, (part, (layer, head, dim)) in enumerate(parts.items()):
+            found[tensor_name(teacher, part)] = normal(
+                layer, head, time, dim, seed=100 * seed + 10 * number + place
+            )
+        found[tensor_name(teacher, VALID)] = torch.arange(time) % 3 != 1
+    return found
+
+
+def stored(tensors: dict[str, Tensor], dtype: StoredDtype) -> dict[str, Tensor]:
+    blocks = {}
+    for name, x in tensors.items():
+        numbers, scale = (x, None) if name.endswith(VALID) else encode(x, dtype)
+        blocks[name] = numbers.reshape(-1)
+        if scale is not None:
+            blocks[name + SCALE] = scale.reshape(-1)
+    return blocks
+
+
+# numbers
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-30, 1e30, 50.0])
+def test_int8_is_off_by_at_most_half_a_step(size: float) -> None:
+    """Against float64: a step is the largest magnitude of the vector over 127."""
+    x = normal(3, 2, 5, 16) * size
+    x[0, 0, 0, 3] *= 100
+    back = decode(*encode(x, "int8")).double()
+    step = x.double().abs().amax(-1, keepdim=True) / 127
+    assert ((back - x.double()).abs() <= step * 0.5001).all()
+
+
+def test_int8_keeps_zeros_signs_and_the_largest_number() -> None:
+    x = torch.tensor([[0.0, 0.0, 0.0], [-127.0, 64.0, 127.0], [1e-45, 0.0, 0.0]])
+    numbers, scale = encode(x, "int8")
+    assert numbers.tolist()[:2] == [[0, 0, 0], [-127, 64, 127]]
+    assert torch.isfinite(decode(numbers, scale)).all()
+    assert torch.equal(decode(encode(-x, "int8")[0], scale)[:2], -x[:2])
+
+
+def test_bfloat16_is_off_by_at_most_half_of_its_last_bit() -> None:
+    x = normal(4, 2, 3, 32) * torch.logspace(-6, 6, 32)
+    back = decode(*encode(x, "bfloat16"))
+    assert back.dtype == torch.float32
+    assert ((back.double() - x.double()).abs() <= x.double().abs() * 2**-8).all()
+    assert torch.equal(decode(*encode(x, "float32")), x)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", 256), ("bfloat16", 128), ("int8", 68)])
+def test_bytes_of_a_vector(dtype: StoredDtype, expected: int) -> None:
+    assert bytes_per_vector(64, dtype) == expected
+
+
+def test_invalid_positions_are_stored_as_zeros_whatever_they_hold() -> None:
+    x = normal(2, 1, 1, 3, 4)
+    x[0, :, :, 1] = torch.nan
+    valid = torch.tensor([[True, False, True], [True, True, False]])
+    layout = Layout("int8", {"a": {"keys": (1, 1, 4)}})
+    found = _encoded("a", Aligned(Cache(keys=x), valid), layout)
+    back = decode(found["a/keys"], found["a/keys.scale"][..., 0])
+    assert torch.equal(back.ne(0).any(-1)[:, 0, 0], valid)
+
+
+def test_a_valid_position_that_is_not_finite_is_refused() -> None:
+    x = normal(1, 1, 1, 2, 4)
+    x[..., 1, 2] = torch.inf
+    layout = Layout("bfloat16", {"a": {"keys": (1, 1, 4)}})
+    with pytest.raises(NonFiniteError, match=r"^teacher 'a': its aligned keys hold NaN or infinity"):
+        _encoded("a", Aligned(Cache(keys=x), torch.ones(1, 2, dtype=torch.bool)), layout)
+
+
+# reading
+
+
+def assert_rows(side: dict, teacher: str, rows: list[dict[str, Tensor]], time: int) -> None:
+    """Every row is the example's own target, and zero and invalid after it."""
+    target, valid = target_of(side)
+    for row, tensors in enumerate(rows):
+        own = tensors[tensor_name(teacher, VALID)]
+        assert torch.equal(valid[row, : len(own)], own)
+        assert not valid[row, len(own) :].any()
+        for part, x in target.items():
+            original = tensors[tensor_name(teacher, part)]
+            assert x.shape == (len(rows), *original.shape[:2], time, original.shape[3])
+            assert torch.equal(x[row, :, :, : len(own)], original)
+            assert not x[row, :, :, len(own) :].any()
+
+
+@pytest.mark.parametrize("order", [range(7), range(6, -1, -1), [3], [5, 0, 5, 2]])
+def test_any_order_reads_the_same_targets(tmp_path: Path, order: list[int]) -> None:
+    originals = made_store(tmp_path)
+    store = Store(tmp_path)
+    assert len(read_index(tmp_path).shards) > 2
+    keys = [f"example {i}" for i in order]
+    time = max(LENGTHS[i] for i in order) + 2
+    for teacher, side in store.batch(keys, time).items():
+        assert_rows(side, teacher, [originals[key] for key in keys], time)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reading_gives_back_what_was_encoded(tmp_path: Path, dtype: StoredDtype) -> None:
+    originals = made_store(tmp_path, dtype)
+    store = pickle.loads(pickle.dumps(Store(tmp_path)))
+    side = store.batch(["example 2"], 7)["a"]
+    assert side["target"]["keys"].dtype == getattr(torch, dtype)
+    expected = decode(*encode(originals["example 2"]["a/keys"], dtype))
+    assert torch.equal(target_of(side)[0].any[0], expected)
+
+
+def test_an_opened_store_can_be_pickled(tmp_path: Path) -> None:
+    made_store(tmp_path)
+    store = Store(tmp_path)
+    first = store.batch(["example 0"], 3)["a"]["target"]["values"]
+    again = pickle.loads(pickle.dumps(store)).batch(["example 0"], 3)["a"]["target"]["values"]
+    assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bytes_per_token_are_those_on_disk(tmp_path: Path, dtype: StoredDtype) -> None:
+    made_store(tmp_path, dtype)
+    index, total = read_index(tmp_path), 0
+    for shard in index.shards:
+        with safe_open(tmp_path / shard.file, framework="pt") as file:
+            total += sum(x.nbytes for x in (file.get_tensor(name) for name in file.keys()))  # noqa: SIM118
+    assert index.layout.bytes_per_token() * index.tokens == total
+    assert index.tokens == sum(LENGTHS)
+
+
+def test_an_example_that_is_not_there_is_named(tmp_path: Path) -> None:
+    made_store(tmp_path)
+    with pytest.raises(CheckpointError, match="example nobody is not in this store"):
+        Store(tmp_path).batch(["nobody"], 3)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 99}'])
+def test_a_damaged_index_is_one_line(tmp_path: Path, text: str) -> None:
+    made_store(tmp_path)
+    (tmp_path / INDEX).write_text(text)
+    with pytest.raises(
+        CheckpointError, match=r"index\.json: (unreadable: .*|store format 99, this kava reads 1)$"
+    ):
+        Store(tmp_path)
+
+
+def test_a_missing_shard_is_one_line(tmp_path: Path) -> None:
+    made_store(tmp_path)
+    (tmp_path / "shard-00000.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"shard-00000\.safetensors: cannot be read"):
+        Store(tmp_path).batch(["example 0"], 3)
+
+
+# writing
+
+
+@pytest.mark.parametrize("lost", ["shard-00001.json", "shard-00001.safetensors"])
+def test_going_on_writes_again_what_has_no_record(tmp_path: Path, lost: str) -> None:
+    """Everything from the first incomplete shard on; the shards before it are left alone."""
+    originals = made_store(tmp_path)
+    (tmp_path / INDEX).unlink()
+    (tmp_path / lost).unlink()
+    before = (tmp_path / "shard-00000.safetensors").stat().st_mtime_ns
+    made_store(tmp_path)
+    assert (tmp_path / "shard-00000.safetensors").stat().st_mtime_ns == before
+    keys = list(originals)
+    for teacher, side in Store(tmp_path).batch(keys, 7).items():
+        assert_rows(side, teacher, list(originals.values()), 7)
+
+
+def test_records_and_drafts_go_before_a_store_is_sealed(tmp_path: Path) -> None:
+    made_store(tmp_path)
+    (tmp_path / "shard-00009.draft").write_bytes(b"half")
+    drop_records(tmp_path)
+    assert {file.suffix for file in tmp_path.iterdir()} == {".json", ".safetensors"}
+    assert [file.name for file in tmp_path.glob("*.json")] == [INDEX]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(KavaError, match=r"shard-00000\.safetensors: cannot be written: .*is the disk full"):
+        made_store_in_nowhere(tmp_path / "gone")
+
+
+def made_store_in_nowhere(folder: Path) -> None:
+    writer = Writer(folder, Layout("float32", TEACHERS), shard_mb=1)  # type: ignore[arg-type]
+    writer.add("x", 3, stored(example(3, seed=0), "float32"))
+    writer.flush()
+
+
+# ingredients
+
+
+def test_differences_are_told_in_words() -> None:
+    then = {"kava": "0.1", "tokenizer of teacher 'a'": "f" * 64, "same": 1, "gone": [1]}
+    now = {"kava": "0.2", "tokenizer of teacher 'a'": "e" * 64, "same": 1, "new": 3}
+    assert differences(now, then) == [
+        "kava changed (0.1 → 0.2)",
+        "tokenizer of teacher 'a' changed",
+        "new changed",
+        "gone changed",
+    ]
+    assert differences(now, now) == []
+
+
+def test_the_digest_is_that_of_the_content() -> None:
+    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1}) != digest({"a": 1, "b": [3]})
+
+
+def test_the_nearest_store_is_the_one_with_fewest_differences(tmp_path: Path) -> None:
+    for name, kava in (("one", "0.1"), ("two", "0.2")):
+        made_store(tmp_path / name)
+        file = tmp_path / name / INDEX
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"ingredients": {"kava": kava, "x": 1}}))
+    (tmp_path / "two" / "noise").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / INDEX).write_text("{")
+    found = nearest(tmp_path, {"kava": "0.2", "x": 2})
+    assert found == (tmp_path / "two", ["x changed (1 → 2)"])
+    assert nearest(tmp_path / "broken", {}) is None
