@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--teacher-layers", type=int, default=28)
     parser.add_argument("--width", type=int, default=896)
     parser.add_argument("--teacher-width", type=int, default=3584)
-    parser.add_argument("--rows", type=int, default=2048)
+    parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     torch.set_num_threads(1)

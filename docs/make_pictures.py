@@ -30,7 +30,8 @@ from kava_core.spec.model import Template, TrainTokenizer
 
 FOLDER = Path(__file__).parent / "pictures"
 SHADES = "Blues"
-BLUE, ORANGE, GREEN, RED, GREY = "#1f77b4", "#e6851e", "#3a923a", "#c44e52", "#8c8c8c"
+BLUE, ORANGE, GREEN = "#1f77b4", "#e6851e", "#3a923a"
+RED, PURPLE, GREY = "#c44e52", "#7b5ea7", "#8c8c8c"
 EXAMPLE = Example(prompt="Ana had 12 apples and gave Tom 5.", reasoning="12 minus 5 is 7.", answer="7")
 TEMPLATE = Template(prompt="{prompt}", reasoning=" {reasoning}", answer=" #{answer}")
 TEACHER_TEXTS = (
@@ -350,7 +351,7 @@ def policy() -> Tensor:
 
 
 def kv_losses() -> Figure:
-    """Four losses of one target against three changes of the student."""
+    """Losses of one target against three changes of the student."""
     target = random(3, 1, 1, 1, 24, 8)
     target = target / target.square().mean(-1, keepdim=True).sqrt()
     planes = random(4, 24, 8, 8)
@@ -366,7 +367,7 @@ def kv_losses() -> Figure:
     axes = figure.subplots(1, 3, sharey=True)
     for axis, (title, across, at, students) in zip(axes, panels, strict=True):
         places = [math.degrees(one) for one in at] if "°" in across else at
-        for (name, colour), style in zip(LOSSES.items(), ("-", "-", "--", "-"), strict=True):
+        for name, (colour, style) in LOSSES.items():
             axis.plot(places, losses_of(name, students, target), style, color=colour, label=name)
         curve(axis, title, across, "loss")
         axis.set_ylim(0, 2.2)
@@ -374,7 +375,13 @@ def kv_losses() -> Figure:
     return figure
 
 
-LOSSES = {"mse": BLUE, "smooth_l1": ORANGE, "mercator": GREEN, "relation": RED}
+LOSSES = {
+    "mse": (BLUE, "-"),
+    "smooth_l1": (ORANGE, "-"),
+    "mercator": (GREEN, "--"),
+    "relation": (RED, "-"),
+    "attention_kl": (PURPLE, "--"),
+}
 
 
 def turned(x: Tensor, planes: Tensor, angle: float) -> Tensor:
@@ -387,10 +394,12 @@ def turned(x: Tensor, planes: Tensor, angle: float) -> Tensor:
 
 def losses_of(name: str, students: Sequence[Tensor], target: Tensor) -> list[float]:
     """The mean loss of a position for each of the student's states."""
-    sides = {"teacher": geometry(dim=8), "student": geometry(dim=8)}
-    loss = component("kv_loss", name, **sides, parts=["values"])
+    side = geometry(dim=8).with_(qhead=1)
+    parts = ["keys", "queries"] if name == "attention_kl" else ["values"]
+    loss = component("kv_loss", name, teacher=side, student=side, parts=parts)
     weight = torch.full((1, 1, target.shape[3]), 1 / target.shape[3])
-    return [float(loss(Cache(values=student), Cache(values=target), weight)) for student in students]
+    caches = [Cache(**dict.fromkeys(parts, one)) for one in (target, *students)]
+    return [float(loss(student, caches[0], weight)) for student in caches[1:]]
 
 
 # Rotation

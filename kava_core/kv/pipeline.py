@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -20,8 +21,11 @@ from kava_core.kv.rope import Rotation
 from kava_core.kv.stages import blame, fuse, measure, weigh
 from kava_core.kv.timeline import Timeline
 from kava_core.kv.timemap import TimeMap
-from kava_core.protocols import FusionContext
+from kava_core.protocols import Chooses, FusionContext, Regularised
 from kava_core.spec.model import PipelineSpec
+
+ROUTER = "router"
+"""Name of the term that a fuser adds to the loss."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,18 @@ class Aligned:
     target: Cache
     valid: Tensor
     """Bool ``batch time``."""
+    ran: bool = True
+    """False for a teacher that the fuser did not choose: nothing is valid."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What no loss needs of a forward pass, but a fuser may."""
+
+    hidden: Tensor | None = None
+    """The student's last hidden states, ``batch time hidden``."""
+    tasks: tuple[str, ...] | None = None
+    """The task label of every example."""
 
 
 def looked_at(spec: PipelineSpec, student: Geometry) -> tuple[int, ...]:
@@ -77,7 +93,7 @@ class KVPipeline(nn.Module):
         super().__init__()
         self.layers = looked_at(spec, student)
         self.separate = spec.target == "separate"
-        self.names = tuple(teachers)
+        self.names, self.parts, self.hidden = tuple(teachers), parts_of(spec), student.hidden
         self.aligners = nn.ModuleList(
             TeacherAligner(
                 teacher.align,
@@ -216,52 +232,96 @@ class KVPipeline(nn.Module):
         timeline: Timeline,
         items: Tensor,
         rotation: Rotation | None = None,
+        beside: Beside = Beside(),
     ) -> dict[str, Float[Tensor, ""]]:
         """``forward`` for targets that are aligned already."""
         student = student.map(_precise)
         if self.matches and rotation is not None:
-            aligned = [Aligned(_rotated(one.target, rotation), one.valid) for one in aligned]
+            aligned = [replace(one, target=_rotated(one.target, rotation)) for one in aligned]
         if shapecheck.wanted():
             self._check_values(student, timeline, aligned)
-        return self.compare(student, aligned, items)
+        return self.compare(student, aligned, items, beside)
 
-    def compare(self, student: Cache, aligned: list[Aligned], items: Tensor) -> dict[str, Float[Tensor, ""]]:
-        """The unweighted loss terms of the student's cache against aligned targets."""
+    def compare(
+        self, student: Cache, aligned: list[Aligned], items: Tensor, beside: Beside = Beside()
+    ) -> dict[str, Float[Tensor, ""]]:
+        """The unweighted loss terms of the student's cache against aligned targets.
+
+        With several teachers also ``weight/NAME``, each teacher's mean weight, and with a fuser that adds to
+        the loss ``router``.
+        """
         views = [aligner.view_of(student) for aligner in self.teachers]
-        context = FusionContext(
+        context = self.context(views[0], aligned, beside)
+        with self._blame_fuser():
+            weights = weigh(self.fuser, context, context.valid, layer=views[0].any.shape[1])
+            terms = self._terms(views, aligned, weights / items)
+            if isinstance(self.fuser, Regularised):
+                terms[ROUTER] = self.fuser.penalty(weights) / items
+        if len(self.names) > 1:
+            shares = weights.detach().mean(2).sum((1, 2)) / items
+            terms |= {f"weight/{name}": share for name, share in zip(self.names, shares, strict=True)}
+        return terms
+
+    def context(self, view: Cache, aligned: list[Aligned], beside: Beside) -> FusionContext:
+        """What the fuser may look at."""
+        hidden = beside.hidden
+        if hidden is None and view.any.is_meta:
+            hidden = view.any.new_empty(view.any.shape[0], view.any.shape[3], self.hidden)
+        return FusionContext(
             valid=torch.stack([one.valid for one in aligned]),
             targets=tuple(one.target for one in aligned),
-            student=views[0],
+            student=view,
+            hidden=hidden,
+            tasks=beside.tasks,
         )
-        with blame(f"fuser {self.fuser_config.name!r}", self.fuser_config):
-            weights = weigh(self.fuser, context, context.valid, layer=views[0].any.shape[1])
-        return self._terms(views, aligned, weights / items)
+
+    @torch.no_grad()
+    def choose(self) -> tuple[bool, ...]:
+        """Which teachers are to run in this forward pass."""
+        if not isinstance(self.fuser, Chooses):
+            return (True,) * len(self.names)
+        with self._blame_fuser():
+            return tuple(self.fuser.choose().tolist())
+
+    def absent(self, aligner: TeacherAligner, like: Tensor) -> Aligned:
+        """The target of a teacher that does not run: zeros, nowhere valid. ``like``: Bool ``batch time``."""
+        zero = torch.zeros((), device=like.device)
+        batch, time = like.shape
+        layer, dim = aligner.target.layer, aligner.target.dim
+        shapes = {part: (batch, layer, aligner.target.heads(part), time, dim) for part in self.parts}
+        target = Cache(**{part: zero.expand(shape) for part, shape in shapes.items()})
+        return Aligned(target, torch.zeros_like(like), ran=False)
+
+    def _blame_fuser(self) -> AbstractContextManager[None]:
+        return blame(f"fuser {self.fuser_config.name!r}", self.fuser_config)
 
     def _terms(
         self, views: list[Cache], aligned: list[Aligned], weights: Float[Tensor, "teacher batch layer time"]
     ) -> dict[str, Tensor]:
-        targets = [one.target for one in aligned]
+        targets, losses = [one.target for one in aligned], list(self.losses)
         if not self.separate:
             targets, weights = [_fuse_caches(targets, weights)], weights.sum(0, keepdim=True)
+        elif any(one.ran for one in aligned):
+            ran = [place for place, one in enumerate(aligned) if one.ran]
+            views, targets = ([each[i] for i in ran] for each in (views, targets))
+            losses = [losses[i] for i in ran]
+            weights = weights[ran] if len(ran) < len(aligned) else weights
         terms = {}
         for index, (name, config) in enumerate(zip(self.terms, self.configs, strict=True)):
             rows = getattr(self, f"rows_{index}")
             with blame(f"kv_loss {config.name!r}", config):
                 terms[name] = torch.stack(
                     [
-                        expect(
-                            measure(losses[index], *_rows(view, target, weight, rows, config.parts)), (), ""
-                        )
-                        for losses, view, target, weight in zip(
-                            self.losses, views, targets, weights, strict=False
-                        )
+                        expect(measure(one[index], *_rows(view, target, weight, rows, config.parts)), (), "")
+                        for one, view, target, weight in zip(losses, views, targets, weights, strict=False)
                     ]
                 ).sum()
         return terms
 
     def total(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """Σ λ · term."""
-        return torch.stack([c.weight * terms[n] for n, c in zip(self.terms, self.configs, strict=True)]).sum()
+        """Σ λ · term, and what the fuser adds."""
+        weighed = [c.weight * terms[n] for n, c in zip(self.terms, self.configs, strict=True)]
+        return torch.stack(weighed + [terms[ROUTER]] * (ROUTER in terms)).sum()
 
     def _check_values(self, student: Cache, timeline: Timeline, aligned: list[Aligned]) -> None:
         assert_finite(student, timeline.mask, "the student's cache")

@@ -17,7 +17,18 @@ def base_of(kind: str) -> type[ComponentConfig]:
     return KVLossConfig if kind == "kv_loss" else ComponentConfig
 
 
-RESERVED = ("loss", "ce", "perplexity", "exact_match", "labelled", "tokens", "step", "seconds", "epoch")
+RESERVED = (
+    "loss",
+    "ce",
+    "perplexity",
+    "exact_match",
+    "labelled",
+    "tokens",
+    "step",
+    "seconds",
+    "epoch",
+    "router",
+)
 """Names of metrics: a loss of such a name would stand in their place."""
 
 

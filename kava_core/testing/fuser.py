@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -10,11 +11,11 @@ from torch import Tensor
 from kava_core.config import Part
 from kava_core.kv.axes import Cache
 from kava_core.kv.stages import weigh
-from kava_core.protocols import FusionContext
+from kava_core.protocols import FusionContext, ObservesTeachers, Regularised
 from kava_core.testing.component import MetaTests
 from kava_core.testing.geometries import Sides
 from kava_core.testing.require import require, require_finite, require_same, require_tensor
-from kava_core.testing.tensors import changed, draw_cache
+from kava_core.testing.tensors import changed, draw, draw_cache
 
 BATCH, TIME = 3, 5
 
@@ -37,17 +38,25 @@ class FuserTests(MetaTests):
         """With the teachers' names instead of a geometry."""
         return config.build(teachers=names or self.names, student=sides.student)
 
+    def prepare(self, component: Any, config: Any, sides: Sides) -> None:
+        """Show two batches to a fuser that wants to see some."""
+        self._show(component, [self.context(sides, len(self.names), seed=seed) for seed in (1, 2)])
+
     def context(
-        self, sides: Sides, teachers: int, *, batch: int = BATCH, time: int = TIME, **how: Any
+        self, sides: Sides, teachers: int, *, batch: int = BATCH, time: int = TIME, seed: int = 0, **how: Any
     ) -> FusionContext:
         """Random caches; the first teacher has no target at the last position, the last none at the first."""
         extents = {"batch": batch, "time": time} | how
         valid = torch.ones(teachers, batch, time, dtype=torch.bool)
         valid[0, :, time - 1 :] = valid[-1, :, :1] = False
-        targets = tuple(
-            draw_cache(sides.student, self.parts, seed=teacher, **extents) for teacher in range(teachers)
+        seeds = range(100 * seed + 1, 100 * seed + 1 + teachers)
+        return FusionContext(
+            valid=valid,
+            targets=tuple(draw_cache(sides.student, self.parts, seed=one, **extents) for one in seeds),
+            student=draw_cache(sides.student, self.parts, seed=100 * seed, **extents),
+            hidden=draw(batch, time, sides.student.hidden, seed=100 * seed, **how),
+            tasks=tuple("math" if row % 2 else "" for row in range(batch)),
         )
-        return FusionContext(valid, targets, draw_cache(sides.student, self.parts, seed=9, **extents))
 
     def inputs(self, config: Any, sides: Sides) -> FusionContext:
         """All teachers."""
@@ -61,6 +70,7 @@ class FuserTests(MetaTests):
         """A weight for each teacher, example, layer and position, for any number of teachers."""
         for teachers in self.counts:
             component = self.construct(config, sides, self.names[:teachers]).eval()
+            self._show(component, [self.context(sides, teachers)])
             for batch, time in ((BATCH, TIME), (1, TIME), (BATCH, 1), (BATCH, 0)):
                 weights = component(self.context(sides, teachers, batch=batch, time=time))
                 shape = (teachers, batch, sides.student.layer, time)
@@ -88,7 +98,7 @@ class FuserTests(MetaTests):
         wanted = self._weigh(component, context)
         hidden = zip(context.targets, context.valid, strict=True)
         targets = tuple(_filled(target, valid, torch.nan) for target, valid in hidden)
-        seen = self._weigh(component, FusionContext(context.valid, targets, context.student))
+        seen = self._weigh(component, replace(context, targets=targets))
         require_same(seen, wanted, "a teacher must have no influence at positions where it is not valid")
 
     def test_examples_are_independent(self, config: Any) -> None:
@@ -97,10 +107,8 @@ class FuserTests(MetaTests):
         together = component(context)
         for row in range(BATCH):
             rows = slice(row, row + 1)
-            caches = changed((context.targets, context.student), lambda x: x[rows])  # noqa: B023
-            seen = component(FusionContext(context.valid[:, rows], *caches))
             contract = "an example must not depend on the others of its batch"
-            require_same(seen, together[:, rows], contract)
+            require_same(component(_rows(context, rows)), together[:, rows], contract)
 
     def test_order_of_teachers_does_not_matter(self, config: Any) -> None:
         """Teachers in another order get the same weights, unless the fuser learns one for each place."""
@@ -108,14 +116,15 @@ class FuserTests(MetaTests):
         if any(True for _ in component.parameters()):
             return
         turned = self.construct(config, self.usual, self.names[::-1]).eval()
-        seen = turned(FusionContext(context.valid.flip(0), context.targets[::-1], context.student))
-        require_same(seen.flip(0), component(context), "a teacher's weight must not depend on its place")
+        self._show(turned, [_turned(self.context(self.usual, len(self.names), seed=seed)) for seed in (1, 2)])
+        seen = turned(_turned(context)).flip(0)
+        require_same(seen, component(context), "a teacher's weight must not depend on its place")
 
     def test_gradients_are_finite(self, config: Any) -> None:
         """Those of the fuser's parameters, and of the student where the weights depend on it."""
         component, context = self.build(config, self.usual), self.inputs(config, self.usual)
         student = changed(context.student, lambda x: x.requires_grad_())
-        weights = self._weigh(component, FusionContext(context.valid, context.targets, student))
+        weights = self._weigh(component, replace(context, student=student))
         if not weights.requires_grad:
             return
         (weights * torch.arange(1, weights.numel() + 1).view_as(weights)).sum().backward()
@@ -123,6 +132,22 @@ class FuserTests(MetaTests):
         for name, leaf in leaves.items():
             if leaf.grad is not None:
                 require_finite(leaf.grad, f"the gradient of {name} must be finite")
+
+    def test_penalty_is_a_scalar(self, config: Any) -> None:
+        """A term of the fuser's own is a finite scalar, also where no teacher is valid."""
+        component, context = self.build(config, self.usual), self.inputs(config, self.usual)
+        if not isinstance(component, Regularised):
+            return
+        weights = self._weigh(component, context)
+        for given in (weights, torch.zeros_like(weights)):
+            penalty = require_tensor(component.penalty(given), (), "a scalar", "penalty")
+            require_finite(penalty, "the penalty must be finite")
+
+    def _show(self, component: Any, contexts: list[FusionContext]) -> None:
+        if isinstance(component, ObservesTeachers):
+            for context in contexts:
+                component.observe(context)
+            component.finish()
 
     def _weights(self, config: Any, sides: Sides) -> Tensor:
         weights: Tensor = self.build(config, sides)(self.inputs(config, sides))
@@ -134,3 +159,16 @@ class FuserTests(MetaTests):
 
 def _filled(cache: Cache, valid: Tensor, value: float) -> Cache:
     return cache.map(lambda x, _: torch.where(valid[:, None, None, :, None], x, value))
+
+
+def _rows(context: FusionContext, rows: slice) -> FusionContext:
+    """Some examples of a batch."""
+    of_batch = {name: getattr(context, name) for name in ("targets", "student", "hidden")}
+    tasks = None if context.tasks is None else context.tasks[rows]
+    cut = changed(of_batch, lambda x: x[rows])
+    return replace(context, valid=context.valid[:, rows], tasks=tasks, **cut)
+
+
+def _turned(context: FusionContext) -> FusionContext:
+    """The same teachers from last to first."""
+    return replace(context, valid=context.valid.flip(0), targets=context.targets[::-1])

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kava_core.kv.axes import Geometry
 from kava_core.kv.timeline import Timeline
-from kava_core.kv.timemap import TimeMap, ranges
+from kava_core.kv.timemap import TimeMap
 from kava_plugins.time_warpers import CharIoU as Config
+
+Integers = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 
 class CharIoU(nn.Module):
     """Weights by intersection over union of character spans; as many taps as there are overlaps.
 
-    Spans may repeat (several tokens in one emoji), be empty, or stand in any order.
+    Spans may repeat (several tokens in one emoji), be empty, or stand in any order. Computed with numpy on
+    the CPU, whose small operations cost less than torch's.
     """
 
     def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
@@ -28,67 +34,76 @@ class CharIoU(nn.Module):
         """The map; valid where a real token with text overlaps one of the teacher's by ``min_overlap``."""
         row, place, iou = _overlaps(student, teacher)
         if self.min_overlap:
-            iou = torch.where(iou >= self.min_overlap, iou, 0)
+            row, place, iou = _only(iou >= self.min_overlap, row, place, iou)
         if self.hard:
-            row, place, iou = _highest(row, place, iou, student.mask.numel())
-        return TimeMap.of_entries(row, place, iou, student.mask)
+            row, place, iou = _highest(row, place, iou)
+        taps = [torch.from_numpy(each).to(student.mask.device) for each in (row, place, iou)]
+        return TimeMap.of_entries(taps[0], taps[1], taps[2], student.mask)
 
 
-class _Texts(NamedTuple):
-    """All tokens with text, of all examples in a row; each example's characters follow the one's before."""
+class _Tokens(NamedTuple):
+    """The tokens of a batch that have text, one example after another."""
 
-    row: Tensor
-    """``example · time + position``."""
-    begin: Tensor
-    end: Tensor
+    example: Integers
+    position: Integers
+    begin: Integers
+    """First character."""
+    end: Integers
 
-
-def _overlaps(student: Timeline, teacher: Timeline) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, teacher position and IoU, row after row, of all pairs that share characters and perhaps others."""
-    length = max((int(side.spans.max()) for side in (student, teacher) if side.spans.numel()), default=0) + 1
-    ours, theirs = _texts(student, length), _texts(teacher, length)
-    owner, place = _candidates(ours, theirs, len(student.mask) * length)
-    begin, end = ours.begin.index_select(0, owner), ours.end.index_select(0, owner)
-    t_begin, t_end = theirs.begin.index_select(0, place), theirs.end.index_select(0, place)
-    shared = (torch.minimum(end, t_end) - torch.maximum(begin, t_begin)).clamp_min(0)
-    union = torch.maximum(end, t_end) - torch.minimum(begin, t_begin)
-    index = theirs.row.index_select(0, place) % max(teacher.mask.shape[1], 1)
-    return ours.row.index_select(0, owner), index, shared.double() / union
+    def spread(self, stride: int) -> _Tokens:
+        """Each example's characters after those of the example before it."""
+        shift = self.example * stride
+        return self._replace(begin=self.begin + shift, end=self.end + shift)
 
 
-def _texts(side: Timeline, length: int) -> _Texts:
-    begin, end = side.spans.unbind(-1)
-    row = (side.mask & (end > begin)).flatten().nonzero().squeeze(1)
-    shift = row // max(side.mask.shape[1], 1) * length
-    begin, end = (each.flatten().index_select(0, row) + shift for each in (begin, end))
-    return _Texts(row, begin, end)
+def _tokens(timeline: Timeline) -> _Tokens:
+    mask = timeline.mask.cpu().numpy()
+    place = np.flatnonzero(mask)
+    spans = timeline.spans.cpu().numpy().reshape(-1, 2)[place]
+    begin, end = spans[:, 0], spans[:, 1]
+    if not (text := end > begin).all():
+        place, begin, end = place[text], begin[text], end[text]
+    example = place // max(mask.shape[1], 1)
+    return _Tokens(example, place - example * mask.shape[1], begin, end)
 
 
-def _candidates(ours: _Texts, theirs: _Texts, length: int) -> tuple[Tensor, Tensor]:
-    """For each student token a range of teacher tokens outside of which none overlaps it.
+def _overlaps(student: Timeline, teacher: Timeline) -> tuple[Integers, Integers, Floats]:
+    """Row, teacher position and IoU of every pair that shares characters, row after row."""
+    sides = _tokens(student), _tokens(teacher)
+    stride = max(int(side.end.max(initial=0)) for side in sides)
+    own, theirs = (side.spread(stride) for side in sides)
+    mine, its = _candidates(own, theirs)
+    begin, end, t_begin, t_end = own.begin[mine], own.end[mine], theirs.begin[its], theirs.end[its]
+    shared = np.minimum(end, t_end) - np.maximum(begin, t_begin)
+    iou = shared / (np.maximum(end, t_end) - np.minimum(begin, t_begin))
+    row = (own.example * student.mask.shape[1] + own.position)[mine]
+    return _only(shared > 0, row, theirs.position[its], iou)
 
-    Before it every token so far ends too early, after it every later one begins too late: the highest end so
+
+def _candidates(own: _Tokens, theirs: _Tokens) -> tuple[Integers, Integers]:
+    """Pairs outside of which none overlaps: for each token a range of the other side's.
+
+    Before it every token so far ends too early, after it every later one begins too late. The highest end so
     far and the lowest begin from here on are ascending in whatever order the spans are.
     """
-    highest_end = theirs.end.cummax(0).values
-    lowest_begin = theirs.begin.flip(0).cummin(0).values
-    first = _count_up_to(ours.begin, highest_end, length)
-    return ranges(first, (_count_up_to(ours.end - 1, lowest_begin, length) - first).clamp_min(0))
+    highest_end = np.maximum.accumulate(theirs.end)
+    lowest_begin = np.minimum.accumulate(theirs.begin[::-1])[::-1]
+    first = np.searchsorted(highest_end, own.begin, side="right")
+    count = np.maximum(np.searchsorted(lowest_begin, own.end) - first, 0)
+    mine = np.repeat(np.arange(len(count)), count)
+    skipped = np.repeat(first - (count.cumsum() - count), count)
+    return mine, np.arange(len(mine)) + skipped
 
 
-def _count_up_to(bound: Tensor, value: Tensor, length: int) -> Tensor:
-    """How many values each bound reaches; all lie between 0 and ``length``.
-
-    By counting the values at every character: a third of the time of a binary search.
-    """
-    return torch.bincount(value, minlength=length).cumsum(0).index_select(0, bound)
+def _only(
+    kept: npt.NDArray[np.bool_], row: Integers, place: Integers, iou: Floats
+) -> tuple[Integers, Integers, Floats]:
+    return (row, place, iou) if kept.all() else (row[kept], place[kept], iou[kept])
 
 
-def _highest(row: Tensor, place: Tensor, iou: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def _highest(row: Integers, place: Integers, iou: Floats) -> tuple[Integers, Integers, Floats]:
     """Of each row the pair of the highest IoU, the first of equals."""
-    best = iou.new_zeros(rows).scatter_reduce_(0, row, iou, "amax")
-    kept = iou == best.index_select(0, row)
-    row, place, iou = row[kept], place[kept], iou[kept]
-    first = torch.ones_like(row, dtype=torch.bool)
-    first[1:] = row[1:] != row[:-1]
-    return row[first], place[first], iou[first]
+    order = np.lexsort((place, -iou, row))
+    first = np.append(True, np.diff(row[order]) != 0)[: len(order)]
+    best = order[first]
+    return row[best], place[best], iou[best]

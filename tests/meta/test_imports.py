@@ -21,6 +21,7 @@ ALLOWED_IN_PLUGINS = (
     "kava_core.kv.timeline",
     "kava_core.kv.timemap",
     "kava_core.kv.resample",
+    "kava_core.kv.cka",
     "kava_core.kv.masks",
 )
 TENSORS = {"torch", "transformers", "jaxtyping", "numpy", "einops", "accelerate", "safetensors", "tokenizers"}

@@ -84,6 +84,12 @@ RUNS: dict[tuple[str, str], list[Run]] = {
         Run({"method": "ridge", "per_head": False}),
     ],
     ("fuser", "fixed"): [Run(), Run({"weights": {"ada": 1, "bob": 0, "cleo": 2.5}}, {"counts": (3,)})],
+    ("fuser", "similarity"): [Run(), Run({"per": "example"})],
+    ("fuser", "learnable"): [Run({"entropy": 0.1}), Run({"per": "example", "per_layer": True})],
+    ("fuser", "attention"): [Run({"balance": 0.1})],
+    ("fuser", "task"): [
+        Run({"weights": {"math": {"ada": 1, "bob": 0, "cleo": 2}}}, {"counts": (3,)}),
+    ],
     ("kv_loss", "mse"): [
         Run(),
         Run(QUERIES),
