@@ -3,9 +3,9 @@
     python benchmarks/attention_kl.py [--rounds 7] [--heads 8] [--width 64] [--time 512 2048 8192] [--compile]
 
 Every arm is a forward and a backward pass to the student's queries and keys (SDPA: values too). Ratios are
-medians over rounds of the round's own ratio, all arms in one process, of CPU time with one thread; on a GPU of
-wall time. Memory on a CPU is the growth of a fresh process's largest resident size over that after its inputs
-were made (``VmHWM``), on a GPU the allocator's own peak. Maps are left out where they would not fit
+medians over rounds of the round's own ratio, all arms in one process, of CPU time with one thread; on a GPU
+of wall time. Memory on a CPU is the growth of a fresh process's largest resident size over that after its
+inputs were made (``VmHWM``), on a GPU the allocator's own peak. Maps are left out where they would not fit
 (``--maps-until``).
 """
 
@@ -140,8 +140,8 @@ def main() -> None:
         print(own_peak(options))
         return
     print(
-        f"torch {torch.__version__}, {options.device}, {options.heads} query heads on {options.kv_heads} key heads "
-        f"of {options.width}, float32, compiled: {options.compile}\n\n"
+        f"torch {torch.__version__}, {options.device}, {options.heads} query heads on "
+        f"{options.kv_heads} key heads of {options.width}, float32, compiled: {options.compile}\n\n"
         "| positions | blocks, ms | blocks / maps | blocks / SDPA | blocks, MiB | maps, MiB | SDPA, MiB |\n"
         "|---|---|---|---|---|---|---|"
     )

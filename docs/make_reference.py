@@ -157,6 +157,8 @@ def kind(field: Schema) -> str:
         return ", or ".join(dict.fromkeys(kind(option) for option in options if option.get("type") != "null"))
     if "const" in field or "enum" in field:
         return ", ".join(f"`{choice}`" for choice in field.get("enum", [field.get("const")]))
+    if "prefixItems" in field:
+        return "always " + ", ".join(kind(item) for item in field["prefixItems"])
     if field.get("type") == "array":
         return f"list of {kind(field['items'])}" + (", not empty" if field.get("minItems") else "")
     if field.get("type") == "object":

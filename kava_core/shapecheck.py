@@ -13,7 +13,10 @@ from importlib.metadata import entry_points
 from typing import Any
 
 VARIABLE = "KAVA_SHAPE_CHECK"
-TENSOR_HALF = ("kava_core.kv", "kava_core.train", "kava_core.data", "kava_core.protocols", "kava_plugins")
+TENSOR_HALF = (
+    *("kava_core.kv", "kava_core.store", "kava_core.train", "kava_core.data", "kava_core.protocols"),
+    "kava_plugins",
+)
 CHECKER = "kava_core.shapecheck.checker"
 
 

@@ -18,8 +18,9 @@ from kava_core.errors import SpecError
 from kava_core.kv.timeline import NOWHERE
 from kava_core.spec.model import Template
 
-Side = dict[str, Tensor]
-"""``input_ids``, ``attention_mask``, ``segments``: [batch, time]; ``spans``: [batch, time, 2]."""
+Side = dict[str, Any]
+"""``input_ids``, ``attention_mask``, ``segments``: [batch, time]; ``spans``: [batch, time, 2]. The student's
+has ``labels`` as well, and ``tasks``, the label of each example's kind of task (empty: none)."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Collator:
         return [self._item(*sides) for sides in zip(examples, student, *teachers, strict=True)]
 
     def __call__(self, batch: Sequence[Example | Item]) -> dict[str, Any]:
-        """``{"student": Side with labels, "teachers": {name: Side}, "labels": the student's}``, padded right.
+        """``{"student": Side with labels and tasks, "teachers": {name: Side}, "labels": …}``, padded right.
 
         The labels stand at the top as well because ``transformers.Trainer`` counts them there.
 
@@ -76,6 +77,7 @@ class Collator:
         items = self._items(batch)
         student = self._side([item.student for item in items], self.student_tokenizer)
         student["labels"] = self._pad([item.student.labels for item in items], NO_LABEL)
+        student["tasks"] = tuple(item.example.task or "" for item in items)
         beside = self._rotated(items)
         teachers = {
             name: self._side([item.teachers[name] for item in beside], tokenizer)

@@ -321,7 +321,7 @@ class KVPipeline(nn.Module):
     def total(self, terms: Mapping[str, Tensor]) -> Tensor:
         """Σ λ · term, and what the fuser adds."""
         weighed = [c.weight * terms[n] for n, c in zip(self.terms, self.configs, strict=True)]
-        return torch.stack(weighed + [terms[ROUTER]] * (ROUTER in terms)).sum()
+        return torch.stack(weighed + ([terms[ROUTER]] if ROUTER in terms else [])).sum()
 
     def _check_values(self, student: Cache, timeline: Timeline, aligned: list[Aligned]) -> None:
         assert_finite(student, timeline.mask, "the student's cache")

@@ -235,6 +235,8 @@ class TrainSpec(Strict):
     """Largest norm of the gradient."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast dtype of the student's and teachers' forward passes."""
+    compile: Literal["inductor", "aot_eager"] | None = None
+    """Backend of torch.compile for the student's forward pass; answers are written uncompiled."""
     max_length: Positive = 1024
     """Examples longer than this in any tokenizer are left out, and counted."""
     loss_on: Literal["completion", "all"] = "completion"

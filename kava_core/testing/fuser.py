@@ -82,7 +82,7 @@ class FuserTests(MetaTests):
         """Weights are finite, none is negative and not all are 0."""
         weights = self._weights(config, sides)
         require_finite(weights, "weights of teachers must be finite")
-        least, total = float(weights.min()), float(weights.sum())
+        least, total = float(weights.detach().min()), float(weights.detach().sum())
         require(least >= 0, "weights of teachers must be at least 0", f"one is {least:.3g}")
         require(total > 0, "some teacher must count somewhere", "all weights are 0")
 

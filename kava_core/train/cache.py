@@ -38,7 +38,7 @@ from kava_core.train.assemble import (
 )
 from kava_core.train.distiller import Distiller
 from kava_core.train.layer_maps import with_measured_maps
-from kava_core.train.run import _calibrate, _quiet, _with_trained_models
+from kava_core.train.run import calibrate, quiet, with_trained_models
 from kava_core.train.stored import folder_of, ingredients, key_of, layout_of, open_store, partial_of
 from kava_core.train.time_plans import PlansTime
 
@@ -101,8 +101,8 @@ def cache(spec: PipelineSpec, *, seed: int, verify: bool = False) -> Cached | No
         raise KavaError("kava cache: runs in one process, not under torchrun")
     if not used_teachers(spec):
         return None
-    with _quiet():
-        spec = _with_trained_models(spec)
+    with quiet():
+        spec = with_trained_models(spec)
         data = make_data(spec)
         wanted = ingredients(spec, data, seed=seed)
         return _verified(spec, wanted) if verify else _made(spec, data, wanted, seed)
@@ -192,7 +192,7 @@ def _calibrated(
     if file.is_file():
         load_projectors(distiller.pipeline, file)
         return
-    _calibrate(distiller, data, spec, device)
+    calibrate(distiller, data, spec, device)
     save_durably(projectors(distiller.pipeline), file)
 
 

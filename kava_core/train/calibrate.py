@@ -19,7 +19,7 @@ from kava_core.train.heatmap import draw_similarity
 from kava_core.train.layer_maps import can_measure, measured_map
 from kava_core.train.map_files import chosen
 from kava_core.train.report import print_whole
-from kava_core.train.run import _quiet, _with_trained_models
+from kava_core.train.run import quiet, with_trained_models
 
 
 def calibrate(loaded: LoadedSpec, folder: Path) -> None:
@@ -32,8 +32,8 @@ def calibrate(loaded: LoadedSpec, folder: Path) -> None:
     """
     if not used_teachers(loaded.spec):
         raise SpecError("kava calibrate: no teacher is used; it needs 'teachers' and a loss of weight > 0")
-    with _quiet():
-        spec = _with_trained_models(loaded.spec)
+    with quiet():
+        spec = with_trained_models(loaded.spec)
         data = make_data(spec)
         console = Console()
         for teacher in spec.teachers:

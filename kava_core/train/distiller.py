@@ -19,9 +19,10 @@ from kava_core.kv.aligner import TeacherAligner
 from kava_core.kv.axes import Cache
 from kava_core.kv.capture import Capture
 from kava_core.kv.masks import without_autocast
-from kava_core.kv.pipeline import Aligned, KVPipeline
+from kava_core.kv.pipeline import Aligned, Beside, KVPipeline
 from kava_core.kv.timeline import Timeline
 from kava_core.kv.timemap import TimeMap
+from kava_core.protocols import Rewarded
 from kava_core.store.reader import target_of
 from kava_core.train.teacher import Teacher
 
@@ -80,7 +81,7 @@ class Distiller(nn.Module):
         return Capture(self.student, layers=self.pipeline.layers, parts=self.parts, rotary=rotary)
 
     def forward(
-        self, student: Mapping[str, Tensor], teachers: Mapping[str, Mapping[str, Any]], items: Tensor
+        self, student: Mapping[str, Any], teachers: Mapping[str, Mapping[str, Any]], items: Tensor
     ) -> dict[str, Tensor]:
         """Losses of a batch.
 
@@ -94,27 +95,53 @@ class Distiller(nn.Module):
             ``loss`` (cross-entropy + Σ λ · term), and detached ``ce`` and every KV term.
         """
         if self.pipeline is None:
-            ce = self._student(student, items[0])
+            ce = cross_entropy(self._outputs(student).logits, student["labels"], items[0])
             return {"loss": ce, "ce": ce.detach()}
         timeline = Timeline.from_batch(student)
-        aligned = self.aligned(teachers, timeline, self.pipeline)
+        aligned = self.aligned(teachers, timeline, self.pipeline, self.pipeline.choose())
         capture: Capture = self.__dict__["capture"]
         with capture:
-            ce = self._student(student, items[0])
+            outputs = self._outputs(student)
+        ce = cross_entropy(outputs.logits, student["labels"], items[0])
         with without_autocast(ce.device):
             cache = capture.take()
             rotation = capture.rotation() if self.rotary == "match" else None
-            terms = self.pipeline.terms_of(cache, aligned, timeline, items[1], rotation)
+            beside = Beside(self._hidden(outputs), student.get("tasks"))
+            terms = self.pipeline.terms_of(cache, aligned, timeline, items[1], rotation, beside)
             loss = ce + self.pipeline.total(terms)
+        self._reward(ce.detach() * items[0], student["labels"])
         return {"loss": loss, "ce": ce.detach(), **{name: term.detach() for name, term in terms.items()}}
 
     def aligned(
-        self, teachers: Mapping[str, Mapping[str, Any]], timeline: Timeline, pipeline: KVPipeline
+        self,
+        teachers: Mapping[str, Mapping[str, Any]],
+        timeline: Timeline,
+        pipeline: KVPipeline,
+        chosen: tuple[bool, ...] | None = None,
     ) -> list[Aligned]:
-        """Every teacher's target, from a store or by this pipeline; one raw cache is alive at a time."""
+        """Every teacher's target, from a store or by this pipeline; one raw cache is alive at a time.
+
+        Teachers that are not ``chosen`` do not run.
+        """
+        wanted = chosen or (True,) * len(pipeline.teachers)
         return [
-            self._target(aligner, teachers[aligner.name], timeline, pipeline) for aligner in pipeline.teachers
+            self._target(aligner, teachers[aligner.name], timeline, pipeline)
+            if runs
+            else pipeline.absent(aligner, timeline.mask)
+            for aligner, runs in zip(pipeline.teachers, wanted, strict=True)
         ]
+
+    def _hidden(self, outputs: Any) -> Tensor | None:
+        return outputs.hidden_states[-1].detach() if self._wants_hidden else None
+
+    @property
+    def _wants_hidden(self) -> bool:
+        return self.pipeline is not None and getattr(self.pipeline.fuser, "needs_hidden", False)
+
+    def _reward(self, total: Tensor, labels: Tensor) -> None:
+        """Tell a fuser that learns from it the mean cross-entropy of this forward pass, in training."""
+        if self.training and self.pipeline is not None and isinstance(self.pipeline.fuser, Rewarded):
+            self.pipeline.fuser.reward(total / labels[:, 1:].ne(IGNORED).sum().clamp_min(1))
 
     def _target(
         self, aligner: TeacherAligner, side: Mapping[str, Any], timeline: Timeline, pipeline: KVPipeline
@@ -129,11 +156,13 @@ class Distiller(nn.Module):
         found: Teacher = next(teacher for teacher in self.__dict__["teachers"] if teacher.name == name)
         return found
 
-    def _student(self, side: Mapping[str, Tensor], items: Tensor) -> Float[Tensor, ""]:
-        logits = self.student(
-            input_ids=side["input_ids"], attention_mask=side["attention_mask"], use_cache=False
-        ).logits
-        return cross_entropy(logits, side["labels"], items)
+    def _outputs(self, side: Mapping[str, Tensor]) -> Any:
+        return self.student(
+            input_ids=side["input_ids"],
+            attention_mask=side["attention_mask"],
+            use_cache=False,
+            **({"output_hidden_states": True} if self._wants_hidden else {}),
+        )
 
     def place_teachers(self, device: torch.device) -> None:
         """Move the teachers to the device of the batches."""
@@ -151,6 +180,15 @@ class Distiller(nn.Module):
                 side = batch["teachers"][teacher.name]
                 cache = teacher.cache(side).map(_wide)
                 aligner.observe(cache, student, _time_map(aligner, side, timeline))
+
+    @torch.no_grad()
+    def show_fuser(self, batch: Mapping[str, Any]) -> None:
+        """Show one batch of aligned targets to a fuser that wants to see data."""
+        assert self.pipeline is not None
+        student, timeline = self.still_cache(batch["student"]), Timeline.from_batch(batch["student"])
+        aligned = self.aligned(batch["teachers"], timeline, self.pipeline)
+        view = self.pipeline.teachers[0].view_of(student)
+        self.pipeline.fuser.observe(self.pipeline.context(view, aligned, Beside()))
 
     @torch.no_grad()
     def still_cache(self, side: Mapping[str, Tensor]) -> Cache:

@@ -110,12 +110,13 @@ class Evaluator:
     def _write(self, student: nn.Module, examples: list[Example], device: torch.device) -> list[str]:
         """Greedy answers."""
         prompts = send_to_device(self.collator.prompts(examples)[0], device)
-        tokens = student.generate(
-            input_ids=prompts["input_ids"],
-            attention_mask=prompts["attention_mask"],
-            max_new_tokens=self.spec.max_new_tokens,
-            do_sample=False,
-        )
+        with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
+            tokens = student.generate(
+                input_ids=prompts["input_ids"],
+                attention_mask=prompts["attention_mask"],
+                max_new_tokens=self.spec.max_new_tokens,
+                do_sample=False,
+            )
         return self.tokenizer.batch_decode(
             tokens[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True
         )

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from kava_core import shapecheck
 from kava_core.errors import SpecError, did_you_mean
 from kava_core.spec.model import Lora, ModelSpec, StudentSpec, TeacherSpec
 from kava_core.train.quantize import check_quantised, explained, loading_options
@@ -247,6 +248,15 @@ def checkpoint_activations(model: nn.Module) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def compile_forward(model: nn.Module, backend: str) -> None:
+    """torch.compile in place; SpecError together with shape checking, whose checks cannot be compiled."""
+    if shapecheck.wanted():
+        raise SpecError("train.compile: not together with shape checking (--check-shapes, KAVA_SHAPE_CHECK)")
+    # Else a layer under gradient checkpointing runs uncompiled, as it leaves tensors in a capture's slot.
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    model.compile(backend=backend)
 
 
 def add_lora(student: nn.Module, lora: Lora, *, seed: int) -> nn.Module:

@@ -23,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from kava_core.data.splits import load_splits
 from kava_core.errors import Preempted, SpecError
+from kava_core.protocols import ObservesTeachers
 from kava_core.spec.model import ModelSpec, PipelineSpec
 from kava_core.train import checkpoint
 from kava_core.train.assemble import Data, make_data, make_distiller, used_teachers
@@ -33,6 +34,7 @@ from kava_core.train.evaluate import Evaluator
 from kava_core.train.export import save_student
 from kava_core.train.facts import facts
 from kava_core.train.layer_maps import with_measured_maps
+from kava_core.train.models import compile_forward
 from kava_core.train.pretrain import pretraining_name, pretraining_spec
 from kava_core.train.rundir import RunDir
 from kava_core.train.stored import with_store
@@ -91,7 +93,7 @@ def run(spec: PipelineSpec, *, variant: str, seed: int, wait: bool = False) -> R
         if folder.complete:
             _same_data(spec, folder)
         else:
-            _train(_with_trained_models(spec), folder)
+            _train(with_trained_models(spec), folder)
     return Result(variant, seed, folder.path, folder.record()["results"])
 
 
@@ -102,7 +104,7 @@ def _meet() -> None:
         state.wait_for_everyone()
 
 
-def _with_trained_models(spec: PipelineSpec) -> PipelineSpec:
+def with_trained_models(spec: PipelineSpec) -> PipelineSpec:
     """The spec with every model to be pretrained replaced by its trained folder."""
     teachers = tuple(_trained(spec, teacher) for teacher in used_teachers(spec))
     return spec.model_copy(update={"teachers": teachers, "student": _trained(spec, spec.student)})
@@ -126,7 +128,7 @@ def _trained(spec: PipelineSpec, model: M) -> M:
 
 
 def _train(spec: PipelineSpec, folder: RunDir) -> None:
-    with _quiet():
+    with quiet():
         _train_quietly(spec, folder)
 
 
@@ -138,6 +140,8 @@ def _train_quietly(spec: PipelineSpec, folder: RunDir) -> None:
             folder.begin({"data": data.report(), **facts(spec), **store})
         spec = with_measured_maps(spec, folder.path / "layer_maps", data, seed=folder.seed)
         distiller = make_distiller(spec, data, seed=folder.seed)
+        if spec.train.compile is not None:
+            compile_forward(distiller.student, spec.train.compile)
         trainer = _trainer(spec, folder, data, distiller, stop)
         distiller.place_teachers(trainer.args.device)
         resume = _recovered(folder)
@@ -146,7 +150,7 @@ def _train_quietly(spec: PipelineSpec, folder: RunDir) -> None:
             trainer.state = TrainerState.load_from_json(str(resume / TRAINER_STATE_NAME))
         else:
             if resume is None:
-                _calibrate(distiller, data, spec, trainer.args.device)
+                calibrate(distiller, data, spec, trainer.args.device)
                 trainer.evaluator.begin(distiller, trainer.args.device)
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         if trainer.state.global_step < spec.train.steps:
@@ -254,25 +258,36 @@ def _assert_installed(trackers: tuple[str, ...]) -> None:
             raise SpecError(f"train.trackers: {tracker} is not installed: pip install {tracker}")
 
 
-def _calibrate(distiller: Distiller, data: Data, spec: PipelineSpec, device: torch.device) -> None:
-    """Show the first training examples to calibrated projectors, without touching the random state.
+def calibrate(distiller: Distiller, data: Data, spec: PipelineSpec, device: torch.device) -> None:
+    """Show the first training examples to projectors, then to the fuser, where they want to see data.
 
-    A store holds them calibrated.
+    The random state is left as it was. A store holds its projectors calibrated.
     """
-    if distiller.pipeline is None or data.store is not None:
+    pipeline = distiller.pipeline
+    if pipeline is None:
         return
-    if not any(a.wants_calibration for a in distiller.pipeline.teachers):
-        return
+    if data.store is None and any(a.wants_calibration for a in pipeline.teachers):
+        for batch in _calibration_batches(distiller, data, spec, device):
+            distiller.calibrate(batch)
+        distiller.finish_calibration()
+    if isinstance(pipeline.fuser, ObservesTeachers):
+        for batch in _calibration_batches(distiller, data, spec, device):
+            distiller.show_fuser(batch)
+        pipeline.fuser.finish()
+
+
+def _calibration_batches(
+    distiller: Distiller, data: Data, spec: PipelineSpec, device: torch.device
+) -> Iterator[Any]:
     some = Subset(data.train_items, range(min(spec.train.calibration_examples, len(data.train_items))))
+    collate = PlansTime(data.plain_collator, distiller.pipeline)
     with torch.random.fork_rng(devices=[]):
-        collate = PlansTime(data.plain_collator, distiller.pipeline)
         for batch in DataLoader(some, spec.train.batch_size, collate_fn=collate):
-            distiller.calibrate(send_to_device(batch, device))
-    distiller.finish_calibration()
+            yield send_to_device(batch, device)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers' own chatter off; kava reports what matters."""
     from transformers.utils import logging
 

@@ -38,15 +38,15 @@ def attention_divergence(
     inputs). Gradients reach all four tensors; the target's are formed only if one of its tensors requires
     them. No factor temperature².
     """
-    where = live(weight)
+    where = _holes(live(weight))
     with without_autocast(weight.device):
         sides = [
-            _side(select(widen(q), where), select(widen(k), where), temperature)
+            _side(_clean(q, where), _clean(k, where), temperature)
             for q, k in ((queries, keys), (target_queries, target_keys))
         ]
         mine, theirs = of_one_dtype(*sides)
         dtype = mine.queries.dtype
-        masking = Masking(causal, _mask(where.flatten(0, 1).flatten(1)))
+        masking = Masking(causal, None if where is None else where.flatten(0, 1).flatten(1))
         return _backend(mine)(mine, theirs, weight.to(dtype).flatten(0, 1), masking, kind)
 
 
@@ -68,7 +68,11 @@ def _side(queries: Tensor, keys: Tensor, temperature: float) -> Side:
     return Side((queries * scale).flatten(0, 1), keys.flatten(0, 1))
 
 
-def _mask(where: Tensor) -> Tensor | None:
+def _clean(x: Tensor, where: Tensor | None) -> Tensor:
+    return widen(x) if where is None else select(widen(x), where)
+
+
+def _holes(where: Tensor) -> Tensor | None:
     """None if every position counts; looked at only where looking is free."""
     return None if where.device.type == "cpu" and bool(where.all()) else where
 
@@ -96,8 +100,10 @@ def _forward(mine: Tensor, theirs: Tensor, wanted: bool) -> Compared:
     ratio = p - q
     p = p.exp_()
     derivative = q.exp_().sub_(p)
+    if not wanted:
+        return torch.addcmul(derivative, ratio, p, out=ratio).sum(-1), derivative, None
     each = torch.addcmul(derivative, ratio, p).sum(-1)
-    return each, derivative, p * (ratio - each[..., None]) if wanted else None
+    return each, derivative, p * (ratio - each[..., None])
 
 
 def _reverse(mine: Tensor, theirs: Tensor, wanted: bool) -> Compared:

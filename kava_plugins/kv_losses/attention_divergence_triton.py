@@ -64,7 +64,7 @@ class _Fused(torch.autograd.Function):
         if q.numel():
             ctx.launch(_queries_gradient, ROWS, *saved, weight, *by_queries, **wants)
             ctx.launch(_keys_gradient, KEYS, *saved, weight, *by_keys, **wants)
-        found = []
+        found: list[Tensor | None] = []
         for own, wanted, queries, keys in zip((k, p_k), wants.values(), by_queries, by_keys, strict=True):
             shared = keys.unflatten(1, (own.shape[1], -1)).sum(2) if q.numel() else torch.zeros_like(own)
             found += [queries, shared] if wanted else [None, None]

@@ -23,7 +23,7 @@ MASKED = -1e30
 ROWS = 64
 """Most query positions in a block."""
 
-ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
+ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
 """Most products of one side in a block: on a CPU all of a block's tensors stay in its cache."""
 
 Compared = tuple[Tensor, Tensor | None, Tensor | None]

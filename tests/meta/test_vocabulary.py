@@ -12,7 +12,10 @@ import pytest
 from kava_core.kv.axes import VOCABULARY
 from tests.meta.source import python_files, tree
 
-PLACES = ("kava_core/kv", "kava_core/train", "kava_core/data", "kava_core/protocols.py", "kava_plugins")
+PLACES = (
+    *("kava_core/kv", "kava_core/store", "kava_core/train", "kava_core/data", "kava_core/protocols.py"),
+    "kava_plugins",
+)
 DTYPES = {"Float", "Int", "Bool", "Shaped", "Num", "Integer", "Inexact", "Complex", "Key"}
 EINOPS = {"rearrange", "reduce", "repeat", "einsum", "pack", "unpack"}
 

@@ -21,7 +21,7 @@ each_case = pytest.mark.parametrize("case", CASES)
 each_kind = pytest.mark.parametrize("kind", ["forward", "reverse", "jeffreys"])
 
 
-@pytest.fixture(params=[8, 2**18], ids=["small blocks", "usual blocks"])
+@pytest.fixture(params=[8, 2**19], ids=["small blocks", "usual blocks"])
 def elements(request, monkeypatch):
     monkeypatch.setitem(row_blocks.ELEMENTS, "cpu", request.param)
 

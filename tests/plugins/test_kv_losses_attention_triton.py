@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -10,19 +12,13 @@ from tests.plugins.attention_helpers import CASES, Rows, dense_divergence, draw_
 
 torch.set_num_threads(1)
 pytest.importorskip("triton", reason="Triton is not installed")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("Triton reads TRITON_INTERPRET=1 when it is imported", allow_module_level=True)
 each_kind = pytest.mark.parametrize("kind", ["forward", "reverse", "jeffreys"])
 
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    import sys
-
-    import triton
-
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    if hasattr(triton, "knobs"):
-        monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
-    monkeypatch.delitem(sys.modules, "kava_plugins.kv_losses.attention_divergence_triton", raising=False)
     from kava_plugins.kv_losses.attention_divergence_triton import fused
 
     monkeypatch.setattr(module, "_backend", lambda mine: fused)
@@ -41,15 +37,15 @@ def agree(rows, weight, **options):
 @pytest.mark.parametrize("case", CASES)
 @each_kind
 def test_value_and_all_four_gradients(case, kind):
-    rows = draw_rows(**CASES[case], batch=2, layer=1, time=66, dtype=torch.float32)
-    agree(rows, draw_weight(2, 1, 66), kind=kind, temperature=1.3)
+    rows = draw_rows(**CASES[case], batch=1, layer=1, time=66, dtype=torch.float32)
+    agree(rows, draw_weight(1, 1, 66), kind=kind, temperature=1.3)
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("holes", [0.0, 0.5])
 def test_masks(causal, holes):
-    rows = draw_rows(batch=1, layer=2, time=130, qhead=2, head=1, t_head=1, dtype=torch.float32)
-    agree(rows, draw_weight(1, 2, 130, holes), causal=causal)
+    rows = draw_rows(batch=1, layer=1, time=130, qhead=2, head=1, t_head=1, dtype=torch.float32)
+    agree(rows, draw_weight(1, 1, 130, holes), causal=causal)
 
 
 @each_kind

@@ -208,8 +208,11 @@ class SumsToTwo(First):
 
 
 class Restless(First):
+    calls = 0
+
     def forward(self):
-        return self.matrix[:, torch.randperm(self.matrix.shape[1])]
+        self.calls += 1
+        return self.matrix.roll(self.calls, 1)
 
 
 class Equal(nn.Module):
