@@ -160,7 +160,7 @@ def calibrate(
     ],
     overrides: Overrides = None,
 ) -> None:
-    """Measure which teacher layers resemble which student layers; write maps and heat maps."""
+    """Measure which layers resemble each other; write maps and pictures."""
     from kava_core.spec.load import load
 
     loaded = load(spec, overrides or ())

@@ -26,6 +26,7 @@ from kava_core.kv.pipeline import active
 from kava_core.kv.probe import fake_model
 from kava_core.kv.timemap import TimeMap
 from kava_core.spec.model import HubData, ModelSpec, PipelineSpec, StudentSpec
+from kava_core.train import quantize
 from kava_core.train.models import add_lora, model_config
 from kava_core.train.stored import layout_of
 
@@ -116,7 +117,7 @@ def _model_cost(name: str, spec: ModelSpec, batch: int, time: int, *, geometry: 
         geometry,
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in trained),
-        weights=_bytes(model.parameters()) + TRAINED_COPIES * _bytes(trained),
+        weights=_held(model, spec) + TRAINED_COPIES * _bytes(trained),
         flops=_forward_flops(spec, config, time) * batch * _passes(spec),
         vocabulary=int(config.get_text_config().vocab_size),
         rotary=has_rotary(model),
@@ -144,6 +145,16 @@ def _passes(spec: ModelSpec) -> int:
     if not isinstance(spec, StudentSpec):
         return 1
     return (2 if spec.lora is not None else 3) + spec.gradient_checkpointing
+
+
+def _held(model: nn.Module, spec: ModelSpec) -> int:
+    """Bytes of the weights; a quantised teacher's linear layers without their scales (a few percent more)."""
+    format = getattr(spec, "quantize", None)
+    if format is None:
+        return _bytes(model.parameters())
+    linear = [m.weight for m in model.base_model.modules() if isinstance(m, nn.Linear)]
+    count = sum(weight.numel() for weight in linear)
+    return _bytes(model.parameters()) - _bytes(linear) + int(count * quantize.BYTES[format])
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

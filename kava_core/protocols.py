@@ -38,8 +38,9 @@ class LayerMapper(Protocol):
 class Measured(Protocol):
     """What a layer mapper offers if its weights come from comparing the layers of both models on data.
 
-    kava measures before the pipeline is built, saves ``state_dict()`` and builds the mapper again with the
-    config's ``map`` naming that file, so the config needs a field ``map: str | None = None``.
+    kava measures before the pipeline is built, saves ``state_dict()`` as safetensors, with a ``.json`` of the
+    same name that holds its ``sha256`` and ``on``, and builds the mapper again with the config's ``map``
+    naming the file, so the config needs a field ``map: str | None = None``.
     """
 
     on: Literal["hidden", "keys", "values"]

@@ -70,9 +70,9 @@ def table(results: Sequence[Result]) -> Table:
 
 
 def _columns(results: Sequence[Result]) -> list[str]:
-    """Every metric but those of the collapse monitor, of which there are many."""
+    """Every metric but those of a teacher or part (``a/b``), of which there are many."""
     names = dict.fromkeys(name for result in results for name in result.results)
-    return [name for name in names if not name.startswith(PREFIX)]
+    return [name for name in names if "/" not in name]
 
 
 def _mean(values: Sequence[int | float | None]) -> int | float | None:
@@ -152,7 +152,7 @@ def _evaluations(result: Result) -> list[dict[str, Any]]:
 def _curves(lines: list[dict[str, Any]], name: str) -> Curves:
     """Steps and values of a metric; ``kv`` stands for every KV term."""
     names = (
-        {key for line in lines for key in line if key.startswith("eval_") and PREFIX not in key} - NOT_KV
+        {key for line in lines for key in line if key.startswith("eval_") and "/" not in key} - NOT_KV
         if name == "kv"
         else {name}
     )

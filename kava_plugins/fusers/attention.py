@@ -38,9 +38,12 @@ class Attention(nn.Module):
         query = self.query(require_hidden(context, "attention").to(self.query.weight.dtype))
         caches = zip(context.targets, context.valid, strict=True)
         keys = torch.stack(
-            [self.key(torch.where(valid[:, None, :, None], beside(c).detach(), 0)) for c, valid in caches]
+            [
+                self.key(torch.where(valid[:, None, :, None], beside(cache).detach().to(query.dtype), 0))
+                for cache, valid in caches
+            ]
         )
-        scores = torch.einsum("btd,kbltd->kblt", query, keys.to(query.dtype)) * self.scale
+        scores = torch.einsum("btd,kbltd->kblt", query, keys) * self.scale
         return routed(scores, context.valid)
 
     def penalty(self, weights: Float[Tensor, "teacher batch layer time"]) -> Float[Tensor, ""]:

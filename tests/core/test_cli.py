@@ -58,14 +58,16 @@ Options:
   -h, --help      Show this message and exit.
 
 Commands:
-  check    Check a spec: syntax, schema, plugins, shapes at every stage.
-  train    Train, or go on with, every variant and seed of a spec.
-  plan     Show shapes, parameters, memory and cost of a step.
-  export   Write a run's student as a plain transformers folder.
-  plugins  List the installed components and who registered them.
-  schema   Print the JSON Schema of specs with what is installed.
-  env      Print the versions a run depends on.
-  new      Write a new plugin package or spec.
+  check      Check a spec: syntax, schema, plugins, shapes at every stage.
+  train      Train, or go on with, every variant and seed of a spec.
+  cache      Run the teachers once and store what training needs of them.
+  plan       Show shapes, parameters, memory and cost of a step.
+  calibrate  Measure which layers resemble each other; write maps and pictures.
+  export     Write a run's student as a plain transformers folder.
+  plugins    List the installed components and who registered them.
+  schema     Print the JSON Schema of specs with what is installed.
+  env        Print the versions a run depends on.
+  new        Write a new plugin package or spec.
 """
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from kava_core.data.examples import render
 from kava_core.train import checkpoint
 from kava_core.train.assemble import Data, make_data, make_distiller
+from kava_core.train.collapse import CollapseMonitor
 from kava_core.train.distiller import IGNORED, Distiller
 from kava_core.train.evaluate import Evaluator
 from kava_core.train.run import run
@@ -30,7 +31,12 @@ def setup(folder: Path, **changes: Any) -> tuple[Evaluator, Distiller, Data]:
     data = make_data(spec)
     distiller = make_distiller(spec, data, seed=0)
     parts = (data.plain_collator, data.tokenizer, spec.data.template, spec.evaluate)
-    return Evaluator(data.validation_items, *parts, folder / "samples.jsonl"), distiller, data
+    files = (folder / "samples.jsonl", monitor(folder))
+    return Evaluator(data.validation_items, *parts, *files), distiller, data
+
+
+def monitor(folder: Path) -> CollapseMonitor:
+    return CollapseMonitor(folder / "before.safetensors")
 
 
 @torch.no_grad()
@@ -81,6 +87,7 @@ def test_shuffled_teachers_are_a_control_of_training_only(tmp_path: Path) -> Non
         plain.template,
         _without_rest(plain),
         tmp_path / "s",
+        monitor(tmp_path),
     )
     assert wrong(distiller)["relation"] != pytest.approx(plain(distiller)["relation"], rel=1e-6)
 

@@ -239,3 +239,18 @@ def test_models_that_decode_nothing_are_one_line() -> None:
     spec = alone(config={"model_type": "t5"})
     with pytest.raises(SpecError, match=r"^student: [^\n]+$"):
         geometry(spec.student, where="student")
+
+
+@pytest.mark.parametrize(("format", "each"), [("int8", 1.0), ("nf4", 0.5)])
+def test_quantised_teachers_hold_smaller_linear_layers(format: str, each: float) -> None:
+    """Embeddings, norms and the head keep their dtype."""
+    plain, quantised = (
+        make_plan(with_teacher(quantize=wanted), time=8, t_time=8).models[1] for wanted in (None, format)
+    )
+    hidden, inner, layers, kv = 32, 64, 2, 2 * 8
+    linear = layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)
+    assert plain.weights - quantised.weights == linear * (4 - each)
+
+
+def with_teacher(**fields: Any) -> PipelineSpec:
+    return tiny.spec(teachers=[{"name": "t", "config": tiny.llama(), "tokenizer": tiny.CHARS} | fields])

@@ -198,7 +198,7 @@ def test_two_third_parties_with_one_name(install: Install) -> None:
 def test_two_distributions_with_one_entry_name(install: Install) -> None:
     install("acme-maps", GOOD, entry="layer_mappers")
     install("zeta-maps", GOOD.replace('"ours"', '"theirs"'), entry="layer_mappers")
-    assert Registry.build().names("layer_mapper") == ["cka", "last_aligned", "learned", "ours", "ratio", "theirs"]
+    assert {"ours", "theirs"} <= set(Registry.build().names("layer_mapper"))
 
 
 def test_built_ins_cannot_be_shadowed(install: Install) -> None:

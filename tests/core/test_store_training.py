@@ -221,7 +221,7 @@ def test_what_cannot_matter_makes_no_store_stale(kept: PipelineSpec) -> None:
     others = [
         nested(kept, "train", learning_rate=0.5, steps=9, workers=1),
         changed(kept, target="fused", output="elsewhere", name="other"),
-        changed(kept, losses=[{"name": "relation", "weight": 3.0}]),
+        changed(kept, losses=[{"name": "mercator", "weight": 3.0}]),
         changed(kept, rotary="match"),
     ]
     assert [differences(told(other), told(kept)) for other in others] == [[]] * len(others)

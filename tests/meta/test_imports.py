@@ -31,6 +31,7 @@ DECLARATIVE = [
         for name in ["__init__", "errors", "config", "hookspecs", "registry", "cli", "paths", "shapecheck"]
     ),
     "kava_core/spec",
+    "kava_core/scaffold",
     *(
         f"kava_plugins/{folder.name}/__init__.py"
         for folder in (ROOT / "kava_plugins").iterdir()
