@@ -11,7 +11,8 @@ import torch
 
 SWITCH = "KAVA_COMPILE_LOSSES"
 """Environment variable: ``1`` compiles the losses' inner functions. Compiling takes a C++ compiler (CPU) or
-Triton (GPU) and some ten seconds at the first step."""
+Triton (GPU) and some ten seconds at the first step; on a CPU it saves about a tenth of the attention
+divergence (see benchmarks/attention_kl.py), so it is off unless asked for."""
 
 
 class Compiled:

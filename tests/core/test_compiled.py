@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +17,7 @@ from torch import Tensor, nn
 
 from kava_core.kv.axes import Cache
 from kava_core.kv.capture import Capture
+from tests import tiny
 
 torch.set_num_threads(1)
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -66,8 +72,14 @@ def agree(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
         torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("rotary", ["strip", "keep", "match"])
-@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+EVERY = [(rotary, checkpointed) for rotary in ("strip", "keep", "match") for checkpointed in (False, True)]
+OFTEN = [("strip", True), ("match", False)]
+
+
+@pytest.mark.parametrize(
+    ("rotary", "checkpointed"),
+    [pytest.param(*case, marks=() if case in OFTEN else pytest.mark.release) for case in EVERY],
+)
 def test_gradients_are_those_of_the_eager_model(rotary: str, checkpointed: bool) -> None:
     model = model_of("Llama", checkpointed=checkpointed)
     want = gradients(model, model, rotary=rotary)
@@ -88,6 +100,7 @@ def test_a_model_is_one_graph_and_stays_so() -> None:
     assert graphs() == 2, "one graph with capture, one without"
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("name", ["Gemma 3 (text)", "SmolLM3", "Qwen3"])
 def test_layers_of_several_kinds(name: str) -> None:
     kinds = {"Gemma 3 (text)": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
@@ -97,6 +110,7 @@ def test_layers_of_several_kinds(name: str) -> None:
     agree(gradients(model, torch.compile(model, backend="aot_eager")), want)
 
 
+@pytest.mark.release
 def test_a_compiled_teacher_gives_the_same_cache() -> None:
     model = model_of("Llama").eval()
     caches = []
@@ -121,6 +135,7 @@ def test_checkpointed_layers_stay_compiled() -> None:
     assert counts[0] == 0 < counts[1]
 
 
+@pytest.mark.release
 def test_inductor_gives_the_same_gradients() -> None:
     model = model_of("Llama")
     want = gradients(model, model)
@@ -129,3 +144,19 @@ def test_inductor_gives_the_same_gradients() -> None:
     except torch._dynamo.exc.BackendCompilerFailed as error:
         pytest.skip(f"inductor needs a C++ compiler: {str(error).splitlines()[0]}")
     agree(got, want)
+
+
+def test_a_compiled_run_has_the_losses_of_another(tmp_path: Path) -> None:
+    """Shape checking cannot be compiled, so both run in processes of their own."""
+    (tmp_path / "spec.json").write_text(json.dumps(tiny.fields(output=str(tmp_path / "runs"))))
+    losses = []
+    for extra in ([], ["train.compile=aot_eager", "name=compiled"]):
+        command = [sys.executable, "-m", "kava_core", "train", str(tmp_path / "spec.json"), "train.steps=2"]
+        subprocess.run(
+            [*command, *extra], check=True, env=os.environ | {"KAVA_SHAPE_CHECK": "0"}, capture_output=True
+        )
+        (file,) = (tmp_path / "runs").glob(f"{'compiled' if extra else 'tiny'}/main-*/metrics.jsonl")
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        losses.append([line["loss"] for line in lines if "loss" in line])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(losses[0]) == 2
