@@ -38,14 +38,20 @@ def operands(operation: str, modulus: int) -> list[int]:
 
 
 def _check_space(data: ChainData) -> None:
-    per_step = sum(len(operands(operation, data.modulus)) for operation in set(data.operations))
-    possible, asked = data.modulus * per_step**data.steps, data.train + data.validation
+    """Chains of two groups may be the same, so the largest group is what is sure to be there."""
+    possible = max(_possible(data, group) for group in data.groups or (data.operations,))
+    asked = data.train + data.validation
     if asked > possible:
         raise SpecError(
             f"data: {data.train} training and {data.validation} validation chains were asked for, but only "
             f"{possible} different ones exist with steps={data.steps}, modulus={data.modulus}, "
-            f"operations={data.operations!r}"
+            + (f"groups={list(data.groups)}" if data.groups else f"operations={data.operations!r}")
         )
+
+
+def _possible(data: ChainData, operations: str) -> int:
+    per_step = sum(len(operands(operation, data.modulus)) for operation in set(operations))
+    return int(data.modulus * per_step**data.steps)
 
 
 def _distinct(data: ChainData, split: str, count: int, seen: set[str]) -> list[Example]:
@@ -62,7 +68,8 @@ def _distinct(data: ChainData, split: str, count: int, seen: set[str]) -> list[E
 
 def _stream(data: ChainData, split: str) -> Iterator[Example]:
     random = Random(f"kava chain {data.seed} {split}")
-    choices = {operation: operands(operation, data.modulus) for operation in data.operations}
+    every = "".join(data.groups or data.operations)
+    choices = {operation: operands(operation, data.modulus) for operation in every}
     while True:
         yield _chain(random, data, choices)
 
@@ -70,13 +77,14 @@ def _stream(data: ChainData, split: str) -> Iterator[Example]:
 def _chain(random: Random, data: ChainData, choices: dict[str, list[int]]) -> Example:
     result = _pick(random, range(data.modulus))
     prompt, reasoning = str(result), ""
+    operations = _pick(random, data.groups) if data.groups else data.operations
     for _ in range(data.steps):
-        operation = _pick(random, data.operations)
+        operation = _pick(random, operations)
         operand = _pick(random, choices[operation])
         result = _apply(operation, result, operand) % data.modulus
         prompt += f"{operation}{operand}"
         reasoning += f" {result}"
-    return Example(prompt, reasoning, str(result), task="chain")
+    return Example(prompt, reasoning, str(result), task=operations if data.groups else "chain")
 
 
 def _apply(operation: str, left: int, right: int) -> int:

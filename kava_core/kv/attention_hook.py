@@ -25,6 +25,10 @@ ROTATE = "apply_rotary_pos_emb"
 EAGER = "eager_attention_forward"
 
 
+class Enough(Exception):
+    """All that is wanted of a forward pass has been seen; the rest of it is left out."""
+
+
 class RotaryTap:
     """Remembers the angles a modeling file last rotated with, until an attention layer collects them."""
 
@@ -42,8 +46,16 @@ class RotaryTap:
 class Slot:
     """Where one attention layer leaves its tensors while it is captured."""
 
-    def __init__(self, model: str, layer: int, parts: tuple[Part, ...], rotary: RotaryTap | None) -> None:
-        self.model, self.layer = model, layer
+    def __init__(
+        self,
+        model: str,
+        layer: int,
+        parts: tuple[Part, ...],
+        rotary: RotaryTap | None,
+        *,
+        last: bool = False,
+    ) -> None:
+        self.model, self.layer, self.last = model, layer, last
         self.parts, self.rotary = parts, rotary
         self.clear()
 
@@ -128,6 +140,8 @@ def _tapped(original: Callable[..., Any]) -> Callable[..., Any]:
         slot = module.__dict__.get(SLOT)
         if slot is not None:
             slot.write(query, key, value)
+            if slot.last and not torch.compiler.is_compiling():
+                raise Enough
         return original(module, query, key, value, *args, **kwargs)
 
     attention.kava_tap = True  # type: ignore[attr-defined]

@@ -66,3 +66,14 @@ def _reentrant(module: nn.Module) -> bool:
 
 def _is_attention(module: nn.Module) -> bool:
     return isinstance(getattr(module, "layer_idx", None), int) and "Attention" in type(module).__name__
+
+
+def hooked(model: nn.Module) -> bool:
+    """Whether something must run after the modules it wraps: sharding, offloading, a compiler."""
+    return any(
+        hasattr(module, "_hf_hook")
+        or hasattr(module, "_get_fsdp_state")
+        or module._compiled_call_impl is not None
+        or type(module).__name__ in ("OptimizedModule", "FullyShardedDataParallel")
+        for module in model.modules()
+    )

@@ -11,7 +11,7 @@ from torch import nn
 from kava_core.config import Part
 from kava_core.errors import KavaError
 from kava_core.kv import attention_layers as find
-from kava_core.kv.attention_hook import SLOT, Slot, tap_attention, tap_rotary
+from kava_core.kv.attention_hook import SLOT, Enough, Slot, tap_attention, tap_rotary
 from kava_core.kv.axes import Cache
 from kava_core.kv.captured import check_rotated, check_seen, listed, rotation_of, stack
 from kava_core.kv.rope import Rotation
@@ -34,6 +34,9 @@ class Capture:
         parts: Which tensors.
         rotary: ``strip`` undoes the model's own rotation of keys and queries, in float32 at least; ``keep``
             leaves them as they are cached; so does ``match``, where ``rotation`` tells how they were rotated.
+        stop: Leave the forward pass after the last of ``layers``: the with-block ends there, and nothing that
+            stands in it after the model's call is run. Ignored for a model that is sharded, offloaded or
+            compiled, whose own hooks must run to the end.
 
     Raises:
         UnsupportedModelError: The model has no attention layer, or is no decoder.
@@ -47,6 +50,7 @@ class Capture:
         layers: Sequence[int] | None = None,
         parts: tuple[Part, ...] = ("keys", "values"),
         rotary: Literal["strip", "keep", "match"] = "strip",
+        stop: bool = False,
     ) -> None:
         self.name, self.parts = find.model_name(model), parts
         self.modules = find.attention_layers(model)
@@ -56,8 +60,10 @@ class Capture:
         self._taps = [tap_rotary(module) if self._followed else None for module in self.modules]
         self._rotation: Rotation | None = None
         self._checkpointed = find.checkpointed(model)
+        last = max(self.layers) if stop and not find.hooked(model) else None
         self._slots = [
-            Slot(self.name, i, parts if i in self.layers else (), tap) for i, tap in enumerate(self._taps)
+            Slot(self.name, i, parts if i in self.layers else (), tap, last=i == last)
+            for i, tap in enumerate(self._taps)
         ]
 
     def __enter__(self) -> Capture:
@@ -75,13 +81,15 @@ class Capture:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    ) -> bool:
         """Disarm; what was captured waits for ``take``, unless the block failed."""
         self._arm(-1)
         for module in self.modules:
             del module.__dict__[SLOT]
-        if kind is not None:
+        stopped = kind is not None and issubclass(kind, Enough)
+        if kind is not None and not stopped:
             self._clear()
+        return stopped
 
     def take(self) -> Cache:
         """The captured parts ``batch layer head time dim``, layers in the order asked for; forgets them.

@@ -38,6 +38,9 @@ class Pretrain(Strict):
     """Peak of the cosine schedule, after a warm-up of 5 % of the steps."""
     seed: int = 0
     """Seed of the weights and of the data order."""
+    data: dict[str, Any] = Field(default={})
+    """Changes of the spec's ``data`` for this training alone, such as ``{groups: ["+-"]}``. A tokenizer that
+    is to be trained still sees the spec's own texts."""
 
 
 class ModelSpec(Strict):
@@ -150,6 +153,9 @@ class Template(Strict):
         return self
 
 
+Operations = Annotated[str, StringConstraints(pattern=r"^[-+*]+$")]
+
+
 class ChainData(Strict):
     """Generated chain arithmetic: ``7+3*2-5?`` modulo m, one written step per operation."""
 
@@ -158,8 +164,11 @@ class ChainData(Strict):
     """Operations in a chain."""
     modulus: int = Field(10, ge=2)
     """All results are taken modulo this."""
-    operations: str = Field("+-*", pattern=r"^[-+*]+$")
+    operations: Operations = "+-*"
     """Operations drawn from."""
+    groups: Annotated[tuple[Operations, ...], Field(min_length=1)] | None = None
+    """Each chain's operations come from one of these alone, which is its task label; ``operations`` is not
+    looked at then. For teachers (or a fuser) that are good at some tasks."""
     train: Positive = 8192
     """Training examples."""
     validation: Positive = 512
@@ -328,6 +337,7 @@ class PipelineSpec(Strict):
             raise ValueError(f"teachers must have different names, not {', '.join(names)}")
         if self.losses and not self.teachers:
             raise ValueError("'losses' need at least one teacher")
+        self._check_pretraining_data()
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("'seeds' must differ from one another")
         if self.store is not None and self.train.shuffle_teacher:
@@ -336,3 +346,14 @@ class PipelineSpec(Strict):
                 "holds; set 'store: null'"
             )
         return self
+
+    def _check_pretraining_data(self) -> None:
+        for model in (self.student, *self.teachers):
+            if model.pretrain is not None and model.pretrain.data:
+                changed_data(self.data, model.pretrain.data)
+
+
+def changed_data(data: DataSpec, changes: dict[str, Any]) -> DataSpec:
+    """The section with some fields changed; ValueError where it does not take them."""
+    made: DataSpec = type(data).model_validate(data.model_dump() | changes)
+    return made

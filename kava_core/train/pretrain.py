@@ -9,14 +9,27 @@ from pathlib import Path
 
 from kava_core.data.splits import load_splits, split_hash
 from kava_core.paths import cache_folder
-from kava_core.spec.model import EvaluateSpec, ModelSpec, PipelineSpec, Pretrain, StudentSpec, TrainSpec
+from kava_core.spec.model import (
+    DataSpec,
+    EvaluateSpec,
+    ModelSpec,
+    PipelineSpec,
+    Pretrain,
+    StudentSpec,
+    TrainSpec,
+    TrainTokenizer,
+    changed_data,
+)
+from kava_core.train.assemble import tokenizer_of
 
 
 def pretraining_spec(spec: PipelineSpec, model: ModelSpec) -> PipelineSpec:
-    """The run that trains ``model`` on the data of ``spec``."""
+    """The run that trains ``model`` on the data of ``spec``, or its own changes of them."""
     plan = model.pretrain
     assert plan is not None
     fields = {name: getattr(model, name) for name in ModelSpec.model_fields if name != "pretrain"}
+    if plan.data and isinstance(model.tokenizer, TrainTokenizer):
+        fields["tokenizer"] = _tokenizer_of_all(spec, model)
     return spec.model_copy(
         update={
             "name": "pretrained",
@@ -28,6 +41,7 @@ def pretraining_spec(spec: PipelineSpec, model: ModelSpec) -> PipelineSpec:
             "target": "separate",
             "seeds": (plan.seed,),
             "store": None,
+            "data": _data(spec, plan),
             "train": _train(plan, spec.train),
             "evaluate": EvaluateSpec(**spec.evaluate.model_dump() | {"every": plan.steps}),
             "output": str(cache_folder()),
@@ -37,8 +51,19 @@ def pretraining_spec(spec: PipelineSpec, model: ModelSpec) -> PipelineSpec:
 
 def pretraining_name(spec: PipelineSpec, model: ModelSpec) -> str:
     """The run's variant: architecture and hash of the training examples, which a path does not hold."""
-    examples = load_splits(spec.data, root=Path.cwd()).train
+    assert model.pretrain is not None
+    examples = load_splits(_data(spec, model.pretrain), root=Path.cwd()).train
     return f"{(model.config or {})['model_type']}-{split_hash(examples)[:8]}"
+
+
+def _data(spec: PipelineSpec, plan: Pretrain) -> DataSpec:
+    return changed_data(spec.data, plan.data) if plan.data else spec.data
+
+
+def _tokenizer_of_all(spec: PipelineSpec, model: ModelSpec) -> str:
+    """The folder of the tokenizer trained on all of the spec's texts: others may lack its words."""
+    splits = load_splits(spec.data, root=Path.cwd())
+    return str(tokenizer_of(model, splits, spec.data.template, where="pretrain").name_or_path)
 
 
 def _train(plan: Pretrain, train: TrainSpec) -> TrainSpec:

@@ -16,7 +16,8 @@ from kava_core.kv.capture import Capture
 class Teacher:
     """Runs a model without gradients and returns the cache of the layers its aligner reads.
 
-    The language-model head is never run. Not a module on purpose: it is not trained, saved or wrapped.
+    Nothing after the last of these layers is run, the language-model head never. Not a module on purpose: it
+    is not trained, saved or wrapped.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class Teacher:
         self.name = name
         self.model = model.eval().requires_grad_(False)
         undo: Literal["strip", "keep"] = "keep" if rotary == "keep" else "strip"
-        self.capture = Capture(model, layers=layers, parts=parts, rotary=undo)
+        self.capture = Capture(model, layers=layers, parts=parts, rotary=undo, stop=True)
 
     def to(self, device: torch.device) -> None:
         """Move the model; nothing else would, as it stands outside the trained module."""

@@ -322,3 +322,38 @@ def test_encoder_decoders_are_refused() -> None:
         "T5ForConditionalGeneration: several attention modules share a layer, as in encoder–decoders; "
         "only decoders can be captured"
     )
+
+
+def test_a_forward_pass_is_left_after_the_last_layer_asked_for() -> None:
+    """The same cache, and nothing of that layer but its projections, nor anything behind it."""
+    model = llama(num_hidden_layers=4)
+    ran: list[str] = []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    caches = []
+    for stop in (False, True):
+        ran.clear()
+        capture = Capture(model, layers=(0, 2), parts=("keys", "values", "queries"), stop=stop)
+        with torch.no_grad(), capture:
+            model.base_model(input_ids=IDS, use_cache=False)
+        caches.append(capture.take())
+    for (_, whole), (_, stopped) in zip(caches[0].items(), caches[1].items(), strict=True):
+        assert torch.equal(whole, stopped)
+    assert "model.layers.2.self_attn.v_proj" in ran
+    assert not {"model.layers.2.self_attn.o_proj", "model.layers.2.mlp", "model.norm"} & set(ran)
+    assert not any(name.startswith("model.layers.3") for name in ran)
+
+
+def test_an_error_in_a_forward_pass_that_may_be_left_is_not_hidden() -> None:
+    capture = Capture(llama(), stop=True)
+    with pytest.raises(ZeroDivisionError), capture:
+        _ = 1 / 0
+
+
+@pytest.mark.parametrize("mark", ["_hf_hook", "_get_fsdp_state"])
+def test_hooks_of_others_run_to_the_end(mark: str) -> None:
+    model = llama()
+    setattr(model.base_model, mark, lambda: None)
+    with torch.no_grad(), Capture(model, stop=True):
+        done = model.base_model(input_ids=IDS, use_cache=False)
+    assert done.last_hidden_state.shape[1] == IDS.shape[1]
