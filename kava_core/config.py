@@ -8,9 +8,9 @@ alone, so a mistake in a spec is reported before torch is imported.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kava_core.errors import PluginError
 
@@ -38,6 +38,12 @@ class ComponentConfig(Strict):
 
     component: ClassVar[str]
     """Import path ``module:Class`` of the implementation."""
+
+    @model_validator(mode="after")
+    def _rate_of_something_trained(self) -> Self:
+        if getattr(self, "learning_rate", None) is not None and not getattr(self, "trainable", True):
+            raise ValueError("'learning_rate' has no effect with 'trainable: false'; change one of them")
+        return self
 
     def build(self, **runtime: Any) -> Any:
         """Import the implementation and construct it: ``Class(config, **runtime)``."""

@@ -35,10 +35,19 @@ def _origins(loaded: LoadedSpec) -> Table:
 
 
 def _shown(loaded: LoadedSpec, path: str) -> str:
-    value = loaded.document.data
-    for key in path.split("."):
-        value = value[int(key)] if isinstance(value, list) else value.get(key, "")
-    return str(value)
+    return str(_at(loaded.document.data, path.split(".")))
+
+
+def _at(value: Any, keys: list[str]) -> Any:
+    """What stands at a path; keys of a mapping may have dots themselves."""
+    if not keys:
+        return value
+    if isinstance(value, list):
+        return _at(value[int(keys[0])], keys[1:])
+    for count in range(len(keys), 0, -1):
+        if isinstance(value, dict) and (key := ".".join(keys[:count])) in value:
+            return _at(value[key], keys[count:])
+    return ""
 
 
 def _shapes(plan: Plan) -> Table:

@@ -33,6 +33,7 @@ class LayerMap(nn.Module):
     """
 
     rows: Tensor
+    columns: Tensor
     pick: Tensor
 
     def __init__(
@@ -53,6 +54,7 @@ class LayerMap(nn.Module):
             matrix = expect(matrix, (student.layer, teacher.layer), "layer t_layer")[list(layers)]
         _assert_means(matrix)
         self.sources = self._sources(matrix, layers)
+        self.register_buffer("columns", torch.tensor(self.sources, dtype=torch.long), persistent=False)
         matrix = matrix[:, list(self.sources)]
         self.joined = self._read_by_each(matrix) if combine == "concat" else 1
         self.single = combine == "concat" or (
@@ -84,7 +86,7 @@ class LayerMap(nn.Module):
     ) -> Float[Tensor, "batch layer head time dim"]:
         """``x`` holds the layers in ``sources``, in that order."""
         if not self.single:
-            return mix_layers(x, self.mapper()[self.rows][:, list(self.sources)])
+            return mix_layers(x, self.mapper().index_select(0, self.rows).index_select(1, self.columns))
         if not self.whole:
             x = x.index_select(1, self.pick)
         return x if self.joined == 1 else join_layers(x, len(self.rows))

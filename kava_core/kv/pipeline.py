@@ -189,7 +189,7 @@ class KVPipeline(nn.Module):
                 raise SpecError(
                     f"teacher {aligner.name!r}: aligned to {aligner.target} but the student has "
                     f"{aligner.view}; loss {strict[0]!r} compares equal widths: use dim_projector "
-                    "calibrated or linear"
+                    "calibrated, linear or elastic"
                 )
 
     def align(self, aligner: TeacherAligner, cache: Cache, teacher: Timeline, student: Timeline) -> Aligned:
@@ -261,6 +261,14 @@ class KVPipeline(nn.Module):
             shares = weights.detach().mean(2).sum((1, 2)) / items
             terms |= {f"weight/{name}": share for name, share in zip(self.names, shares, strict=True)}
         return terms
+
+    def weighed(
+        self, student: Cache, aligned: list[Aligned], weights: Float[Tensor, "teacher batch time"]
+    ) -> dict[str, Float[Tensor, ""]]:
+        """The unweighted loss terms with given weights of the teachers, without the fuser."""
+        views = [aligner.view_of(student) for aligner in self.teachers]
+        layers = views[0].any.shape[1]
+        return self._terms(views, aligned, weights[:, :, None].expand(-1, -1, layers, -1))
 
     def context(self, view: Cache, aligned: list[Aligned], beside: Beside) -> FusionContext:
         """What the fuser may look at."""

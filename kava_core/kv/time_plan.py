@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 
 from torch import nn
 
+from kava_core.errors import PluginError
 from kava_core.kv.axes import Geometry
 from kava_core.kv.stages import blame, plan_time
 from kava_core.kv.timeline import Timeline
@@ -24,6 +25,9 @@ class TimePlan(nn.Module):
         name: the teacher's name, for error notes.
         teacher: the teacher's geometry.
         student: the student's geometry.
+
+    Raises:
+        PluginError: a warper has parameters that want to be trained.
     """
 
     def __init__(self, spec: AlignSpec, *, name: str, teacher: Geometry, student: Geometry) -> None:
@@ -34,6 +38,8 @@ class TimePlan(nn.Module):
             with self._blame(field):
                 built = None if config is None else config.build(teacher=teacher, student=student)
                 self.add_module(field, built)
+                if built is not None and any(p.requires_grad for p in built.parameters()):
+                    raise PluginError("has trained parameters, but time maps pass no gradient to them")
 
     def _blame(self, field: str) -> AbstractContextManager[None]:
         config = self._configs[field]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path as File
 
 from kava_core.config import ComponentConfig
@@ -42,8 +43,12 @@ def used_components(spec: PipelineSpec) -> Iterator[tuple[str, ComponentConfig]]
 def _dry_runs(variants: dict[str, PipelineSpec]) -> str:
     """Align, fuse and compare meta tensors for every variant."""
     from kava_core.dry_run import dry_run
+    from kava_core.kv.stages import blame
 
-    runs = [dry_run(spec, batch=2, time=24, t_time=30) for spec in variants.values()]
+    runs = []
+    for name, spec in variants.items():
+        with blame(f"variant {name!r}") if len(variants) > 1 else nullcontext():
+            runs.append(dry_run(spec, batch=2, time=24, t_time=30))
     teachers = {name: geometry for run in runs for name, geometry in run.teachers.items()}
     return "; ".join(
         [f"student: {runs[0].student}", *(f"{name}: {found}" for name, found in teachers.items())]

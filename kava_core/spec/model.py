@@ -239,7 +239,7 @@ class TrainSpec(Strict):
     warmup_steps: int = Field(0, ge=0)
     """Steps of linear warm-up."""
     weight_decay: float = Field(0.01, ge=0)
-    """Weight decay of AdamW."""
+    """Weight decay of AdamW, for the student alone."""
     clip: float = Field(1.0, gt=0)
     """Largest norm of the gradient."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

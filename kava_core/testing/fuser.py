@@ -63,8 +63,9 @@ class FuserTests(MetaTests):
         return self.context(sides, len(self.names))
 
     def outputs(self, component: Any, inputs: Any) -> list[Tensor]:
-        """The weights."""
-        return [component(inputs)]
+        """The weights, and the fuser's own term of the loss where it has one."""
+        weights = component(inputs)
+        return [weights, component.penalty(weights)] if isinstance(component, Regularised) else [weights]
 
     def test_axes(self, config: Any, sides: Sides) -> None:
         """A weight for each teacher, example, layer and position, for any number of teachers."""

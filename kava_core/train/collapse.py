@@ -91,7 +91,10 @@ def _aligned(distiller: Distiller, pipeline: KVPipeline, batch: Mapping[str, Any
 
 
 def _loss(pipeline: KVPipeline, student: Cache, aligned: list[Aligned], timeline: Timeline) -> Tensor:
-    return pipeline.total(pipeline.terms_of(student, aligned, timeline, timeline.mask.sum().float()))
+    """With all teachers counting alike, whatever the fuser says: this is about aligners."""
+    valid = torch.stack([one.valid for one in aligned]).float()
+    weights = valid / (valid.sum(0).clamp_min(1) * timeline.mask.sum())
+    return pipeline.total(pipeline.weighed(student, aligned, weights))
 
 
 def _measures(pipeline: KVPipeline, student: Cache, aligned: list[Aligned]) -> dict[str, float]:

@@ -13,9 +13,13 @@ from kava_core.versions import distributor
 
 
 def facts(spec: PipelineSpec) -> dict[str, Any]:
-    """Where every model comes from, with hashes, and which distribution every component."""
+    """Where every model comes from, with hashes, which distribution every component, which layer maps."""
     teachers = {teacher.name: model_facts(teacher) for teacher in spec.teachers}
-    return {"models": {"student": model_facts(spec.student)} | teachers, "plugins": plugin_facts(spec)}
+    return {
+        "models": {"student": model_facts(spec.student)} | teachers,
+        "plugins": plugin_facts(spec),
+        "layer_maps": map_facts(spec),
+    }
 
 
 def model_facts(model: ModelSpec) -> dict[str, Any]:
@@ -28,6 +32,12 @@ def model_facts(model: ModelSpec) -> dict[str, Any]:
         return {"origin": model.path, "commit": commit}
     files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json"))
     return {"origin": model.path, "sha256": {file.name: _sha256(file) for file in files}}
+
+
+def map_facts(spec: PipelineSpec) -> dict[str, str]:
+    """sha256 of every teacher's layer map, by the teacher's name."""
+    maps = {t.name: getattr(t.align.layer_mapper, "map", None) for t in spec.teachers}
+    return {name: _sha256(Path(file)) for name, file in maps.items() if file is not None}
 
 
 def plugin_facts(spec: PipelineSpec) -> dict[str, str | None]:

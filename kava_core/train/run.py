@@ -136,9 +136,11 @@ def _train_quietly(spec: PipelineSpec, folder: RunDir) -> None:
     with StopOnSignal() as stop:
         spec, data = with_store(spec, make_data(spec), seed=folder.seed)
         if is_main():
+            folder.check_data(data.report())
+        spec = with_measured_maps(spec, folder.path / "layer_maps", data, seed=folder.seed)
+        if is_main():
             store = {} if data.store is None else {"store": str(data.store.folder)}
             folder.begin({"data": data.report(), **facts(spec), **store})
-        spec = with_measured_maps(spec, folder.path / "layer_maps", data, seed=folder.seed)
         distiller = make_distiller(spec, data, seed=folder.seed)
         if spec.train.compile is not None:
             compile_forward(distiller.student, spec.train.compile)

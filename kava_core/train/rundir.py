@@ -81,14 +81,24 @@ class RunDir:
             return
         if before["spec_digest"] != self.digest:
             raise SpecError(f"{self.path}: holds a run of spec {before['spec_digest']}, not {self.digest}")
-        if before["data"] != facts["data"]:
-            raise SpecError(f"{self.path}: the data changed since this run began; give the run another name")
+        self.check_data(facts["data"])
+        if before.get("layer_maps", {}) != facts.get("layer_maps", {}):
+            raise SpecError(
+                f"{self.path}: a layer map changed since this run began; give the run another name, or bring "
+                "the old map back"
+            )
         begun, now = before["world_size"], facts["world_size"]
         if begun != now:
             raise SpecError(
                 f"{self.path}: begun by {begun} processes, now {now}: the batches would differ; "
                 f"start it with {begun}, or give the run another name"
             )
+
+    def check_data(self, data: dict[str, Any]) -> None:
+        """SpecError where the directory holds a run on other data."""
+        before = self.record()
+        if before and before["data"] != data:
+            raise SpecError(f"{self.path}: the data changed since this run began; give the run another name")
 
     def stop(self) -> None:
         """Note that the run was asked to stop, and can go on."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ def ingredients(spec: PipelineSpec, data: Data, *, seed: int) -> Ingredients:
         "kava": version_of("kava"),
         "store.dtype": spec.store.dtype,
         "student's tokenizer": tokenizer_hash(data.tokenizer),
-        "student's geometry": str(config_geometry(spec.student, data.tokenizer, where="student")),
+        "student's geometry": asdict(config_geometry(spec.student, data.tokenizer, where="student")),
         "training examples": _set_hash(data.train_items.examples),
         "validation examples": _set_hash(data.validation_items.examples),
         "data.template": spec.data.template.model_dump(mode="json"),

@@ -13,18 +13,12 @@ from kava_core.kv.timeline import Timeline
 
 
 class PlansTime:
-    """A collator that adds every teacher's ``time_map`` to its side of the batch.
-
-    Warpers with parameters are left out: they plan inside the forward pass, where their gradients are. So
-    are sides that come from a store, aligned already.
-    """
+    """A collator that adds every teacher's ``time_map`` to its side of the batch, unless a store holds it."""
 
     def __init__(self, collator: Collator, pipeline: KVPipeline | None) -> None:
         self.collator = collator
         plans = {} if pipeline is None else {a.name: a.time_plan for a in pipeline.teachers}
-        self.plans = {
-            name: copy.deepcopy(plan).to("cpu") for name, plan in plans.items() if not list(plan.parameters())
-        }
+        self.plans = {name: copy.deepcopy(plan).to("cpu") for name, plan in plans.items()}
 
     def __call__(self, batch: Sequence[Example | Item]) -> dict[str, Any]:
         """The collator's batch with time maps."""

@@ -58,23 +58,22 @@ class RunningMeans:
         self.steps = saved["steps"]
 
 
-def own_rates(model: nn.Module) -> dict[Tensor, float]:
-    """Trained parameters of modules that name a ``learning_rate``, with that rate."""
-    named = [(module, getattr(module, "learning_rate", None)) for module in model.modules()]
-    return {
-        parameter: rate
-        for module, rate in named
-        if isinstance(rate, int | float)
-        for parameter in module.parameters()
-    }
+def own_rates(pipeline: nn.Module, common: float) -> dict[Tensor, float]:
+    """Every parameter with the ``learning_rate`` its module names, or the common one."""
+    rates: dict[Tensor, float] = dict.fromkeys(pipeline.parameters(), common)
+    for module in pipeline.modules():
+        rate = getattr(module, "learning_rate", None)
+        if isinstance(rate, int | float):
+            rates |= dict.fromkeys(module.parameters(), float(rate))
+    return rates
 
 
 def split_group(optimizer: torch.optim.Optimizer, group: dict[str, Any], own: Mapping[Tensor, float]) -> None:
-    """Move a group's parameters with a rate of their own to a new group for each rate."""
+    """Move a group's parameters that are in ``own`` to a new group for each rate, without weight decay."""
     for rate in sorted({own[p] for p in group["params"] if p in own}):
         apart = [p for p in group["params"] if own.get(p) == rate]
         group["params"] = [p for p in group["params"] if own.get(p) != rate]
-        optimizer.add_param_group({**group, "params": apart, "lr": rate})
+        optimizer.add_param_group({**group, "params": apart, "lr": rate, "weight_decay": 0.0})
 
 
 class KavaTrainer(Trainer):
@@ -122,11 +121,13 @@ class KavaTrainer(Trainer):
     # optimizer
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """AdamW; components with a ``learning_rate`` of their own get groups of their own."""
+        """AdamW; what aligns and routes does not decay, and may have a ``learning_rate`` of its own."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
-        own = own_rates(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
-        for group in list(optimizer.param_groups):
-            split_group(optimizer, group, own)
+        distiller = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if distiller.pipeline is not None:
+            own = own_rates(distiller.pipeline, self.args.learning_rate)
+            for group in list(optimizer.param_groups):
+                split_group(optimizer, group, own)
         return optimizer
 
     # stopping on NaN

@@ -37,7 +37,7 @@ class Linear(ComponentConfig):
     trainable: bool = True
     """Train the matrices with the student."""
     learning_rate: Rate | None = None
-    """Peak learning rate of the matrices, if they are trained; null: ``train.learning_rate``."""
+    """Peak learning rate of the matrices; null: ``train.learning_rate``."""
     init: Literal["orthogonal", "random"] = "orthogonal"
     """``orthogonal``: lengths and angles are kept where widths allow; ``random``: normal with variance
     1 / t_dim."""
@@ -100,7 +100,7 @@ class Calibrated(ComponentConfig):
     trainable: bool = False
     """Train the basis with the student after calibration."""
     learning_rate: Rate | None = None
-    """Peak learning rate of the basis, if it is trained; null: ``train.learning_rate``."""
+    """Peak learning rate of the basis, with ``trainable``; null: ``train.learning_rate``."""
 
 
 @hookimpl

@@ -68,5 +68,7 @@ class Reinforce(nn.Module):
     def penalty(self, weights: Float[Tensor, "teacher batch layer time"]) -> Float[Tensor, ""]:
         """Positions × (−advantage · log π(judged) − ``entropy`` · H(π))."""
         logs = self.logits.log_softmax(0)
-        policy = -self.advantage * logs[self.judged] - self.entropy * torch.special.entr(logs.exp()).sum()
+        # Copies, because the next reward changes both before the backward pass needs them.
+        chance = logs.gather(0, self.judged.clone()[None])[0]
+        policy = -self.advantage.clone() * chance - self.entropy * torch.special.entr(logs.exp()).sum()
         return policy * weights.detach().sum(0).mean(1).sum()

@@ -27,7 +27,7 @@ class Structured(ComponentConfig):
     trainable: bool = False
     """Train the mix with the student. A mix trained by the KV loss alone can absorb the mismatch."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate of the mix, if it is trained; null: ``train.learning_rate``."""
+    """Peak learning rate of the mix, with ``trainable``; null: ``train.learning_rate``."""
     seed: int = 0
     """Seed of ``random``."""
 

@@ -27,6 +27,7 @@ from kava_core.train.heatmap import draw_similarity
 from kava_core.train.layer_maps import layers_of, warped, with_measured_maps
 from kava_core.train.models import load_model
 from kava_core.train.run import run
+from kava_core.train.rundir import RunDir
 from tests import tiny
 from tests.core.test_cli_runs import kava
 from tests.core.tiny_models import WORKS
@@ -374,3 +375,14 @@ def test_heat_map_is_drawn_for_every_size(tmp_path, layer, t_layer):
     path = tmp_path / "new" / "map.png"
     assert draw_similarity(similarity, weights, path, teacher="t", title="a title")
     assert path.stat().st_size > 3000
+
+
+def test_a_run_is_not_resumed_with_another_map(tmp_path: Path) -> None:
+    """Sources would come from the new map and weights from the old one: a target of zeros."""
+    record = {"layer_maps": {"a": "1" * 64}}
+    folder = RunDir(tiny.spec(tmp_path), "main", 0)
+    folder.path.mkdir(parents=True)
+    folder.begin({"data": {}, "layer_maps": {"a": "0" * 64}})
+    with pytest.raises(SpecError, match="a layer map changed since this run began"):
+        folder.begin({"data": {}} | record)
+    folder.begin({"data": {}, "layer_maps": {"a": "0" * 64}})

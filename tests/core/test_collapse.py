@@ -105,3 +105,14 @@ def test_every_evaluation_is_watched_and_frozen_aligners_absorb_nothing(tmp_path
     assert {"eval_collapse/gpt/values/variance", "eval_collapse/gpt/keys/cosine"} <= watched[0].keys()
     assert not any("absorbed" in name or "frozen" in name for name in watched[0])
     assert 1 <= watched[0]["eval_collapse/wide/keys/rank"] <= 8
+
+
+@pytest.mark.parametrize("fuser", ["learnable", "attention", "reinforce"])
+def test_routers_are_watched_with_trained_aligners(tmp_path: Path, fuser: str) -> None:
+    teachers = [teacher | {"align": {"dim_projector": "linear"}} for teacher in tiny.fields()["teachers"]]
+    result = run(tiny.spec(tmp_path, teachers=teachers, fuser=fuser), variant="main", seed=0)
+    lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    shares = [line["weight/wide"] + line["weight/gpt"] for line in lines if "loss" in line]
+    assert shares == pytest.approx([1.0] * len(shares), abs=1e-5)
+    assert all("router" in line for line in lines if "loss" in line)
+    assert "collapse/wide/keys/rank" in result.results

@@ -12,6 +12,8 @@ import torch
 
 from kava_core.errors import PluginError
 from kava_core.kv.extents import expect
+from kava_core.kv.time_plan import TimePlan
+from tests.core.pipeline_helpers import STUDENT, WIDE, FakeConfig, Module, fake_align
 
 SCRIPT = """
 import torch
@@ -64,3 +66,13 @@ def test_the_right_shape_is_passed_on() -> None:
     assert expect(x, (2, 3), "batch time") is x
     with pytest.raises(PluginError, match=r"returned shape \[2, 3\], must be \[3, 2\] \(batch 3, time 2\)"):
         expect(x, (3, 2), "batch time")
+
+
+def test_a_time_warper_cannot_be_trained() -> None:
+    """Its parameters would never get a gradient, as time maps are planned beside the batches."""
+    warper = Module(lambda teacher, student: None)
+    warper.weight = torch.nn.Parameter(torch.ones(1))
+    spec = fake_align(time_warper=FakeConfig(make=lambda **_: warper))
+    with pytest.raises(PluginError, match="has trained parameters, but time maps pass no gradient") as caught:
+        TimePlan(spec, name="a", teacher=WIDE, student=STUDENT)
+    assert caught.value.__notes__ == ["in time_warper 'fake', teacher 'a'"]

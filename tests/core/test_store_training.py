@@ -227,6 +227,16 @@ def test_what_cannot_matter_makes_no_store_stale(kept: PipelineSpec) -> None:
     assert [differences(told(other), told(kept)) for other in others] == [[]] * len(others)
 
 
+def test_a_store_belongs_to_the_student_s_query_heads(tmp_path: Path) -> None:
+    """One head of queries in a store would be broadcast to four without a word."""
+    losses = [{"name": "mercator", "parts": ["keys", "queries"]}]
+    four, one = (
+        spec(tmp_path, "float32", losses=losses, student={"config": tiny.llama(num_attention_heads=heads)})
+        for heads in (4, 2)
+    )
+    assert "student's geometry changed" in " ".join(differences(told(one), told(four)))
+
+
 def test_new_weights_in_the_same_folder_make_a_store_stale(tmp_path: Path) -> None:
     made = spec(tmp_path, "float32", teachers=[], losses=[])
     saved = tmp_path / "teacher"

@@ -8,7 +8,9 @@ import tomllib
 
 import pytest
 from packaging.requirements import Requirement
+from typer.testing import CliRunner
 
+from kava_core.cli import app
 from kava_core.spec.check import check
 from tests.meta.source import ROOT
 
@@ -44,6 +46,14 @@ def shell_blocks() -> list[str]:
 )
 def test_spec_passes_check(spec: object) -> None:
     assert [level for level, _ in check(str(spec))][:3] == ["syntax", "schema", "plugins"]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_spec_can_be_shown(spec: object) -> None:
+    """``kava plan`` lists every field with its origin, of variants as well."""
+    shown = CliRunner().invoke(app, ["plan", str(spec), "--time", "16"])
+    assert shown.exit_code == 0, shown.output or shown.exception
+    assert "resolved spec" in shown.output
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
