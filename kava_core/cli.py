@@ -160,7 +160,7 @@ def calibrate(
     ],
     overrides: Overrides = None,
 ) -> None:
-    """Measure which layers resemble each other; write maps and pictures."""
+    """Measure which layers resemble each other, and draw it."""
     from kava_core.spec.load import load
 
     loaded = load(spec, overrides or ())

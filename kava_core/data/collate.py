@@ -20,7 +20,7 @@ from kava_core.spec.model import Template
 
 Side = dict[str, Any]
 """``input_ids``, ``attention_mask``, ``segments``: [batch, time]; ``spans``: [batch, time, 2]. The student's
-has ``labels`` as well, and ``tasks``, the label of each example's kind of task (empty: none)."""
+has ``labels`` as well and, where examples have them, ``tasks``: the label of each one's kind of task."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ class Collator:
         items = self._items(batch)
         student = self._side([item.student for item in items], self.student_tokenizer)
         student["labels"] = self._pad([item.student.labels for item in items], NO_LABEL)
-        student["tasks"] = tuple(item.example.task or "" for item in items)
+        if any(item.example.task for item in items):
+            student["tasks"] = tuple(item.example.task or "" for item in items)
         beside = self._rotated(items)
         teachers = {
             name: self._side([item.teachers[name] for item in beside], tokenizer)

@@ -254,9 +254,8 @@ class KVPipeline(nn.Module):
         context = self.context(views[0], aligned, beside)
         with self._blame_fuser():
             weights = weigh(self.fuser, context, context.valid, layer=views[0].any.shape[1])
-            terms = self._terms(views, aligned, weights / items)
-            if isinstance(self.fuser, Regularised):
-                terms[ROUTER] = self.fuser.penalty(weights) / items
+            own = {ROUTER: self.fuser.penalty(weights) / items} if isinstance(self.fuser, Regularised) else {}
+        terms = self._terms(views, aligned, weights / items) | own
         if len(self.names) > 1:
             shares = weights.detach().mean(2).sum((1, 2)) / items
             terms |= {f"weight/{name}": share for name, share in zip(self.names, shares, strict=True)}

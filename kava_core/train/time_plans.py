@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from kava_core.data.collate import Collator, Item
+from kava_core.data.collate import Item
 from kava_core.data.examples import Example
 from kava_core.kv.pipeline import KVPipeline
 from kava_core.kv.timeline import Timeline
+
+Collate = Callable[[Sequence[Example | Item]], dict[str, Any]]
 
 
 class PlansTime:
     """A collator that adds every teacher's ``time_map`` to its side of the batch, unless a store holds it."""
 
-    def __init__(self, collator: Collator, pipeline: KVPipeline | None) -> None:
+    def __init__(self, collator: Collate, pipeline: KVPipeline | None) -> None:
         self.collator = collator
         plans = {} if pipeline is None else {a.name: a.time_plan for a in pipeline.teachers}
         self.plans = {name: copy.deepcopy(plan).to("cpu") for name, plan in plans.items()}

@@ -62,7 +62,7 @@ Commands:
   train      Train, or go on with, every variant and seed of a spec.
   cache      Run the teachers once and store what training needs of them.
   plan       Show shapes, parameters, memory and cost of a step.
-  calibrate  Measure which layers resemble each other; write maps and pictures.
+  calibrate  Measure which layers resemble each other, and draw it.
   export     Write a run's student as a plain transformers folder.
   plugins    List the installed components and who registered them.
   schema     Print the JSON Schema of specs with what is installed.

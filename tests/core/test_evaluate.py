@@ -73,7 +73,8 @@ def test_kv_terms_are_those_of_training_on_the_whole_split(tmp_path: Path) -> No
     for name in ("mercator", "relation"):
         assert found[name] == pytest.approx(expected[name].item(), rel=1e-4)
         assert found[name] > 0
-    assert {"ce", "perplexity", "mercator", "relation"} == found.keys()
+    plain = {name for name in found if "/" not in name}
+    assert plain == {"ce", "perplexity", "mercator", "relation"}
 
 
 def test_shuffled_teachers_are_a_control_of_training_only(tmp_path: Path) -> None:

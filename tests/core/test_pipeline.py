@@ -214,7 +214,7 @@ def test_unequal_widths() -> None:
         pipeline(WIDE.with_(dim=8), losses=["relation", "mse"])
     assert str(caught.value) == (
         "teacher 'a': aligned to 2 layers, 2 KV heads × 8 but the student has 2 layers, 2 KV heads × 4; "
-        "loss 'mse' compares equal widths: use dim_projector calibrated or linear"
+        "loss 'mse' compares equal widths: use dim_projector calibrated, linear or elastic"
     )
 
 
