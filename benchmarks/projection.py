@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from alternated import alternate, quartiles
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -111,33 +111,9 @@ def operators(work: Callable[[], None]) -> int:
     return calls.count
 
 
-def clock(work: Callable[[], None], device: str) -> float:
-    """Seconds of CPU time, or of wall time on a synchronised GPU."""
-    now = time.process_time if device == "cpu" else time.perf_counter
-    if device != "cpu":
-        torch.cuda.synchronize()
-    begin = now()
-    work()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return now() - begin
-
-
-def alternate(arms: list[Callable[[], None]], rounds: int, device: str) -> list[list[float]]:
-    """Seconds of each arm in each round, after a round to warm up."""
-    found: list[list[float]] = [[] for _ in arms]
-    for turn in range(rounds + 1):
-        order = range(len(arms)) if turn % 2 else reversed(range(len(arms)))
-        for arm in order:
-            seconds = clock(arms[arm], device)
-            if turn:
-                found[arm].append(seconds)
-    return found
-
-
 def ratio(over: list[float], under: list[float]) -> str:
     """Median of the rounds' ratios, and their quartiles."""
-    low, middle, high = statistics.quantiles([a / b for a, b in zip(over, under, strict=True)], n=4)
+    low, middle, high = quartiles(over, under)
     return f"×{middle:.2f} ({low:.2f}–{high:.2f})"
 
 
@@ -164,9 +140,10 @@ def loops_row(name: str, options: argparse.Namespace) -> str:
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
     cells = []
     for work in (forward, step):
-        arms = [lambda m=m, w=work: w(m, cache) for m in (looped, batched)]
-        slow, fast = alternate(arms, options.rounds, options.device)
-        calls = " → ".join(str(operators(arm)) for arm in arms)
+        modules = {"looped": looped, "batched": batched}
+        arms = {name: lambda m=m, w=work: w(m, cache) for name, m in modules.items()}
+        slow, fast = alternate(arms, options.rounds, options.device).values()
+        calls = " → ".join(str(operators(arm)) for arm in arms.values())
         cells.append(f"{1e3 * statistics.median(fast):.1f} | {ratio(slow, fast)} | {calls}")
     return f"| {name} | {' | '.join(cells)} |"
 
@@ -179,8 +156,8 @@ def flat_row(name: str, options: argparse.Namespace) -> str:
     sizes = " | ".join(f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f} M" for m in modules)
     cells = []
     for work in (forward, step):
-        arms = [lambda m=m, w=work: w(m, cache) for m in modules]
-        cells.append(ratio(*alternate(arms, options.rounds, options.device)))
+        arms = {str(place): lambda m=m, w=work: w(m, cache) for place, m in enumerate(modules)}
+        cells.append(ratio(*alternate(arms, options.rounds, options.device).values()))
     return f"| {name} | {sizes} | {' | '.join(cells)} |"
 
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
+from alternated import alternate
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -142,31 +141,11 @@ class Bench:
         self.optimizer.zero_grad()
 
 
-def clock(work: Callable[[], None], device: str) -> float:
-    """Seconds of CPU time (all threads), or of wall time on a synchronised GPU."""
-    if device == "cpu":
-        begin = time.process_time()
-        work()
-        return time.process_time() - begin
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    work()
-    torch.cuda.synchronize()
-    return time.perf_counter() - begin
-
-
 def ratios(bench: Bench, rounds: int, device: str) -> tuple[list[float], float]:
-    """Step over floor in every round, the order swapped each time; median floor in seconds."""
-    for _ in range(3):
-        bench.floor(), bench.step()
-    found, floors = [], []
-    for turn in range(rounds):
-        first, second = (bench.floor, bench.step) if turn % 2 else (bench.step, bench.floor)
-        a, b = clock(first, device), clock(second, device)
-        floor, step = (a, b) if turn % 2 else (b, a)
-        found.append(step / floor)
-        floors.append(floor)
-    return found, statistics.median(floors)
+    """Step over floor in every round; median floor in seconds."""
+    seconds = alternate({"floor": bench.floor, "step": bench.step}, rounds, device, warm=3)
+    both = zip(seconds["step"], seconds["floor"], strict=True)
+    return [step / floor for step, floor in both], statistics.median(seconds["floor"])
 
 
 ARMS = {

@@ -8,10 +8,8 @@ Both arms run in one process, alternated, on one thread; CPU time, medians over 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -20,14 +18,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import torch.nn.functional as F
+from alternated import alternate, clock, ratio
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kava_core.data import trainers
+from kava_core.data.collate import Collator
+from kava_core.data.jsonl import read_examples
 from kava_core.kv.axes import Geometry
 from kava_core.kv.timeline import Timeline
 from kava_core.kv.timemap import TimeMap
-from kava_core.spec.model import TrainTokenizer
+from kava_core.spec.model import Template, TrainTokenizer
 from kava_plugins.time_warpers import CharIoU, Segment
 
 GEOMETRY = Geometry(layer=1, head=1, dim=1, qhead=1, hidden=1)
@@ -36,20 +37,12 @@ SEGMENT = Segment(mode="interpolate").build(teacher=GEOMETRY, student=GEOMETRY)
 Arm = Callable[[], object]
 
 
-def cpu(arm: Arm) -> float:
-    """CPU seconds of one run."""
-    begun = time.process_time()
-    arm()
-    return time.process_time() - begun
-
-
 def row(what: str, naive: Arm, ours: Arm, rounds: int) -> str:
     """One line of the table: medians in milliseconds, and the median ratio naive / ours."""
-    naive(), ours()
-    pairs = [(cpu(naive), cpu(ours)) for _ in range(rounds)]
-    medians = [1e3 * statistics.median(column) for column in zip(*pairs, strict=True)]
-    ratio = statistics.median(first / second for first, second in pairs)
-    return f"| {what} | {medians[0]:.2f} | {medians[1]:.2f} | ×{ratio:.3g} |"
+    seconds = alternate({"naive": naive, "ours": ours}, rounds)
+    medians = [1e3 * statistics.median(each) for each in seconds.values()]
+    times = ratio(seconds["naive"], seconds["ours"])
+    return f"| {what} | {medians[0]:.2f} | {medians[1]:.2f} | ×{times:.3g} |"
 
 
 def one_row(spans: Tensor, segments: Tensor | None = None) -> Timeline:
@@ -174,34 +167,25 @@ def resampling(rounds: int) -> Iterator[str]:
     )
 
 
-def timelines(offsets: list[list[tuple[int, int]]], size: int = 16) -> list[Timeline]:
-    """Batches of padded rows."""
-    batches = []
-    for first in range(0, len(offsets), size):
-        rows = [torch.tensor(each) for each in offsets[first : first + size]]
-        spans = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        mask = torch.arange(spans.shape[1]) < torch.tensor([len(each) for each in rows])[:, None]
-        batches.append(Timeline(mask, mask.long().cumsum(1), mask.long() - 1, spans))
-    return batches
-
-
-def share_of_tokenizing(rounds: int, data: Path) -> str:
-    """Building the maps of GSM8K beside tokenizing it twice."""
-    lines = (data / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:400]
-    texts = [f"{record['question']} {record['answer']}" for record in map(json.loads, lines)]
-    trained = trainers.train(TrainTokenizer(kind="bpe", vocab_size=2000), texts)
-    sides = [
-        AutoTokenizer.from_pretrained(data / "tokenizers" / "mistral"),
-        PreTrainedTokenizerFast(tokenizer_object=trained),
+def share_of_tokenizing(rounds: int, data: Path, size: int) -> str:
+    """Building the maps of GSM8K in batches, beside tokenizing both sides as the collator does."""
+    examples = read_examples(data / "gsm8k" / "train.jsonl", "gsm8k", 384)
+    trained = trainers.train(TrainTokenizer(kind="bpe", vocab_size=8000), [one.prompt for one in examples])
+    own = PreTrainedTokenizerFast(tokenizer_object=trained, eos_token=trainers.EOS)
+    mistral = AutoTokenizer.from_pretrained(data / "tokenizers" / "mistral")
+    collator = Collator(own, {"mistral": mistral}, Template())
+    items = collator.encode(examples)
+    batches = [collator(items[first : first + size]) for first in range(0, len(items), size)]
+    pairs = [
+        (Timeline.from_batch(b["teachers"]["mistral"]), Timeline.from_batch(b["student"])) for b in batches
     ]
-    offsets = [each(texts, return_offsets_mapping=True)["offset_mapping"] for each in sides]
-    pairs = list(zip(*map(timelines, offsets), strict=True))
     build: Arm = lambda: [IOU(*pair) for pair in pairs]  # noqa: E731
-    tokenize: Arm = lambda: [each(texts, return_offsets_mapping=True) for each in sides]  # noqa: E731
+    tokenize: Arm = lambda: collator.encode(examples)  # noqa: E731
     build(), tokenize()
-    shares = [100 * cpu(build) / cpu(tokenize) for _ in range(rounds)]
+    shares = [100 * clock(build) / clock(tokenize) for _ in range(rounds)]
     return (
-        f"\nchar-IoU maps of {len(texts)} GSM8K texts: {statistics.median(shares):.2f} % of tokenizing time"
+        f"char-IoU maps of {len(examples)} GSM8K examples, Mistral to byte-level BPE, batches of {size}: "
+        f"{statistics.median(shares):.1f} % of tokenizing both"
     )
 
 
@@ -219,7 +203,8 @@ def main() -> None:
     for line in (*applying(options.rounds, options.longest), *resampling(options.rounds)):
         print(line, flush=True)
     if (options.data / "tokenizers" / "mistral").is_dir():
-        print(share_of_tokenizing(options.rounds, options.data))
+        for size in (16, 64):
+            print(share_of_tokenizing(options.rounds, options.data, size))
 
 
 if __name__ == "__main__":

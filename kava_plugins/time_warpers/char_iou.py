@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from kava_core.kv.timeline import Timeline
 from kava_core.kv.timemap import TimeMap
 from kava_plugins.time_warpers import CharIoU as Config
 
-Integers = npt.NDArray[np.int64]
+Integers = npt.NDArray[np.signedinteger[Any]]
 Floats = npt.NDArray[np.float64]
 
 
@@ -37,8 +37,9 @@ class CharIoU(nn.Module):
             row, place, iou = _only(iou >= self.min_overlap, row, place, iou)
         if self.hard:
             row, place, iou = _highest(row, place, iou)
-        taps = [torch.from_numpy(each).to(student.mask.device) for each in (row, place, iou)]
-        return TimeMap.of_entries(taps[0], taps[1], taps[2], student.mask)
+        device = student.mask.device
+        rows, places = (torch.from_numpy(each).to(device, torch.long) for each in (row, place))
+        return TimeMap.of_entries(rows, places, torch.from_numpy(iou).to(device), student.mask)
 
 
 class _Tokens(NamedTuple):
@@ -52,15 +53,16 @@ class _Tokens(NamedTuple):
 
     def spread(self, stride: int) -> _Tokens:
         """Each example's characters after those of the example before it."""
-        shift = self.example * stride
+        fits = (int(self.example.max(initial=0)) + 1) * stride < 2**31
+        shift: Any = self.example.astype(np.int32 if fits else np.int64) * stride
         return self._replace(begin=self.begin + shift, end=self.end + shift)
 
 
 def _tokens(timeline: Timeline) -> _Tokens:
     mask = timeline.mask.cpu().numpy()
-    place = np.flatnonzero(mask)
-    spans = timeline.spans.cpu().numpy().reshape(-1, 2)[place]
-    begin, end = spans[:, 0], spans[:, 1]
+    place = np.flatnonzero(mask).astype(np.int32)
+    spans = timeline.spans.cpu().numpy().reshape(-1, 2).take(place, 0)
+    begin, end = spans.T.astype(np.int32)
     if not (text := end > begin).all():
         place, begin, end = place[text], begin[text], end[text]
     example = place // max(mask.shape[1], 1)
@@ -73,11 +75,12 @@ def _overlaps(student: Timeline, teacher: Timeline) -> tuple[Integers, Integers,
     stride = max(int(side.end.max(initial=0)) for side in sides)
     own, theirs = (side.spread(stride) for side in sides)
     mine, its = _candidates(own, theirs)
-    begin, end, t_begin, t_end = own.begin[mine], own.end[mine], theirs.begin[its], theirs.end[its]
+    begin, end = own.begin.take(mine), own.end.take(mine)
+    t_begin, t_end = theirs.begin.take(its), theirs.end.take(its)
     shared = np.minimum(end, t_end) - np.maximum(begin, t_begin)
     iou = shared / (np.maximum(end, t_end) - np.minimum(begin, t_begin))
-    row = (own.example * student.mask.shape[1] + own.position)[mine]
-    return _only(shared > 0, row, theirs.position[its], iou)
+    row = (own.example * student.mask.shape[1] + own.position).take(mine)
+    return _only(shared > 0, row, theirs.position.take(its), iou)
 
 
 def _candidates(own: _Tokens, theirs: _Tokens) -> tuple[Integers, Integers]:
@@ -90,9 +93,9 @@ def _candidates(own: _Tokens, theirs: _Tokens) -> tuple[Integers, Integers]:
     lowest_begin = np.minimum.accumulate(theirs.begin[::-1])[::-1]
     first = np.searchsorted(highest_end, own.begin, side="right")
     count = np.maximum(np.searchsorted(lowest_begin, own.end) - first, 0)
-    mine = np.repeat(np.arange(len(count)), count)
-    skipped = np.repeat(first - (count.cumsum() - count), count)
-    return mine, np.arange(len(mine)) + skipped
+    mine = np.repeat(np.arange(len(count), dtype=np.int32), count)
+    skipped = np.repeat((first - (count.cumsum() - count)).astype(np.int32), count)
+    return mine, np.arange(len(mine), dtype=np.int32) + skipped
 
 
 def _only(

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kava_core.kv.timeline import Timeline
 from tests.core.char_iou_reference import check, timeline, warper
 
 torch.set_num_threads(1)
@@ -71,3 +72,13 @@ def test_bfloat16_and_gradient():
     torch.testing.assert_close(found.double(), wanted, rtol=2**-8, atol=1e-6)
     wanted = dense.sum(1).view(1, 1, 1, 3, 1).expand_as(x)
     torch.testing.assert_close(x.grad.double(), wanted, rtol=2**-8, atol=1e-6)
+
+
+def test_characters_of_a_batch_may_exceed_32_bits() -> None:
+    """Four examples whose texts end near character 2³⁰ each."""
+    far = 2**30
+    spans = torch.tensor([[[far, far + 2], [far + 2, far + 5]]]).expand(4, -1, -1)
+    mask = torch.ones(4, 2, dtype=torch.bool)
+    side = Timeline(mask, mask.long(), mask.long(), spans)
+    found = warper(mode="soft")(side, side).dense(2)
+    torch.testing.assert_close(found, torch.eye(2).expand(4, -1, -1))
