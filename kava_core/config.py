@@ -71,11 +71,27 @@ class KVLossConfig(ComponentConfig):
     weight: float = Field(1.0, ge=0)
     """λ: the loss is multiplied by this and added to the student's cross-entropy. 0 switches it off."""
 
+    share: float | None = Field(None, gt=0)
+    """Sets λ before the first step: the norm of the loss's gradient over the student's weights is then this
+    share of cross-entropy's. ``weight`` must be left out."""
+
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How λ goes over the run, from its first value to ``end`` times that."""
+
+    end: float = Field(0.0, ge=0)
+    """With another schedule than constant: the factor of λ at the last step."""
+
     parts: tuple[Part, ...] = Field(("keys", "values"), min_length=1)
     """Which tensors are compared."""
 
     layers: Annotated[tuple[int, ...], Field(min_length=1)] | Literal["all"] = "all"
     """Student layers the loss looks at, counted from 0 (negative: from the last)."""
+
+    @model_validator(mode="after")
+    def _one_weight(self) -> Self:
+        if self.share is not None and self.weight != 1.0:
+            raise ValueError("'share' sets the weight; leave 'weight' out")
+        return self
 
     basis_free: ClassVar[bool] = False
     """True where head counts and widths of student and target may differ."""

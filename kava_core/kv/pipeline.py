@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -89,6 +90,8 @@ class KVPipeline(nn.Module):
         SpecError: the components do not fit together (say, a fused target from different views).
     """
 
+    weights: Tensor
+
     def __init__(self, spec: PipelineSpec, *, teachers: Mapping[str, Geometry], student: Geometry) -> None:
         super().__init__()
         self.layers = looked_at(spec, student)
@@ -119,6 +122,9 @@ class KVPipeline(nn.Module):
             nn.ModuleList(self._loss(config, a, len(r)) for config, r in zip(self.configs, rows, strict=True))
             for a in self._compared
         )
+        self.progress = 0.0
+        first = [config.weight for config in self.configs]
+        self.register_buffer("weights", torch.tensor(first, dtype=torch.float64))
         for index, row in enumerate(rows):
             self.register_buffer(f"rows_{index}", torch.tensor(row), persistent=False)
 
@@ -257,9 +263,23 @@ class KVPipeline(nn.Module):
             own = {ROUTER: self.fuser.penalty(weights) / items} if isinstance(self.fuser, Regularised) else {}
         terms = self._terms(views, aligned, weights / items) | own
         if len(self.names) > 1:
-            shares = weights.detach().mean(2).sum((1, 2)) / items
-            terms |= {f"weight/{name}": share for name, share in zip(self.names, shares, strict=True)}
+            terms |= self._shares(weights.detach().mean(2).sum(2) / items, beside.tasks)
         return terms
+
+    def _shares(
+        self, weights: Float[Tensor, "teacher batch"], tasks: tuple[str, ...] | None
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Each teacher's weight; in evaluation of each task apart as well."""
+        found = {f"weight/{name}": weights[k].sum() for k, name in enumerate(self.names)}
+        if self.training or tasks is None:
+            return found
+        rows = {task: [i for i, other in enumerate(tasks) if other == task] for task in tasks}
+        apart = {
+            f"weight/{name}@{task}": weights[k, mine].sum()
+            for k, name in enumerate(self.names)
+            for task, mine in rows.items()
+        }
+        return found | (apart if len(rows) > 1 else {})
 
     def weighed(
         self, student: Cache, aligned: list[Aligned], weights: Float[Tensor, "teacher batch time"]
@@ -327,13 +347,30 @@ class KVPipeline(nn.Module):
 
     def total(self, terms: Mapping[str, Tensor]) -> Tensor:
         """Σ λ · term, and what the fuser adds."""
-        weighed = [c.weight * terms[n] for n, c in zip(self.terms, self.configs, strict=True)]
+        weights = zip(self.terms, self.present_weights(), strict=True)
+        weighed = [weight.to(terms[name].dtype) * terms[name] for name, weight in weights]
         return torch.stack(weighed + ([terms[ROUTER]] if ROUTER in terms else [])).sum()
+
+    def present_weights(self) -> Float[Tensor, " _"]:
+        """λ of every term at this point of the run (``progress``, from 0 to 1)."""
+        factors = [_factor(config, self.progress) for config in self.configs]
+        if all(factor == 1.0 for factor in factors):
+            return self.weights
+        # One by one: a tensor of the factors would have to be sent to the device.
+        return torch.stack([w * f for w, f in zip(self.weights.unbind(), factors, strict=True)])
 
     def _check_values(self, student: Cache, timeline: Timeline, aligned: list[Aligned]) -> None:
         assert_finite(student, timeline.mask, "the student's cache")
         for aligner, one in zip(self.teachers, aligned, strict=True):
             assert_finite(one.target, one.valid, f"the aligned cache of teacher {aligner.name!r}")
+
+
+def _factor(config: KVLossConfig, progress: float) -> float:
+    """What is left of λ: 1 at first, ``end`` at last."""
+    if config.schedule == "constant":
+        return 1.0
+    gone = progress if config.schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
+    return 1 + (config.end - 1) * gone
 
 
 def _precise(x: Tensor, _: Part) -> Tensor:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kava_core.errors import CheckpointError
+from kava_core.kv.pipeline import KVPipeline
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -65,6 +66,20 @@ class EndComplete(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_log = control.should_evaluate = True
         return control
+
+
+class ScheduleWeights(TrainerCallback):
+    """Tells the pipeline how far the run is: 0 at the first step, 1 at the last."""
+
+    def __init__(self, pipeline: KVPipeline | None) -> None:
+        self.pipeline = pipeline
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Before the forward pass, after a resume as well."""
+        if self.pipeline is not None:
+            self.pipeline.progress = state.global_step / max(state.max_steps - 1, 1)
 
 
 class MetricsFile(TrainerCallback):

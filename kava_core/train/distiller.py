@@ -97,6 +97,17 @@ class Distiller(nn.Module):
         if self.pipeline is None:
             ce = cross_entropy(self._outputs(student).logits, student["labels"], items[0])
             return {"loss": ce, "ce": ce.detach()}
+        ce, terms = self.terms(student, teachers, items)
+        with without_autocast(ce.device):
+            loss = ce + self.pipeline.total(terms)
+        self._reward(ce.detach() * items[0], student["labels"])
+        return {"loss": loss, "ce": ce.detach(), **{name: term.detach() for name, term in terms.items()}}
+
+    def terms(
+        self, student: Mapping[str, Any], teachers: Mapping[str, Mapping[str, Any]], items: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy and every unweighted KV term, with gradient; arguments as in ``forward``."""
+        assert self.pipeline is not None
         timeline = Timeline.from_batch(student)
         aligned = self.aligned(teachers, timeline, self.pipeline, self.pipeline.choose())
         capture: Capture = self.__dict__["capture"]
@@ -107,10 +118,7 @@ class Distiller(nn.Module):
             cache = capture.take()
             rotation = capture.rotation() if self.rotary == "match" else None
             beside = Beside(self._hidden(outputs), student.get("tasks"))
-            terms = self.pipeline.terms_of(cache, aligned, timeline, items[1], rotation, beside)
-            loss = ce + self.pipeline.total(terms)
-        self._reward(ce.detach() * items[0], student["labels"])
-        return {"loss": loss, "ce": ce.detach(), **{name: term.detach() for name, term in terms.items()}}
+            return ce, self.pipeline.terms_of(cache, aligned, timeline, items[1], rotation, beside)
 
     def aligned(
         self,

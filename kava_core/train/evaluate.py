@@ -21,6 +21,7 @@ from kava_core.data.examples import Example, is_correct
 from kava_core.spec.model import EvaluateSpec, Template
 from kava_core.train.collapse import EXAMPLES, CollapseMonitor
 from kava_core.train.distiller import IGNORED, Distiller
+from kava_core.train.shares import shares
 from kava_core.train.time_plans import PlansTime
 
 SAMPLES = 8
@@ -69,7 +70,8 @@ class Evaluator:
         mine = range(accelerator.process_index, len(self.examples), accelerator.num_processes)
         with _evaluating(distiller), _own_random_numbers(), torch.no_grad():
             metrics = self._losses(distiller, list(mine), accelerator)
-            metrics |= self.monitor(distiller, self._watched(distiller, accelerator.device))
+            watched = self._watched(distiller, accelerator.device)
+            metrics |= self.monitor(distiller, watched) | shares(distiller, watched)
             if self.spec.generate:
                 metrics["exact_match"] = self._exact_match(distiller.student, list(mine), accelerator)
         return metrics
@@ -134,7 +136,20 @@ def _means(sums: dict[str, float]) -> dict[str, float]:
     ce = sums.pop("ce") / max(labelled, 1)
     sums.pop("loss")
     perplexity = math.exp(ce) if ce < 700 else math.inf
-    return {"ce": ce, "perplexity": perplexity, **{name: value / tokens for name, value in sums.items()}}
+    return {"ce": ce, "perplexity": perplexity, **_of_tasks({n: v / tokens for n, v in sums.items()})}
+
+
+def _of_tasks(means: dict[str, float]) -> dict[str, float]:
+    """``weight/TEACHER@TASK`` as shares of the task's own positions."""
+    totals: dict[str, float] = {}
+    for name, value in means.items():
+        if "@" in name:
+            task = name.partition("@")[2]
+            totals[task] = totals.get(task, 0.0) + value
+    return {
+        name: value / max(totals[name.partition("@")[2]], 1e-30) if "@" in name else value
+        for name, value in means.items()
+    }
 
 
 @contextmanager

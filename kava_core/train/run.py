@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -27,7 +28,7 @@ from kava_core.protocols import ObservesTeachers
 from kava_core.spec.model import ModelSpec, PipelineSpec
 from kava_core.train import checkpoint
 from kava_core.train.assemble import Data, make_data, make_distiller, used_teachers
-from kava_core.train.callbacks import EndComplete, MetricsFile, ShowProgress, StopOnSignal
+from kava_core.train.callbacks import EndComplete, MetricsFile, ScheduleWeights, ShowProgress, StopOnSignal
 from kava_core.train.collapse import CollapseMonitor
 from kava_core.train.distiller import Distiller
 from kava_core.train.evaluate import Evaluator
@@ -37,6 +38,7 @@ from kava_core.train.layer_maps import with_measured_maps
 from kava_core.train.models import compile_forward
 from kava_core.train.pretrain import pretraining_name, pretraining_spec
 from kava_core.train.rundir import RunDir
+from kava_core.train.shares import set_weights
 from kava_core.train.stored import with_store
 from kava_core.train.time_plans import PlansTime
 from kava_core.train.trainer import KavaTrainer
@@ -153,6 +155,7 @@ def _train_quietly(spec: PipelineSpec, folder: RunDir) -> None:
         else:
             if resume is None:
                 calibrate(distiller, data, spec, trainer.args.device)
+                weigh(distiller, data, spec, trainer.args.device)
                 trainer.evaluator.begin(distiller, trainer.args.device)
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         if trainer.state.global_step < spec.train.steps:
@@ -201,6 +204,7 @@ def _trainer(
         data_collator=PlansTime(data.collator, distiller.pipeline),
         callbacks=[
             EndComplete(),
+            ScheduleWeights(distiller.pipeline),
             MetricsFile(folder.metrics),
             stop,
             ShowProgress(f"{spec.name}/{folder.variant} seed {folder.seed}"),
@@ -276,6 +280,20 @@ def calibrate(distiller: Distiller, data: Data, spec: PipelineSpec, device: torc
         for batch in _calibration_batches(distiller, data, spec, device):
             distiller.show_fuser(batch)
         pipeline.fuser.finish()
+
+
+WEIGHING_BATCHES = 4
+
+
+def weigh(distiller: Distiller, data: Data, spec: PipelineSpec, device: torch.device) -> None:
+    """Set λ of the losses that give a share of the gradient, from the first training batches."""
+    if distiller.pipeline is None or all(config.share is None for config in distiller.pipeline.configs):
+        return
+    distiller.eval()
+    set_weights(
+        distiller, list(islice(_calibration_batches(distiller, data, spec, device), WEIGHING_BATCHES))
+    )
+    distiller.train()
 
 
 def _calibration_batches(
