@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ def ingredients(spec: PipelineSpec, data: Data, *, seed: int) -> Ingredients:
         "kava": version_of("kava"),
         "store.dtype": spec.store.dtype,
         "student's tokenizer": tokenizer_hash(data.tokenizer),
-        "student's geometry": asdict(config_geometry(spec.student, data.tokenizer, where="student")),
+        "student's geometry": _told(config_geometry(spec.student, data.tokenizer, where="student")),
         "training examples": _set_hash(data.train_items.examples),
         "validation examples": _set_hash(data.validation_items.examples),
         "data.template": spec.data.template.model_dump(mode="json"),
@@ -169,6 +169,10 @@ def ingredients(spec: PipelineSpec, data: Data, *, seed: int) -> Ingredients:
         made |= _of_student(spec, data, seed)
     found: Ingredients = json.loads(json.dumps(made))
     return found
+
+
+def _told(geometry: Geometry) -> str:
+    return f"{geometry}, {geometry.qhead} query heads"
 
 
 def config_pipeline(spec: PipelineSpec, data: Data, *, seed: int) -> KVPipeline:

@@ -297,10 +297,17 @@ def test_layers_and_heads_do_not_see_each_other(name, axis):
 
 @pytest.mark.parametrize("name", ["linear", "elastic", "calibrated"])
 def test_learning_rate_is_where_the_engine_looks(name):
+    trained = {"trainable": True} if name == "calibrated" else {}
     assert build(name, 3).learning_rate is None
-    assert build(name, 3, learning_rate=1e-5).learning_rate == 1e-5
+    assert build(name, 3, learning_rate=1e-5, **trained).learning_rate == 1e-5
     with pytest.raises(ValidationError):
-        declare(name, learning_rate=0)
+        declare(name, learning_rate=0, **trained)
+
+
+@pytest.mark.parametrize("name", ["linear", "calibrated"])
+def test_learning_rate_of_what_is_not_trained(name):
+    with pytest.raises(ValidationError, match="'learning_rate' has no effect with 'trainable: false'"):
+        declare(name, learning_rate=1e-5, trainable=False)
 
 
 @pytest.mark.parametrize("name", ["linear", "elastic", "calibrated"])
