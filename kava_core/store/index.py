@@ -111,7 +111,7 @@ def _told(name: str, then: Ingredients, now: Ingredients) -> str:
 
 
 def _is_word(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= 32
+    return isinstance(value, str) and len(value) <= 48
 
 
 def nearest(root: Path, now: Ingredients) -> tuple[Path, list[str]] | None:
