@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from step import VOCAB, build, config
 
 from kava_core.kv.pipeline import KVPipeline, parts_of
 from kava_core.kv.probe import geometry_of
@@ -34,7 +34,6 @@ from kava_core.train.distiller import Distiller
 from kava_core.train.teacher import Teacher
 
 LAYER, HEAD, DIM, BATCH = 12, 4, 64, 8
-VOCAB = 2048
 
 
 def seconds(action: Callable[[], object], device: str = "cpu") -> float:
@@ -96,17 +95,9 @@ def read(options: argparse.Namespace, folder: Path) -> None:
         print(f"  {name:<11} {size / statistics.median(taken) / 1e9:6.2f} GB/s   store / {name}: {ratio:.2f}")
 
 
-def llama(width: int, layers: int, heads: int, kv: int) -> Any:
-    """A model with random weights."""
-    sizes = {
-        "vocab_size": VOCAB,
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-    }
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes))
+def llama(*shape: int) -> Any:
+    """A model with random weights: width, layers, heads, KV heads."""
+    return build(config(*shape), "cpu")
 
 
 def step(options: argparse.Namespace, folder: Path) -> None:
