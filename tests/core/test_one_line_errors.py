@@ -210,6 +210,9 @@ def test_panels_without_data_are_left_out(tmp_path: Path) -> None:
         assert plot(results, tmp_path / "none.png")
     lines = [{**line, "eval_relation": 0.1, "eval_exact_match": 0.5} for line in lines]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert list(_panels(results)) == ["eval_exact_match", "eval_ce", "kv"]
+    routed = [{**line, "eval_weight/a": line["step"] / 3, "eval_weight/b@math": 0.2} for line in lines]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in routed))
     assert list(_panels(results)) == list(PANELS)
 
 

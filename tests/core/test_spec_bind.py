@@ -117,7 +117,8 @@ def test_shorthand_with_a_missing_parameter(registry: Registry) -> None:
         ({"must": 1, "bounds": {"k": 3}}, ("bounds", "k"), "must be a list, not 3"),
         ({"must": 1, "either": "c"}, ("either",), "must be 'a' or 'b' or a whole number, not 'c'"),
         ({"must": 1, "either": [1]}, ("either",), "must be 'a' or 'b' or a whole number, not a list"),
-        ({"must": 1, "weights": 1}, ("weights",), "unknown key; possible: name, weight, parts, "
+        ({"must": 1, "weights": 1}, ("weights",), "unknown key; possible: name, weight, share, "
+         "schedule, end, parts, "
          "layers, must, words, bounds, either; did you mean 'weight'?"),
     ],
 )  # fmt: skip

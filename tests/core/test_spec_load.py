@@ -83,8 +83,8 @@ def test_keys_with_dots(written: Any) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("losses.0.wieght=0", "losses.0.wieght: unknown key; possible: name, weight, parts, layers, center, "
-         "form, heads; did you mean 'weight'?"),
+        ("losses.0.wieght=0", "losses.0.wieght: unknown key; possible: name, weight, share, "
+         "schedule, end, parts, layers, center, form, heads; did you mean 'weight'?"),
         ("losses.1.weight=0", "losses: no entry '1'; possible: 0 to 0"),
         ("losses.-1.weight=0", "losses: no entry '-1'; possible: 0 to 0"),
         ("name.first=x", "name: has nothing inside: it is 'tiny'"),
