@@ -211,4 +211,5 @@ def summary(logs: dict[str, Any]) -> str:
     hidden = {"epoch", "learning_rate", "grad_norm", "loss", "step"}
     if "train_runtime" in logs:
         return ""
-    return "  ".join(f"{name} {value:.4g}" for name, value in logs.items() if name not in hidden)
+    shown = (item for item in logs.items() if item[0] not in hidden and "/" not in item[0])
+    return "  ".join(f"{name} {value:.4g}" for name, value in shown)
