@@ -211,5 +211,5 @@ def summary(logs: dict[str, Any]) -> str:
     hidden = {"epoch", "learning_rate", "grad_norm", "loss", "step"}
     if "train_runtime" in logs:
         return ""
-    shown = (item for item in logs.items() if item[0] not in hidden and "/" not in item[0])
-    return "  ".join(f"{name} {value:.4g}" for name, value in shown)
+    shown = [name for name in logs if name not in hidden and "/" not in name]
+    return "  ".join(f"{name} {logs[name]:.4g}" for name in shown)

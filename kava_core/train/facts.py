@@ -31,13 +31,13 @@ def model_facts(model: ModelSpec) -> dict[str, Any]:
         commit = getattr(model_config(model, where=model.path), "_commit_hash", None)
         return {"origin": model.path, "commit": commit}
     files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json"))
-    return {"origin": model.path, "sha256": {file.name: _sha256(file) for file in files}}
+    return {"origin": model.path, "sha256": {file.name: file_hash(file) for file in files}}
 
 
 def map_facts(spec: PipelineSpec) -> dict[str, str]:
     """sha256 of every teacher's layer map, by the teacher's name."""
     maps = {t.name: getattr(t.align.layer_mapper, "map", None) for t in spec.teachers}
-    return {name: _sha256(Path(file)) for name, file in maps.items() if file is not None}
+    return {name: file_hash(Path(file)) for name, file in maps.items() if file is not None}
 
 
 def plugin_facts(spec: PipelineSpec) -> dict[str, str | None]:
@@ -48,6 +48,7 @@ def plugin_facts(spec: PipelineSpec) -> dict[str, str | None]:
     }
 
 
-def _sha256(file: Path) -> str:
+def file_hash(file: Path) -> str:
+    """sha256 of a file, read piece by piece."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

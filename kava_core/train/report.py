@@ -125,16 +125,6 @@ def _panels(results: Sequence[Result]) -> dict[str, list[Curves]]:
     return {name: curves for name, curves in found.items() if any(curves)}
 
 
-def _weights(lines: list[dict[str, Any]]) -> Curves:
-    """One curve for each teacher, unless they all keep one weight."""
-    names = sorted(
-        {key for line in lines for key in line if key.startswith("eval_weight/") and "@" not in key}
-    )
-    found = [[(line["step"], line[key]) for line in lines if key in line] for key in names]
-    curves = [([step for step, _ in curve], [value for _, value in curve]) for curve in found]
-    return curves if any(max(values) - min(values) > 1e-6 for _, values in curves) else []
-
-
 def _draw(axis: Any, name: str, curves: list[Curves], results: Sequence[Result]) -> None:
     """One panel; the first curve of every variant bears its name."""
     variants = list(dict.fromkeys(result.variant for result in results))
@@ -161,13 +151,21 @@ def _evaluations(result: Result) -> list[dict[str, Any]]:
 
 
 def _curves(lines: list[dict[str, Any]], name: str) -> Curves:
-    """Steps and values of a metric; ``kv`` stands for every KV term, ``weight`` for every teacher."""
+    """Steps and values of a metric; ``kv`` stands for every KV term, ``weight`` for every teacher.
+
+    Teachers that all keep one weight have no curves.
+    """
+    found = [[(line["step"], line[key]) for line in lines if key in line] for key in _names(lines, name)]
+    curves = [([step for step, _ in curve], [value for _, value in curve]) for curve in found if curve]
+    moves = any(max(values) - min(values) > 1e-6 for _, values in curves)
+    return curves if moves or name != "weight" else []
+
+
+def _names(lines: list[dict[str, Any]], name: str) -> list[str]:
+    """The metrics that a panel draws."""
+    keys = sorted({key for line in lines for key in line})
+    if name == "kv":
+        return [key for key in keys if key.startswith("eval_") and "/" not in key and key not in NOT_KV]
     if name == "weight":
-        return _weights(lines)
-    names = (
-        {key for line in lines for key in line if key.startswith("eval_") and "/" not in key} - NOT_KV
-        if name == "kv"
-        else {name}
-    )
-    found = [[(line["step"], line[key]) for line in lines if key in line] for key in sorted(names)]
-    return [([step for step, _ in curve], [value for _, value in curve]) for curve in found if curve]
+        return [key for key in keys if key.startswith("eval_weight/") and "@" not in key]
+    return [name]

@@ -24,6 +24,7 @@ from kava_core.store.index import FORMAT, MAPS, Ingredients, Layout, differences
 from kava_core.store.reader import Store
 from kava_core.train import checkpoint
 from kava_core.train.assemble import Data, config_geometries, config_geometry, make_pipeline, used_teachers
+from kava_core.train.facts import file_hash
 from kava_core.train.layer_maps import wants_measuring
 from kava_core.train.map_files import models_of, tokenizer_hash
 from kava_core.versions import distributor, version_of
@@ -206,7 +207,7 @@ def _of_teacher(spec: PipelineSpec, teacher: TeacherSpec, data: Data) -> dict[st
         f"alignment {whose}": teacher.align.model_dump(mode="json"),
     }
     if given := getattr(teacher.align.layer_mapper, "map", None):
-        found[f"layer map {whose}"] = _file_hash(Path(given))
+        found[f"layer map {whose}"] = file_hash(Path(given)) if Path(given).is_file() else None
     return found
 
 
@@ -272,7 +273,3 @@ def _makers(aligner: TeacherAligner) -> dict[str, Any]:
 def _set_hash(examples: Sequence[Example]) -> str:
     keys = sorted({key_of(example) for example in examples})
     return hashlib.sha256("".join(keys).encode()).hexdigest()
-
-
-def _file_hash(file: Path) -> str | None:
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
