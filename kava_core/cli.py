@@ -130,6 +130,37 @@ def cache(
 
 
 @app.command()
+def sample(
+    spec: Spec,
+    teacher: Annotated[
+        str, typer.Option("--teacher", metavar="NAME", show_default=False, help="Who writes.")
+    ],
+    output: Annotated[Path, typer.Option("--output", metavar="FILE", show_default=False, help="New file.")],
+    overrides: Overrides = None,
+    split: Annotated[
+        Literal["train", "validation"], typer.Option("--split", help="Which examples.")
+    ] = "train",
+    count: Annotated[int, typer.Option(min=1, help="Texts written for each example.")] = 4,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Of the sampling.")] = 0.8,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest text written.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a forward pass.")] = 32,
+    keep_wrong: Annotated[
+        bool, typer.Option("--keep-wrong", help="Also keep rationales that end in a wrong answer.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+) -> None:
+    """Let a teacher write several rationales for every example."""
+    from kava_core.spec.load import load
+
+    loaded = load(spec, overrides or ())
+    from kava_core.train.sample import Drawing
+    from kava_core.train.sample import sample as draw
+
+    drawing = Drawing(split, count, temperature, max_new_tokens, batch_size, keep_wrong, seed)
+    typer.echo(draw(loaded.spec, teacher, output, drawing))
+
+
+@app.command()
 def plan(
     spec: Spec,
     overrides: Overrides = None,

@@ -39,6 +39,9 @@ class ComponentConfig(Strict):
     component: ClassVar[str]
     """Import path ``module:Class`` of the implementation."""
 
+    same_text: ClassVar[bool] = False
+    """True for a time warper that is right only where teacher and student read the same text."""
+
     @model_validator(mode="after")
     def _rate_of_something_trained(self) -> Self:
         if getattr(self, "learning_rate", None) is not None and not getattr(self, "trainable", True):

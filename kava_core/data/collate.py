@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from kava_core.data.encode import NO_LABEL, Encoded, LossOn, encode_all, prompt_ids
-from kava_core.data.examples import Example, render
+from kava_core.data.examples import Example, Text, render
 from kava_core.errors import SpecError
 from kava_core.kv.timeline import NOWHERE
 from kava_core.spec.model import Template
@@ -32,8 +32,19 @@ class Item:
     teachers: dict[str, Encoded]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """The text that a teacher reads, where it is not the student's."""
+
+    template: Template
+    rationale: int = 0
+    """Which of an example's rationales; 0 is the student's."""
+
+
 class Collator:
     """Examples, or items encoded before, to one batch. Every side tokenizes the same text by itself.
+
+    A teacher with a ``Reading`` has a text of its own, of the same example.
 
     With ``shuffle_teacher`` row i of every teacher is the text of example i + 1 of the batch (the last row's
     is the first): its own text, tokens and segments, but beside another student.
@@ -49,7 +60,9 @@ class Collator:
         *,
         max_length: int | None = None,
         pad_to_multiple: int = 1,
+        readings: Mapping[str, Reading] | None = None,
     ) -> None:
+        self.readings = dict(readings or {})
         self.student_tokenizer = student_tokenizer
         self.teacher_tokenizers = dict(teacher_tokenizers)
         self.template = template
@@ -60,10 +73,12 @@ class Collator:
 
     def encode(self, examples: Sequence[Example]) -> list[Item | None]:
         """Every example in all tokenizers; None where it is longer than ``max_length`` in any of them."""
-        texts = [render(example, self.template) for example in examples]
         rules: dict[str, Any] = {"max_length": self.max_length, "loss_on": self.loss_on}
-        student = encode_all(texts, self.student_tokenizer, **rules)
-        teachers = [encode_all(texts, each, **rules) for each in self.teacher_tokenizers.values()]
+        student = encode_all(self._texts(examples, None), self.student_tokenizer, **rules)
+        teachers = [
+            encode_all(self._texts(examples, name), tokenizer, **rules)
+            for name, tokenizer in self.teacher_tokenizers.items()
+        ]
         return [self._item(*sides) for sides in zip(examples, student, *teachers, strict=True)]
 
     def __call__(self, batch: Sequence[Example | Item]) -> dict[str, Any]:
@@ -101,6 +116,10 @@ class Collator:
         )
         mask = pad_sequence([row.new_ones(len(row)) for row in rows], batch_first=True, padding_side="left")
         return {"input_ids": padded, "attention_mask": mask}, [example.answer for example in examples]
+
+    def _texts(self, examples: Sequence[Example], teacher: str | None) -> list[Text]:
+        reading = self.readings.get(teacher or "", Reading(self.template))
+        return [render(example.told(reading.rationale), reading.template) for example in examples]
 
     def _item(self, example: Example, student: Encoded | None, *teachers: Encoded | None) -> Item | None:
         """The item, or None where a side is too long."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any, Literal
 
@@ -27,6 +27,13 @@ class Example:
     reasoning: str
     answer: str
     task: str | None = None
+    rationales: tuple[str, ...] = ()
+    """Other written steps to the same answer, for teachers that read another rationale than the student."""
+
+    def told(self, rationale: int) -> Example:
+        """The example with one of its rationales as reasoning: 0 is its own; counted round after the last."""
+        every = (self.reasoning, *self.rationales)
+        return replace(self, reasoning=every[rationale % len(every)])
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ def render(example: Example, template: Template) -> Text:
 
 
 def from_fields(record: Mapping[str, Any], where: str, columns: Mapping[Field, str] | None = None) -> Example:
-    """The example in a record with prompt, reasoning, answer and perhaps task.
+    """The example in a record with prompt, reasoning, answer and perhaps task and rationales.
 
     ``columns`` names the record's key for a field where the two differ. SpecError, opening with ``where``,
     for a key that is missing, a value that is not text, and an empty prompt or answer.
@@ -63,7 +70,15 @@ def from_fields(record: Mapping[str, Any], where: str, columns: Mapping[Field, s
         text_of(record, columns.get(field, field), where, empty=field == "reasoning") for field in FIELDS
     )
     task = text_of(record, "task", where) if record.get("task") is not None else None
-    return Example(prompt, reasoning, answer, task)
+    return Example(prompt, reasoning, answer, task, _rationales(record, where))
+
+
+def _rationales(record: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    given = record.get("rationales") or []
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise SpecError(f"{where}: field 'rationales' must be a list of strings, not {type(given).__name__}")
+    named = {f"rationales[{place}]": text for place, text in enumerate(given)}
+    return tuple(text_of(named, key, where, empty=True) for key in named)
 
 
 def text_of(record: Mapping[str, Any], key: str, where: str, *, empty: bool = False) -> str:

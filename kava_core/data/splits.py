@@ -63,7 +63,8 @@ def split_hash(examples: Iterable[Example]) -> str:
     """SHA-256 over the examples in order, one line of canonical JSON (ASCII, sorted keys) each."""
     digest = hashlib.sha256()
     for example in examples:
-        line = json.dumps(asdict(example), sort_keys=True, separators=(",", ":"))
+        fields = {name: value for name, value in asdict(example).items() if name != "rationales" or value}
+        line = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         digest.update(line.encode("ascii") + b"\n")
     return digest.hexdigest()
 

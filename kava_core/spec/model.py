@@ -122,19 +122,6 @@ class AlignSpec(Strict):
     width, or the student's cache up to the teacher's, which stays as it is (FitNets)."""
 
 
-class TeacherSpec(ModelSpec):
-    """A model whose cache is distilled. It is never trained here, saved or wrapped."""
-
-    name: Name
-    """How tables and weights call this teacher."""
-    align: AlignSpec = Field(default={})  # type: ignore[assignment]
-    """How its cache is brought to the student's axes."""
-    quantize: Literal["int8", "int4", "nf4"] | None = None
-    """Round the weights of its linear layers to 8 or 4 bits (needs the extra ``quantize``); embeddings, head
-    and cache keep their dtype. ``int8``, ``int4``: torchao (int4 takes no less memory than int8); ``nf4``:
-    bitsandbytes, half a byte a weight."""
-
-
 class Template(Strict):
     """How an example becomes text. Braces name the example's fields."""
 
@@ -151,6 +138,28 @@ class Template(Strict):
             if getattr(self, field).count("{" + field + "}") != 1:
                 raise ValueError(f"'{field}' must contain {{{field}}} exactly once")
         return self
+
+
+class TeacherSpec(ModelSpec):
+    """A model whose cache is distilled. It is never trained here, saved or wrapped.
+
+    Teachers with the same model (but, say, other texts) share its weights.
+    """
+
+    name: Name
+    """How tables and weights call this teacher."""
+    template: Template | None = None
+    """The text this teacher reads, where it is not the student's: say, worked examples before the prompt, or
+    the marks of a chat. Default: ``data.template``."""
+    rationale: Annotated[int, Field(ge=0)] = 0
+    """Which of an example's rationales this teacher reads: 0 is the student's, 1 the first of its field
+    ``rationales``, and so on, counted round where an example has fewer. ``kava sample`` writes them."""
+    align: AlignSpec = Field(default={})  # type: ignore[assignment]
+    """How its cache is brought to the student's axes."""
+    quantize: Literal["int8", "int4", "nf4"] | None = None
+    """Round the weights of its linear layers to 8 or 4 bits (needs the extra ``quantize``); embeddings, head
+    and cache keep their dtype. ``int8``, ``int4``: torchao (int4 takes no less memory than int8); ``nf4``:
+    bitsandbytes, half a byte a weight."""
 
 
 Operations = Annotated[str, StringConstraints(pattern=r"^[-+*]+$")]
@@ -338,6 +347,7 @@ class PipelineSpec(Strict):
         if self.losses and not self.teachers:
             raise ValueError("'losses' need at least one teacher")
         self._check_pretraining_data()
+        self._check_texts()
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("'seeds' must differ from one another")
         if self.store is not None and self.train.shuffle_teacher:
@@ -346,6 +356,17 @@ class PipelineSpec(Strict):
                 "holds; set 'store: null'"
             )
         return self
+
+    def _check_texts(self) -> None:
+        for teacher in self.teachers:
+            own = [field for field in ("template", "rationale") if getattr(teacher, field)]
+            for field in ("token_warper", "time_warper"):
+                warper = getattr(teacher.align, field)
+                if own and getattr(warper, "same_text", False):
+                    raise ValueError(
+                        f"teacher {teacher.name!r} reads another text than the student ({own[0]}), but "
+                        f"{field} {warper.name!r} compares the characters of one text; use segment"
+                    )
 
     def _check_pretraining_data(self) -> None:
         for model in (self.student, *self.teachers):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from kava_core.data.collate import Collator
+from kava_core.data.collate import Collator, Reading
 from kava_core.data.dataset import EncodedDataset
 from kava_core.data.encode import prefix_mismatch
 from kava_core.data.examples import render
@@ -27,7 +27,7 @@ from kava_core.kv.probe import geometry_of, probe_geometry
 from kava_core.kv.timeline import PROMPT
 from kava_core.kv.unused import freeze_unused
 from kava_core.paths import cache_folder
-from kava_core.spec.model import ModelSpec, PipelineSpec
+from kava_core.spec.model import ModelSpec, PipelineSpec, TeacherSpec
 from kava_core.store.index import PROJECTORS
 from kava_core.store.reader import Store
 from kava_core.train.distiller import Distiller
@@ -88,17 +88,31 @@ def tokenizer_of(model: ModelSpec, splits: Splits, template: Any, *, where: str)
         raise SpecError(f"{where}: {error}") from error
 
 
+def reading_of(spec: PipelineSpec, teacher: TeacherSpec) -> Reading:
+    """The text a teacher reads."""
+    return Reading(teacher.template or spec.data.template, teacher.rationale)
+
+
 def make_data(spec: PipelineSpec) -> Data:
     """Load, split, tokenize."""
     splits = load_splits(spec.data, root=Path.cwd())
     template = spec.data.template
     tokenizer = tokenizer_of(spec.student, splits, template, where="student")
+    readings = {teacher.name: reading_of(spec, teacher) for teacher in used_teachers(spec)}
     teachers = {
-        teacher.name: tokenizer_of(teacher, splits, template, where=f"teacher {teacher.name!r}")
+        teacher.name: tokenizer_of(
+            teacher, splits, readings[teacher.name].template, where=f"teacher {teacher.name!r}"
+        )
         for teacher in used_teachers(spec)
     }
     make = partial(
-        Collator, tokenizer, teachers, template, loss_on=spec.train.loss_on, max_length=spec.train.max_length
+        Collator,
+        tokenizer,
+        teachers,
+        template,
+        loss_on=spec.train.loss_on,
+        max_length=spec.train.max_length,
+        readings=readings,
     )
     plain = make()
     return Data(
@@ -123,12 +137,7 @@ def make_distiller(spec: PipelineSpec, data: Data, *, seed: int) -> Distiller:
         return Distiller(student)
     if data.store is not None:
         return _reading_distiller(spec, data, data.store, student, seed)
-    models: dict[str, Any] = {
-        teacher.name: load_model(
-            teacher, data.teacher_tokenizers[teacher.name], seed=0, where=f"teacher {teacher.name!r}"
-        )
-        for teacher in spec.teachers
-    }
+    models = load_teachers(spec, data)
     for name, model in models.items():
         assert_room(model.config, longest[name], who=f"teacher {name!r}")
     pipeline = make_pipeline(
@@ -139,6 +148,24 @@ def make_distiller(spec: PipelineSpec, data: Data, *, seed: int) -> Distiller:
         for t, a in zip(spec.teachers, pipeline.teachers, strict=True)
     ]
     return Distiller(student, pipeline, teachers, parts=parts_of(spec), rotary=spec.rotary)
+
+
+def load_teachers(spec: PipelineSpec, data: Data) -> dict[str, Any]:
+    """Every teacher's model, by name; teachers that differ only in what they read share one."""
+    models: dict[str, Any] = {}
+    loaded: dict[str, Any] = {}
+    for teacher in spec.teachers:
+        key = weights_key(teacher)
+        if key not in loaded:
+            tokenizer = data.teacher_tokenizers[teacher.name]
+            loaded[key] = load_model(teacher, tokenizer, seed=0, where=f"teacher {teacher.name!r}")
+        models[teacher.name] = loaded[key]
+    return models
+
+
+def weights_key(teacher: TeacherSpec) -> str:
+    """The same for teachers with the same weights, and only for them."""
+    return teacher.model_dump_json(exclude={"name", "align", "template", "rationale"})
 
 
 def _reading_distiller(

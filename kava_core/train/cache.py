@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -38,12 +35,10 @@ from kava_core.train.assemble import (
 )
 from kava_core.train.distiller import Distiller
 from kava_core.train.layer_maps import with_measured_maps
+from kava_core.train.progress import progress
 from kava_core.train.run import calibrate, quiet, with_trained_models
 from kava_core.train.stored import folder_of, ingredients, key_of, layout_of, open_store, partial_of
 from kava_core.train.time_plans import PlansTime
-
-LINES = 10
-"""Progress lines on something that is no terminal."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +166,7 @@ def _write(spec: PipelineSpec, data: Data, wanted: Ingredients, partial: Path, s
     _calibrated(distiller, data, spec, device, partial / PROJECTORS)
     writer = Writer(partial, layout_of(spec, distiller.pipeline), shard_mb=spec.store.shard_mb)
     missing = _missing(data, writer.done)
-    with _progress(spec.name, len(missing)) as advance:
+    with progress(f"{spec.name}: cached", len(missing)) as advance:
         loader: Any = DataLoader(
             missing,  # type: ignore[arg-type]
             spec.train.batch_size,
@@ -255,29 +250,3 @@ def _encoded(teacher: str, aligned: Aligned, layout: Layout) -> dict[str, Tensor
         if scale is not None:
             found[tensor_name(teacher, part + SCALE)] = scale[..., None]
     return found
-
-
-@contextmanager
-def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, a few lines otherwise; on stderr."""
-    if sys.stderr.isatty() and "CI" not in os.environ:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(f"{title}: caching", total=total)
-            yield lambda count: bar.advance(task, count)
-    else:
-        yield _Lines(title, total)
-
-
-class _Lines:
-    """Prints how far it is, at most ten times."""
-
-    def __init__(self, title: str, total: int) -> None:
-        self.title, self.total, self.done, self.told = title, total, 0, 0
-
-    def __call__(self, count: int) -> None:
-        """``count`` more examples are done."""
-        self.done += count
-        if self.done * LINES // self.total > self.told:
-            self.told = self.done * LINES // self.total
-            print(f"{self.title}: cached {self.done}/{self.total} examples", file=sys.stderr, flush=True)

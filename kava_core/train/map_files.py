@@ -34,7 +34,8 @@ def subject_of(
         "layer_mapper": config.model_dump(mode="json", exclude={"map"}),
         "token_warper": teacher.align.token_warper and teacher.align.token_warper.model_dump(mode="json"),
         "time_warper": teacher.align.time_warper.model_dump(mode="json"),
-        "template": spec.data.template.model_dump(mode="json"),
+        "template": (teacher.template or spec.data.template).model_dump(mode="json"),
+        "rationale": teacher.rationale,
         "batch_size": spec.train.batch_size,
         "seed": seed if spec.student.path is None else None,
     }
@@ -54,7 +55,7 @@ def models_of(spec: PipelineSpec, teacher: TeacherSpec, data: Data) -> Subject:
 
 
 NAMES = {"name", "path", "revision", "tokenizer", "pretrain"}
-HARMLESS = {"align", "attention", "lora", "gradient_checkpointing"}
+HARMLESS = {"align", "attention", "lora", "gradient_checkpointing", "template", "rationale", "placement"}
 
 
 def _identity(model: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> Subject:

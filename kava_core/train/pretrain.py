@@ -41,7 +41,7 @@ def pretraining_spec(spec: PipelineSpec, model: ModelSpec) -> PipelineSpec:
             "target": "separate",
             "seeds": (plan.seed,),
             "store": None,
-            "data": _data(spec, plan),
+            "data": _data(spec, model),
             "train": _train(plan, spec.train),
             "evaluate": EvaluateSpec(**spec.evaluate.model_dump() | {"every": plan.steps}),
             "output": str(cache_folder()),
@@ -51,19 +51,21 @@ def pretraining_spec(spec: PipelineSpec, model: ModelSpec) -> PipelineSpec:
 
 def pretraining_name(spec: PipelineSpec, model: ModelSpec) -> str:
     """The run's variant: architecture and hash of the training examples, which a path does not hold."""
-    assert model.pretrain is not None
-    examples = load_splits(_data(spec, model.pretrain), root=Path.cwd()).train
+    examples = load_splits(_data(spec, model), root=Path.cwd()).train
     return f"{(model.config or {})['model_type']}-{split_hash(examples)[:8]}"
 
 
-def _data(spec: PipelineSpec, plan: Pretrain) -> DataSpec:
-    return changed_data(spec.data, plan.data) if plan.data else spec.data
+def _data(spec: PipelineSpec, model: ModelSpec) -> DataSpec:
+    """The spec's data in the model's own text, with the changes its ``pretrain`` asks for."""
+    template = getattr(model, "template", None)
+    data = spec.data.model_copy(update={"template": template}) if template else spec.data
+    return changed_data(data, model.pretrain.data) if model.pretrain and model.pretrain.data else data
 
 
 def _tokenizer_of_all(spec: PipelineSpec, model: ModelSpec) -> str:
     """The folder of the tokenizer trained on all of the spec's texts: others may lack its words."""
     splits = load_splits(spec.data, root=Path.cwd())
-    return str(tokenizer_of(model, splits, spec.data.template, where="pretrain").name_or_path)
+    return str(tokenizer_of(model, splits, _data(spec, model).template, where="pretrain").name_or_path)
 
 
 def _train(plan: Pretrain, train: TrainSpec) -> TrainSpec:

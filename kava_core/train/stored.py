@@ -59,7 +59,7 @@ class StoredCollator(Collator):
 
 def key_of(example: Example) -> str:
     """An example's name in a store: a hash of its texts, so the order of the data does not matter."""
-    texts = json.dumps([example.prompt, example.reasoning, example.answer])
+    texts = json.dumps([example.prompt, example.reasoning, example.answer, *example.rationales])
     return hashlib.sha256(texts.encode()).hexdigest()[:32]
 
 
@@ -204,6 +204,7 @@ def _of_teacher(spec: PipelineSpec, teacher: TeacherSpec, data: Data) -> dict[st
     found = {
         f"weights {whose}": weights,
         f"tokenizer {whose}": tokenizer,
+        f"text {whose}": [teacher.template and teacher.template.model_dump(mode="json"), teacher.rationale],
         f"alignment {whose}": teacher.align.model_dump(mode="json"),
     }
     if given := getattr(teacher.align.layer_mapper, "map", None):

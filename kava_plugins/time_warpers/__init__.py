@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -99,6 +99,7 @@ class CharIoU(ComponentConfig):
 
     name: Literal["char_iou"] = "char_iou"
     component = "kava_plugins.time_warpers.char_iou:CharIoU"
+    same_text: ClassVar[bool] = True
 
     mode: Literal["soft", "hard"] = "soft"
     """Read every overlapping teacher token by its IoU, or only the one with the highest, the first of
