@@ -13,6 +13,7 @@ from kava_core.data.tokenizers import load_tokenizer
 from kava_core.errors import SpecError
 from kava_core.kv.aligner import TeacherAligner
 from kava_core.kv.axes import Cache, Geometry, meta_cache
+from kava_core.kv.layer_stream import assert_streams
 from kava_core.kv.pipeline import Aligned, KVPipeline, active, parts_of
 from kava_core.kv.probe import probe_geometry
 from kava_core.kv.timeline import ANSWER, PROMPT, REASONING, Timeline
@@ -109,6 +110,8 @@ def dry_run(spec: PipelineSpec, *, batch: int, time: int, t_time: int) -> DryRun
     if not active(spec):
         return DryRun(student, teachers, None, [])
     pipeline = make_pipeline(spec, teachers, student, seed=0)
+    if spec.train.stream:
+        assert_streams(pipeline)
     ours = timeline(batch, time)
     maps, caches = {}, {}
     for a in pipeline.teachers:

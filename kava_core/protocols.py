@@ -2,7 +2,10 @@
 
 Every component is a ``torch.nn.Module``: its parameters and buffers move, train and are saved with the
 student. One with an attribute ``learning_rate`` (float or None) has its parameters trained at that peak
-rate instead of ``train.learning_rate``. Whole tensors, not lists, cross these borders, so that every
+rate instead of ``train.learning_rate``. A head adapter, projector or loss with numbers of its own for every
+student layer names these parameters and buffers, whose first axis is the layer, in an attribute ``layered``:
+with ``train.stream`` it is called with one layer at a time (or a method ``at_layer(row)`` returns what is
+called). Whole tensors, not lists, cross these borders, so that every
 element is shape-checked. The boundary functions in ``kava_core.kv.stages`` check what third-party
 components return.
 """
@@ -151,7 +154,11 @@ class FusionContext:
 
 @runtime_checkable
 class Fuser(Protocol):
-    """Weighs teachers. Constructed as ``Fuser(config, *, teachers, student)``, teachers being their names."""
+    """Weighs teachers. Constructed as ``Fuser(config, *, teachers, student)``, teachers being their names.
+
+    One that does not look at ``targets`` says so with ``needs_targets = False``: with ``train.stream`` it is
+    asked before the teachers run, and the targets are empty.
+    """
 
     def __call__(self, context: FusionContext) -> Float[Tensor, "teacher batch layer time"]:
         """Non-negative weights. kava renormalises them over the teachers valid at a position."""
@@ -211,6 +218,6 @@ class KVLoss(Protocol):
         """Sum over positions and layers of weight × loss at that position.
 
         The loss of a position is a mean over heads and width. A position of weight 0 has no influence at
-        all, whatever it holds, and no gradient.
+        all, whatever it holds, and no gradient. Layers do not look at one another.
         """
         ...

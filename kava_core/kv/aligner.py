@@ -13,6 +13,7 @@ from kava_core.kv.axes import Cache, Geometry
 from kava_core.kv.extents import expect
 from kava_core.kv.layer_map import LayerMap
 from kava_core.kv.order import Extents, Freedom, Stage, cheapest
+from kava_core.kv.per_layer import at_layer
 from kava_core.kv.stages import adapt_heads, blame, fold_heads, project_dim, warp_time
 from kava_core.kv.time_plan import TimePlan
 from kava_core.kv.timeline import Timeline
@@ -129,30 +130,34 @@ class TeacherAligner(nn.Module):
         with self._blame("time_warper"):
             return warp_time(time_map, x, time=time_map.valid.shape[1])
 
-    def _adapt(self, x: Tensor, part: Part) -> Tensor:
+    def _adapt(self, x: Tensor, part: Part, row: int | None = None) -> Tensor:
         batch, _, _, time, dim = x.shape
-        layer, head = self.adapted.layer, self.adapted.heads(part)
+        layer, head = self.adapted.layer if row is None else 1, self.adapted.heads(part)
         dim = self.adapted.dim if dim == self.moved.dim else dim
         with self._blame("head_adapter"):
-            adapted = adapt_heads(self.head_adapter, x, part, layer=layer, head=head, dim=dim)
+            adapter = at_layer(self.head_adapter, row)
+            adapted = adapt_heads(adapter, x, part, layer=layer, head=head, dim=dim)
             return expect(adapted, (batch, layer, head, time, dim), AXES)
 
-    def _project(self, x: Tensor, part: Part) -> Tensor:
+    def _project(self, x: Tensor, part: Part, row: int | None = None) -> Tensor:
         with self._blame("dim_projector"):
-            projected = project_dim(self.dim_projector, x, part, dim=self.projected.dim)
+            projector = at_layer(self.dim_projector, row)
+            projected = project_dim(projector, x, part, dim=self.projected.dim)
             return expect(projected, (*x.shape[:4], self.projected.dim), AXES)
 
-    def _fold(self, x: Tensor, part: Part) -> Tensor:
-        layer, head, dim = self.fixed.layer, self.fixed.heads(part), self.fixed.dim
+    def _fold(self, x: Tensor, part: Part, row: int | None = None) -> Tensor:
+        layer, head, dim = self.fixed.layer if row is None else 1, self.fixed.heads(part), self.fixed.dim
         with self._blame("head_adapter"):
             return fold_heads(self.head_adapter, x, layer=layer, head=head, dim=dim)
 
-    def _stage(self, stage: Stage, x: Tensor, part: Part, time_map: TimeMap) -> Tensor:
+    def _stage(
+        self, stage: Stage, x: Tensor, part: Part, time_map: TimeMap, row: int | None = None
+    ) -> Tensor:
         if stage == "time":
             return self._warp(x, time_map)
         if self.lifts:
-            return self._fold(x, part)
-        return self._adapt(x, part) if stage == "heads" else self._project(x, part)
+            return self._fold(x, part, row)
+        return self._adapt(x, part, row) if stage == "heads" else self._project(x, part, row)
 
     def stages(self, part: Part, t_time: int, time_map: TimeMap) -> tuple[Stage, ...]:
         """What the teacher's cache goes through after its layers."""
@@ -176,15 +181,26 @@ class TeacherAligner(nn.Module):
         *_, (_, target) = self.steps(cache, time_map)
         return target
 
-    def view_of(self, student: Cache) -> Cache:
-        """The student's cache where the losses compare."""
-        return student.map(self._lift if self.lifts else self._fold)
+    def align_layer(self, sources: Cache, time_map: TimeMap, row: int) -> Cache:
+        """``align`` for the student layer at ``row`` alone, from the teacher layers it reads (``reads``)."""
+        target = {}
+        for part, x in sources.items():
+            x = self.layer_map.one(x, row)
+            for stage in self.stages(part, x.shape[3], time_map):
+                x = self._stage(stage, x, part, time_map, row)
+            target[part] = x
+        return Cache(**target)
 
-    def _lift(self, x: Tensor, part: Part) -> Tensor:
+    def view_of(self, student: Cache, row: int | None = None) -> Cache:
+        """The student's cache where the losses compare; ``row``: it holds only the layer at this place."""
+        view = self._lift if self.lifts else self._fold
+        return student.map(lambda x, part: view(x, part, row))
+
+    def _lift(self, x: Tensor, part: Part, row: int | None = None) -> Tensor:
         time = x.shape[3]
         for stage in self._cheapest(part, time, time, taps=0):
             if stage != "time":
-                x = self._adapt(x, part) if stage == "heads" else self._project(x, part)
+                x = self._adapt(x, part, row) if stage == "heads" else self._project(x, part, row)
         return x
 
     @torch.no_grad()

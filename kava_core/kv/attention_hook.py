@@ -57,15 +57,21 @@ class Slot:
     ) -> None:
         self.model, self.layer, self.last = model, layer, last
         self.parts, self.rotary = parts, rotary
+        self.then: Callable[[Slot], None] | None = None
+        """Called as soon as the layer has left its tensors."""
         self.clear()
 
     def clear(self) -> None:
         """Forget everything."""
+        self.drop()
+        self.angles: Angles | None = None
+        self.seen = self.dim = 0
+
+    def drop(self) -> None:
+        """Forget the tensors, not that they were there."""
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.queries: Tensor | None = None
-        self.angles: Angles | None = None
-        self.seen = self.dim = 0
 
     def write(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Take over one call's tensors; UnsupportedModelError where they are no plain keys and values."""
@@ -140,6 +146,8 @@ def _tapped(original: Callable[..., Any]) -> Callable[..., Any]:
         slot = module.__dict__.get(SLOT)
         if slot is not None:
             slot.write(query, key, value)
+            if slot.then is not None and slot.parts:
+                slot.then(slot)
             if slot.last and not torch.compiler.is_compiling():
                 raise Enough
         return original(module, query, key, value, *args, **kwargs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Literal
 
@@ -37,6 +37,8 @@ class Capture:
         stop: Leave the forward pass after the last of ``layers``: the with-block ends there, and nothing that
             stands in it after the model's call is run. Ignored for a model that is sharded, offloaded or
             compiled, whose own hooks must run to the end.
+        each: Called with every layer's place among ``layers`` and its cache, with an axis ``layer`` of 1, as
+            soon as the layer has made it; nothing is kept, and ``done`` takes the place of ``take``.
 
     Raises:
         UnsupportedModelError: The model has no attention layer, or is no decoder.
@@ -51,6 +53,7 @@ class Capture:
         parts: tuple[Part, ...] = ("keys", "values"),
         rotary: Literal["strip", "keep", "match"] = "strip",
         stop: bool = False,
+        each: Callable[[int, Cache], None] | None = None,
     ) -> None:
         self.name, self.parts = find.model_name(model), parts
         self.modules = find.attention_layers(model)
@@ -65,6 +68,10 @@ class Capture:
             Slot(self.name, i, parts if i in self.layers else (), tap, last=i == last)
             for i, tap in enumerate(self._taps)
         ]
+        self._each = each
+        if each is not None:
+            for slot in self._slots:
+                slot.then = self._hand_over
 
     def __enter__(self) -> Capture:
         """Arm; KavaError where a capture of this model is open or its checkpointing is reentrant."""
@@ -101,14 +108,32 @@ class Capture:
         """
         asked = [self._slots[i] for i in self.layers]
         try:
-            check_seen(asked)
+            self._check(asked)
             if self._followed:
-                check_rotated(self._slots)
                 self._rotation = rotation_of(asked)
             undo = self._rotation if self._strip else None
             return Cache(**{part: stack(asked, part, undo) for part in self.parts})
         finally:
             self._clear()
+
+    def done(self) -> None:
+        """With ``each``: that every layer was handed over once; raises as ``take`` does."""
+        try:
+            self._check([self._slots[i] for i in self.layers])
+        finally:
+            self._clear()
+
+    def _check(self, asked: list[Slot]) -> None:
+        check_seen(asked)
+        if self._followed:
+            check_rotated(self._slots)
+
+    def _hand_over(self, slot: Slot) -> None:
+        assert self._each is not None
+        undo = rotation_of([slot]) if self._followed and self._strip else None
+        cache = Cache(**{part: stack([slot], part, undo) for part in self.parts})
+        slot.drop()
+        self._each(self.layers.index(slot.layer), cache)
 
     def rotation(self) -> Rotation | None:
         """How the forward pass taken last rotated the layers asked for, in their order.

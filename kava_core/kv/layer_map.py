@@ -63,6 +63,7 @@ class LayerMap(nn.Module):
         order = matrix.ne(0).nonzero()[:, 1] if self.single else matrix.argmax(1)
         self.register_buffer("pick", order, persistent=False)
         self.whole = self.single and self.pick.tolist() == list(range(len(self.sources)))
+        self.reads = self._reads(matrix)
 
     def _sources(self, matrix: Float[Tensor, "layer t_layer"], layers: tuple[int, ...]) -> tuple[int, ...]:
         if self.learned:
@@ -80,6 +81,23 @@ class LayerMap(nn.Module):
         if len(set(counts)) > 1:
             raise SpecError(f"layers: concat needs equally many teacher layers for each layer, not {counts}")
         return int(counts[0])
+
+    def _reads(self, matrix: Float[Tensor, "layer t_layer"]) -> tuple[tuple[int, ...], ...]:
+        """For every wanted layer the places, among the sources, of the teacher layers it reads."""
+        if self.learned:
+            return (tuple(range(len(self.sources))),) * len(matrix)
+        if self.single:
+            return tuple(map(tuple, self.pick.view(len(matrix), self.joined).tolist()))
+        return tuple(tuple(row.nonzero().flatten().tolist()) for row in matrix)
+
+    def one(
+        self, x: Float[Tensor, "batch t_layer head time _"], row: int
+    ) -> Float[Tensor, "batch 1 head time dim"]:
+        """The wanted layer at ``row`` alone; ``x`` holds the layers in ``reads[row]``, in that order."""
+        if self.single:
+            return x if self.joined == 1 else join_layers(x, 1)
+        columns = self.columns[list(self.reads[row])]
+        return mix_layers(x, self.mapper()[self.rows[row], columns][None])
 
     def forward(
         self, x: Float[Tensor, "batch t_layer head time _"]

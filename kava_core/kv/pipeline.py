@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
@@ -18,6 +18,7 @@ from kava_core.kv.aligner import TeacherAligner
 from kava_core.kv.axes import PARTS, Cache, Geometry
 from kava_core.kv.extents import expect
 from kava_core.kv.finite import assert_finite
+from kava_core.kv.per_layer import at_layer
 from kava_core.kv.rope import Rotation
 from kava_core.kv.stages import blame, fuse, measure, weigh
 from kava_core.kv.timeline import Timeline
@@ -117,7 +118,7 @@ class KVPipeline(nn.Module):
         self._check_rotary(student)
         self.fuser_config = spec.fuser
         self.fuser = spec.fuser.build(teachers=self.names, student=self.teachers[0].view)
-        rows = [self._compared_rows(config, student) for config in self.configs]
+        rows = self.rows = [self._compared_rows(config, student) for config in self.configs]
         self.losses = nn.ModuleList(
             nn.ModuleList(self._loss(config, a, len(r)) for config, r in zip(self.configs, rows, strict=True))
             for a in self._compared
@@ -204,7 +205,7 @@ class KVPipeline(nn.Module):
 
     def warped(self, aligner: TeacherAligner, cache: Cache, time_map: TimeMap) -> Aligned:
         """``align`` with the time map already planned."""
-        return Aligned(aligner.align(cache.map(_precise), time_map), time_map.valid)
+        return Aligned(aligner.align(cache.map(precise), time_map), time_map.valid)
 
     def forward(
         self,
@@ -241,9 +242,9 @@ class KVPipeline(nn.Module):
         beside: Beside = Beside(),
     ) -> dict[str, Float[Tensor, ""]]:
         """``forward`` for targets that are aligned already."""
-        student = student.map(_precise)
+        student = student.map(precise)
         if self.matches and rotation is not None:
-            aligned = [replace(one, target=_rotated(one.target, rotation)) for one in aligned]
+            aligned = [replace(one, target=rotated(one.target, rotation)) for one in aligned]
         if shapecheck.wanted():
             self._check_values(student, timeline, aligned)
         return self.compare(student, aligned, items, beside)
@@ -257,14 +258,35 @@ class KVPipeline(nn.Module):
         the loss ``router``.
         """
         views = [aligner.view_of(student) for aligner in self.teachers]
-        context = self.context(views[0], aligned, beside)
+        weights, own = self.routed(views[0], aligned, items, beside)
+        return self._terms(views, aligned, weights) | own
+
+    def routed(
+        self, view: Cache, aligned: list[Aligned], items: Tensor, beside: Beside = Beside()
+    ) -> tuple[Float[Tensor, "teacher batch layer time"], dict[str, Float[Tensor, ""]]]:
+        """The fuser's weights, divided by ``items``, and the terms it adds, as for ``compare``."""
+        context = self.context(view, aligned, beside)
         with self._blame_fuser():
-            weights = weigh(self.fuser, context, context.valid, layer=views[0].any.shape[1])
-            own = {ROUTER: self.fuser.penalty(weights) / items} if isinstance(self.fuser, Regularised) else {}
-        terms = self._terms(views, aligned, weights / items) | own
+            weights = weigh(self.fuser, context, context.valid, layer=view.any.shape[1])
+            terms = (
+                {ROUTER: self.fuser.penalty(weights) / items} if isinstance(self.fuser, Regularised) else {}
+            )
         if len(self.names) > 1:
             terms |= self._shares(weights.detach().mean(2).sum(2) / items, beside.tasks)
-        return terms
+        return weights / items, terms
+
+    def of_layer(
+        self, teacher: int, row: int, view: Cache, target: Cache, weight: Float[Tensor, "batch 1 time"]
+    ) -> Iterator[tuple[int, Float[Tensor, ""]]]:
+        """The share that the compared layer at ``row`` has in every loss that looks at it, with its place."""
+        losses = self.losses[teacher]
+        for index, (config, rows) in enumerate(zip(self.configs, self.rows, strict=True)):
+            if row not in rows:
+                continue
+            with blame(f"kv_loss {config.name!r}", config):
+                loss = at_layer(losses[index], rows.index(row))
+                one = measure(loss, view.pick(config.parts), target.pick(config.parts), weight / len(rows))
+                yield index, expect(one, (), "")
 
     def _shares(
         self, weights: Float[Tensor, "teacher batch"], tasks: tuple[str, ...] | None
@@ -373,12 +395,13 @@ def _factor(config: KVLossConfig, progress: float) -> float:
     return 1 + (config.end - 1) * gone
 
 
-def _precise(x: Tensor, _: Part) -> Tensor:
+def precise(x: Tensor, _: Part) -> Tensor:
     """float32 at least: bf16 caches are aligned and compared in float32."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def _rotated(target: Cache, rotation: Rotation) -> Cache:
+def rotated(target: Cache, rotation: Rotation) -> Cache:
+    """Keys and queries as the rotation's forward pass would have them."""
     return target.map(lambda x, part: x if part == "values" else rotation.apply(x))
 
 

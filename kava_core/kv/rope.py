@@ -70,6 +70,11 @@ class Rotation:
         """The inverse of ``apply``."""
         return self._each(x, unrotate)
 
+    def at(self, place: int) -> Rotation:
+        """The rotation of one layer."""
+        one = next(turn for turn in self.turns if place in turn.layers)
+        return Rotation((one._replace(layers=(0,)),), self.dim)
+
     def _each(self, x: Tensor, turn: Callable[..., Tensor]) -> Tensor:
         self._check(x)
         if len(self.turns) == 1:

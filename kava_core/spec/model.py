@@ -160,6 +160,11 @@ class TeacherSpec(ModelSpec):
     """Round the weights of its linear layers to 8 or 4 bits (needs the extra ``quantize``); embeddings, head
     and cache keep their dtype. ``int8``, ``int4``: torchao (int4 takes no less memory than int8); ``nf4``:
     bitsandbytes, half a byte a weight."""
+    placement: str = Field("replicated", pattern=r"^(replicated|sharded|cpu|cuda(:[0-9]+)?)$")
+    """Where its weights are. ``replicated``: on the student's device, whole in every process; ``sharded``:
+    divided among all processes and gathered layer by layer (the same result; with one process as
+    ``replicated``); ``cpu``, ``cuda:1``: on a device of its own, from which its cache comes to the
+    student's."""
 
 
 Operations = Annotated[str, StringConstraints(pattern=r"^[-+*]+$")]
@@ -232,6 +237,27 @@ class HubData(Strict):
 DataSpec = Annotated[ChainData | JsonlData | HubData, Field(discriminator="name")]
 
 
+DivergenceKind = Literal["forward", "reverse", "jeffreys"]
+
+
+class LogitsSpec(Strict):
+    """Beside KV losses: the student's next-token distribution against that of teachers with its vocabulary.
+
+    Each such teacher runs to the end then, its language-model head included. Positions count where both
+    completions agree so far, the prompts may differ.
+    """
+
+    weight: float = Field(1.0, ge=0)
+    """The term is multiplied by this and added to cross-entropy; it is a mean over labelled tokens and
+    teachers."""
+    temperature: float = Field(1.0, gt=0)
+    """Both distributions are softened by it; the term is multiplied by its square."""
+    kind: DivergenceKind = "forward"
+    """``forward``: KL(teacher ‖ student); ``reverse``: KL(student ‖ teacher); ``jeffreys``: their sum."""
+    teachers: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
+    """Names of the teachers; default: all."""
+
+
 class TrainSpec(Strict):
     """The optimisation."""
 
@@ -255,6 +281,10 @@ class TrainSpec(Strict):
     """Autocast dtype of the student's and teachers' forward passes."""
     compile: Literal["inductor", "aot_eager"] | None = None
     """Backend of torch.compile for the student's forward pass; answers are written uncompiled."""
+    stream: bool = False
+    """Form the KV losses while a teacher runs, one of its layers alive at a time: the same gradient with less
+    memory, for long texts and large teachers. Not with ``target: fused``, nor with a fuser that looks at the
+    aligned caches."""
     max_length: Positive = 1024
     """Examples longer than this in any tokenizer are left out, and counted."""
     loss_on: Literal["completion", "all"] = "completion"
@@ -323,6 +353,8 @@ class PipelineSpec(Strict):
     """How much each teacher counts, where and when."""
     losses: tuple[KVLossConfig, ...] = ()
     """KV losses, added to the student's cross-entropy. None: cross-entropy alone."""
+    logits: LogitsSpec | None = None
+    """Distil next-token distributions as well, from teachers with the student's vocabulary."""
     data: DataSpec
     """Where examples come from."""
     train: TrainSpec
@@ -348,6 +380,9 @@ class PipelineSpec(Strict):
             raise ValueError("'losses' need at least one teacher")
         self._check_pretraining_data()
         self._check_texts()
+        self._check_logits(names)
+        if self.train.stream and self.store is not None:
+            raise ValueError("'train.stream' is about teachers that run; a store needs none")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("'seeds' must differ from one another")
         if self.store is not None and self.train.shuffle_teacher:
@@ -356,6 +391,18 @@ class PipelineSpec(Strict):
                 "holds; set 'store: null'"
             )
         return self
+
+    def _check_logits(self, names: list[str]) -> None:
+        if self.logits is None:
+            return
+        if not names:
+            raise ValueError("'logits' needs at least one teacher")
+        if unknown := [name for name in self.logits.teachers or () if name not in names]:
+            raise ValueError(f"'logits.teachers': no teacher {unknown[0]!r}; there are {', '.join(names)}")
+        if self.store is not None:
+            raise ValueError(
+                "'logits' needs teachers that run, and a store holds no logits; set 'store: null'"
+            )
 
     def _check_texts(self) -> None:
         for teacher in self.teachers:

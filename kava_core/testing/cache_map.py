@@ -11,6 +11,7 @@ from torch import Tensor
 from kava_core.config import Part
 from kava_core.errors import KavaError
 from kava_core.kv.axes import PARTS
+from kava_core.kv.per_layer import at_layer
 from kava_core.testing.component import MetaTests
 from kava_core.testing.geometries import EXTENTS, Sides
 from kava_core.testing.require import gradient_of, require, require_finite, require_same, require_tensor
@@ -96,6 +97,18 @@ class CacheMapTests(MetaTests):
             seen, wanted = component(padded, part), component(x, part)
             seen[0, :, :, 2] = wanted[0, :, :, 2]
             require_same(seen, wanted, "a position must not depend on other positions, which may be padding")
+
+    def test_one_layer_alone(self, config: Any) -> None:
+        """With ``train.stream`` layers come one by one; ``layered`` names what each has of its own."""
+        component = self.build(config, self.usual)
+        contract = "a layer alone must give what it gives among all; name parameters by layer in 'layered'"
+        for part, x in self.inputs(config, self.usual).items():
+            whole = component(x, part)
+            if whole.shape[1] != x.shape[1]:  # it sees all layers as one
+                continue
+            for row in range(x.shape[1]):
+                alone = at_layer(component, row)(x[:, row : row + 1], part)
+                require_same(alone, whole[:, row : row + 1], contract)
 
     def test_linear_is_linear(self, config: Any) -> None:
         """kava exchanges stages that say ``linear`` (affine, in fact) where that is cheaper."""

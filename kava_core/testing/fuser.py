@@ -102,6 +102,20 @@ class FuserTests(MetaTests):
         seen = self._weigh(component, replace(context, targets=targets))
         require_same(seen, wanted, "a teacher must have no influence at positions where it is not valid")
 
+    def test_targets_are_needed_or_not_looked_at(self, config: Any) -> None:
+        """With ``needs_targets = False`` weights are asked for before the teachers run."""
+        component, context = self.build(config, self.usual), self.inputs(config, self.usual)
+        if getattr(component, "needs_targets", True):
+            return
+        without = replace(context, targets=tuple(Cache() for _ in context.targets))
+        contract = "with needs_targets = False the weights must not depend on the teachers' targets"
+        try:
+            seen = self._weigh(component, without)
+        except Exception as error:
+            require(False, contract, f"without them it raised {type(error).__name__}")
+        else:
+            require_same(seen, self._weigh(component, context), contract)
+
     def test_examples_are_independent(self, config: Any) -> None:
         """An example alone gives what it gives in a batch."""
         component, context = self.build(config, self.usual), self.inputs(config, self.usual)

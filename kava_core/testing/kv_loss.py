@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kava_core.kv.axes import Cache
+from kava_core.kv.per_layer import at_layer
 from kava_core.testing.component import MetaTests
 from kava_core.testing.geometries import EXTENTS, GEOMETRIES, Sides
 from kava_core.testing.require import gradient_of, require, require_finite, require_same, require_tensor
@@ -134,6 +135,15 @@ class KVLossTests(MetaTests):
         contract = "the loss of a batch must be the sum over its examples, each taken alone"
         require_same(component(*compared), apart, contract)
 
+    def test_layers_are_independent(self, config: Any) -> None:
+        """The loss of a batch is the sum of the losses of its layers."""
+        component, compared = self.build(config, self.usual), self.inputs(config, self.usual)
+        apart = torch.stack(
+            [at_layer(component, row)(*_layer(compared, row)) for row in range(compared.weight.shape[1])]
+        ).sum()
+        contract = "the loss of a batch must be the sum over its layers, each taken alone"
+        require_same(component(*compared), apart, contract)
+
     def test_padding_has_no_influence(self, config: Any) -> None:
         """More positions of weight 0 change nothing, on either side."""
         component, compared = self.build(config, self.usual), self.inputs(config, self.usual)
@@ -175,6 +185,14 @@ def _rows(compared: Compared, row: int) -> Compared:
     rows = slice(row, row + 1)
     student, target, weight = compared
     return Compared(_each(student, lambda x: x[rows]), _each(target, lambda x: x[rows]), weight[rows])
+
+
+def _layer(compared: Compared, row: int) -> Compared:
+    rows = slice(row, row + 1)
+    student, target, weight = compared
+    return Compared(
+        _each(student, lambda x: x[:, rows]), _each(target, lambda x: x[:, rows]), weight[:, rows]
+    )
 
 
 def _padded(x: Tensor, padding: tuple[int, int]) -> Tensor:

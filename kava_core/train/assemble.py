@@ -31,6 +31,7 @@ from kava_core.spec.model import ModelSpec, PipelineSpec, TeacherSpec
 from kava_core.store.index import PROJECTORS
 from kava_core.store.reader import Store
 from kava_core.train.distiller import Distiller
+from kava_core.train.logits import assert_same_vocabulary
 from kava_core.train.models import load_model, load_student, model_config
 from kava_core.train.room import assert_room, assert_room_to_write
 from kava_core.train.teacher import Teacher
@@ -75,8 +76,15 @@ class Data:
 
 
 def used_teachers(spec: PipelineSpec) -> tuple[Any, ...]:
-    """The spec's teachers; none where every loss has weight 0."""
-    return spec.teachers if active(spec) else ()
+    """The spec's teachers that run: all with KV losses, else those whose logits are distilled, or none."""
+    return spec.teachers if active(spec) else tuple(t for t in spec.teachers if t.name in heard(spec))
+
+
+def heard(spec: PipelineSpec) -> tuple[str, ...]:
+    """Names of the teachers whose logits are distilled."""
+    if spec.logits is None or spec.logits.weight == 0:
+        return ()
+    return spec.logits.teachers or tuple(teacher.name for teacher in spec.teachers)
 
 
 def tokenizer_of(model: ModelSpec, splits: Splits, template: Any, *, where: str) -> PreTrainedTokenizerBase:
@@ -137,24 +145,41 @@ def make_distiller(spec: PipelineSpec, data: Data, *, seed: int) -> Distiller:
         return Distiller(student)
     if data.store is not None:
         return _reading_distiller(spec, data, data.store, student, seed)
+    for name in heard(spec):
+        assert_same_vocabulary(data.tokenizer, data.teacher_tokenizers[name], who=f"teacher {name!r}")
     models = load_teachers(spec, data)
     for name, model in models.items():
         assert_room(model.config, longest[name], who=f"teacher {name!r}")
-    pipeline = make_pipeline(
-        spec, {n: geometry_of(m) for n, m in models.items()}, geometry_of(student), seed=seed
-    )
+    geometries = {name: geometry_of(model) for name, model in models.items()} if active(spec) else {}
+    pipeline = make_pipeline(spec, geometries, geometry_of(student), seed=seed) if geometries else None
+    sources = {a.name: a.sources for a in pipeline.teachers} if pipeline is not None else {}
     teachers = [
-        Teacher(t.name, models[t.name], layers=a.sources, parts=parts_of(spec), rotary=spec.rotary)
-        for t, a in zip(spec.teachers, pipeline.teachers, strict=True)
+        Teacher(
+            name,
+            model,
+            layers=sources.get(name, ()),
+            parts=parts_of(spec),
+            rotary=spec.rotary,
+            logits=name in heard(spec),
+        )
+        for name, model in models.items()
     ]
-    return Distiller(student, pipeline, teachers, parts=parts_of(spec), rotary=spec.rotary)
+    return Distiller(
+        student,
+        pipeline,
+        teachers,
+        parts=parts_of(spec),
+        rotary=spec.rotary,
+        stream=spec.train.stream,
+        logits=spec.logits if heard(spec) else None,
+    )
 
 
 def load_teachers(spec: PipelineSpec, data: Data) -> dict[str, Any]:
     """Every teacher's model, by name; teachers that differ only in what they read share one."""
     models: dict[str, Any] = {}
     loaded: dict[str, Any] = {}
-    for teacher in spec.teachers:
+    for teacher in used_teachers(spec):
         key = weights_key(teacher)
         if key not in loaded:
             tokenizer = data.teacher_tokenizers[teacher.name]

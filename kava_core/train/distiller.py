@@ -7,6 +7,8 @@ of it; teachers are held where ``nn.Module`` does not look, so that nothing trai
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,13 +20,21 @@ from kava_core.config import Part
 from kava_core.kv.aligner import TeacherAligner
 from kava_core.kv.axes import Cache
 from kava_core.kv.capture import Capture
+from kava_core.kv.layer_stream import Stream, assert_streams, stream_terms
 from kava_core.kv.masks import without_autocast
-from kava_core.kv.pipeline import Aligned, Beside, KVPipeline
+from kava_core.kv.pipeline import ROUTER, Aligned, Beside, KVPipeline, precise
+from kava_core.kv.rope import Rotation
 from kava_core.kv.timeline import Timeline
 from kava_core.kv.timemap import TimeMap
 from kava_core.protocols import Rewarded
+from kava_core.spec.model import LogitsSpec
 from kava_core.store.reader import target_of
+from kava_core.train.logits import logit_divergence, same_tokens
+from kava_core.train.placement import REPLICATED
 from kava_core.train.teacher import Teacher
+
+LOGITS = "logits"
+"""Name of the term of next-token distributions."""
 
 IGNORED = -100
 """Label of positions without cross-entropy, as in transformers."""
@@ -45,15 +55,31 @@ def cross_entropy(
     )
 
 
+@dataclass(frozen=True)
+class Own:
+    """What one forward pass of the student gave."""
+
+    logits: Float[Tensor, "batch time vocab"]
+    ce: Float[Tensor, ""]
+    cache: Cache
+    rotation: Rotation | None
+    beside: Beside
+
+
 class Distiller(nn.Module):
     """What the trainer trains.
 
     Args:
         student: a causal language model of transformers, possibly with adapters.
-        pipeline: alignment, fusion and KV losses; None trains on cross-entropy alone.
+        pipeline: alignment, fusion and KV losses; None trains without any.
         teachers: one for each aligner of the pipeline; none where batches bring stored targets.
         parts: what the losses compare.
         rotary: whether keys and queries are compared without their rotation.
+        stream: form the KV terms while the teachers run, one of their layers alive at a time.
+        logits: the term of next-token distributions; teachers whose ``logits`` are kept take part.
+
+    Raises:
+        SpecError: this pipeline's terms cannot be had layer by layer.
     """
 
     main_input_name = "student"
@@ -67,13 +93,17 @@ class Distiller(nn.Module):
         *,
         parts: tuple[Part, ...] = ("keys", "values"),
         rotary: Literal["strip", "keep", "match"] = "strip",
+        stream: bool = False,
+        logits: LogitsSpec | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.config = student.config
         self.pipeline = pipeline
         self.__dict__["teachers"] = tuple(teachers)
-        self.parts, self.rotary = parts, rotary
+        self.parts, self.rotary, self.stream, self.logits = parts, rotary, stream, logits
+        if stream and pipeline is not None:
+            assert_streams(pipeline)
         self.__dict__["capture"] = None if pipeline is None else self._capture(rotary)
 
     def _capture(self, rotary: Literal["strip", "keep", "match"]) -> Capture:
@@ -92,33 +122,116 @@ class Distiller(nn.Module):
             items: Float ``2``: labelled positions and real tokens of the whole batch.
 
         Returns:
-            ``loss`` (cross-entropy + Σ λ · term), and detached ``ce`` and every KV term.
+            ``loss`` (cross-entropy + Σ λ · term), and detached ``ce`` and every term.
         """
+        own, total, terms = self._distilled(student, teachers, items)
+        if self.logits is not None:
+            terms[LOGITS] = self._logit_term(own.logits, student, teachers, items[0])
+            total = total + self.logits.weight * terms[LOGITS]
+        self._reward(own.ce.detach() * items[0], student["labels"])
+        return {"loss": own.ce + total, "ce": own.ce.detach(), **{n: t.detach() for n, t in terms.items()}}
+
+    def _distilled(
+        self, student: Mapping[str, Any], teachers: Mapping[str, Mapping[str, Any]], items: Tensor
+    ) -> tuple[Own, Tensor, dict[str, Tensor]]:
+        """The student's pass, Σ λ · KV term, and the KV terms."""
         if self.pipeline is None:
-            ce = cross_entropy(self._outputs(student).logits, student["labels"], items[0])
-            return {"loss": ce, "ce": ce.detach()}
-        ce, terms = self.terms(student, teachers, items)
-        with without_autocast(ce.device):
-            loss = ce + self.pipeline.total(terms)
-        self._reward(ce.detach() * items[0], student["labels"])
-        return {"loss": loss, "ce": ce.detach(), **{name: term.detach() for name, term in terms.items()}}
+            for teacher in self.__dict__["teachers"]:
+                teacher.read(teachers[teacher.name])
+            own = self._pass(student, items)
+            return own, torch.zeros_like(own.ce), {}
+        if self.stream:
+            factors = self.pipeline.present_weights()[None]
+            own, sums, terms, more = self._streamed(student, teachers, items, factors)
+            return own, sums[0] + more.get(ROUTER, 0), terms | more
+        own, terms = self._compared(student, teachers, items)
+        with without_autocast(own.ce.device):
+            return own, self.pipeline.total(terms), terms
 
     def terms(
         self, student: Mapping[str, Any], teachers: Mapping[str, Mapping[str, Any]], items: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy and every unweighted KV term, with gradient; arguments as in ``forward``."""
         assert self.pipeline is not None
+        if not self.stream:
+            own, terms = self._compared(student, teachers, items)
+            return own.ce, terms
+        apart = torch.eye(len(self.pipeline.terms), device=items.device)
+        own, sums, _, more = self._streamed(student, teachers, items, apart)
+        return own.ce, dict(zip(self.pipeline.terms, sums.unbind(), strict=True)) | more
+
+    def _compared(
+        self, student: Mapping[str, Any], teachers: Mapping[str, Mapping[str, Any]], items: Tensor
+    ) -> tuple[Own, dict[str, Tensor]]:
+        """With every teacher's aligned cache at once."""
+        assert self.pipeline is not None
         timeline = Timeline.from_batch(student)
         aligned = self.aligned(teachers, timeline, self.pipeline, self.pipeline.choose())
-        capture: Capture = self.__dict__["capture"]
+        own = self._pass(student, items)
+        with without_autocast(own.ce.device):
+            terms = self.pipeline.terms_of(own.cache, aligned, timeline, items[1], own.rotation, own.beside)
+            return own, terms
+
+    def _streamed(
+        self,
+        student: Mapping[str, Any],
+        teachers: Mapping[str, Mapping[str, Any]],
+        items: Tensor,
+        factors: Tensor,
+    ) -> tuple[Own, Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Layer by layer: sums of KV terms with gradient, the terms without, and what the fuser adds."""
+        pipeline = self.pipeline
+        assert pipeline is not None
+        timeline, chosen = Timeline.from_batch(student), pipeline.choose()
+        own = self._pass(student, items)
+        maps = [_time_map(a, teachers[a.name], timeline) for a in pipeline.teachers]
+        nowhere = torch.zeros_like(timeline.mask)
+        there = [
+            Aligned(Cache(), one.valid if runs else nowhere, runs)
+            for one, runs in zip(maps, chosen, strict=True)
+        ]
+        with without_autocast(own.ce.device):
+            view = pipeline.teachers[0].view_of(own.cache.map(precise))
+            weights, more = pipeline.routed(view, there, items[1], own.beside)
+        streams = [
+            Stream(place, partial(self._teacher(a.name).stream, teachers[a.name]), maps[place])
+            for place, a in enumerate(pipeline.teachers)
+            if chosen[place]
+        ]
+        sums, terms = stream_terms(pipeline, own.cache, weights, streams, factors, own.rotation)
+        return own, sums, terms, more
+
+    def _pass(self, student: Mapping[str, Any], items: Tensor) -> Own:
+        """The student's forward pass; its cache is captured where there are KV losses."""
+        capture: Capture | None = self.__dict__["capture"]
+        if capture is None:
+            logits = self._outputs(student).logits
+            return Own(logits, cross_entropy(logits, student["labels"], items[0]), Cache(), None, Beside())
         with capture:
             outputs = self._outputs(student)
         ce = cross_entropy(outputs.logits, student["labels"], items[0])
         with without_autocast(ce.device):
             cache = capture.take()
-            rotation = capture.rotation() if self.rotary == "match" else None
-            beside = Beside(self._hidden(outputs), student.get("tasks"))
-            return ce, self.pipeline.terms_of(cache, aligned, timeline, items[1], rotation, beside)
+        rotation = capture.rotation() if self.rotary == "match" else None
+        return Own(outputs.logits, ce, cache, rotation, Beside(self._hidden(outputs), student.get("tasks")))
+
+    def _logit_term(
+        self,
+        logits: Tensor,
+        student: Mapping[str, Any],
+        teachers: Mapping[str, Mapping[str, Any]],
+        labelled: Tensor,
+    ) -> Tensor:
+        """Mean divergence over labelled tokens and over the teachers that ran with their logits kept."""
+        assert self.logits is not None
+        heard = [(t.name, found) for t in self.__dict__["teachers"] if (found := t.take_logits()) is not None]
+        terms = [torch.zeros_like(labelled)]
+        for name, found in heard:
+            places, counts = same_tokens(student, teachers[name])
+            weight = counts / (labelled * len(heard))
+            how: dict[str, Any] = {"temperature": self.logits.temperature, "kind": self.logits.kind}
+            terms.append(logit_divergence(logits, found.to(logits.device), places, weight, **how))
+        return torch.stack(terms).sum()
 
     def aligned(
         self,
@@ -172,10 +285,10 @@ class Distiller(nn.Module):
             **({"output_hidden_states": True} if self._wants_hidden else {}),
         )
 
-    def place_teachers(self, device: torch.device) -> None:
-        """Move the teachers to the device of the batches."""
+    def place_teachers(self, device: torch.device, placements: Mapping[str, str] | None = None) -> None:
+        """Bring the teachers to where the spec places them, by name: by default the device of the batches."""
         for teacher in self.__dict__["teachers"]:
-            teacher.to(device)
+            teacher.to(device, (placements or {}).get(teacher.name, REPLICATED))
 
     @torch.no_grad()
     def calibrate(self, batch: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from kava_core.data.dataset import EncodedDataset
 from kava_core.data.examples import Example, is_correct
 from kava_core.spec.model import EvaluateSpec, Template
 from kava_core.train.collapse import EXAMPLES, CollapseMonitor
-from kava_core.train.distiller import IGNORED, Distiller
+from kava_core.train.distiller import IGNORED, LOGITS, Distiller
 from kava_core.train.shares import shares
 from kava_core.train.time_plans import PlansTime
 
@@ -60,7 +60,8 @@ class Evaluator:
         self.monitor.begin(distiller, self._watched(distiller, device))
 
     def _watched(self, distiller: Distiller, device: torch.device) -> dict[str, Any]:
-        some = [self.items[index] for index in range(min(EXAMPLES, len(self.items)))]
+        count = min(EXAMPLES, self.spec.batch_size, len(self.items))
+        some = [self.items[index] for index in range(count)]
         batch: dict[str, Any] = send_to_device(PlansTime(self.collator, distiller.pipeline)(some), device)
         return batch
 
@@ -133,10 +134,11 @@ def _added(mine: dict[str, float]) -> dict[str, float]:
 
 def _means(sums: dict[str, float]) -> dict[str, float]:
     labelled, tokens = sums.pop("labelled"), sums.pop("tokens")
-    ce = sums.pop("ce") / max(labelled, 1)
+    of_labels = {name: sums.pop(name) / max(labelled, 1) for name in ("ce", LOGITS) if name in sums}
     sums.pop("loss")
-    perplexity = math.exp(ce) if ce < 700 else math.inf
-    return {"ce": ce, "perplexity": perplexity, **_of_tasks({n: v / tokens for n, v in sums.items()})}
+    ce = of_labels["ce"]
+    of_labels["perplexity"] = math.exp(ce) if ce < 700 else math.inf
+    return of_labels | _of_tasks({name: value / tokens for name, value in sums.items()})
 
 
 def _of_tasks(means: dict[str, float]) -> dict[str, float]:

@@ -24,28 +24,23 @@ from kava_core.train.assemble import tokenizer_of
 
 
 def pretraining_spec(spec: PipelineSpec, model: ModelSpec) -> PipelineSpec:
-    """The run that trains ``model`` on the data of ``spec``, or its own changes of them."""
+    """The run that trains ``model`` on the data of ``spec``, or its own changes of them.
+
+    Nothing else of the spec enters it, so that variants share the trained model.
+    """
     plan = model.pretrain
     assert plan is not None
     fields = {name: getattr(model, name) for name in ModelSpec.model_fields if name != "pretrain"}
     if plan.data and isinstance(model.tokenizer, TrainTokenizer):
         fields["tokenizer"] = _tokenizer_of_all(spec, model)
-    return spec.model_copy(
-        update={
-            "name": "pretrained",
-            "student": StudentSpec(**fields),
-            "teachers": (),
-            "losses": (),
-            "variants": {},
-            "rotary": "strip",
-            "target": "separate",
-            "seeds": (plan.seed,),
-            "store": None,
-            "data": _data(spec, model),
-            "train": _train(plan, spec.train),
-            "evaluate": EvaluateSpec(**spec.evaluate.model_dump() | {"every": plan.steps}),
-            "output": str(cache_folder()),
-        }
+    return type(spec)(
+        name="pretrained",
+        student=StudentSpec(**fields),
+        data=_data(spec, model),
+        train=_train(plan, spec.train),
+        evaluate=EvaluateSpec(**spec.evaluate.model_dump() | {"every": plan.steps}),
+        seeds=(plan.seed,),
+        output=str(cache_folder()),
     )
 
 

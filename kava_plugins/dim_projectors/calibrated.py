@@ -44,6 +44,7 @@ class Calibrated(nn.Module):
         for part in self.parts:
             head = teacher.heads(part) if config.per_head else 1
             self._attach(part, teacher.layer, head, student.dim, teacher.dim)
+        self.layered = tuple(name for name in self.state_dict())
         self.register_buffer("ready", torch.zeros(len(self.parts), dtype=torch.bool))
         self._seen: dict[Part, Moments] = {}
         self._checked: set[Part] = set()

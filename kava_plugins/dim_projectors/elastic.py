@@ -40,6 +40,8 @@ class Elastic(nn.Module):
                 widths = (teacher.dim, self.inside, student.dim)
                 self._attach(part, teacher.layer, head, widths, seed=config.seed + 2 * order)
 
+        self.layered = tuple(name for name, _ in self.named_parameters())
+
     def _attach(self, part: Part, layer: int, head: int, widths: tuple[int, int, int], *, seed: int) -> None:
         """Parameters ``{part}_{down,up}`` and ``{part}_{down,up}_bias``."""
         for step, name in enumerate(("down", "up")):

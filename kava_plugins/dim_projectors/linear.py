@@ -24,6 +24,7 @@ class Linear(nn.Module):
         self.shared_width = config.share_heads
         self.learning_rate = config.learning_rate
         self.owner = owners(share_heads=config.share_heads, share_kv=config.share_kv)
+        self.layered = tuple(self.owner.values())
         draw = orthogonal if config.init == "orthogonal" else normal
         for order, part in enumerate(PARTS):
             if self.owner[part] == part and teacher.heads(part):

@@ -18,6 +18,7 @@ class Fixed(nn.Module):
     With ``sample`` only some teachers count in a forward pass of training, and only they run.
     """
 
+    needs_targets = False
     weights: Float[Tensor, " teacher"]
     chosen: Bool[Tensor, " teacher"]
 

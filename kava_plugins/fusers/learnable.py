@@ -21,6 +21,7 @@ class Learnable(nn.Module):
     that is easiest to match; ``entropy`` and ``balance`` hold it back.
     """
 
+    needs_targets = False
     needs_hidden = True
 
     def __init__(self, config: Config, *, teachers: tuple[str, ...], student: Geometry) -> None:

@@ -19,6 +19,7 @@ class Reinforce(nn.Module):
     fell. In evaluation all teachers are weighed with their probabilities.
     """
 
+    needs_targets = False
     loss_before: Float[Tensor, ""]
     baseline: Float[Tensor, ""]
     advantage: Float[Tensor, ""]

@@ -23,6 +23,7 @@ class Similarity(nn.Module):
     part. Prototypes are fixed; no gradient reaches the student through its query.
     """
 
+    needs_targets = False
     prototypes: Float[Tensor, "teacher layer dim"]
     count: Float[Tensor, " teacher"]
     ready: Bool[Tensor, ""]

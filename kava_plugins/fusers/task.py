@@ -15,6 +15,7 @@ from kava_plugins.fusers.fixed import constants
 class Task(nn.Module):
     """An example's label chooses its row of weights; an unknown or missing label gets ``default``."""
 
+    needs_targets = False
     table: Float[Tensor, "_ teacher"]
 
     def __init__(self, config: Config, *, teachers: tuple[str, ...], student: Geometry) -> None:

@@ -29,6 +29,7 @@ class Structured(nn.Module):
         for order, part in enumerate(parts):
             mix = _initial(config, teacher, student, part, seed=config.seed + order)
             _attach(self, f"{part}_mix", mix, trainable=config.trainable)
+        self.layered = tuple(f"{part}_mix" for part in parts) if config.per_layer else ()
 
     def forward(
         self, x: Float[Tensor, "batch layer t_head time dim"], part: Part

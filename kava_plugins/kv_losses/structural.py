@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -25,27 +27,36 @@ class Structural(nn.Module):
         super().__init__()
         self.cosines = {"keys": config.alpha_k, "values": config.alpha_v}
         self.alpha_attn, self.config = config.alpha_attn, config
-        chosen = _chosen(config.attention_layers, student.layer)
-        self.share = student.layer / max(1, len(chosen))
+        self.chosen = _chosen(config.attention_layers, student.layer)
+        self.share = student.layer / max(1, len(self.chosen))
         self.attention_layers: Tensor
-        self.register_buffer("attention_layers", torch.tensor(chosen, dtype=torch.long), persistent=False)
+        self.register_buffer(
+            "attention_layers", torch.tensor(self.chosen, dtype=torch.long), persistent=False
+        )
 
     def forward(
         self, student: Cache, target: Cache, weight: Float[Tensor, "batch layer time"]
     ) -> Float[Tensor, ""]:
         """Σ weight × loss of the position, over positions and layers."""
+        return self._sum(student, target, weight, self.attention_layers)
+
+    def at_layer(self, row: int) -> Callable[[Cache, Cache, Tensor], Tensor]:
+        """The loss for caches that hold only the layer at ``row``."""
+        here = self.attention_layers.new_zeros(int(row in self.chosen))
+        return lambda student, target, weight: self._sum(student, target, weight, here)
+
+    def _sum(self, student: Cache, target: Cache, weight: Tensor, attention_layers: Tensor) -> Tensor:
         terms = [
             alpha * _cosine(getattr(student, part), getattr(target, part), weight)
             for part, alpha in self.cosines.items()
             if alpha > 0
         ]
-        if self.alpha_attn > 0:
-            terms.append(self.alpha_attn * self._attention(student, target, weight))
-        return torch.stack(terms).sum()
+        if self.alpha_attn > 0 and len(attention_layers):
+            terms.append(self.alpha_attn * self._attention(student, target, weight, attention_layers))
+        return torch.stack(terms).sum() if terms else 0 * weight.sum()
 
-    def _attention(self, student: Cache, target: Cache, weight: Tensor) -> Tensor:
+    def _attention(self, student: Cache, target: Cache, weight: Tensor, layers: Tensor) -> Tensor:
         """The mean over the chosen layers stands for the mean over all."""
-        layers = self.attention_layers
         if len(layers) < weight.shape[1]:
             reads = student.pick(("keys", "queries")), target.pick(("keys", "queries"))
             student, target = (cache.map(lambda x, _: x.index_select(1, layers)) for cache in reads)

@@ -18,6 +18,7 @@ from kava_core.errors import KavaError, SpecError
 from kava_core.paths import cache_folder
 from kava_core.spec.model import Template, TrainTokenizer
 from kava_core.train.assemble import load_teachers, make_data, make_distiller
+from kava_core.train.pretrain import pretraining_spec
 from kava_core.train.run import run
 from kava_core.train.sample import Drawing, rationale_of, sample
 from tests import tiny
@@ -211,3 +212,19 @@ def test_the_rationale_is_cut_out_of_what_was_written() -> None:
     assert rationale_of("steps: a\nb\n#### 12", lines) == "a\nb"
     assert rationale_of("steps: a\n####12", lines) == "a"
     assert rationale_of("no mark", SHORT) is None
+
+
+def test_variants_share_a_pretrained_teacher(tmp_path: Path) -> None:
+    """What a variant changes beside the data leaves the pretraining run the same."""
+    model = teacher(pretrain={"steps": 2})
+    changes: list[dict[str, Any]] = [
+        {},
+        {"fuser": {"name": "fixed", "weights": {"t": 2.0}}},
+        {"losses": []},
+        {"logits": {"weight": 0.5}},
+        {"rotary": "keep"},
+        {"train": {"stream": True}},
+    ]
+    specs = [tiny.spec(tmp_path, teachers=[model], **change) for change in changes]
+    plans = [pretraining_spec(spec, spec.teachers[0]) for spec in specs]
+    assert all(plan == plans[0] for plan in plans)

@@ -52,6 +52,9 @@ FAULTS = [
     ("SumsToTwo", "test_rows_are_means", r"weights must sum to 1; the sums are \[2.0, 2.0, 2.0\]"),
     ("Restless", "test_constant_without_parameters", r"zeros at the same places every time"),
     ("Negative", "test_weights_are_at_least_0", r"must be at least 0; one is -0.5"),
+    ("UnnamedLayers", "test_one_layer_alone", r"name parameters by layer in 'layered'"),
+    ("LayerLeak", "test_layers_are_independent", r"must be the sum over its layers, each taken alone"),
+    ("Peeks", "test_targets_are_needed_or_not_looked_at", r"without them it raised StopIteration"),
     (
         "SeesMasked",
         "test_masked_teachers_have_no_influence",

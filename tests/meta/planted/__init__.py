@@ -22,11 +22,15 @@ PROJECTORS = {
     name: _declared(name)
     for name in (
         *("Cropped", "WrongAxis", "WrongDtype", "InPlace", "BatchLeak", "TimeLeak", "Detached"),
+        "UnnamedLayers",
         *("FalselyLinear", "FalselyShared", "Noisy", "Forgetful", "Homesick", "PeeksAtPadding"),
     )
 }
-LOSSES = {name: _declared(name, KVLossConfig) for name in ("Absolute", "MaskLeak", "DetachedLoss", "HalfSum")}
+LOSSES = {
+    name: _declared(name, KVLossConfig)
+    for name in ("Absolute", "MaskLeak", "DetachedLoss", "HalfSum", "LayerLeak")
+}
 ADAPTERS = {name: _declared(name) for name in ("FirstHeads", "WrongView", "DroppedFold")}
 WARPERS = {name: _declared(name) for name in ("Shift", "ReadsPadding", "BatchLength")}
 MAPPERS = {name: _declared(name) for name in ("First", "SumsToTwo", "Restless")}
-FUSERS = {name: _declared(name) for name in ("Equal", "Negative", "SeesMasked")}
+FUSERS = {name: _declared(name) for name in ("Equal", "Negative", "SeesMasked", "Peeks")}

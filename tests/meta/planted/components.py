@@ -27,6 +27,15 @@ class WrongAxis(Cropped):
         return super().forward(x, part).transpose(2, 3)
 
 
+class UnnamedLayers(Cropped):
+    def __init__(self, config, *, teacher, student):
+        super().__init__(config, teacher=teacher, student=student)
+        self.register_buffer("gain", torch.arange(1.0, 1 + student.layer)[:, None, None, None])
+
+    def forward(self, x, part):
+        return super().forward(x, part) * self.gain.to(x.dtype)
+
+
 class WrongDtype(Cropped):
     def forward(self, x, part):
         return super().forward(x, part).float()
@@ -119,6 +128,11 @@ class MaskLeak(Absolute):
     def part(self, x, target, weight):
         wide = torch.promote_types(x.dtype, torch.float32)
         return ((x.to(wide) - target.to(wide)).abs().mean((2, 4)) * weight).sum()
+
+
+class LayerLeak(Absolute):
+    def part(self, x, target, weight):
+        return super().part(x, target, weight) * weight.shape[1]
 
 
 class DetachedLoss(Absolute):
@@ -224,6 +238,13 @@ class Equal(nn.Module):
     def forward(self, context):
         layer = context.student.any.shape[1]
         return torch.ones_like(context.valid, dtype=torch.float32)[:, :, None].expand(-1, -1, layer, -1)
+
+
+class Peeks(Equal):
+    needs_targets = False
+
+    def forward(self, context):
+        return super().forward(context) * context.targets[0].any.abs().mean()
 
 
 class Negative(Equal):

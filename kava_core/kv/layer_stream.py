@@ -1,0 +1,229 @@
+"""The KV losses while the teacher runs: one teacher layer, its target and its gradient alive at a time.
+
+The terms are sums over student layers, so each layer's share and its gradient can be formed as soon as the
+teacher layers it reads have run. What remains is the gradient of the student's cache, which the backward pass
+would make anyway. Everything stands in one ``autograd.Function``, so the trainer, DDP and FSDP meet an
+ordinary scalar.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kava_core.errors import SpecError
+from kava_core.kv.aligner import TeacherAligner
+from kava_core.kv.axes import Cache
+from kava_core.kv.masks import without_autocast
+from kava_core.kv.pipeline import KVPipeline, precise, rotated
+from kava_core.kv.rope import Rotation
+from kava_core.kv.timemap import TimeMap
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One teacher that is about to run."""
+
+    teacher: int
+    """Its place among the pipeline's."""
+    run: Callable[[Callable[[int, Cache], None]], None]
+    """Runs it; the argument takes the place and the cache of every layer its aligner reads, as it comes."""
+    time_map: TimeMap
+
+
+def assert_streams(pipeline: KVPipeline) -> None:
+    """SpecError where the losses cannot be had layer by layer."""
+    if not pipeline.separate:
+        raise SpecError("train.stream: target: fused needs all teachers' caches at once; use separate")
+    if getattr(pipeline.fuser, "needs_targets", True):
+        name = pipeline.fuser_config.name
+        raise SpecError(f"train.stream: fuser {name!r} looks at the teachers' aligned caches; choose another")
+    for aligner in pipeline.teachers:
+        if aligner.view.layer != len(pipeline.layers):
+            raise SpecError(
+                f"train.stream: the head adapter of teacher {aligner.name!r} sees all layers as one; use "
+                "structured, or flat without 'layers'"
+            )
+
+
+def stream_terms(
+    pipeline: KVPipeline,
+    student: Cache,
+    weights: Float[Tensor, "teacher batch layer time"],
+    streams: Sequence[Stream],
+    factors: Float[Tensor, "sums terms"],
+    rotation: Rotation | None = None,
+) -> tuple[Float[Tensor, " sums"], dict[str, Float[Tensor, ""]]]:
+    """Weighted sums of the loss terms, with gradient, and the unweighted terms, without.
+
+    Args:
+        pipeline: says what is aligned and compared.
+        student: the student's cache of the compared layers.
+        weights: of every teacher at every position, as ``KVPipeline.routed`` gives them.
+        streams: the teachers that run, one after another.
+        factors: each sum's factor of every term. The gradient of each sum takes as much memory as the
+            student's cache.
+        rotation: as for ``KVPipeline.forward``.
+
+    Equal to ``KVPipeline.terms_of`` up to the order in which layers are added.
+    """
+    trained = [p for p in (*pipeline.aligners.parameters(), *pipeline.losses.parameters()) if p.requires_grad]
+    parts = dict(student.map(precise).items())
+    job = _Job(pipeline, streams, factors, rotation, tuple(parts), trained)
+    wanted = torch.is_grad_enabled()
+    sums, terms = _Streamed.apply(job, wanted, weights, *parts.values(), *trained)  # type: ignore[no-untyped-call]
+    return sums, dict(zip(pipeline.terms, terms.unbind(), strict=True))
+
+
+class _Streamed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, job: _Job, wanted: bool, weights: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        needed = ctx.needs_input_grad[2:] if wanted else (False,) * (1 + len(tensors))
+        sums, terms, gradients = job(weights, tensors, needed)
+        ctx.save_for_backward(*(g for one in gradients for g in one))
+        ctx.sums = len(gradients)
+        ctx.mark_non_differentiable(terms)
+        return sums, terms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        each = len(saved) // ctx.sums
+        found: list[Tensor | None] = []
+        for place in range(each):
+            parts = saved[place::each]
+            made = [g * one for g, one in zip(gradient, parts, strict=True) if one is not None]
+            found.append(sum(made[1:], made[0]) if made else None)
+        return None, None, *found
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All teachers of a forward pass."""
+
+    pipeline: KVPipeline
+    streams: Sequence[Stream]
+    factors: Tensor
+    rotation: Rotation | None
+    parts: tuple[Any, ...]
+    trained: Sequence[Tensor]
+
+    def __call__(
+        self, weights: Tensor, tensors: tuple[Tensor, ...], needed: tuple[bool, ...]
+    ) -> tuple[Tensor, Tensor, list[list[Tensor | None]]]:
+        """Sums, terms, and for every sum the gradient of the weights and every tensor that needs one."""
+        count = len(self.parts)
+        student = Cache(**dict(zip(self.parts, (x.detach() for x in tensors[:count]), strict=True)))
+        sums = range(len(self.factors) if any(needed) else 0)
+        gradients = [_zeros((weights, *tensors), needed) for _ in sums]
+        dtype = torch.promote_types(weights.dtype, student.any.dtype)
+        terms = weights.new_zeros(len(self.pipeline.terms), dtype=dtype)
+        for stream in self.streams:
+            layers = _Layers(self, stream, student, weights.detach(), needed, gradients, terms)
+            stream.run(layers.take)
+        return self.factors.to(terms.dtype) @ terms, terms, gradients or [[None] * (1 + len(tensors))]
+
+
+def _zeros(tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+    pairs = zip(tensors, needed, strict=True)
+    return [torch.zeros_like(x, memory_format=torch.contiguous_format) if one else None for x, one in pairs]
+
+
+@dataclass
+class _Layers:
+    """One teacher's layers as they come."""
+
+    job: _Job
+    stream: Stream
+    student: Cache
+    weights: Tensor
+    needed: tuple[bool, ...]
+    gradients: list[list[Tensor | None]]
+    terms: Tensor
+
+    def __post_init__(self) -> None:
+        self.reads = self.aligner.layer_map.reads
+        self.waiting = set(range(len(self.reads)))
+        self.kept: dict[int, Cache] = {}
+
+    @property
+    def aligner(self) -> TeacherAligner:
+        """This teacher's."""
+        return self.job.pipeline.teachers[self.stream.teacher]
+
+    def take(self, place: int, cache: Cache) -> None:
+        """Compare the student layers for which this was the last one missing; forget what none waits for."""
+        self.kept[place] = cache.map(precise)
+        with without_autocast(self.weights.device):
+            for row in sorted(self.waiting):
+                if all(read in self.kept for read in self.reads[row]):
+                    self._compare(row)
+                    self.waiting.remove(row)
+        awaited = {read for row in self.waiting for read in self.reads[row]}
+        self.kept = {place: cache for place, cache in self.kept.items() if place in awaited}
+
+    def _compare(self, row: int) -> None:
+        wanted = any(self.needed)
+        weight = self.weights[self.stream.teacher, :, row : row + 1]
+        leaves = [weight, *(x[:, row : row + 1] for _, x in self.student.items())]
+        for leaf, one in zip(leaves, self.needed, strict=False):
+            leaf.requires_grad_(wanted and one)
+        with torch.set_grad_enabled(wanted):
+            found = list(self._terms(row, leaves[0], leaves[1:]))
+            for index, value in found:
+                self.terms[index] += value.detach()
+            if wanted:
+                self._collect(row, found, leaves)
+
+    def _terms(self, row: int, weight: Tensor, own: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """Every loss's share of this layer."""
+        pipeline, aligner = self.job.pipeline, self.aligner
+        sources = [self.kept[read].map(lambda x, _: x.to(weight.device)) for read in self.reads[row]]
+        read = sources[0] if len(sources) == 1 else _joined(sources)
+        target = aligner.align_layer(read, self.stream.time_map, row)
+        if self.job.rotation is not None:
+            target = rotated(target, self.job.rotation.at(row))
+        view = aligner.view_of(Cache(**dict(zip(self.job.parts, own, strict=True))), row)
+        yield from pipeline.of_layer(self.stream.teacher, row, view, target, weight)
+
+    def _collect(self, row: int, found: list[tuple[int, Tensor]], leaves: list[Tensor]) -> None:
+        """Add this layer's gradients; losses that need none of it have none."""
+        wanted = [*leaves, *self.job.trained]
+        wanted = [x for x in wanted if x.requires_grad]
+        for number, (factors, gradients) in enumerate(zip(self.job.factors, self.gradients, strict=True)):
+            parts = [value * factors[index].to(value.dtype) for index, value in found if value.requires_grad]
+            if not parts:
+                continue
+            last = number == len(self.gradients) - 1
+            made = torch.autograd.grad(
+                torch.stack(parts).sum(), wanted, retain_graph=not last, allow_unused=True
+            )
+            self._add(row, dict(zip(map(id, wanted), made, strict=True)), leaves, gradients)
+
+    def _add(
+        self, row: int, made: dict[int, Tensor | None], leaves: list[Tensor], into: list[Tensor | None]
+    ) -> None:
+        for place, x in enumerate([*leaves, *self.job.trained]):
+            gradient, total = made.get(id(x)), into[place]
+            if gradient is None or total is None:
+                continue
+            if place == 0:
+                total[self.stream.teacher, :, row : row + 1] += gradient
+            elif place < len(leaves):
+                total[:, row : row + 1] += gradient
+            else:
+                total += gradient
+
+
+def _joined(caches: list[Cache]) -> Cache:
+    """Side by side along the axis ``layer``."""
+    return caches[0].map(lambda _, part: torch.cat([getattr(cache, part) for cache in caches], 1))

@@ -1,0 +1,36 @@
+"""A component at one student layer alone, for comparing layer by layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+def at_layer(component: nn.Module, row: int | None) -> Any:
+    """The component for tensors that hold only the student layer at ``row``; None: for all layers.
+
+    Its parameters and buffers named in ``layered``, whose first axis is the student's layer, are those of the
+    one layer; gradients reach them. All others serve every layer. A component that treats layers otherwise
+    has a method ``at_layer(row)`` that returns what is to be called.
+    """
+    if row is not None and hasattr(component, "at_layer"):
+        return component.at_layer(row)
+    names = getattr(component, "layered", ())
+    return component if row is None or not names else _AtLayer(component, names, row)
+
+
+class _AtLayer:
+    """Calls the component with a part of its tensors; everything else about it stays."""
+
+    def __init__(self, component: nn.Module, names: tuple[str, ...], row: int) -> None:
+        self._component = component
+        tensors: dict[str, Tensor] = dict(component.named_parameters()) | dict(component.named_buffers())
+        self._state = {name: x[row : row + 1] for name, x in tensors.items() if name in names}
+
+    def __call__(self, *arguments: Any) -> Any:
+        return functional_call(self._component, self._state, arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._component, name)

@@ -1,0 +1,161 @@
+"""The student under FSDP2, which accelerate applies where its launcher's config file asks for it.
+
+What trains beside the student (aligners, fuser) stays whole in every process, in float32: it is small, and
+everything that reads it (calibration, the collapse monitor, learning rates of its own) then works as in one
+process. Its gradients are averaged here.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from kava_core.errors import SpecError
+from kava_core.kv.attention_layers import attention_layers
+
+WANTED = "ACCELERATE_USE_FSDP"
+EMPTY_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+
+
+def wanted() -> bool:
+    """Whether the launcher asked for FSDP."""
+    return _flag(WANTED)
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")
+
+
+def check_launch(plugin: Any) -> None:
+    """SpecError where accelerate's config asks for what it would silently not do, or do wrongly.
+
+    Args:
+        plugin: accelerate's FSDP plugin; None where it does not shard.
+    """
+    if not wanted():
+        return
+    if plugin is None:
+        raise SpecError("accelerate ignores FSDP without a GPU; launch with specs/accelerate/ddp.yaml")
+    if plugin.fsdp_version != 2:
+        raise SpecError("fsdp_version: 2 is needed; see specs/accelerate/fsdp2.yaml")
+    if plugin.cpu_ram_efficient_loading or _flag(EMPTY_LOADING):
+        raise SpecError(
+            "fsdp_cpu_ram_efficient_loading: must be false; true leaves the teachers empty in all processes "
+            "but the first"
+        )
+
+
+def check_precision(launched: str | None, precision: str) -> None:
+    """SpecError where the launcher's ``mixed_precision`` is not the spec's ``train.precision``."""
+    wanted = "no" if precision == "fp32" else precision
+    if launched not in (None, "", "no", wanted):
+        raise SpecError(
+            f"accelerate's mixed_precision is {launched}, the spec's train.precision {precision}: "
+            f"set one of them, or mixed_precision: 'no'"
+        )
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers: the entries of module lists that hold the attention layers, in order."""
+    held = {id(attention) for attention in attention_layers(model)}
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    outermost = [x for x in lists if not any(x is not y and x in set(y.modules()) for y in lists)]
+    return [
+        block
+        for entries in outermost
+        for block in entries
+        if any(id(module) in held for module in block.modules())
+    ]
+
+
+def set_up(distiller: Any, plugin: Any, *, device: torch.device, autocast: torch.dtype | None) -> None:
+    """What accelerate must know before it shards.
+
+    Precision is autocast's, as in one process: FSDP2's own policy would round the counts that go into the
+    forward pass, and the loss that comes out of it, to ``autocast``.
+    """
+    if autocast is not None:
+        distiller.forward = torch.autocast(device.type, autocast)(distiller.forward)
+    plugin.mixed_precision_policy = None
+    plugin.ignored_modules = [] if distiller.pipeline is None else [distiller.pipeline]
+    distiller._no_split_modules = sorted({type(block).__name__ for block in blocks(distiller.student)})
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 holds this module."""
+    return isinstance(module, FSDPModule)
+
+
+@contextmanager
+def gathered(module: nn.Module, *, reshard: bool) -> Iterator[None]:
+    """Every process holds all weights: what runs inside needs no other process.
+
+    Args:
+        module: sharded or not.
+        reshard: whether its layers let their weights go after a forward pass otherwise.
+    """
+    units = [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(reshard and unit is not module, recurse=False)
+
+
+def average_gradients(module: nn.Module | None) -> None:
+    """The mean over processes, in place, of the gradients of weights that FSDP does not hold."""
+    if module is None:
+        return
+    trained = [p for p in module.parameters() if p.requires_grad]
+    if not trained:
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    for p, mean in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
+        p.grad = mean.view_as(p)
+
+
+def local(x: Tensor) -> Tensor:
+    """This process's part of a tensor."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def whole(x: Tensor) -> Tensor:
+    """The tensor gathered from all processes."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy without weights (on the meta device), tied where the model is."""
+    without = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, without)
+
+
+def filled(bones: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """A ``skeleton`` with weights, which it takes without a copy."""
+    shared = {name: bones.get_parameter(name) for name, _ in bones.named_parameters(remove_duplicate=False)}
+    made: dict[int, nn.Parameter] = {}
+    for name, empty in shared.items():
+        if id(empty) not in made and name in state:
+            made[id(empty)] = nn.Parameter(state[name], empty.requires_grad)
+    for name, empty in shared.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(bones.get_submodule(owner), leaf, made[id(empty)])
+    for name, buffer in bones.named_buffers():
+        if name in state:
+            buffer.copy_(state[name])
+    return bones

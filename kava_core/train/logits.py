@@ -1,0 +1,136 @@
+"""Distillation of next-token distributions, where a teacher has the student's vocabulary.
+
+Hinton et al. 2015 (arXiv 1503.02531): the divergence of softened distributions × the squared temperature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedTokenizerBase
+
+from kava_core.data.encode import NO_LABEL
+from kava_core.errors import SpecError
+from kava_core.kv.timeline import PROMPT
+from kava_core.spec.model import DivergenceKind
+
+ELEMENTS = 2**22
+"""Most logits of one side that are compared at once."""
+
+Compare = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def assert_same_vocabulary(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, *, who: str
+) -> None:
+    """SpecError, naming a token, where the two tokenizers do not number the same tokens alike."""
+    own, other = student.get_vocab(), teacher.get_vocab()
+    if own == other:
+        return
+    token = min((t for t in own.keys() | other.keys() if own.get(t) != other.get(t)), key=str)
+    raise SpecError(
+        f"logits: {who} has another vocabulary than the student: {len(other)} tokens and {len(own)}; token "
+        f"{token!r} is {other.get(token, 'missing')} there and {own.get(token, 'missing')} here; name the "
+        "teachers with the student's tokenizer in logits.teachers"
+    )
+
+
+def same_tokens(
+    student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]
+) -> tuple[Int[Tensor, "batch time"], Bool[Tensor, "batch time"]]:
+    """For every student position the teacher's that predicts the same token, and whether there is one.
+
+    Texts are laid end to end, as they may differ in their prompts. A position counts if the student has a
+    label for the token after it and both completions agree up to that token; where that token is in the
+    prompt, the whole texts must agree so far.
+    """
+    ids, labels = student["input_ids"], student["labels"]
+    shift = teacher["attention_mask"].sum(1) - student["attention_mask"].sum(1)
+    here = torch.arange(ids.shape[1], device=ids.device)
+    places = here + shift[:, None]
+    inside = (places >= 0) & (places < teacher["input_ids"].shape[1])
+    there = teacher["input_ids"].gather(1, places.clamp(0, teacher["input_ids"].shape[1] - 1))
+    differs = (there != ids) | ~inside
+    in_prompt = student["segments"] == PROMPT
+    agrees = torch.where(
+        in_prompt,
+        (differs.long().cumsum(1) == 0) & (shift == 0)[:, None],
+        (differs & ~in_prompt).long().cumsum(1) == 0,
+    )
+    counts = torch.zeros_like(agrees)
+    counts[:, :-1] = (agrees & (labels != NO_LABEL))[:, 1:] & inside[:, :-1]
+    return places.clamp(0, teacher["input_ids"].shape[1] - 1), counts
+
+
+def logit_divergence(
+    student: Float[Tensor, "batch time vocab"],
+    teacher: Float[Tensor, "batch t_time t_vocab"],
+    places: Int[Tensor, "batch time"],
+    weight: Float[Tensor, "batch time"],
+    *,
+    temperature: float = 1.0,
+    kind: DivergenceKind = "forward",
+) -> Float[Tensor, ""]:
+    """Σ weight × temperature² × divergence of the softened distributions, over positions of weight > 0.
+
+    ``forward``: KL(teacher ‖ student); ``reverse``; ``jeffreys``: their sum. Over the tokens both sides have
+    (padding of an embedding is left out), in float32 at least; by blocks of positions, whose gradient is
+    formed on the way, so that only it is kept. Gradients reach ``student`` alone.
+    """
+    total: Tensor = _Divergence.apply(student, teacher, places, weight, temperature, _KINDS[kind])  # type: ignore[no-untyped-call]
+    return total
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        student, teacher, places, weight, temperature, compare = arguments
+        width = min(student.shape[-1], teacher.shape[-1])
+        rows = places + torch.arange(len(places), device=places.device)[:, None] * teacher.shape[1]
+        own, other = student.flatten(0, 1), teacher.flatten(0, 1)
+        gradient = torch.zeros_like(own) if ctx.needs_input_grad[0] else None
+        total = torch.zeros((), dtype=torch.promote_types(own.dtype, torch.float32), device=own.device)
+        for block in torch.arange(len(own), device=own.device).split(max(1, ELEMENTS // width)):
+            weights = weight.flatten()[block].to(total.dtype)
+            pair = (own[block, :width], other[rows.flatten()[block], :width])
+            q, p = (torch.log_softmax(x.to(total.dtype) / temperature, -1) for x in pair)
+            each, slope = compare(q, p)
+            live = weights != 0
+            total += torch.where(live, each * weights, 0).sum() * temperature**2
+            if gradient is not None:
+                scaled = torch.where(live[:, None], slope * weights[:, None] * temperature, 0)
+                gradient[block, :width] = scaled.to(gradient.dtype)
+        ctx.save_for_backward(None if gradient is None else gradient.view_as(student))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (saved,) = ctx.saved_tensors
+        return None if saved is None else saved * gradient.to(saved.dtype), *(None,) * 5
+
+
+def _forward(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p ‖ q) of every row of log-probabilities, and its derivative by the logits of q."""
+    chance = p.exp()
+    return torch.where(chance > 0, chance * (p - q), 0).sum(-1), q.exp() - chance
+
+
+def _reverse(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    chance = q.exp()
+    ratio = torch.where(chance > 0, q - p, 0)
+    each = (chance * ratio).sum(-1)
+    return each, chance * (ratio - each[:, None])
+
+
+def _jeffreys(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    both = _forward(q, p), _reverse(q, p)
+    return both[0][0] + both[1][0], both[0][1] + both[1][1]
+
+
+_KINDS: dict[str, Compare] = {"forward": _forward, "reverse": _reverse, "jeffreys": _jeffreys}
