@@ -39,8 +39,9 @@ class Pretrain(Strict):
     seed: int = 0
     """Seed of the weights and of the data order."""
     data: dict[str, Any] = Field(default={})
-    """Changes of the spec's ``data`` for this training alone, such as ``{groups: ["+-"]}``. A tokenizer that
-    is to be trained still sees the spec's own texts."""
+    """Changes of the spec's ``data`` for this training alone, such as ``{groups: ["+-"]}``; a teacher's own
+    ``template`` is not used unless it stands here. A tokenizer that is to be trained sees the examples of the
+    spec, not of the changes."""
 
 
 class ModelSpec(Strict):

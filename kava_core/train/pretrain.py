@@ -51,10 +51,9 @@ def pretraining_name(spec: PipelineSpec, model: ModelSpec) -> str:
 
 
 def _data(spec: PipelineSpec, model: ModelSpec) -> DataSpec:
-    """The spec's data in the model's own text, with the changes its ``pretrain`` asks for."""
-    template = getattr(model, "template", None)
-    data = spec.data.model_copy(update={"template": template}) if template else spec.data
-    return changed_data(data, model.pretrain.data) if model.pretrain and model.pretrain.data else data
+    """The spec's data with the changes that ``pretrain`` asks for; a teacher's own text is none of them."""
+    changes = model.pretrain.data if model.pretrain is not None else {}
+    return changed_data(spec.data, changes) if changes else spec.data
 
 
 def _tokenizer_of_all(spec: PipelineSpec, model: ModelSpec) -> str:

@@ -13,7 +13,7 @@ from kava_plugins.fusers import Fixed as Config
 
 
 class Fixed(nn.Module):
-    """The same weights everywhere; equal ones where the spec gives none.
+    """The same weights everywhere; equal ones where the spec gives none. A teacher of weight 0 does not run.
 
     With ``sample`` only some teachers count in a forward pass of training, and only they run.
     """
@@ -32,12 +32,12 @@ class Fixed(nn.Module):
                 "above 0"
             )
         self.register_buffer("weights", weights, persistent=False)
-        self.register_buffer("chosen", torch.ones_like(weights, dtype=torch.bool), persistent=False)
+        self.register_buffer("chosen", weights > 0, persistent=False)
 
     @torch.no_grad()
     def choose(self) -> Bool[Tensor, " teacher"]:
         """True at the teachers that are to run, drawn without replacement in proportion to their weights."""
-        self.chosen.fill_(True)
+        torch.gt(self.weights, 0, out=self.chosen)
         if self.training and self.sample is not None and not self.weights.is_meta:
             drawn = torch.multinomial(self.weights, self.sample)
             self.chosen.fill_(False).index_fill_(0, drawn, True)
