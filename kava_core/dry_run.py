@@ -11,9 +11,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from kava_core.data.tokenizers import load_tokenizer
 from kava_core.errors import SpecError
+from kava_core.kv.align_stream import assert_streams
 from kava_core.kv.aligner import TeacherAligner
 from kava_core.kv.axes import Cache, Geometry, meta_cache
-from kava_core.kv.layer_stream import assert_streams
 from kava_core.kv.pipeline import Aligned, KVPipeline, active, parts_of
 from kava_core.kv.probe import probe_geometry
 from kava_core.kv.timeline import ANSWER, PROMPT, REASONING, Timeline

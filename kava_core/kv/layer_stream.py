@@ -2,13 +2,16 @@
 
 The terms are sums over student layers, so each layer's share and its gradient can be formed as soon as the
 teacher layers it reads have run. What remains is the gradient of the student's cache, which the backward pass
-would make anyway. Everything stands in one ``autograd.Function``, so the trainer, DDP and FSDP meet an
-ordinary scalar.
+would make anyway, and no raw cache for the backward pass of an aligner that is trained. Everything stands in
+one ``autograd.Function``, so the trainer, DDP and FSDP meet an ordinary scalar.
+
+The student's graph is alive meanwhile. Where no gradient goes through the targets, ``align_stream`` is
+therefore the cheaper way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kava_core.errors import SpecError
+from kava_core.kv.align_stream import Arrivals, Run
 from kava_core.kv.aligner import TeacherAligner
 from kava_core.kv.axes import Cache
 from kava_core.kv.masks import without_autocast
@@ -32,24 +35,8 @@ class Stream:
 
     teacher: int
     """Its place among the pipeline's."""
-    run: Callable[[Callable[[int, Cache], None]], None]
-    """Runs it; the argument takes the place and the cache of every layer its aligner reads, as it comes."""
+    run: Run
     time_map: TimeMap
-
-
-def assert_streams(pipeline: KVPipeline) -> None:
-    """SpecError where the losses cannot be had layer by layer."""
-    if not pipeline.separate:
-        raise SpecError("train.stream: target: fused needs all teachers' caches at once; use separate")
-    if getattr(pipeline.fuser, "needs_targets", True):
-        name = pipeline.fuser_config.name
-        raise SpecError(f"train.stream: fuser {name!r} looks at the teachers' aligned caches; choose another")
-    for aligner in pipeline.teachers:
-        if aligner.view.layer != len(pipeline.layers):
-            raise SpecError(
-                f"train.stream: the head adapter of teacher {aligner.name!r} sees all layers as one; use "
-                "structured, or flat without 'layers'"
-            )
 
 
 def stream_terms(
@@ -151,9 +138,7 @@ class _Layers:
     terms: Tensor
 
     def __post_init__(self) -> None:
-        self.reads = self.aligner.layer_map.reads
-        self.waiting = set(range(len(self.reads)))
-        self.kept: dict[int, Cache] = {}
+        self.arrivals = Arrivals(self.aligner)
 
     @property
     def aligner(self) -> TeacherAligner:
@@ -161,35 +146,30 @@ class _Layers:
         return self.job.pipeline.teachers[self.stream.teacher]
 
     def take(self, place: int, cache: Cache) -> None:
-        """Compare the student layers for which this was the last one missing; forget what none waits for."""
-        self.kept[place] = cache.map(precise)
+        """Compare the student layers for which this was the last one missing."""
         with without_autocast(self.weights.device):
-            for row in sorted(self.waiting):
-                if all(read in self.kept for read in self.reads[row]):
-                    self._compare(row)
-                    self.waiting.remove(row)
-        awaited = {read for row in self.waiting for read in self.reads[row]}
-        self.kept = {place: cache for place, cache in self.kept.items() if place in awaited}
+            for row, sources in self.arrivals.take(place, cache):
+                self._compare(row, sources)
 
-    def _compare(self, row: int) -> None:
+    def _compare(self, row: int, sources: Cache) -> None:
         wanted = any(self.needed)
         weight = self.weights[self.stream.teacher, :, row : row + 1]
         leaves = [weight, *(x[:, row : row + 1] for _, x in self.student.items())]
         for leaf, one in zip(leaves, self.needed, strict=False):
             leaf.requires_grad_(wanted and one)
         with torch.set_grad_enabled(wanted):
-            found = list(self._terms(row, leaves[0], leaves[1:]))
+            found = list(self._terms(row, sources, leaves[0], leaves[1:]))
             for index, value in found:
                 self.terms[index] += value.detach()
             if wanted:
                 self._collect(row, found, leaves)
 
-    def _terms(self, row: int, weight: Tensor, own: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    def _terms(
+        self, row: int, sources: Cache, weight: Tensor, own: list[Tensor]
+    ) -> Iterator[tuple[int, Tensor]]:
         """Every loss's share of this layer."""
         pipeline, aligner = self.job.pipeline, self.aligner
-        sources = [self.kept[read].map(lambda x, _: x.to(weight.device)) for read in self.reads[row]]
-        read = sources[0] if len(sources) == 1 else _joined(sources)
-        target = aligner.align_layer(read, self.stream.time_map, row)
+        target = aligner.align_layer(sources, self.stream.time_map, row)
         if self.job.rotation is not None:
             target = rotated(target, self.job.rotation.at(row))
         view = aligner.view_of(Cache(**dict(zip(self.job.parts, own, strict=True))), row)
@@ -222,8 +202,3 @@ class _Layers:
                 total[:, row : row + 1] += gradient
             else:
                 total += gradient
-
-
-def _joined(caches: list[Cache]) -> Cache:
-    """Side by side along the axis ``layer``."""
-    return caches[0].map(lambda _, part: torch.cat([getattr(cache, part) for cache in caches], 1))

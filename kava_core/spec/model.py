@@ -283,9 +283,9 @@ class TrainSpec(Strict):
     compile: Literal["inductor", "aot_eager"] | None = None
     """Backend of torch.compile for the student's forward pass; answers are written uncompiled."""
     stream: bool = False
-    """Form the KV losses while a teacher runs, one of its layers alive at a time: the same gradient with less
-    memory, for long texts and large teachers. Not with ``target: fused``, nor with a fuser that looks at the
-    aligned caches."""
+    """Align a teacher's cache while it runs, one of its layers alive at a time: the same gradient with less
+    memory, for long texts and large teachers. Where an aligner is trained or the student is lifted, the
+    losses are formed meanwhile; then not with ``target: fused``, nor with a fuser that looks at targets."""
     max_length: Positive = 1024
     """Examples longer than this in any tokenizer are left out, and counted."""
     loss_on: Literal["completion", "all"] = "completion"

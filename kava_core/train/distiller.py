@@ -17,10 +17,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kava_core.config import Part
+from kava_core.kv.align_stream import align_stream, assert_streams, by_terms
 from kava_core.kv.aligner import TeacherAligner
 from kava_core.kv.axes import Cache
 from kava_core.kv.capture import Capture
-from kava_core.kv.layer_stream import Stream, assert_streams, stream_terms
+from kava_core.kv.layer_stream import Stream, stream_terms
 from kava_core.kv.masks import without_autocast
 from kava_core.kv.pipeline import ROUTER, Aligned, Beside, KVPipeline, precise
 from kava_core.kv.rope import Rotation
@@ -31,6 +32,7 @@ from kava_core.spec.model import LogitsSpec
 from kava_core.store.reader import target_of
 from kava_core.train.logits import logit_divergence, same_tokens
 from kava_core.train.placement import REPLICATED
+from kava_core.train.side_stream import SideStream, on_other_gpu
 from kava_core.train.teacher import Teacher
 
 LOGITS = "logits"
@@ -75,7 +77,7 @@ class Distiller(nn.Module):
         teachers: one for each aligner of the pipeline; none where batches bring stored targets.
         parts: what the losses compare.
         rotary: whether keys and queries are compared without their rotation.
-        stream: form the KV terms while the teachers run, one of their layers alive at a time.
+        stream: align a teacher's layers, or form the KV terms, while it runs, one layer alive at a time.
         logits: the term of next-token distributions; teachers whose ``logits`` are kept take part.
 
     Raises:
@@ -101,10 +103,15 @@ class Distiller(nn.Module):
         self.config = student.config
         self.pipeline = pipeline
         self.__dict__["teachers"] = tuple(teachers)
+        self.__dict__["aside"] = SideStream(torch.device("cpu"))
         self.parts, self.rotary, self.stream, self.logits = parts, rotary, stream, logits
         if stream and pipeline is not None:
             assert_streams(pipeline)
         self.__dict__["capture"] = None if pipeline is None else self._capture(rotary)
+
+    @property
+    def _by_terms(self) -> bool:
+        return self.stream and self.pipeline is not None and by_terms(self.pipeline)
 
     def _capture(self, rotary: Literal["strip", "keep", "match"]) -> Capture:
         assert self.pipeline is not None
@@ -140,7 +147,7 @@ class Distiller(nn.Module):
                 teacher.read(teachers[teacher.name])
             own = self._pass(student, items)
             return own, torch.zeros_like(own.ce), {}
-        if self.stream:
+        if self._by_terms:
             factors = self.pipeline.present_weights()[None]
             own, sums, terms, more = self._streamed(student, teachers, items, factors)
             return own, sums[0] + more.get(ROUTER, 0), terms | more
@@ -153,7 +160,7 @@ class Distiller(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy and every unweighted KV term, with gradient; arguments as in ``forward``."""
         assert self.pipeline is not None
-        if not self.stream:
+        if not self._by_terms:
             own, terms = self._compared(student, teachers, items)
             return own.ce, terms
         apart = torch.eye(len(self.pipeline.terms), device=items.device)
@@ -166,8 +173,12 @@ class Distiller(nn.Module):
         """With every teacher's aligned cache at once."""
         assert self.pipeline is not None
         timeline = Timeline.from_batch(student)
-        aligned = self.aligned(teachers, timeline, self.pipeline, self.pipeline.choose())
+        aside: SideStream = self.__dict__["aside"]
+        chosen = self.pipeline.choose()
+        with aside():
+            aligned = self.aligned(teachers, timeline, self.pipeline, chosen)
         own = self._pass(student, items)
+        aside.join(*(x for one in aligned for _, x in one.target.items()))
         with without_autocast(own.ce.device):
             terms = self.pipeline.terms_of(own.cache, aligned, timeline, items[1], own.rotation, own.beside)
             return own, terms
@@ -269,9 +280,12 @@ class Distiller(nn.Module):
     ) -> Aligned:
         if "target" in side:
             return Aligned(*target_of(side))
-        cache = self._teacher(aligner.name).cache(side)
+        teacher, time_map = self._teacher(aligner.name), _time_map(aligner, side, timeline)
+        if self.stream and not by_terms(pipeline):
+            return Aligned(align_stream(aligner, partial(teacher.stream, side), time_map), time_map.valid)
+        cache = teacher.cache(side)
         with without_autocast(timeline.mask.device):
-            return pipeline.warped(aligner, cache, _time_map(aligner, side, timeline))
+            return pipeline.warped(aligner, cache, time_map)
 
     def _teacher(self, name: str) -> Teacher:
         found: Teacher = next(teacher for teacher in self.__dict__["teachers"] if teacher.name == name)
@@ -289,6 +303,8 @@ class Distiller(nn.Module):
         """Bring the teachers to where the spec places them, by name: by default the device of the batches."""
         for teacher in self.__dict__["teachers"]:
             teacher.to(device, (placements or {}).get(teacher.name, REPLICATED))
+        if any(on_other_gpu(placement, device) for placement in (placements or {}).values()):
+            self.__dict__["aside"] = SideStream(device)
 
     @torch.no_grad()
     def calibrate(self, batch: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kava_core.errors import SpecError
-from kava_core.kv import layer_stream
+from kava_core.kv import align_stream
 from kava_core.kv.axes import Cache
 from kava_core.train.assemble import make_data, make_distiller
 from kava_core.train.distiller import Distiller
@@ -62,6 +62,7 @@ def deep(name: str, **changes: Any) -> dict[str, Any]:
     return {"name": name, "config": config, "tokenizer": tiny.BPE} | changes
 
 
+TRAINED = deep("t", align={"dim_projector": "linear"})
 STUDENT = {"config": tiny.llama(num_hidden_layers=3), "tokenizer": tiny.CHARS}
 LOSSES = [
     {"name": "mercator", "weight": 0.5},
@@ -92,8 +93,9 @@ def test_every_alignment(tmp_path: Path, align: dict[str, Any]) -> None:
     assert_same(tmp_path, student=STUDENT, teachers=[deep("t", align=align)], losses=losses)
 
 
+@pytest.mark.parametrize("projector", ["calibrated", "linear"])
 @pytest.mark.parametrize("rotary", ["strip", "keep", "match"])
-def test_every_rotation(tmp_path: Path, rotary: str) -> None:
+def test_every_rotation(tmp_path: Path, rotary: str, projector: str) -> None:
     gemma = {
         "model_type": "gemma3_text",
         "hidden_size": 32,
@@ -107,7 +109,8 @@ def test_every_rotation(tmp_path: Path, rotary: str) -> None:
         "max_position_embeddings": 128,
     }
     student = {"config": gemma, "tokenizer": tiny.CHARS}
-    assert_same(tmp_path, student=student, teachers=[deep("t")], losses=LOSSES[:1], rotary=rotary)
+    teacher = deep("t", align={"dim_projector": projector})
+    assert_same(tmp_path, student=student, teachers=[teacher], losses=LOSSES[:1], rotary=rotary)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +125,8 @@ def test_every_rotation(tmp_path: Path, rotary: str) -> None:
     ids=str,
 )
 def test_several_teachers_and_routers(tmp_path: Path, fuser: Any) -> None:
-    teachers = [deep("a"), {"name": "b", "config": tiny.gpt2(), "tokenizer": tiny.CHARS}]
+    align = {"dim_projector": "linear"}
+    teachers = [deep("a"), {"name": "b", "config": tiny.gpt2(), "tokenizer": tiny.CHARS, "align": align}]
     distiller, batch, items = made(
         tmp_path, student=STUDENT, teachers=teachers, losses=LOSSES[:2], fuser=fuser
     )
@@ -142,7 +146,7 @@ def test_several_teachers_and_routers(tmp_path: Path, fuser: Any) -> None:
 
 
 def test_unweighted_terms_have_the_same_gradients(tmp_path: Path) -> None:
-    distiller, batch, items = made(tmp_path, student=STUDENT, teachers=[deep("t")], losses=LOSSES)
+    distiller, batch, items = made(tmp_path, student=STUDENT, teachers=[TRAINED], losses=LOSSES)
     trained = list(distiller.student.parameters())
 
     def slope(term: Tensor) -> list[Tensor]:
@@ -162,11 +166,11 @@ def test_unweighted_terms_have_the_same_gradients(tmp_path: Path) -> None:
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_with_gradient_checkpointing(tmp_path: Path, checkpointed: bool) -> None:
     student = STUDENT | {"gradient_checkpointing": checkpointed}
-    assert_same(tmp_path, student=student, teachers=[deep("t")], losses=LOSSES)
+    assert_same(tmp_path, student=student, teachers=[TRAINED], losses=LOSSES)
 
 
 def test_no_gradient_is_made_in_evaluation(tmp_path: Path) -> None:
-    distiller, batch, items = made(tmp_path, student=STUDENT, teachers=[deep("t")], losses=LOSSES)
+    distiller, batch, items = made(tmp_path, student=STUDENT, teachers=[TRAINED], losses=LOSSES)
     distiller.stream = True
     with torch.no_grad():
         terms = distiller(batch["student"], batch["teachers"], items)
@@ -174,18 +178,22 @@ def test_no_gradient_is_made_in_evaluation(tmp_path: Path) -> None:
     assert terms["mercator"] > 0
 
 
-def test_one_teacher_layer_is_alive_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("projector", ["calibrated", "linear"])
+def test_one_teacher_layer_is_alive_at_a_time(
+    tmp_path: Path, projector: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Layers that no later student layer reads are let go at once."""
-    distiller, batch, items = made(tmp_path, student=STUDENT, teachers=[deep("t")], losses=LOSSES[:1])
+    teacher = deep("t", align={"dim_projector": projector})
+    distiller, batch, items = made(tmp_path, student=STUDENT, teachers=[teacher], losses=LOSSES[:1])
     distiller.stream = True
     alive: list[int] = []
-    plain = layer_stream._Layers.take
+    plain = align_stream.Arrivals.take
 
-    def counting(self: Any, place: int, cache: Cache) -> None:
-        plain(self, place, cache)
+    def counting(self: Any, place: int, cache: Cache) -> Any:
+        yield from plain(self, place, cache)
         alive.append(len(self.kept))
 
-    monkeypatch.setattr(layer_stream._Layers, "take", counting)
+    monkeypatch.setattr(align_stream.Arrivals, "take", counting)
     distiller(batch["student"], batch["teachers"], items)["loss"].backward()
     assert alive == [0, 0, 0]
 
@@ -200,11 +208,25 @@ def test_training_streams(tmp_path: Path) -> None:
         assert both[1][name] == pytest.approx(both[0][name], rel=1e-4)
 
 
+@pytest.mark.parametrize("changes", [{"target": "fused"}, {"fuser": "attention"}], ids=str)
+def test_fixed_alignment_streams_for_all(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """The targets are whole in the end, so they can be averaged or looked at."""
+    changes = changes | {"teachers": [deep("a"), deep("b")], "losses": LOSSES[:1]}
+    distiller, batch, items = made(tmp_path, student=STUDENT, **changes)
+    whole, expected = gradients(distiller, batch, items)
+    distiller.stream = True
+    streamed, found = gradients(distiller, batch, items)
+    for name in whole:
+        torch.testing.assert_close(streamed[name], whole[name], **CLOSE)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], **CLOSE)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"target": "fused", "losses": [{"name": "relation"}]}, "train.stream: target: fused"),
-        ({"fuser": "attention"}, "train.stream: fuser 'attention'"),
+        ({"target": "fused", "losses": [{"name": "relation"}]}, "train.stream: .* target: fused"),
+        ({"fuser": "attention", "teachers": [TRAINED]}, "train.stream: .* fuser 'attention' cannot"),
         (
             {"teachers": [deep("t", align={"head_adapter": {"name": "flat", "layers": True}})]},
             "train.stream: the head adapter of teacher 't'",

@@ -1,0 +1,95 @@
+"""A teacher's cache aligned layer by layer while it runs, one layer of it alive at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from kava_core.errors import SpecError
+from kava_core.kv.aligner import TeacherAligner
+from kava_core.kv.axes import Cache
+from kava_core.kv.masks import without_autocast
+from kava_core.kv.pipeline import KVPipeline, precise
+from kava_core.kv.timemap import TimeMap
+
+Run = Callable[[Callable[[int, Cache], None]], None]
+"""Runs a teacher; its argument takes the place and the cache of every layer the aligner reads."""
+
+
+class Arrivals:
+    """Teacher layers that some student layer still waits for."""
+
+    def __init__(self, aligner: TeacherAligner) -> None:
+        self.reads = aligner.layer_map.reads
+        self.waiting = set(range(len(self.reads)))
+        self.kept: dict[int, Cache] = {}
+
+    def take(self, place: int, cache: Cache) -> Iterator[tuple[int, Cache]]:
+        """Every student layer for which this was the last one missing, with the teacher layers it reads.
+
+        Forgets, at the end, what no layer waits for.
+        """
+        self.kept[place] = cache.map(precise)
+        for row in sorted(self.waiting):
+            if all(read in self.kept for read in self.reads[row]):
+                self.waiting.remove(row)
+                yield row, _joined([self.kept[read] for read in self.reads[row]])
+        awaited = {read for row in self.waiting for read in self.reads[row]}
+        self.kept = {place: cache for place, cache in self.kept.items() if place in awaited}
+
+
+def _joined(caches: list[Cache]) -> Cache:
+    """Side by side along the axis ``layer``."""
+    if len(caches) == 1:
+        return caches[0]
+    return caches[0].map(lambda _, part: torch.cat([getattr(cache, part) for cache in caches], 1))
+
+
+def align_stream(aligner: TeacherAligner, run: Run, time_map: TimeMap) -> Cache:
+    """``aligner.align`` of what ``run`` hands over, without gradients."""
+    arrivals, targets = Arrivals(aligner), {}
+    layers = len(arrivals.reads)
+
+    def take(place: int, cache: Cache) -> None:
+        with torch.no_grad(), without_autocast(cache.any.device):
+            for row, sources in arrivals.take(place, cache):
+                for part, x in aligner.align_layer(sources, time_map, row).items():
+                    if part not in targets:
+                        targets[part] = x.new_empty(x.shape[0], layers, *x.shape[2:])
+                    targets[part][:, row : row + 1] = x
+
+    run(take)
+    return Cache(**targets)
+
+
+def has_gradient(pipeline: KVPipeline) -> bool:
+    """Whether something between a teacher's cache and the losses is trained."""
+    return any(p.requires_grad for aligner in pipeline.teachers for p in aligner.parameters())
+
+
+def by_terms(pipeline: KVPipeline) -> bool:
+    """Whether to stream the terms of the losses, not the targets alone.
+
+    Where an aligner is trained, its backward pass would keep the raw cache; where the student is lifted, the
+    target is as large as the raw cache.
+    """
+    return has_gradient(pipeline) or any(aligner.lifts for aligner in pipeline.teachers)
+
+
+def assert_streams(pipeline: KVPipeline) -> None:
+    """SpecError where the losses cannot be had layer by layer."""
+    for aligner in pipeline.teachers:
+        if aligner.view.layer != len(pipeline.layers):
+            raise SpecError(
+                f"train.stream: the head adapter of teacher {aligner.name!r} sees all layers as one; use "
+                "structured, or flat without 'layers'"
+            )
+    if not by_terms(pipeline):
+        return
+    trained = "with a trained aligner or direction: to_teacher"
+    if not pipeline.separate:
+        raise SpecError(f"train.stream: {trained}, target: fused needs all caches at once; use separate")
+    if getattr(pipeline.fuser, "needs_targets", True):
+        name = pipeline.fuser_config.name
+        raise SpecError(f"train.stream: {trained}, fuser {name!r} cannot see the targets; choose another")
