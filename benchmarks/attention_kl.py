@@ -1,6 +1,6 @@
 """The divergence of attention rows against softmax maps with kl_div, and against one SDPA call.
 
-    python benchmarks/attention_kl.py [--rounds 7] [--heads 8] [--width 64] [--time 512 2048 8192] [--compile]
+    python benchmarks/attention_kl.py [--rounds 7] [--heads 8] [--width 64] [--time 512 2048 8192]
 
 Every arm is a forward and a backward pass to the student's queries and keys (SDPA: values too). Ratios are
 medians over rounds of the round's own ratio, all arms in one process, of CPU time with one thread; on a GPU
@@ -130,18 +130,16 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--time", type=int, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--maps-until", type=int, default=2048)
-    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--peak", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    os.environ["KAVA_COMPILE_LOSSES"] = str(int(options.compile))
     if options.peak:
         print(own_peak(options))
         return
     print(
         f"torch {torch.__version__}, {options.device}, {options.heads} query heads on "
-        f"{options.kv_heads} key heads of {options.width}, float32, compiled: {options.compile}\n\n"
+        f"{options.kv_heads} key heads of {options.width}, float32\n\n"
         "| positions | blocks, ms | blocks / maps | blocks / SDPA | blocks, MiB | maps, MiB | SDPA, MiB |\n"
         "|---|---|---|---|---|---|---|"
     )

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from kava_core.config import Part
+from kava_core.errors import SpecError
 from kava_core.kv.axes import Geometry, meta_cache
-from kava_core.kv.pipeline import Aligned, KVPipeline
+from kava_core.kv.pipeline import ROUTER, Aligned, KVPipeline
 from kava_core.kv.timemap import TimeMap
+from kava_core.protocols import Rewarded
 
 BATCH, TIME = 1, 2
 
@@ -30,7 +34,24 @@ def freeze_unused(pipeline: KVPipeline, *, parts: tuple[Part, ...], student: Geo
         for aligner in probe.teachers
     ]
     terms = probe.compare(cache(student, layer=len(probe.layers)), aligned, torch.ones((), device="meta"))
+    _check_router(probe, terms)
     probe.total(terms).backward()
     reached = {name for name, parameter in probe.named_parameters() if parameter.grad is not None}
     for name, parameter in pipeline.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name in reached)
+
+
+def _check_router(probe: KVPipeline, terms: dict[str, Tensor]) -> None:
+    """SpecError for a router that no loss moves: it would look like one that found no difference."""
+    trained = [p for p in probe.fuser.parameters() if p.requires_grad]
+    if not trained or isinstance(probe.fuser, Rewarded):
+        return
+    losses = probe.total({name: term for name, term in terms.items() if name != ROUTER})
+    found: Sequence[Tensor | None] = [None]
+    if losses.requires_grad:
+        found = torch.autograd.grad(losses, trained, retain_graph=True, allow_unused=True)
+    if all(gradient is None for gradient in found):
+        names = ", ".join(config.name for config in probe.configs)
+        raise SpecError(
+            f"fuser {probe.fuser_config.name!r} is trained, but no loss ({names}) gives it a gradient"
+        )

@@ -127,6 +127,18 @@ class KVLossTests(MetaTests):
         once = component(student, target, weight)
         require_same(twice, 2 * once, "the loss must be proportional to the weight")
 
+    def test_gradient_reaches_the_weight(self, config: Any) -> None:
+        """Routers learn by it: the derivative by a position's weight is the loss there."""
+        component, (student, target, weight) = self.build(config, self.usual), self.inputs(config, self.usual)
+        weight = weight.requires_grad_()
+        loss = component(student, target, weight)
+        contract = "a gradient must reach the weights, by which fusers learn"
+        require(loss.requires_grad, contract, "the loss is detached from them")
+        (gradient,) = torch.autograd.grad(loss, weight, allow_unused=True)
+        require(gradient is not None, contract, "the loss is detached from them")
+        contract = "the loss must be the sum of weight × its derivative by the weight"
+        require_same((gradient * weight).sum().detach(), loss.detach(), contract)
+
     def test_examples_are_independent(self, config: Any) -> None:
         """The loss of a batch is the sum of the losses of its examples."""
         component, compared = self.build(config, self.usual), self.inputs(config, self.usual)

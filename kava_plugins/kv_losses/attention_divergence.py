@@ -7,6 +7,7 @@ linear in time.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import log
 
 import torch
 from jaxtyping import Float
@@ -15,8 +16,9 @@ from torch import Tensor
 from kava_core.kv.axes import Cache
 from kava_core.kv.masks import live, select, widen, without_autocast
 from kava_plugins.kv_losses import AttentionKL, Divergence, Structural
-from kava_plugins.kv_losses.compiled import Compiled
-from kava_plugins.kv_losses.row_blocks import Compared, Masking, Side, of_one_dtype, sum_of_rows
+from kava_plugins.kv_losses.row_blocks import Compare, Masking, Side, of_one_dtype, sum_of_rows
+
+LN2 = log(2)
 
 
 def attention_divergence(
@@ -65,7 +67,7 @@ def between_caches(
 
 def _side(queries: Tensor, keys: Tensor, temperature: float) -> Side:
     scale = 1 / (queries.shape[-1] ** 0.5 * temperature)
-    return Side((queries * scale).flatten(0, 1), keys.flatten(0, 1))
+    return Side(queries.flatten(0, 1), keys.flatten(0, 1), scale)
 
 
 def _clean(x: Tensor, where: Tensor | None) -> Tensor:
@@ -91,40 +93,59 @@ def _backend(mine: Side) -> Backend:
 
 
 def portable(mine: Side, theirs: Side, weight: Tensor, masking: Masking, kind: Divergence) -> Tensor:
-    """By blocks of rows, on any device."""
-    return sum_of_rows(mine, theirs, weight, masking, COMPARE[kind])
+    """By blocks of rows, on any device.
+
+    Counted in bits: on a CPU ``exp`` is many times slower where it underflows, ``exp2`` is not.
+    """
+    mine, theirs = (side._replace(scale=side.scale / LN2) for side in (mine, theirs))
+    return sum_of_rows(mine, theirs, LN2 * weight, masking, COMPARE[kind])
 
 
-def _forward(mine: Tensor, theirs: Tensor, wanted: bool) -> Compared:
-    q, p = mine.log_softmax(-1), theirs.log_softmax(-1)
-    ratio = p - q
-    p = p.exp_()
-    derivative = q.exp_().sub_(p)
-    if not wanted:
-        return torch.addcmul(derivative, ratio, p, out=ratio).sum(-1), derivative, None
-    each = torch.addcmul(derivative, ratio, p).sum(-1)
-    return each, derivative, p * (ratio - each[..., None])
+def _powers(mine: Tensor, theirs: Tensor, spare: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """2 to the products less their row's greatest, in their place.
+
+    Returns ``theirs − mine`` of the exponents, and the row sums of both.
+    """
+    for products in (mine, theirs):
+        products.sub_(products.amax(-1, keepdim=True))
+    gap = torch.sub(theirs, mine, out=spare)
+    q_sum, p_sum = (products.exp2_().sum(-1, keepdim=True) for products in (mine, theirs))
+    return gap, q_sum, p_sum
 
 
-def _reverse(mine: Tensor, theirs: Tensor, wanted: bool) -> Compared:
-    each, for_theirs, for_mine = _forward(theirs, mine, True)
-    return each, for_mine, for_theirs if wanted else None
+def _one_way(
+    q: Tensor, p: Tensor, spare: Tensor, weight: Tensor, *, want_q: bool, want_p: bool
+) -> Float[Tensor, "row 1"]:
+    """KL(p ‖ q) = Σ p/p_sum · gap − log₂(p_sum/q_sum); its derivatives in place of the products wanted."""
+    gap, q_sum, p_sum = _powers(q, p, spare)
+    ratio = q_sum / p_sum
+    mean = gap.mul_(p).sum(-1, keepdim=True).div_(p_sum)
+    if want_q:
+        q.addcmul_(p, ratio, value=-1).mul_(weight / q_sum)
+    if want_p:
+        share = LN2 * weight / p_sum
+        p.mul_(-share * mean).addcmul_(gap, share)
+    return mean.add_(ratio.log2_())
 
 
-def _jeffreys(mine: Tensor, theirs: Tensor, wanted: bool) -> Compared:
-    q, p = mine.log_softmax(-1), theirs.log_softmax(-1)
-    ratio = p - q
-    q, p = q.exp_(), p.exp_()
-    gap = q - p
-    forward = torch.addcmul(gap, ratio, p).sum(-1, keepdim=True)
-    backward = torch.addcmul(gap, ratio, q).sum(-1, keepdim=True).neg_()
-    for_mine = torch.addcmul(gap, q, ratio + backward, value=-1)
-    for_theirs = torch.addcmul(-gap, p, ratio - forward) if wanted else None
-    return (forward + backward)[..., 0], for_mine, for_theirs
+def _forward(mine: Tensor, theirs: Tensor, spare: Tensor, weight: Tensor, wanted: bool) -> Tensor:
+    return _one_way(mine, theirs, spare, weight, want_q=True, want_p=wanted)
 
 
-COMPARE = {
-    "forward": Compiled(_forward),
-    "reverse": Compiled(_reverse),
-    "jeffreys": Compiled(_jeffreys),
-}
+def _reverse(mine: Tensor, theirs: Tensor, spare: Tensor, weight: Tensor, wanted: bool) -> Tensor:
+    return _one_way(theirs, mine, spare, weight, want_q=wanted, want_p=True)
+
+
+def _jeffreys(mine: Tensor, theirs: Tensor, spare: Tensor, weight: Tensor, wanted: bool) -> Tensor:
+    gap, q_sum, p_sum = _powers(mine, theirs, spare)
+    q, p = mine.div_(q_sum), theirs.div_(p_sum)
+    less = q - p
+    q_gap, p_gap = q * gap, gap.mul_(p)
+    q_mean, p_mean = (x.sum(-1, keepdim=True) for x in (q_gap, p_gap))
+    mine.mul_(q_mean).sub_(q_gap).mul_(LN2).add_(less).mul_(weight)
+    if wanted:
+        theirs.mul_(-p_mean).add_(p_gap).mul_(LN2).sub_(less).mul_(weight)
+    return p_mean - q_mean
+
+
+COMPARE: dict[Divergence, Compare] = {"forward": _forward, "reverse": _reverse, "jeffreys": _jeffreys}

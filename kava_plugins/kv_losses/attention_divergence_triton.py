@@ -34,8 +34,12 @@ def fused(mine: Side, theirs: Side, weight: Tensor, masking: Masking, kind: Dive
     weight = weight / mine.queries.shape[1]
     orders = {"forward": [(mine, theirs)], "reverse": [(theirs, mine)]}
     orders["jeffreys"] = orders["forward"] + orders["reverse"]
-    terms = [_Fused.apply(*q, *p, weight, masking) for q, p in orders[kind]]  # type: ignore[no-untyped-call]
+    terms = [_Fused.apply(*_scaled(q), *_scaled(p), weight, masking) for q, p in orders[kind]]  # type: ignore[no-untyped-call]
     return torch.stack(terms).sum()
+
+
+def _scaled(side: Side) -> tuple[Tensor, Tensor]:
+    return side.queries * side.scale, side.keys
 
 
 class _Fused(torch.autograd.Function):
@@ -56,19 +60,20 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         *saved, weight = ctx.saved_tensors
-        weight = (weight * gradient).contiguous()
+        shares = (weight * gradient).contiguous()
         q, k, p_q, p_k = saved[:4]
         wants = {"WANT_Q": any(ctx.needs_input_grad[:2]), "WANT_P": any(ctx.needs_input_grad[2:4])}
         by_queries = [torch.zeros_like(x) for x in (q, p_q)]
         by_keys = [torch.zeros_like(x) for x in (q, p_q)]
         if q.numel():
-            ctx.launch(_queries_gradient, ROWS, *saved, weight, *by_queries, **wants)
-            ctx.launch(_keys_gradient, KEYS, *saved, weight, *by_keys, **wants)
+            ctx.launch(_queries_gradient, ROWS, *saved, shares, *by_queries, **wants)
+            ctx.launch(_keys_gradient, KEYS, *saved, shares, *by_keys, **wants)
         found: list[Tensor | None] = []
         for own, wanted, queries, keys in zip((k, p_k), wants.values(), by_queries, by_keys, strict=True):
             shared = keys.unflatten(1, (own.shape[1], -1)).sum(2) if q.numel() else torch.zeros_like(own)
             found += [queries, shared] if wanted else [None, None]
-        return *found, None, None
+        each = torch.where(weight != 0, saved[7].sum(1), 0) * gradient if ctx.needs_input_grad[4] else None
+        return *found, each, None
 
 
 class _Launch:

@@ -16,7 +16,7 @@ from kava_core.kv.axes import Cache, Geometry
 from kava_core.kv.masks import live, select, widen, without_autocast
 from kava_plugins.kv_losses import Relation as Config
 from kava_plugins.kv_losses.attention_divergence import attention_divergence
-from kava_plugins.kv_losses.row_blocks import Compared, Masking, Side, of_one_dtype, sum_of_rows
+from kava_plugins.kv_losses.row_blocks import Masking, Side, of_one_dtype, sum_of_rows
 
 TINY = 1e-10
 """Positions of a smaller length relate to nothing: cosine 0. So do those that differ from the mean
@@ -77,9 +77,12 @@ def _check_width(width: int, heads: int, whose: str) -> None:
         raise SpecError(f"loss 'relation': heads {heads} does not divide {whose}, all heads {width} wide")
 
 
-def _squares(mine: Tensor, theirs: Tensor, wanted: bool) -> Compared:
-    gap = mine - theirs
-    return torch.linalg.vecdot(gap, gap), 2 * gap, -2 * gap if wanted else None
+def _squares(mine: Tensor, theirs: Tensor, spare: Tensor, weight: Tensor, wanted: bool) -> Tensor:
+    each = torch.mul(mine.sub_(theirs), mine, out=spare).sum(-1, keepdim=True)
+    mine.mul_(2 * weight)
+    if wanted:
+        torch.neg(mine, out=theirs)
+    return each
 
 
 def split_heads(

@@ -1,15 +1,15 @@
 """Comparing two matrices of products row by row, without either matrix: blocks of rows, gradients on the way.
 
-Each side has a matrix ``queries · keysᵀ`` over time. A ``compare`` function turns a block of rows of both
-into one number a row and its derivative by every product. These derivatives are used at once, while the block
-is there, so the backward pass needs no products and memory is linear in time.
+Each side has a matrix ``queries · keysᵀ`` over time. A ``compare`` function turns a few rows of both into one
+number a row and, in their place, its derivatives by every product. These are used at once, while the block
+is there, so the backward pass needs no products and memory is linear in time. All blocks use the same memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from math import lcm
+from math import lcm, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -20,15 +20,20 @@ from torch.autograd.function import once_differentiable
 MASKED = -1e30
 """A product that does not count: finite, so that differences of two of them are 0, not NaN."""
 
-ROWS = 64
-"""Most query positions in a block."""
+ROWS = range(16, 65)
+"""Query positions in a block: fewer multiply slowly, more waste products above the diagonal."""
 
 ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
-"""Most products of one side in a block: on a CPU all of a block's tensors stay in its cache."""
+"""Products of one side in a block, as far as ``ROWS`` leave the choice."""
 
-Compared = tuple[Tensor, Tensor | None, Tensor | None]
-Compare = Callable[[Tensor, Tensor, bool], Compared]
-"""``(mine, theirs, wanted) → (each row's number, its derivative by mine, by theirs if wanted)``."""
+PIECE = {"cpu": 2**17, "cuda": 2**24}
+"""Products of one side that are compared at once, at least a row: on a CPU three such tensors stay in the
+cache of a core (2 MiB)."""
+
+Compare = Callable[[Tensor, Tensor, Tensor, Tensor, bool], Tensor]
+"""``(mine, theirs, spare, weight, wanted) → [row, 1]``, each row's number. Given are products ``[row, key]``,
+memory of their shape to write to, and weight ``[row, 1]``. ``mine`` is overwritten by weight × the number's
+derivative by it, and so is ``theirs`` if ``wanted``."""
 
 
 class Side(NamedTuple):
@@ -36,6 +41,8 @@ class Side(NamedTuple):
 
     queries: Float[Tensor, "batch qhead time dim"]
     keys: Float[Tensor, "batch head time dim"]
+    scale: float = 1.0
+    """Factor of the products."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +58,9 @@ class Masking:
 def of_one_dtype(mine: Side, theirs: Side) -> tuple[Side, Side]:
     """Both sides in the wider dtype of all four."""
     dtype = mine.queries.dtype
-    for x in (mine.keys, *theirs):
+    for x in (mine.keys, theirs.queries, theirs.keys):
         dtype = torch.promote_types(dtype, x.dtype)
-    first, second = (Side(side.queries.to(dtype), side.keys.to(dtype)) for side in (mine, theirs))
+    first, second = (Side(side.queries.to(dtype), side.keys.to(dtype), side.scale) for side in (mine, theirs))
     return first, second
 
 
@@ -63,15 +70,16 @@ def sum_of_rows(
     """Σ weight × mean over query heads of what ``compare`` makes of each row.
 
     Both sides have the same query heads and dtype; key heads and widths are their own. Nothing may be NaN,
-    not even where the weight is 0. Gradients reach the four tensors, not the weight.
+    not even where the weight is 0. Gradients reach the four tensors and the weight.
     """
     unit = lcm(*(side.queries.shape[1] // side.keys.shape[1] for side in (mine, theirs)))
     units = mine.queries.shape[1] // unit
     weight = (weight / mine.queries.shape[1]).repeat_interleave(units, 0)
     live = None if masking.live is None else masking.live.repeat_interleave(units, 0)
-    tensors = [_split(x, units) for side in (mine, theirs) for x in side]
+    tensors = [_split(x, units) for side in (mine, theirs) for x in (side.queries, side.keys)]
     wants = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    total: Tensor = _SumOfRows.apply(*tensors, weight, Masking(masking.causal, live), compare, wants)  # type: ignore[no-untyped-call]
+    options = (Masking(masking.causal, live), compare, (mine.scale, theirs.scale), wants)
+    total: Tensor = _SumOfRows.apply(*tensors, weight, *options)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -83,16 +91,14 @@ def _split(x: Tensor, units: int) -> Tensor:
 class _SumOfRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        q, k, t_q, t_k, weight, masking, compare, wants = arguments
+        q, k, t_q, t_k, weight, masking, compare, scales, wants = arguments
         mine, theirs = (
-            _Worker(*pair, wants and any(ctx.needs_input_grad[i : i + 2]))
-            for i, pair in ((0, (q, k)), (2, (t_q, t_k)))
+            _Worker(Side(*pair, scale), wants and any(ctx.needs_input_grad[i : i + 2]))
+            for i, pair, scale in zip((0, 2), ((q, k), (t_q, t_k)), scales, strict=True)
         )
-        total = weight.new_zeros(())
-        for block in blocks(q):
-            total = total + _compare_block(mine, theirs, weight, masking, compare, block)
-        ctx.save_for_backward(*mine.gradients, *theirs.gradients)
-        return total
+        each = _Comparison(mine, theirs, weight, masking, compare).each(blocks(q))
+        ctx.save_for_backward(*mine.gradients, *theirs.gradients, each)
+        return (each * weight).sum()
 
     @staticmethod
     @once_differentiable
@@ -102,66 +108,122 @@ class _SumOfRows(torch.autograd.Function):
 
 
 def blocks(queries: Float[Tensor, "batch qhead time dim"]) -> Iterator[tuple[slice, slice]]:
-    """Places along batch and time that are compared at once."""
+    """Places along batch and time whose products are made at once."""
     batch, heads, time, _ = queries.shape
-    budget = ELEMENTS.get(queries.device.type, ELEMENTS["cuda"]) // max(1, heads * time)
-    rows = min(ROWS, max(8, budget))
+    budget = _limit(ELEMENTS, queries) // max(1, heads * time)
+    rows = min(ROWS[-1], max(ROWS[0], budget))
     several = max(1, budget // rows)
     for begin in range(0, batch, several):
         for first in range(0, time, rows):
-            yield slice(begin, begin + several), slice(first, min(first + rows, time))
+            yield slice(begin, min(begin + several, batch)), slice(first, min(first + rows, time))
 
 
-def _compare_block(
-    mine: _Worker, theirs: _Worker, weight: Tensor, masking: Masking, compare: Compare, block: Any
-) -> Tensor:
-    batch, rows = block
-    keys = slice(rows.stop if masking.causal else weight.shape[1])
-    own, other = (side.products(batch, rows, keys) for side in (mine, theirs))
-    for products in (own, other):
-        _mask(products, masking, batch, rows)
-    each, *derivatives = compare(own, other, theirs.wanted)
-    row_weight = weight[batch, None, rows]
-    for side, derivative in zip((mine, theirs), derivatives, strict=True):
-        if side.wanted and derivative is not None:
-            side.collect(derivative, row_weight[..., None], block, keys)
-    return torch.where(row_weight != 0, each * row_weight, 0).sum()
+def _limit(limits: dict[str, int], x: Tensor) -> int:
+    return limits.get(x.device.type, limits["cuda"])
 
 
-def _mask(products: Tensor, masking: Masking, batch: slice, rows: slice) -> None:
-    if masking.live is not None:
-        products.masked_fill_(~masking.live[batch, None, None, : products.shape[-1]], MASKED)
-    if masking.causal:
-        count = rows.stop - rows.start
-        later = torch.ones(count, count, dtype=torch.bool, device=products.device).triu_(1)
-        products[..., rows].masked_fill_(later, MASKED)
+class _Comparison:
+    """Both sides at work, on one block after another."""
+
+    def __init__(
+        self, mine: _Worker, theirs: _Worker, weight: Tensor, masking: Masking, compare: Compare
+    ) -> None:
+        self.mine, self.theirs, self.compare = mine, theirs, compare
+        self.weight, self.causal = weight, masking.causal
+        self.dead = None if masking.live is None else _unless(masking.live, weight)[:, None, None]
+        self.later = _unless(weight.new_ones(ROWS[-1], ROWS[-1], dtype=torch.bool).tril_(), weight)
+        self._spare = _Memory(weight, weight.shape[1])
+
+    def each(self, places: Iterable[tuple[slice, slice]]) -> Float[Tensor, "batch time"]:
+        """Every row's number, summed over query heads; 0 where the weight is."""
+        found = torch.zeros_like(self.weight)
+        for batch, rows in places:
+            found[batch, rows] = self._block(batch, rows)
+        return torch.where(self.weight != 0, found, 0)
+
+    def _block(self, batch: slice, rows: slice) -> Float[Tensor, "batch time"]:
+        """The numbers of a block's rows."""
+        keys = slice(rows.stop if self.causal else self.weight.shape[1])
+        own, other = (side.products(batch, rows, keys) for side in (self.mine, self.theirs))
+        for products in (own, other):
+            self._mask(products, batch, rows)
+        weight = self.weight[batch, None, rows].expand(own.shape[:3]).reshape(-1, 1)
+        found = self._pieces(own.flatten(0, 2), other.flatten(0, 2), weight).view(own.shape[:3]).sum(1)
+        for side, derivative in ((self.mine, own), (self.theirs, other)):
+            if side.wanted:
+                side.collect(derivative, batch, rows, keys)
+        return found
+
+    def _mask(self, products: Tensor, batch: slice, rows: slice) -> None:
+        if self.dead is not None:
+            products.add_(self.dead[batch, ..., : products.shape[3]])
+        if self.causal:
+            count = products.shape[2]
+            products[..., rows].add_(self.later[:count, :count])
+
+    def _pieces(self, own: Tensor, other: Tensor, weight: Tensor) -> Tensor:
+        count = max(1, _limit(PIECE, own) // own.shape[1])
+        pieces = zip(*(x.split(count) for x in (own, other, weight)), strict=True)
+        return torch.cat([self._compare(*piece) for piece in pieces])
+
+    def _compare(self, own: Tensor, other: Tensor, weight: Tensor) -> Tensor:
+        return self.compare(own, other, self._spare(*own.shape), weight, self.theirs.wanted)
+
+
+class _Memory:
+    """Memory that is used again and again for products of some rows, of ever more keys."""
+
+    def __init__(self, like: Tensor, time: int) -> None:
+        self._flat, self._time = like.new_empty(0), time
+
+    def __call__(self, *shape: int) -> Tensor:
+        """``shape`` elements that hold anything; those of the last call are gone."""
+        needed = prod(shape)
+        if self._flat.numel() < needed:
+            self._flat = self._flat.new_empty(needed // shape[-1] * self._time)
+        return self._flat[:needed].view(shape)
+
+
+def _unless(counts: Bool[Tensor, "*any"], like: Tensor) -> Tensor:
+    """What is added to products: 0 where they count."""
+    return torch.zeros_like(counts, dtype=like.dtype).masked_fill_(~counts, MASKED)
 
 
 class _Worker:
     """One side: makes products and collects gradients. Query heads of one key head are rows beside rows."""
 
-    def __init__(self, queries: Tensor, keys: Tensor, wanted: bool) -> None:
-        self.queries = queries.unflatten(1, (keys.shape[1], queries.shape[1] // keys.shape[1]))
-        self.keys, self.wanted = keys, wanted
-        self.d_queries = torch.zeros_like(self.queries) if wanted else None
-        self.d_keys = torch.zeros_like(keys) if wanted else None
+    def __init__(self, side: Side, wanted: bool) -> None:
+        self._shapes = side.queries.shape, side.keys.shape
+        _, heads, time, width = side.queries.shape
+        self.head, self.scale, self.wanted = side.keys.shape[1], side.scale, wanted
+        self.keys = side.keys.flatten(0, 1)
+        self.queries = side.queries.reshape(len(self.keys), heads // self.head, time, width)
+        self.keys_across = self.keys.mT.contiguous()
+        self.d_queries = torch.empty_like(self.queries) if wanted else None
+        self.d_keys_across = torch.zeros_like(self.keys_across) if wanted else None
+        self._rows, self._memory = self.queries, _Memory(self.queries, time)
 
     @property
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        if self.d_queries is None:
+        if self.d_queries is None or self.d_keys_across is None:
             return None, None
-        return self.d_queries.flatten(1, 2), self.d_keys
+        return self.d_queries.view(self._shapes[0]), self.d_keys_across.mT.reshape(self._shapes[1])
 
     def products(self, batch: slice, rows: slice, keys: slice) -> Tensor:
-        queries = self.queries[batch, :, :, rows]
-        found = queries.flatten(2, 3) @ self.keys[batch, :, keys].mT
-        return found.unflatten(2, queries.shape[2:4]).flatten(1, 2)
+        """``[batch, qhead, row, key]``, until the next call."""
+        heads = self._heads(batch)
+        self._rows = (self.queries[heads, :, rows] * self.scale).flatten(1, 2)
+        shape = (*self._rows.shape[:2], keys.stop)
+        found = torch.bmm(self._rows, self.keys_across[heads, :, keys], out=self._memory(*shape))
+        return found.view(batch.stop - batch.start, -1, rows.stop - rows.start, keys.stop)
 
-    def collect(self, derivative: Tensor, weight: Tensor, block: tuple[slice, slice], keys: slice) -> None:
-        """``weight``: of each row; it meets the narrow tensors, not the derivatives."""
-        batch, rows = block
-        queries, weight = self.queries[batch, :, :, rows], weight[:, None]
-        folded = derivative.unflatten(1, queries.shape[1:3]).flatten(2, 3)
-        moved = (folded @ self.keys[batch, :, keys]).view(queries.shape)
-        self.d_queries[batch, :, :, rows] = moved * weight  # type: ignore[index]
-        self.d_keys[batch, :, keys] += folded.mT @ (queries * weight).flatten(2, 3)  # type: ignore[index]
+    def _heads(self, batch: slice) -> slice:
+        return slice(batch.start * self.head, batch.stop * self.head)
+
+    def collect(self, derivative: Tensor, batch: slice, rows: slice, keys: slice) -> None:
+        """What the weighted derivatives of these products say of queries and keys."""
+        heads = self._heads(batch)
+        folded = derivative.view(*self._rows.shape[:2], keys.stop)
+        to = self.d_queries[heads, :, rows]  # type: ignore[index]
+        torch.mul(torch.bmm(folded, self.keys[heads, keys]).view(to.shape), self.scale, out=to)
+        self.d_keys_across[heads, :, keys].baddbmm_(self._rows.mT, folded)  # type: ignore[index]

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from kava_core.errors import SpecError
 from kava_core.kv.axes import Geometry
 from kava_core.train.assemble import make_pipeline
 from tests import tiny
@@ -50,3 +51,34 @@ def test_the_pipeline_itself_is_untouched() -> None:
     before = torch.get_rng_state()
     trained({"dim_projector": "linear"}, [{"name": "mse", "parts": ["values"]}])
     assert torch.equal(torch.get_rng_state(), before)
+
+
+LOSSES = [
+    {"name": "mse"},
+    {"name": "smooth_l1"},
+    {"name": "mercator"},
+    {"name": "relation"},
+    {"name": "relation", "form": "softmax"},
+    {"name": "attention_kl", "parts": ["keys", "queries"]},
+    {"name": "attention_output", "parts": ["keys", "values", "queries"]},
+    {"name": "structural", "parts": ["keys", "values", "queries"]},
+]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+@pytest.mark.parametrize("fuser", ["learnable", "attention"])
+def test_a_router_learns_from_every_loss(fuser: str, loss: dict) -> None:
+    spec = tiny.spec(fuser=fuser, losses=[loss])
+    pipeline = make_pipeline(spec, TEACHERS, STUDENT, seed=0)
+    assert all(parameter.requires_grad for parameter in pipeline.fuser.parameters())
+
+
+def test_a_router_without_gradient_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would stay at equal weights, like one that found no difference."""
+    from kava_plugins.kv_losses.mse import MSE
+
+    plain = MSE.forward
+    monkeypatch.setattr(MSE, "forward", lambda self, s, t, weight: plain(self, s, t, weight.detach()))
+    spec = tiny.spec(fuser="learnable", losses=[{"name": "mse"}])
+    with pytest.raises(SpecError, match=r"fuser 'learnable' is trained, but no loss \(mse\) gives it"):
+        make_pipeline(spec, TEACHERS, STUDENT, seed=0)

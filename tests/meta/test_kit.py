@@ -53,6 +53,7 @@ FAULTS = [
     ("Restless", "test_constant_without_parameters", r"zeros at the same places every time"),
     ("Negative", "test_weights_are_at_least_0", r"must be at least 0; one is -0.5"),
     ("UnnamedLayers", "test_one_layer_alone", r"name parameters by layer in 'layered'"),
+    ("DetachedWeight", "test_gradient_reaches_the_weight", r"by which fusers learn; the loss is detached"),
     ("LayerLeak", "test_layers_are_independent", r"must be the sum over its layers, each taken alone"),
     ("Peeks", "test_targets_are_needed_or_not_looked_at", r"without them it raised StopIteration"),
     (

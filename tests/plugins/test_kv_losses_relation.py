@@ -176,6 +176,7 @@ def test_blocks_change_nothing(form, monkeypatch):
     found = []
     for elements in (8, 2**20):
         monkeypatch.setitem(row_blocks.ELEMENTS, "cpu", elements)
+        monkeypatch.setitem(row_blocks.PIECE, "cpu", elements)
         value = loss(student, target, weight)
         found.append((value, *torch.autograd.grad(value, (student.values, target.values))))
     for mine, theirs in zip(*found, strict=True):

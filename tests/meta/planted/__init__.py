@@ -28,7 +28,7 @@ PROJECTORS = {
 }
 LOSSES = {
     name: _declared(name, KVLossConfig)
-    for name in ("Absolute", "MaskLeak", "DetachedLoss", "HalfSum", "LayerLeak")
+    for name in ("Absolute", "MaskLeak", "DetachedLoss", "HalfSum", "LayerLeak", "DetachedWeight")
 }
 ADAPTERS = {name: _declared(name) for name in ("FirstHeads", "WrongView", "DroppedFold")}
 WARPERS = {name: _declared(name) for name in ("Shift", "ReadsPadding", "BatchLength")}

@@ -135,6 +135,11 @@ class LayerLeak(Absolute):
         return super().part(x, target, weight) * weight.shape[1]
 
 
+class DetachedWeight(Absolute):
+    def forward(self, student, target, weight):
+        return super().forward(student, target, weight.detach())
+
+
 class DetachedLoss(Absolute):
     def part(self, x, target, weight):
         return super().part(x.detach(), target, weight)
