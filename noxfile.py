@@ -127,9 +127,13 @@ def quickstart(session: nox.Session) -> None:
 
 @nox.session(python="3.11")
 def bench(session: nox.Session) -> None:
-    """Step time over the floor; writes nothing, prints the table."""
+    """The whole step: over its floor, against a hand-written one and against peers; prints the tables."""
     install(session, "-e", ".[all]")
-    session.run("python", "benchmarks/step.py", *session.posargs)
+    session.install(
+        "--no-deps", *nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), "peers")
+    )
+    for script in ("step", "handwritten", "peers"):
+        session.run("python", f"benchmarks/{script}.py", *session.posargs)
 
 
 @nox.session(python="3.11")

@@ -1,177 +1,96 @@
-"""Step time over the floor: what KV distillation adds to the models' own cost.
+"""The whole training step over its floor: kava's, and the same written naively.
 
 Floor = every teacher's forward pass (no LM head) + the student's forward, backward and optimizer step.
-Each arm is timed in one process, alternated, as CPU or CUDA time; medians of ratios over rounds.
+The three are alternated in one process; CPU time, or wall time on a GPU; medians of ratios over rounds.
+Memory is what one step takes beside models and optimizer, in a process of its own.
 
-    python benchmarks/step.py [--rounds 30] [--size small|medium] [--device cpu|cuda]
+    python benchmarks/step.py [--rounds 10] [--size small medium long] [--arm NAME …] [--device cpu|cuda]
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+from collections.abc import Callable
+from statistics import median
 
+import memory
 import torch
-from alternated import alternate
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from alternated import alternate, quartiles
+from bench import SIZES, Bench, make_spec
+from naive import Naive
 
-from kava_core.kv.pipeline import KVPipeline, parts_of
-from kava_core.kv.probe import geometry_of
-from kava_core.registry import Registry
-from kava_core.spec.bind import bind
-from kava_core.spec.model import PipelineSpec
-from kava_core.train.distiller import Distiller, cross_entropy
-from kava_core.train.teacher import Teacher
-
-SIZES = {
-    "small": {
-        "student": (192, 4, 6, 2),
-        "teachers": [(256, 8, 8, 4), (256, 6, 4, 4)],
-        "batch": 8,
-        "time": 96,
-    },
-    "medium": {
-        "student": (384, 6, 6, 2),
-        "teachers": [(512, 12, 8, 4), (512, 8, 8, 8)],
-        "batch": 8,
-        "time": 256,
-    },
-}
-VOCAB = 2048
-
-
-def config(width: int, layers: int, heads: int, kv: int) -> dict[str, object]:
-    """A Llama config; head width = width / heads."""
-    return {
-        "model_type": "llama",
-        "vocab_size": VOCAB,
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-    }
-
-
-def make_spec(size: dict, losses: list[dict], teachers: int) -> PipelineSpec:
-    """The pipeline of one arm."""
-    return bind(Registry.build()).model_validate(
-        {
-            "name": "bench",
-            "student": {"config": config(*size["student"]), "tokenizer": {"kind": "bpe"}},
-            "teachers": [
-                {"name": f"t{i}", "config": config(*shape), "tokenizer": {"kind": "bpe"}}
-                for i, shape in enumerate(size["teachers"][:teachers])
-            ],
-            "losses": losses,
-            "data": {"name": "chain"},
-            "train": {"steps": 1},
-        }
-    )
-
-
-def build(fields: dict, device: str) -> nn.Module:
-    """A model with random weights."""
-    fields = dict(fields)
-    made = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    return AutoModelForCausalLM.from_config(made, attn_implementation="sdpa").to(device)
-
-
-def side(batch: int, length: int, device: str, *, labels: bool = False) -> dict[str, torch.Tensor]:
-    """A batch of random ids in three segments."""
-    ids = torch.randint(3, VOCAB, (batch, length), device=device)
-    segments = torch.ones_like(ids)
-    segments[:, : length // 4], segments[:, -length // 8 :] = 0, 2
-    made = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "segments": segments,
-        "spans": torch.zeros(batch, length, 2, dtype=torch.long, device=device),
-    }
-    return made | ({"labels": ids} if labels else {})
-
-
-class Bench:
-    """One student and its teachers, stepped with or without the pipeline."""
-
-    def __init__(self, spec: PipelineSpec, size: dict, device: str) -> None:
-        torch.manual_seed(0)
-        self.student = build(spec.student.config, device)
-        models = [build(t.config, device) for t in spec.teachers]
-        geometries = {t.name: geometry_of(m) for t, m in zip(spec.teachers, models, strict=True)}
-        pipeline = KVPipeline(spec, teachers=geometries, student=geometry_of(self.student)).to(device)
-        self.teachers = [
-            Teacher(t.name, m, layers=a.sources, parts=parts_of(spec), rotary=spec.rotary)
-            for t, m, a in zip(spec.teachers, models, pipeline.teachers, strict=True)
-        ]
-        self.distiller = Distiller(
-            self.student, pipeline, self.teachers, parts=parts_of(spec), rotary=spec.rotary
-        )
-        self.optimizer = torch.optim.AdamW(self.distiller.parameters(), lr=1e-4)
-        batch, length = size["batch"], size["time"]
-        self.ours = side(batch, length, device, labels=True)
-        self.theirs = {t.name: side(batch, length + length // 5, device) for t in spec.teachers}
-        self.items = torch.tensor([batch * (length - 1), batch * length], dtype=torch.float32, device=device)
-        self.distiller.calibrate({"student": self.ours, "teachers": self.theirs})
-        self.distiller.finish_calibration()
-
-    def floor(self) -> None:
-        """Teachers' forward passes and the student's whole step."""
-        with torch.no_grad():
-            for teacher in self.teachers:
-                there = self.theirs[teacher.name]
-                teacher.model.base_model(
-                    input_ids=there["input_ids"], attention_mask=there["attention_mask"], use_cache=False
-                )
-        here = self.ours
-        logits = self.student(
-            input_ids=here["input_ids"], attention_mask=here["attention_mask"], use_cache=False
-        ).logits
-        self._update(cross_entropy(logits, here["labels"], self.items[0]))
-
-    def step(self) -> None:
-        """The same with capture, alignment and KV losses."""
-        self._update(self.distiller(self.ours, self.theirs, self.items)["loss"])
-
-    def _update(self, loss: torch.Tensor) -> None:
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.distiller.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-
-def ratios(bench: Bench, rounds: int, device: str) -> tuple[list[float], float]:
-    """Step over floor in every round; median floor in seconds."""
-    seconds = alternate({"floor": bench.floor, "step": bench.step}, rounds, device, warm=3)
-    both = zip(seconds["step"], seconds["floor"], strict=True)
-    return [step / floor for step, floor in both], statistics.median(seconds["floor"])
-
-
+MERCATOR = {"name": "mercator"}
 ARMS = {
-    "mercator K+V, 1 teacher": ([{"name": "mercator"}], 1),
-    "smooth_l1 K+V, 1 teacher": ([{"name": "smooth_l1", "scale": "batch"}], 1),
-    "relation V, 1 teacher": ([{"name": "relation"}], 1),
-    "mercator K+V, 2 teachers": ([{"name": "mercator"}], 2),
+    "K/V, 1 teacher": (1.02, 1, [MERCATOR]),
+    "K/V, 2 teachers": (1.03, 2, [MERCATOR]),
+    "K/V + attention KL on 3 layers": (1.05, 1, [MERCATOR, {"name": "attention_kl"}]),
+    "K/V by smooth_l1, 1 teacher": (1.02, 1, [{"name": "smooth_l1", "scale": "batch"}]),
+    "relation of V, 1 teacher": (1.02, 1, [{"name": "relation"}]),
 }
+"""Mark of the step over the floor; teachers; losses. Only the first three have a naive form."""
+FORMS = ("floor", "kava", "naive")
+
+
+def make(arm: str, size: str, device: str) -> tuple[Bench, dict[str, Callable[[], object]]]:
+    """The bench and its steps by form; AssertionError where kava's and the naive loss differ."""
+    _, teachers, losses = ARMS[arm]
+    last = SIZES[size]["student"][1] - 1
+    three = {"layers": [0, last // 2, last]}
+    losses = [loss | (three if loss["name"] == "attention_kl" else {}) for loss in losses]
+    bench = Bench(make_spec(SIZES[size], losses, teachers=teachers), SIZES[size], device)
+    work = {"floor": bench.floor, "kava": bench.step}
+    if MERCATOR in losses:
+        naive = Naive(bench)
+        torch.testing.assert_close(bench.loss(), naive.loss(), rtol=1e-5, atol=0)
+        work["naive"] = naive.step
+    return bench, work
+
+
+def peak(form: str, arm: str, size: str, device: str) -> float:
+    """MiB of one step in this process, after a tiny one."""
+    bench, work = make(arm, size, device)
+    bench.show(1, 16)
+    work[form]()
+    bench.show(SIZES[size]["batch"], SIZES[size]["time"])
+    return memory.growth(work[form], device)
+
+
+def row(arm: str, size: str, options: argparse.Namespace) -> str:
+    """One line of the table."""
+    _, work = make(arm, size, options.device)
+    seconds = alternate(work, options.rounds, options.device)
+    cells = [
+        "{1:.3f} ({0:.3f}–{2:.3f})".format(*quartiles(seconds[x], seconds["floor"])) if x in work else "–"
+        for x in FORMS[1:]
+    ]
+    asked = ("--size", size, "--arm", arm, "--device", options.device)
+    peaks = [f"{memory.fresh(__file__, '--peak', x, *asked):.0f}" if x in work else "–" for x in FORMS]
+    floor = f"{1e3 * median(seconds['floor']):.0f}"
+    return f"| {' | '.join([size, arm, f'{ARMS[arm][0]:.2f}', *cells, floor, *peaks])} |"
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--size", choices=SIZES, default="medium")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--size", choices=SIZES, nargs="+", default=["small", "medium"])
+    parser.add_argument("--arm", choices=ARMS, nargs="+", default=list(ARMS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--peak", choices=FORMS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, {options.device}, size {options.size}, {options.rounds} rounds")
-    print("| arm | step / floor (median) | quartiles | floor, ms |\n|---|---|---|---|")
-    for name, (losses, teachers) in ARMS.items():
-        size = SIZES[options.size]
-        bench = Bench(make_spec(size, losses, teachers), size, options.device)
-        found, floor = ratios(bench, options.rounds, options.device)
-        low, middle, high = statistics.quantiles(found, n=4)
-        print(f"| {name} | {middle:.3f} | {low:.3f}–{high:.3f} | {1000 * floor:.0f} |", flush=True)
+    if options.peak:
+        print(peak(options.peak, options.arm[0], options.size[0], options.device))
+        return
+    print(
+        f"torch {torch.__version__}, {options.device}, 1 thread, {options.rounds} rounds\n\n"
+        "| size | arm | mark | kava / floor | naive / floor "
+        "| floor, ms | floor, MiB | kava, MiB | naive, MiB |\n"
+        "|---|---|---|---|---|---|---|---|---|"
+    )
+    for size in options.size:
+        for arm in options.arm:
+            print(row(arm, size, options), flush=True)
 
 
 if __name__ == "__main__":

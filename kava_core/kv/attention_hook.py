@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,16 +29,28 @@ class Enough(Exception):
     """All that is wanted of a forward pass has been seen; the rest of it is left out."""
 
 
+class Rotated(NamedTuple):
+    """One call of a model's rotation."""
+
+    angles: Angles
+    rows: int
+    """Heads × positions of the keys."""
+    before: tuple[Tensor, Tensor]
+    """Queries and keys it was given."""
+    after: tuple[Tensor, Tensor]
+    """What it made of them."""
+
+
 class RotaryTap:
     """Remembers the angles a modeling file last rotated with, until an attention layer collects them."""
 
     def __init__(self, apply: Callable[..., Any]) -> None:
         self.apply = apply
         self.armed = 0
-        self.last: tuple[Angles, int] | None = None
+        self.last: Rotated | None = None
 
-    def collect(self) -> tuple[Angles, int] | None:
-        """The angles since the last call, and how many heads × positions they rotated; None if none."""
+    def collect(self) -> Rotated | None:
+        """The rotation since the last call; None if there was none."""
         last, self.last = self.last, None
         return last
 
@@ -53,18 +65,22 @@ class Slot:
         parts: tuple[Part, ...],
         rotary: RotaryTap | None,
         *,
+        strip: bool = False,
         last: bool = False,
     ) -> None:
         self.model, self.layer, self.last = model, layer, last
-        self.parts, self.rotary = parts, rotary
+        self.parts, self.rotary, self.strip = parts, rotary, strip
         self.then: Callable[[Slot], None] | None = None
         """Called as soon as the layer has left its tensors."""
+        self.plain: bool
+        """Whether keys and queries are those from before the rotation."""
         self.clear()
 
     def clear(self) -> None:
         """Forget everything."""
         self.drop()
         self.angles: Angles | None = None
+        self.plain = False
         self.seen = self.dim = 0
 
     def drop(self) -> None:
@@ -82,17 +98,18 @@ class Slot:
                 f"keys are {_extent(key)} and values {_extent(value)}; "
                 "multi-head latent attention (MLA) cannot be captured"
             )
-        self._rotation(key)
+        query, key = self._rotation(query, key)
         self.dim = key.shape[-1]
         self.keys = _own(key) if "keys" in self.parts else None
         self.values = _own(value) if "values" in self.parts else None
         self.queries = _own(query) if "queries" in self.parts else None
 
-    def _rotation(self, key: Tensor) -> None:
+    def _rotation(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Note the angles. Where the rotation's very result is attended to, what it was given is stripped."""
         collected = self.rotary.collect() if self.rotary is not None else None
         if collected is None:
-            return
-        self.angles, rows = collected
+            return query, key
+        self.angles, rows = collected.angles, collected.rows
         attended = key.numel() // key.shape[-1]
         if self.parts and rows != attended:
             raise UnsupportedModelError(
@@ -100,6 +117,8 @@ class Slot:
                 "strip and match need a forward pass without past keys that rotates every head; "
                 "use rotary: keep"
             )
+        self.plain = self.strip and collected.after[0] is query and collected.after[1] is key
+        return collected.before if self.plain else (query, key)
 
 
 def namespace(module: nn.Module) -> dict[str, Any]:
@@ -161,9 +180,11 @@ def _tapped_rotation(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def rotate(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
+        after = original(q, k, cos, sin, *args, **kwargs)
         if tap.armed:
-            tap.last = (Angles(cos, sin, k.shape[-1]), k.numel() // k.shape[-1])
-        return original(q, k, cos, sin, *args, **kwargs)
+            angles = Angles(cos, sin, k.shape[-1])
+            tap.last = Rotated(angles, k.numel() // k.shape[-1], (q, k), after)
+        return after
 
     rotate.kava_tap = tap  # type: ignore[attr-defined]
     return rotate

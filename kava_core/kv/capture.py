@@ -65,7 +65,7 @@ class Capture:
         self._checkpointed = find.checkpointed(model)
         last = max(self.layers) if stop and not find.hooked(model) else None
         self._slots = [
-            Slot(self.name, i, parts if i in self.layers else (), tap, last=i == last)
+            Slot(self.name, i, parts if i in self.layers else (), tap, strip=self._strip, last=i == last)
             for i, tap in enumerate(self._taps)
         ]
         self._each = each
@@ -111,7 +111,7 @@ class Capture:
             self._check(asked)
             if self._followed:
                 self._rotation = rotation_of(asked)
-            undo = self._rotation if self._strip else None
+            undo = self._rotation if self._strip and not all(slot.plain for slot in asked) else None
             return Cache(**{part: stack(asked, part, undo) for part in self.parts})
         finally:
             self._clear()

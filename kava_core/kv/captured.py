@@ -31,7 +31,7 @@ def rotation_of(slots: list[Slot]) -> Rotation:
     for places in _by_angles(slots):
         slot = slots[places[0]]
         function = slot.rotary.apply if slot.rotary is not None else None
-        turns.append(Turn(tuple(places), slot.angles, function))
+        turns.append(Turn(tuple(places), None if slot.plain else slot.angles, function))
     return Rotation(tuple(turns), slots[0].dim)
 
 
@@ -69,7 +69,8 @@ def _by_angles(slots: list[Slot]) -> list[list[int]]:
     """Positions of the layers that were rotated by the very same tensors, or not at all."""
     groups: dict[tuple[int, int], list[int]] = {}
     for position, slot in enumerate(slots):
-        key = (id(slot.angles.cos), slot.angles.width) if slot.angles is not None else (0, 0)
+        turned = slot.angles is not None and not slot.plain
+        key = (id(slot.angles.cos), slot.angles.width) if turned else (0, 0)
         groups.setdefault(key, []).append(position)
     return list(groups.values())
 

@@ -46,15 +46,10 @@ def cross_entropy(
     logits: Float[Tensor, "batch time vocab"], labels: Int[Tensor, "batch time"], items: Tensor
 ) -> Float[Tensor, ""]:
     """Summed next-token cross-entropy of the labelled positions, divided by ``items``, in float32."""
-    return (
-        F.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(),
-            labels[:, 1:].flatten(),
-            ignore_index=IGNORED,
-            reduction="sum",
-        )
-        / items
-    )
+    # Labels are shifted, not logits: a slice of these would be copied, and so would its gradient.
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+    total = F.cross_entropy(logits.flatten(0, 1).float(), following, ignore_index=IGNORED, reduction="sum")
+    return total / items
 
 
 @dataclass(frozen=True)

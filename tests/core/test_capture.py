@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny_models import WORKS
+from tiny_models import WORKS, Case
 from torch import Tensor, nn
 
 from kava_core.errors import KavaError, UnsupportedModelError
@@ -139,14 +139,30 @@ def test_teacher_and_student_may_be_open_at_once() -> None:
     teacher, student = llama(num_key_value_heads=4).eval(), llama().train()
     alone = captured(teacher).keys, captured(student).keys
     with torch.no_grad(), Capture(teacher) as theirs, torch.enable_grad(), Capture(student) as ours:
-        student(IDS)
+        student(IDS, use_cache=False)
         with torch.no_grad():
-            teacher(IDS)
+            teacher(IDS, use_cache=False)
     t_keys, keys = theirs.take().keys, ours.take().keys
     assert torch.equal(t_keys, alone[0])
     assert torch.equal(keys, alone[1])
     assert keys.requires_grad
     assert not t_keys.requires_grad
+
+
+@pytest.mark.parametrize("case", WORKS, ids=lambda case: case.name)
+def test_stripping_is_undoing(case: Case) -> None:
+    """What was rotated is either taken from before the rotation or turned back; both are the same."""
+    model = case.model().eval()
+    with torch.no_grad():
+        before = captured(model, parts=("keys", "queries"), layers=(0,))
+        with Capture(model, parts=("keys", "queries"), layers=(0,), rotary="match") as capture:
+            model(input_ids=IDS, use_cache=False)
+    cached = capture.take()
+    rotation = capture.rotation()
+    if rotation is None:
+        return
+    for part, x in cached.items():
+        torch.testing.assert_close(rotation.undo(x), getattr(before, part), rtol=1e-4, atol=2e-6)
 
 
 def test_two_captures_of_one_model_follow_each_other() -> None:

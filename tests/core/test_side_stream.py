@@ -1,4 +1,4 @@
-"""The order in which a teacher's stream and the student's wait for each other, with streams that only record."""
+"""How a teacher's stream and the student's wait for each other, with streams that only record."""
 
 from __future__ import annotations
 
