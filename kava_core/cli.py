@@ -171,6 +171,9 @@ def plan(
     teacher_time: Annotated[
         int | None, typer.Option(min=1, help="Teacher tokens; default: as --time.")
     ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Also show the memory of each of so many processes.")
+    ] = 1,
 ) -> None:
     """Show shapes, parameters, memory and cost of a step."""
     from kava_core.spec.load import load
@@ -180,7 +183,8 @@ def plan(
     from kava_core.plan_text import show
 
     length = time or default_time(loaded.spec)
-    show(make_plan(loaded.spec, time=length, t_time=teacher_time or length), loaded)
+    found = make_plan(loaded.spec, time=length, t_time=teacher_time or length, processes=processes)
+    show(found, loaded)
 
 
 @app.command()

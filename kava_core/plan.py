@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,13 @@ from kava_core.kv.order import Stage
 from kava_core.kv.pipeline import active
 from kava_core.kv.probe import fake_model
 from kava_core.kv.timemap import TimeMap
-from kava_core.spec.model import HubData, ModelSpec, PipelineSpec, StudentSpec
+from kava_core.plan_memory import LOGIT_BYTES, Kept, kept_by_losses, kept_by_student, largest_block
+from kava_core.spec.model import HubData, ModelSpec, PipelineSpec, StudentSpec, TeacherSpec
 from kava_core.train import quantize
+from kava_core.train.assemble import weights_key
+from kava_core.train.fsdp import blocks
 from kava_core.train.models import add_lora, model_config
+from kava_core.train.placement import REPLICATED, SHARDED
 from kava_core.train.stored import layout_of
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -52,6 +56,12 @@ class ModelCost:
     """Whether keys and queries are rotated."""
     note: str = ""
     """Where the vocabulary, and with it every count, is not the run's."""
+    block: int = 0
+    """Bytes of the largest decoder layer's weights."""
+    outside: int = 0
+    """Bytes of the weights outside of the decoder layers."""
+    trained: int = 0
+    """Bytes of the weights that are trained."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +83,17 @@ class Plan:
     dry: DryRun
     models: list[ModelCost]
     memory: dict[str, int]
-    """Bytes, by what they hold."""
+    """Bytes of a process that trains alone, by what they hold."""
     flops: dict[str, float]
     """Of one optimizer step, by who does them."""
     store: StoreSize | None = None
     """Where the spec asks for a store."""
+    processes: int = 1
+    """How many train together."""
+    divided: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Bytes of each of several processes, likewise, by how they train together: DDP, FSDP2."""
+    elsewhere: dict[str, int] = field(default_factory=dict)
+    """Bytes of teachers on devices of their own, by device."""
 
 
 def default_time(spec: PipelineSpec) -> int:
@@ -90,8 +106,8 @@ def default_time(spec: PipelineSpec) -> int:
     return min([spec.train.max_length, *(limit for limit in limits if limit)])
 
 
-def make_plan(spec: PipelineSpec, *, time: int, t_time: int) -> Plan:
-    """Everything about a step with ``train.batch_size`` examples of these lengths."""
+def make_plan(spec: PipelineSpec, *, time: int, t_time: int, processes: int = 1) -> Plan:
+    """Everything about a step with ``train.batch_size`` examples of these lengths in each process."""
     batch = spec.train.batch_size
     dry = dry_run(spec, batch=batch, time=time, t_time=t_time)
     student = _model_cost("student", spec.student, batch, time, geometry=str(dry.student))
@@ -104,8 +120,20 @@ def make_plan(spec: PipelineSpec, *, time: int, t_time: int) -> Plan:
     flops = {cost.name: cost.flops * steps for cost in (student, *teachers)}
     if dry.pipeline is not None:
         flops["alignment"] = _alignment_flops(dry) * steps
-    memory = _memory(spec, dry, [student, *teachers], batch, time)
-    return Plan(dry, [student, *teachers], memory, flops, _store_size(spec, dry, time))
+    kept = kept_by_student(spec, sized_config(spec.student, where="student"), batch=batch, time=time)
+    memory = _memory(spec, dry, [student, *teachers], kept, time)
+    alive = _alive(spec, kept.without_copies(), _logits(spec, student, time))
+    divided = _divided(memory, alive, [student, *teachers], spec, processes) if processes > 1 else {}
+    return Plan(
+        dry,
+        [student, *teachers],
+        memory,
+        flops,
+        _store_size(spec, dry, time),
+        processes,
+        divided,
+        _elsewhere(spec, teachers),
+    )
 
 
 def _model_cost(name: str, spec: ModelSpec, batch: int, time: int, *, geometry: str) -> ModelCost:
@@ -122,6 +150,9 @@ def _model_cost(name: str, spec: ModelSpec, batch: int, time: int, *, geometry: 
         vocabulary=int(config.get_text_config().vocab_size),
         rotary=has_rotary(model),
         note=vocabulary_note(spec),
+        block=largest_block(model),
+        outside=_bytes(model.parameters()) - sum(_bytes(block.parameters()) for block in blocks(model)),
+        trained=_bytes(trained),
     )
 
 
@@ -224,21 +255,95 @@ def _counted(change: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, flo
     return y.detach().requires_grad_(y.requires_grad), float(counter.get_total_flops())
 
 
+WEIGHTS, STATE = "teachers: weights", "student: weights, gradients, optimizer"
+
+
 def _memory(
-    spec: PipelineSpec, dry: DryRun, models: list[ModelCost], batch: int, time: int
+    spec: PipelineSpec, dry: DryRun, models: list[ModelCost], kept: Kept, time: int
 ) -> dict[str, int]:
-    wide = _computed_bytes(spec, spec.student)
-    hidden = batch * time * dry.student.hidden * wide
-    kept = dry.student.layer + 17 if spec.student.gradient_checkpointing else 17 * dry.student.layer
+    held = [cost for cost, teacher in _apart(spec, models[1:]) if not _on(teacher)]
     return {
-        "student: weights, gradients, optimizer": models[0].weights,
-        "student: activations (about)": hidden * kept,
-        "student: logits and their gradient": batch * time * models[0].vocabulary * (wide + 4),
-        "teachers: weights": sum(model.weights for model in models[1:]),
+        STATE: models[0].weights,
+        **_alive(spec, kept, _logits(spec, models[0], time)),
+        WEIGHTS: sum(cost.weights for cost in held),
         "teachers: captured cache (the largest)": _captured(spec, dry, models[1:]),
         "teachers: aligned caches (fp32)": sum(prod(shape) * 4 for shape in _targets(dry).values()),
+        "KV losses: kept for the backward pass": kept_by_losses(dry),
         "alignment: weights, gradients, optimizer": _alignment_bytes(dry),
     }
+
+
+def _logits(spec: PipelineSpec, student: ModelCost, time: int) -> int:
+    return spec.train.batch_size * time * student.vocabulary * LOGIT_BYTES
+
+
+def _alive(spec: PipelineSpec, kept: Kept, logits: int) -> dict[str, int]:
+    """What the student's pass makes. Autocast copies no frozen weights ahead."""
+    if not spec.student.gradient_checkpointing:
+        return {"student: activations": kept.total, "student: logits and their gradient": logits}
+    copies = 0 if spec.student.lora is not None else kept.copies
+    return {
+        "student: activations": kept.checkpointed,
+        "student: logits, or a layer made again": max(logits + copies, *kept.layers),
+    }
+
+
+def _apart(spec: PipelineSpec, costs: list[ModelCost]) -> list[tuple[ModelCost, TeacherSpec]]:
+    """Teachers with weights of their own, each with its declaration."""
+    declared = {teacher.name: teacher for teacher in spec.teachers}
+    found = {weights_key(declared[cost.name]): (cost, declared[cost.name]) for cost in reversed(costs)}
+    return list(reversed(found.values()))
+
+
+def _on(teacher: TeacherSpec) -> str | None:
+    """The device of its own that a teacher is placed on."""
+    return None if teacher.placement in (REPLICATED, SHARDED) else teacher.placement
+
+
+def _elsewhere(spec: PipelineSpec, costs: list[ModelCost]) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for cost, teacher in _apart(spec, costs):
+        if device := _on(teacher):
+            sizes[device] = sizes.get(device, 0) + cost.weights
+    return sizes
+
+
+def _divided(
+    memory: dict[str, int],
+    alive: dict[str, int],
+    models: list[ModelCost],
+    spec: PipelineSpec,
+    processes: int,
+) -> dict[str, dict[str, int]]:
+    """What each process holds.
+
+    Args:
+        memory: what a process holds alone.
+        alive: what the student's pass makes where its weights are gathered as autocast needs them.
+        models: the student, then the teachers.
+        processes: how many.
+    """
+    teachers = [one for one in _apart(spec, models[1:]) if not _on(one[1])]
+    sharded = [cost for cost, teacher in teachers if teacher.placement == SHARDED]
+    whole = sum(cost.weights for cost, teacher in teachers if teacher.placement == REPLICATED)
+    common = memory | {WEIGHTS: whole + sum(cost.weights // processes for cost in sharded)}
+    if sharded:
+        common["teachers: layers gathered to run"] = max(cost.outside + 2 * cost.block for cost in sharded)
+    student = models[0]
+    fsdp = {STATE: student.weights // processes, "student: layers gathered to run": _gathered(spec, student)}
+    return {
+        "DDP": common | {"student: gradients on their way": student.trained},
+        "FSDP2": common | alive | fsdp,
+    }
+
+
+def _gathered(spec: PipelineSpec, student: ModelCost) -> int:
+    """FSDP2 gathers a layer while the one before it runs, so two at a time, and in the backward pass one
+    layer's gradient, which is summed in float32. What stands outside of the layers stays gathered."""
+    gathered = 2 * student.outside + 3 * student.block
+    if spec.train.precision == "bf16" and spec.student.dtype == "float32":
+        return gathered // 2 + student.block
+    return gathered
 
 
 def _computed_bytes(spec: PipelineSpec, model: ModelSpec) -> int:
@@ -247,9 +352,26 @@ def _computed_bytes(spec: PipelineSpec, model: ModelSpec) -> int:
 
 
 def _captured(spec: PipelineSpec, dry: DryRun, teachers: list[ModelCost]) -> int:
-    """Teachers run one after the other, and a raw cache is let go once it is aligned."""
+    """Teachers run one after the other, and a raw cache is let go once it is aligned.
+
+    With ``train.stream`` as many layers are there as one student layer reads.
+    """
     declared = {teacher.name: teacher for teacher in spec.teachers}
-    return max((_cached(spec, declared[t.name], dry.caches[t.name], t.rotary) for t in teachers), default=0)
+    sizes = [0]
+    for teacher in teachers:
+        cache = dry.caches[teacher.name]
+        size = _cached(spec, declared[teacher.name], cache, teacher.rotary)
+        sizes.append(size * _read_at_once(spec, dry, teacher.name) // cache.any.shape[1])
+    return max(sizes)
+
+
+def _read_at_once(spec: PipelineSpec, dry: DryRun, teacher: str) -> int:
+    """Teacher layers whose raw caches are alive together."""
+    assert dry.pipeline is not None
+    aligner = next(a for a in dry.pipeline.teachers if a.name == teacher)
+    if not spec.train.stream:
+        return len(aligner.sources)
+    return max(len(reads) for reads in aligner.layer_map.reads)
 
 
 def _cached(spec: PipelineSpec, teacher: ModelSpec, cache: Cache, rotary: bool) -> int:

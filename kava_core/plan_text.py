@@ -84,11 +84,17 @@ def _models(plan: Plan) -> Table:
 
 
 def _memory(plan: Plan) -> Table:
-    table = _table("memory of one process", "what", "bytes", numbers=1)
-    for what, size in plan.memory.items():
-        table.add_row(what, _size(size))
+    ways = {"one process": plan.memory} | {
+        f"each of {plan.processes}, {way}": memory for way, memory in plan.divided.items()
+    }
+    table = _table("memory at the peak of a step (about)", "what", *ways, numbers=len(ways))
+    rows = dict.fromkeys(what for memory in ways.values() for what in memory)
+    for what in rows:
+        table.add_row(what, *(_size(memory[what]) if what in memory else "" for memory in ways.values()))
     table.add_section()
-    table.add_row("together", _size(sum(plan.memory.values())), style="bold")
+    table.add_row("together", *(_size(sum(memory.values())) for memory in ways.values()), style="bold")
+    for device, size in plan.elsewhere.items():
+        table.add_row(f"beside them on {device}: teachers", *[_size(size)] * len(ways))
     return table
 
 

@@ -192,7 +192,11 @@ class ObservesTeachers(Protocol):
 
 @runtime_checkable
 class Chooses(Protocol):
-    """What a fuser offers if not all teachers run in every forward pass."""
+    """What a fuser offers if not all teachers run in every forward pass.
+
+    One whose choice is the same in every process says so with ``draws = False``; others refuse teachers that
+    are sharded, which all processes must run together.
+    """
 
     def choose(self) -> Bool[Tensor, " teacher"]:
         """Which teachers are to run; called before they would, and before the weights are asked for."""

@@ -44,9 +44,9 @@ def stream_terms(
     student: Cache,
     weights: Float[Tensor, "teacher batch layer time"],
     streams: Sequence[Stream],
-    factors: Float[Tensor, "sums terms"],
+    factors: Float[Tensor, "_ _"],
     rotation: Rotation | None = None,
-) -> tuple[Float[Tensor, " sums"], dict[str, Float[Tensor, ""]]]:
+) -> tuple[Float[Tensor, " _"], dict[str, Float[Tensor, ""]]]:
     """Weighted sums of the loss terms, with gradient, and the unweighted terms, without.
 
     Args:
@@ -54,8 +54,8 @@ def stream_terms(
         student: the student's cache of the compared layers.
         weights: of every teacher at every position, as ``KVPipeline.routed`` gives them.
         streams: the teachers that run, one after another.
-        factors: each sum's factor of every term. The gradient of each sum takes as much memory as the
-            student's cache.
+        factors: a row for each sum, with a factor for every term. The gradient of each sum takes as much
+            memory as the student's cache.
         rotation: as for ``KVPipeline.forward``.
 
     Equal to ``KVPipeline.terms_of`` up to the order in which layers are added.

@@ -22,8 +22,8 @@ MANIFEST = "manifest.json"
 STAGING = "staging"
 """Folder beside the checkpoints where one is written."""
 NAME = re.compile(r"checkpoint-(\d+)")
-READ_BACK = frozenset({".safetensors", ".pt", ".pth", ".bin", ".pkl"})
-"""Suffixes of files that loading a checkpoint reads; pickles among them."""
+READ_BACK = frozenset({".safetensors", ".pt", ".pth", ".bin", ".pkl", ".distcp", ".metadata"})
+"""Ends of the names of files that loading a checkpoint reads; pickles among them."""
 
 
 def _digest(file: Path) -> str:
@@ -90,7 +90,7 @@ def verify(folder: Path, *, content: bool = True) -> None:
         if file.stat().st_size != size or (content and _digest(file) != digest):
             raise CheckpointError(f"{file}: altered since it was saved: not what the manifest says")
     for file in _files(folder):
-        if file.suffix in READ_BACK and str(file.relative_to(folder)) not in entries:
+        if file.name.endswith(tuple(READ_BACK)) and str(file.relative_to(folder)) not in entries:
             raise CheckpointError(f"{file}: not in the manifest, so not saved by kava; it is never loaded")
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kava_core.config import Part
+from kava_core.errors import SpecError
 from kava_core.kv.align_stream import align_stream, assert_streams, by_terms
 from kava_core.kv.aligner import TeacherAligner
 from kava_core.kv.axes import Cache
@@ -27,11 +28,11 @@ from kava_core.kv.pipeline import ROUTER, Aligned, Beside, KVPipeline, precise
 from kava_core.kv.rope import Rotation
 from kava_core.kv.timeline import Timeline
 from kava_core.kv.timemap import TimeMap
-from kava_core.protocols import Rewarded
+from kava_core.protocols import Chooses, Rewarded
 from kava_core.spec.model import LogitsSpec
 from kava_core.store.reader import target_of
 from kava_core.train.logits import logit_divergence, same_tokens
-from kava_core.train.placement import REPLICATED
+from kava_core.train.placement import REPLICATED, SHARDED, processes
 from kava_core.train.side_stream import SideStream, on_other_gpu
 from kava_core.train.teacher import Teacher
 
@@ -298,8 +299,19 @@ class Distiller(nn.Module):
         """Bring the teachers to where the spec places them, by name: by default the device of the batches."""
         for teacher in self.__dict__["teachers"]:
             teacher.to(device, (placements or {}).get(teacher.name, REPLICATED))
+        self._check_choice(placements or {})
         if any(on_other_gpu(placement, device) for placement in (placements or {}).values()):
             self.__dict__["aside"] = SideStream(device)
+
+    def _check_choice(self, placements: Mapping[str, str]) -> None:
+        """SpecError where processes would wait for each other at a sharded teacher that only some drew."""
+        divided = [name for name, placement in placements.items() if placement == SHARDED]
+        fuser = self.pipeline.fuser if self.pipeline is not None else None
+        if divided and isinstance(fuser, Chooses) and getattr(fuser, "draws", True) and processes() > 1:
+            raise SpecError(
+                f"teacher {divided[0]!r}: placement: sharded: the fuser draws teachers, each process by "
+                "itself; place it replicated, or choose another fuser"
+            )
 
     @torch.no_grad()
     def calibrate(self, batch: Mapping[str, Any]) -> None:

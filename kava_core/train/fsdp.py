@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from kava_core.errors import SpecError
@@ -79,12 +79,19 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 def set_up(distiller: Any, plugin: Any, *, device: torch.device, autocast: torch.dtype | None) -> None:
     """What accelerate must know before it shards.
 
-    Precision is autocast's, as in one process: FSDP2's own policy would round the counts that go into the
-    forward pass, and the loss that comes out of it, to ``autocast``.
+    Precision is autocast's, as in one process: FSDP2's usual policy would also round the counts that go into
+    the forward pass, and the loss that comes out of it. Weights are gathered in bfloat16, as autocast would
+    make, and keep, a copy of each; the hidden states stay in float32.
     """
     if autocast is not None:
         distiller.forward = torch.autocast(device.type, autocast)(distiller.forward)
     plugin.mixed_precision_policy = None
+    if autocast == torch.bfloat16:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=autocast, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        embedding = distiller.student.get_input_embeddings()
+        embedding.register_forward_hook(lambda module, given, hidden: hidden.float())
     plugin.ignored_modules = [] if distiller.pipeline is None else [distiller.pipeline]
     distiller._no_split_modules = sorted({type(block).__name__ for block in blocks(distiller.student)})
 

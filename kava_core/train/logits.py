@@ -69,7 +69,7 @@ def same_tokens(
 
 def logit_divergence(
     student: Float[Tensor, "batch time vocab"],
-    teacher: Float[Tensor, "batch t_time t_vocab"],
+    teacher: Float[Tensor, "batch t_time _"],
     places: Int[Tensor, "batch time"],
     weight: Float[Tensor, "batch time"],
     *,

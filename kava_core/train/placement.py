@@ -39,12 +39,13 @@ class CaptureElsewhere(Capture):
         each: Callable[[int, Cache], None] | None = None,
         **kwargs: Any,
     ) -> None:
-        def bring(place: int, cache: Cache) -> None:
-            if each is not None:
-                each(place, cache.map(self._home))
-
-        super().__init__(*args, **kwargs, **({} if each is None else {"each": bring}))
         self.home = home
+        self._each_here = each
+        super().__init__(*args, **kwargs, each=None if each is None else self._bring)
+
+    def _bring(self, place: int, cache: Cache) -> None:
+        assert self._each_here is not None
+        self._each_here(place, cache.map(self._home))
 
     def take(self) -> Cache:
         """As ``Capture.take``, on ``home``."""
@@ -55,12 +56,12 @@ class CaptureElsewhere(Capture):
 
 
 def place(
-    model: nn.Module, make: partial[Capture], placement: str, device: torch.device, *, who: str
-) -> partial[Capture]:
+    model: nn.Module, make: partial[Any], placement: str, device: torch.device, *, who: str
+) -> partial[Any]:
     """Bring a frozen model to where its spec places it.
 
     Args:
-        model: its ``base_model`` is what runs; the language-model head is never sharded.
+        model: a causal language model, run whole or by its ``base_model`` alone.
         make: makes a capture of it.
         placement: ``replicated``, ``sharded`` or a device, as in ``TeacherSpec.placement``.
         device: that of the batches and of the student.
@@ -73,7 +74,7 @@ def place(
         SpecError: there is no such device, or the model cannot be divided.
     """
     if placement == SHARDED and processes() > 1:
-        shard(model.base_model, device, who=who)
+        shard(model, device, who=who)
     elif placement in (REPLICATED, SHARDED):
         model.to(device)
     else:
@@ -87,16 +88,23 @@ def processes() -> int:
 
 
 def shard(model: Any, device: torch.device, *, who: str) -> None:
-    """Divide a frozen model among all processes, in place.
+    """Divide a frozen causal language model among all processes, in place.
 
     Its layers are gathered one by one when they run. All processes must run it the same number of times.
     """
-    if is_sharded(model):
+    base = model.base_model
+    if is_sharded(base):
         return
     if any(type(p) is not nn.Parameter or not p.is_floating_point() for p in model.parameters()):
         raise SpecError(f"{who}: placement: quantised weights cannot be sharded; place it replicated")
     mesh = init_device_mesh(device.type, (processes(),))
-    for module in (*blocks(model), model):
+    inside = {id(p) for p in base.parameters()}
+    heads = [child for child in model.children() if child is not base]
+    for head in heads:
+        head.to(device)
+        if not any(id(p) in inside for p in head.parameters()):
+            fully_shard(head, mesh=mesh, reshard_after_forward=True)
+    for module in (*blocks(base), base):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
@@ -108,11 +116,9 @@ def _device(placement: str, who: str) -> torch.device:
     return device
 
 
-def _elsewhere(
-    model: nn.Module, make: partial[Capture], there: torch.device, home: torch.device
-) -> partial[Capture]:
+def _elsewhere(model: nn.Module, make: partial[Any], there: torch.device, home: torch.device) -> partial[Any]:
     model.to(there)
-    if there == home or issubclass(make.func, CaptureElsewhere):  # type: ignore[arg-type]
+    if there == home or make.func is CaptureElsewhere:
         return make
     model.base_model.register_forward_pre_hook(partial(_send, there), with_kwargs=True)
     return partial(CaptureElsewhere, *make.args, **make.keywords, home=home)

@@ -147,7 +147,7 @@ def _train_quietly(spec: PipelineSpec, folder: RunDir) -> None:
         if spec.train.compile is not None:
             compile_forward(distiller.student, spec.train.compile)
         trainer = _trainer(spec, folder, data, distiller, stop)
-        distiller.place_teachers(trainer.args.device)
+        distiller.place_teachers(trainer.args.device, {t.name: t.placement for t in spec.teachers})
         resume = _recovered(folder)
         if resume is not None and checkpoint.step_of(resume) >= spec.train.steps:
             load_weights(distiller, resume)

@@ -3,26 +3,43 @@
 - the loss is divided by counts of the whole batch, over accumulation and processes;
 - a non-finite loss or gradient stops the run before the weights are touched;
 - checkpoints are complete or absent, and hold the student in Hugging Face's form;
-- evaluation sums numerators and counts.
+- evaluation sums numerators and counts;
+- a student that accelerate shards (FSDP2) is whole again for evaluation and once training has ended.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME
 
 from kava_core.errors import CheckpointError, KavaError, NonFiniteError
 from kava_core.train import checkpoint
-from kava_core.train.distiller import IGNORED
+from kava_core.train.distiller import IGNORED, Distiller
 from kava_core.train.evaluate import Evaluator
-from kava_core.train.weights import assert_finite_weights, load_weights, save_weights
+from kava_core.train.fsdp import (
+    average_gradients,
+    check_launch,
+    check_precision,
+    filled,
+    gathered,
+    is_sharded,
+    set_up,
+    skeleton,
+    whole,
+)
+from kava_core.train.placement import check_even
+from kava_core.train.weights import assert_finite_weights, load_weights, save_weights, under
 
 
 class RunningMeans:
@@ -92,6 +109,33 @@ class KavaTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self._staging = False
         self._means = RunningMeans()
+        self._bones: nn.Module | None = None
+        self._check_launch()
+
+    def _check_launch(self) -> None:
+        args = self.args
+        check_precision(
+            os.environ.get("ACCELERATE_MIXED_PRECISION"),
+            "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        )
+        check_launch(self._plugin)
+        if self._plugin is not None:
+            self.distiller.to(args.device)
+
+    @property
+    def _plugin(self) -> Any:
+        """accelerate's FSDP plugin; None where nothing is sharded."""
+        return getattr(self.accelerator.state, "fsdp_plugin", None)
+
+    @property
+    def _autocast(self) -> torch.dtype | None:
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(self.args.mixed_precision))
+
+    @property
+    def distiller(self) -> Distiller:
+        """What is trained, seen through DDP."""
+        found: Distiller = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return found
 
     # counting
 
@@ -118,22 +162,53 @@ class KavaTrainer(Trainer):
         loss = outputs["loss"] * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
+    # sharding
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
+    ) -> Any:
+        if self._plugin is not None:
+            self._before_sharding(resume_from_checkpoint)
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _before_sharding(self, resume_from_checkpoint: str | None) -> None:
+        if resume_from_checkpoint is not None:
+            load_weights(self.distiller, Path(resume_from_checkpoint))
+        self._bones = skeleton(self.distiller.student)
+        set_up(self.distiller, self._plugin, device=self.args.device, autocast=self._autocast)
+        # Else every process holds the whole gradient while it accumulates.
+        self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer.train``; afterwards the first process holds the whole student, sharded or not."""
+        check_even(self.distiller, self.evaluator, self.accelerator.num_processes)
+        ended = super().train(*args, **kwargs)
+        if self._bones is not None:
+            state = self._gathered_state()
+            if self.args.should_save:
+                self.distiller.student = filled(self._bones, under(state, "student."))
+        return ended
+
     # optimizer
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """AdamW; what aligns and routes does not decay, and may have a ``learning_rate`` of its own."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
-        distiller = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        distiller = self.distiller
         if distiller.pipeline is not None:
             own = own_rates(distiller.pipeline, self.args.learning_rate)
             for group in list(optimizer.param_groups):
                 split_group(optimizer, group, own)
+        if self._plugin is not None:  # torch cannot load the sharded state of an empty group
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
     # stopping on NaN
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        norm = super()._clip_grad_norm(model)
+        if self._plugin is not None:
+            average_gradients(self.distiller.pipeline)
+        norm = whole(super()._clip_grad_norm(model))
         self._means.steps += 1
         finite = torch.isfinite(self._means.sums["loss"])
         if not self.args.fp16:  # with fp16 an infinite gradient makes the scaler skip the step
@@ -171,11 +246,23 @@ class KavaTrainer(Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Validation metrics; see ``kava_core.train.evaluate``."""
-        distiller = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        metrics = {f"eval_{name}": value for name, value in self.evaluator(distiller).items()}
+        with self._whole_student():
+            found = self.evaluator(self.distiller)
+        metrics = {f"eval_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    @contextmanager
+    def _whole_student(self) -> Iterator[None]:
+        """Without a call to other processes; a sharded student is gathered in autocast's precision."""
+        if self._plugin is None:
+            yield
+            return
+        sharded = self._plugin.mixed_precision_policy is not None
+        autocast = torch.autocast(self.args.device.type, self._autocast, enabled=sharded)
+        with gathered(self.distiller, reshard=self._plugin.reshard_after_forward), autocast:
+            yield
 
     # checkpoints
 
@@ -231,11 +318,37 @@ class KavaTrainer(Trainer):
         where = self.checkpoints / f"checkpoint-{self.state.global_step}"
         return f"{where}: cannot be written: {said}; earlier checkpoints are untouched. Is the disk full?"
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Always whole: a sharded student is gathered on the first process."""
+        if self._plugin is None:
+            super().save_model(output_dir, _internal_call)
+        else:
+            self._save(output_dir, self._gathered_state())
+
+    def _gathered_state(self) -> dict[str, Tensor]:
+        """On the first process everything, weights that several modules share once; elsewhere nothing."""
+        state = self.accelerator.get_state_dict(self.model)
+        every, once = (
+            {n for n, _ in self.distiller.named_parameters(remove_duplicate=d)} for d in (False, True)
+        )
+        return {name: tensor for name, tensor in state.items() if name not in every - once}
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
-            distiller = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            save_weights(distiller, Path(output_dir or self.checkpoints), state_dict)
+            save_weights(self.distiller, Path(output_dir or self.checkpoints), state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Without accelerate's own copy of the weights, which nobody would read."""
+        if self._plugin is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_fsdp_optimizer(self._plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_weights(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
+        """What is sharded by now was loaded before."""
+        distiller = self.accelerator.unwrap_model(model or self.model)
+        if not is_sharded(distiller):
+            load_weights(distiller, Path(resume_from_checkpoint))
         self._means.load(Path(resume_from_checkpoint) / self._means_file, self.args.device)

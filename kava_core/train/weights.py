@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kava_core.errors import CheckpointError, NonFiniteError
 from kava_core.train.distiller import Distiller
+from kava_core.train.fsdp import is_sharded, local
 
 STUDENT = "student"
 ALIGNER_FILE = "aligner.safetensors"
@@ -26,27 +27,27 @@ def aligner_state(distiller: Distiller) -> dict[str, Tensor]:
 def save_weights(distiller: Distiller, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
     """``folder/student`` (``save_pretrained``) and ``folder/aligner.safetensors``.
 
-    ``state_dict`` is the whole module's, gathered by FSDP; None takes the module's own.
+    ``state_dict`` is the whole module's, where the student is sharded; None takes the student's own.
     """
-    student = _under(state_dict, "student.")
+    student = None if state_dict is None else under(state_dict, "student.")
     distiller.student.save_pretrained(folder / STUDENT, state_dict=student)
-    pipeline = _under(state_dict, "pipeline.") if state_dict is not None else aligner_state(distiller)
-    save_file(pipeline or {}, folder / ALIGNER_FILE)
+    save_file(aligner_state(distiller), folder / ALIGNER_FILE)
 
 
 @torch.no_grad()
 def assert_finite_weights(module: nn.Module, where: str) -> None:
     """NonFiniteError naming the first weight that holds NaN or infinity: such weights are never saved."""
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    finite = torch.stack([torch.isfinite(p).all() for p in trained.values()]).tolist()
-    if not all(finite):
-        name = list(trained)[finite.index(False)]
+    trained = {name: local(p) for name, p in module.named_parameters() if p.requires_grad}
+    finite = torch.stack([torch.isfinite(p).all() for p in trained.values()]).float()
+    if is_sharded(module):
+        torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+    if not finite.all():
+        name = list(trained)[int(finite.argmin())]
         raise NonFiniteError(f"{where}: {name} holds NaN or infinity after the update; nothing saved")
 
 
-def _under(state: dict[str, Tensor] | None, prefix: str) -> dict[str, Tensor] | None:
-    if state is None:
-        return None
+def under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The part of a state dict whose names begin with ``prefix``, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 

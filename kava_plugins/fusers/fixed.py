@@ -24,7 +24,7 @@ class Fixed(nn.Module):
 
     def __init__(self, config: Config, *, teachers: tuple[str, ...], student: Geometry) -> None:
         super().__init__()
-        self.sample = config.sample
+        self.sample, self.draws = config.sample, config.sample is not None
         weights = constants(config.weights, teachers, who="fixed")
         if config.sample is not None and config.sample > int((weights > 0).sum()):
             raise SpecError(

@@ -115,7 +115,7 @@ def _powers(mine: Tensor, theirs: Tensor, spare: Tensor) -> tuple[Tensor, Tensor
 
 def _one_way(
     q: Tensor, p: Tensor, spare: Tensor, weight: Tensor, *, want_q: bool, want_p: bool
-) -> Float[Tensor, "row 1"]:
+) -> Float[Tensor, "_ 1"]:
     """KL(p ‖ q) = Σ p/p_sum · gap − log₂(p_sum/q_sum); its derivatives in place of the products wanted."""
     gap, q_sum, p_sum = _powers(q, p, spare)
     ratio = q_sum / p_sum

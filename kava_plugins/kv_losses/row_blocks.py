@@ -184,7 +184,7 @@ class _Memory:
         return self._flat[:needed].view(shape)
 
 
-def _unless(counts: Bool[Tensor, "*any"], like: Tensor) -> Tensor:
+def _unless(counts: Bool[Tensor, " ..."], like: Tensor) -> Tensor:
     """What is added to products: 0 where they count."""
     return torch.zeros_like(counts, dtype=like.dtype).masked_fill_(~counts, MASKED)
 

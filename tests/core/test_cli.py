@@ -61,6 +61,7 @@ Commands:
   check      Check a spec: syntax, schema, plugins, shapes at every stage.
   train      Train, or go on with, every variant and seed of a spec.
   cache      Run the teachers once and store what training needs of them.
+  sample     Let a teacher write several rationales for every example.
   plan       Show shapes, parameters, memory and cost of a step.
   calibrate  Measure which layers resemble each other, and draw it.
   export     Write a run's student as a plain transformers folder.

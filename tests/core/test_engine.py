@@ -250,7 +250,7 @@ def test_teachers_are_moved_to_the_device_of_the_batches(
 ) -> None:
     """They stand outside the module, so nothing else moves them."""
     moved = []
-    monkeypatch.setattr(Teacher, "to", lambda self, device: moved.append((self.name, device)))
+    monkeypatch.setattr(Teacher, "to", lambda self, device, _: moved.append((self.name, device)))
     run(tiny.spec(tmp_path, train={"steps": 1}), variant="main", seed=0)
     assert moved == [("wide", torch.device("cpu")), ("gpt", torch.device("cpu"))]
 

@@ -144,3 +144,38 @@ def test_uneven_validation_is_refused_where_processes_wait_for_each_other(
     else:
         with pytest.raises(SpecError, match=r"set evaluate\.examples to a multiple of 2"):
             check_even(distiller, evaluator, 2)
+
+
+def test_streamed_layers_come_home() -> None:
+    model = llama()
+    whole = read(model, maker(model))
+    make = placement._elsewhere(model, maker(model), CPU, META)
+    seen: list[tuple[int, Any]] = []
+    capture = make(each=lambda place, cache: seen.append((place, cache)))
+    with torch.no_grad(), capture:
+        model.base_model(input_ids=IDS, use_cache=False)
+    capture.done()
+    assert [place for place, _ in seen] == [0, 1]
+    assert all(cache.keys.device == META for _, cache in seen)
+    assert all(cache.keys.shape == whole.keys[:, :1].shape for _, cache in seen)
+
+
+@pytest.mark.parametrize(
+    ("fuser", "refused"),
+    [({"name": "fixed"}, False), ({"name": "fixed", "sample": 1}, True), ("reinforce", True)],
+    ids=str,
+)
+def test_drawn_teachers_are_not_sharded(
+    fuser: Any, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process draws by itself, and a sharded teacher runs in all or in none."""
+    spec = tiny.spec(tmp_path, fuser=fuser)
+    distiller = make_distiller(spec, make_data(spec), seed=0)
+    monkeypatch.setattr("kava_core.train.distiller.processes", lambda: 2)
+    monkeypatch.setattr(Teacher, "to", lambda *_: None)
+    placements = {"wide": "sharded"}
+    if not refused:
+        distiller.place_teachers(torch.device("cpu"), placements)
+        return
+    with pytest.raises(SpecError, match=r"teacher 'wide': placement: sharded: the fuser draws"):
+        distiller.place_teachers(torch.device("cpu"), placements)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,12 @@ from typer.testing import CliRunner
 
 from kava_core.cli import app
 from kava_core.data.tokenizers import load_tokenizer
-from kava_core.dry_run import dry_run, geometry
+from kava_core.dry_run import dry_run, geometry, sized_config
 from kava_core.errors import SpecError
 from kava_core.kv.capture import Capture
 from kava_core.kv.order import Extents, cost
 from kava_core.plan import Plan, default_time, make_plan
+from kava_core.plan_memory import kept_by_losses, kept_by_student
 from kava_core.spec.check import check
 from kava_core.spec.model import PipelineSpec, TrainTokenizer
 from kava_core.train.models import load_model, load_student
@@ -254,3 +258,183 @@ def test_quantised_teachers_hold_smaller_linear_layers(format: str, each: float)
 
 def with_teacher(**fields: Any) -> PipelineSpec:
     return tiny.spec(teachers=[{"name": "t", "config": tiny.llama(), "tokenizer": tiny.CHARS} | fields])
+
+
+def really_kept(student: Any, run: Any, *, precision: str) -> int:
+    """Bytes that autograd keeps of a real forward pass, weights left out."""
+    own = {p.data_ptr() for p in (*student.parameters(), *student.buffers())}
+    seen: dict[int, torch.UntypedStorage] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr() not in own:
+            seen[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast:
+        run()
+    return sum(storage.nbytes() for storage in seen.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("config", [tiny.llama(), tiny.gpt2()], ids=["llama", "gpt2"])
+def test_activations_are_what_autograd_keeps(
+    config: dict[str, Any], batch: int, precision: str, words: str
+) -> None:
+    """Of several examples one is padded, so that attention keeps a mask."""
+    spec = alone(config=config, tokenizer=words)
+    spec = spec.model_copy(update={"train": spec.train.model_copy(update={"precision": precision})})
+    student: Any = load_student(spec.student, load_tokenizer(words), seed=0).train()
+    ids = torch.full((batch, 40), 3)
+    mask = torch.ones_like(ids)
+    mask[1:, 35:] = 0
+    real = really_kept(
+        student, lambda: student(input_ids=ids, attention_mask=mask, use_cache=False), precision=precision
+    )
+    planned = kept_by_student(spec, sized_config(spec.student, where="s"), batch=batch, time=40)
+    assert planned.total == pytest.approx(real, rel=0.01)
+
+
+def test_checkpointing_keeps_what_enters_the_layers() -> None:
+    spec = alone(tokenizer=tiny.CHARS)
+    kept = kept_by_student(spec, sized_config(spec.student, where="s"), batch=1, time=50)
+    assert kept.entering == 50 * 32 * 4
+    assert kept.checkpointed == kept.around + 2 * 50 * 32 * 4
+    assert kept.total > 3 * kept.checkpointed
+
+
+def test_losses_keep_what_autograd_keeps() -> None:
+    """A squared difference keeps one tensor as large as the cache for each part."""
+    spec = small(losses=[{"name": "mse", "parts": ["keys", "values"]}])
+    dry = dry_run(spec, batch=BATCH, time=TIME, t_time=TIME)
+    cache = BATCH * 2 * 2 * TIME * 8 * 4  # layers, heads, width, bytes
+    assert 2 * cache <= kept_by_losses(dry) < 4 * cache
+    assert kept_by_losses(dry_run(alone(), batch=BATCH, time=TIME, t_time=TIME)) == 0
+
+
+def shared_out(placement: str, processes: int) -> Plan:
+    spec = with_teacher(placement=placement)
+    return make_plan(spec, time=8, t_time=8, processes=processes)
+
+
+LAYER = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32)
+"""Bytes of the tiny llama's decoder layer."""
+AROUND = 4 * (2 * 64 * 32 + 32)
+"""Of its embedding, head and last norm."""
+
+
+def test_memory_of_several_processes_by_hand() -> None:
+    alone, plan = shared_out("sharded", 1), shared_out("sharded", 4)
+    weights = 2 * LAYER + AROUND
+    assert alone.divided == {}
+    assert plan.memory == alone.memory
+    assert plan.memory["teachers: weights"] == weights
+    ddp, fsdp = plan.divided["DDP"], plan.divided["FSDP2"]
+    assert ddp["teachers: weights"] == fsdp["teachers: weights"] == weights // 4
+    assert ddp["teachers: layers gathered to run"] == AROUND + 2 * LAYER
+    assert (ddp[ADAM], fsdp[ADAM]) == (4 * weights, weights)
+    assert ddp["student: gradients on their way"] == weights
+    assert fsdp["student: layers gathered to run"] == 2 * AROUND + 3 * LAYER
+    assert fsdp["student: activations"] == plan.memory["student: activations"]
+
+
+def test_replicated_teachers_are_whole_everywhere() -> None:
+    plan = shared_out("replicated", 4)
+    assert plan.divided["FSDP2"]["teachers: weights"] == plan.memory["teachers: weights"]
+    assert "teachers: layers gathered to run" not in plan.divided["DDP"]
+
+
+def test_a_teacher_on_a_device_of_its_own_stands_beside_the_table() -> None:
+    plan = shared_out("cpu", 4)
+    assert plan.elsewhere == {"cpu": 2 * LAYER + AROUND}
+    assert plan.memory["teachers: weights"] == plan.divided["DDP"]["teachers: weights"] == 0
+
+
+def test_teachers_that_share_weights_count_once() -> None:
+    teacher = {"config": tiny.llama(), "tokenizer": tiny.CHARS}
+    spec = tiny.spec(teachers=[{"name": "a"} | teacher, {"name": "b", "rationale": 1} | teacher])
+    one = with_teacher()
+    found, want = (make_plan(x, time=8, t_time=8).memory["teachers: weights"] for x in (spec, one))
+    assert found == want
+
+
+def test_the_table_has_a_column_for_each_way(tmp_path: Path) -> None:
+    (tmp_path / "spec.yaml").write_text(json.dumps(tiny.fields()))
+    done = CliRunner().invoke(app, ["plan", str(tmp_path / "spec.yaml"), "--processes", "4"])
+    assert done.exit_code == 0, done.output
+    assert "each of 4" in done.output
+    assert CliRunner().invoke(app, ["plan", "spec.yaml", "--processes", "0"]).exit_code == 2
+
+
+MEASURED: dict[str, tuple[dict[str, Any], int]] = {
+    "fp32": ({"train": {"batch_size": 2}}, 512),
+    "bf16": ({"train": {"batch_size": 2, "precision": "bf16"}}, 512),
+    "checkpointed": (
+        {"student": {"gradient_checkpointing": True}, "train": {"batch_size": 1, "precision": "bf16"}},
+        1024,
+    ),
+}
+
+
+def medium(changes: dict[str, Any]) -> dict[str, Any]:
+    """Large enough for tensors to outweigh the rest of the process; some hundred MB."""
+    ours = tiny.llama(hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8)
+    theirs = ours | {"hidden_size": 384, "num_hidden_layers": 8, "num_key_value_heads": 4}
+    sizes = {"vocab_size": 4000, "max_position_embeddings": 4096}
+    teacher = {"name": "t", "config": theirs | sizes, "tokenizer": tiny.CHARS}
+    return tiny.fields(
+        student={"config": ours | sizes, "tokenizer": tiny.CHARS} | changes.get("student", {}),
+        teachers=[teacher | {"align": {"dim_projector": "linear", "time_warper": "identity"}}],
+        losses=[{"name": "mse"}],
+        train=changes["train"],
+    )
+
+
+def measured(fields: dict[str, Any], time: int) -> int:
+    """Bytes at the peak of two real steps in a fresh process, whose freed blocks go back to the system."""
+    more = {"MALLOC_MMAP_THRESHOLD_": "65536", "KAVA_SHAPE_CHECK": "0", "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, str(root / "tests/core/peak_memory.py"), json.dumps(fields), str(time)],
+        env=os.environ | more | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return int(done.stdout.split()[-1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param("checkpointed", marks=pytest.mark.slow),
+        pytest.param("bf16", marks=pytest.mark.release),
+        pytest.param("fp32", marks=pytest.mark.release),
+    ],
+)
+def test_planned_memory_is_near_the_measured_peak(case: str) -> None:
+    changes, time = MEASURED[case]
+    fields = medium(changes)
+    planned = sum(make_plan(tiny.spec(**fields), time=time, t_time=time).memory.values())
+    assert measured(fields, time) / planned == pytest.approx(1, abs=0.15)
+
+
+def test_a_stream_holds_one_layer_of_the_raw_cache() -> None:
+    """Four layers are read, or two for each student layer, of equal size."""
+    name = "teachers: captured cache (the largest)"
+
+    def captured(**changes: Any) -> int:
+        deep = tiny.FIELDS["teachers"][0] | {"align": {"layer_mapper": {"name": "ratio", **changes}}}
+        student = {"config": tiny.llama(num_hidden_layers=4), "tokenizer": tiny.CHARS}
+        fields: dict[str, Any] = {"student": student, "teachers": [deep]}
+        sizes = [
+            make_plan(tiny.spec(**fields, train={"stream": stream}), time=16, t_time=16).memory[name]
+            for stream in (False, True)
+        ]
+        return sizes[0] // sizes[1]
+
+    assert captured() == 4
+    assert captured(sources=2) == 2

@@ -182,6 +182,12 @@ FORMS: dict[str, dict[str, Any]] = {
         "train": {"steps": 4, "batch_size": 4},
     },
     "whole optimizer": {"train": {"steps": 4, "batch_size": 4}},
+    "stream": {"fuser": {"name": "fixed"}, "train": {"steps": 4, "batch_size": 4, "stream": True}},
+    "logits": {
+        "teachers": [{"name": "t", "config": tiny.llama(), "tokenizer": tiny.CHARS, "placement": "sharded"}],
+        "logits": {"weight": 0.5},
+        "train": {"steps": 4, "batch_size": 4},
+    },
 }
 
 
@@ -210,6 +216,19 @@ def test_other_students_and_state_dicts(form: str, tmp_path: Path, monkeypatch: 
     done = launch(tmp_path / "two", config, ON_CPU, demanding(**FORMS[form]))
     assert done.returncode == 0, done.stderr[-3000:]
     assert logged(found) == logged(tmp_path / "kept")
+
+
+@pytest.mark.release
+def test_bfloat16_sharded_is_near_bfloat16_in_one_process(tmp_path: Path) -> None:
+    """Layers are gathered in bfloat16, so norms and embeddings are rounded as well."""
+    fields = demanding(train={"steps": 4, "batch_size": 4, "precision": "bf16"})
+    done = launch(tmp_path / "two", CONFIGS / "fsdp2.yaml", ON_CPU, fields)
+    assert done.returncode == 0, done.stderr[-3000:]
+    fields["train"]["batch_size"] = 8
+    expected = run(tiny.spec(tmp_path / "one", **fields), variant="main", seed=1).folder
+    for line, reference in zip(logged(run_of(tmp_path / "two")), logged(expected), strict=True):
+        for name in line.keys() & {"loss", "ce", "mercator", "eval_ce", "eval_mercator"}:
+            assert line[name] == pytest.approx(reference[name], rel=2e-3)
 
 
 @pytest.mark.release

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +52,42 @@ def test_loss_and_gradients_equal_the_cpus() -> None:
         found[device] = {n: p.grad.cpu() for n, p in distiller.named_parameters() if p.grad is not None}
     for name, gradient in found["cpu"].items():
         torch.testing.assert_close(found["cuda"][name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def losses(folder: Path, placement: str, precision: str = "fp32") -> list[float]:
+    teachers = [one | {"placement": placement} for one in tiny.fields()["teachers"]]
+    spec = tiny.spec(folder, teachers=teachers, train={"precision": precision})
+    lines = read_metrics(run(spec, variant="main", seed=0).folder / "metrics.jsonl")
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.mark.parametrize("placement", ["cpu", "cuda:1"])
+def test_teachers_on_a_device_of_their_own_teach_the_same(placement: str, tmp_path: Path) -> None:
+    if placement == "cuda:1" and torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device here")
+    assert losses(tmp_path / "there", placement) == pytest.approx(
+        losses(tmp_path / "here", "replicated"), rel=1e-3
+    )
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices here")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml"])
+def test_shipped_configs_equal_one_process(config: str, precision: str, tmp_path: Path) -> None:
+    """Student sharded (fsdp2.yaml), teachers sharded (both)."""
+    teachers = [one | {"placement": "sharded"} for one in tiny.fields()["teachers"]]
+    fields = tiny.fields(teachers=teachers, train={"batch_size": 4, "precision": precision})
+    (tmp_path / "spec.yaml").write_text(json.dumps(fields | {"output": str(tmp_path / "two")}))
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2"]
+    command += ["--config_file", str(root / "specs/accelerate" / config), "--main_process_port", "0"]
+    command += ["-m", "kava_core", "train", str(tmp_path / "spec.yaml")]
+    more = {"PYTHONPATH": str(root), "KAVA_SHAPE_CHECK": "0", "CI": "1"}
+    done = subprocess.run(command, env=os.environ | more, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = (tmp_path / "two").glob("tiny/main-*")
+    found = [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+    spec = tiny.spec(tmp_path / "one", train={"batch_size": 8, "precision": precision})
+    lines = read_metrics(run(spec, variant="main", seed=0).folder / "metrics.jsonl")
+    expected = [line["loss"] for line in lines if "loss" in line]
+    assert found == pytest.approx(expected, rel=1e-3 if precision == "fp32" else 2e-2)
