@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from kava_core.kv.axes import Geometry
 from kava_core.protocols import FusionContext
 from kava_plugins.fusers import Reinforce as Config
+from kava_plugins.fusers.routing import entropy
 
 
 class Reinforce(nn.Module):
@@ -71,5 +72,5 @@ class Reinforce(nn.Module):
         logs = self.logits.log_softmax(0)
         # Copies, because the next reward changes both before the backward pass needs them.
         chance = logs.gather(0, self.judged.clone()[None])[0]
-        policy = -self.advantage.clone() * chance - self.entropy * torch.special.entr(logs.exp()).sum()
+        policy = -self.advantage.clone() * chance - self.entropy * entropy(logs.exp()).sum()
         return policy * weights.detach().sum(0).mean(1).sum()

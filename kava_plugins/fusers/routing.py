@@ -28,7 +28,12 @@ def mean_over_time(
 
 def negative_entropy(weights: Float[Tensor, "teacher batch layer time"]) -> Float[Tensor, ""]:
     """Σ over positions of the mean over layers of Σ w log w: least where teachers count alike."""
-    return -torch.special.entr(weights).sum(0).mean(1).sum()
+    return -entropy(weights).sum(0).mean(1).sum()
+
+
+def entropy(share: Float[Tensor, " ..."]) -> Float[Tensor, " ..."]:
+    """``−w log w`` of every share; a share of 0 has no gradient, where the formula's is infinite."""
+    return torch.special.entr(share.clamp_min(torch.finfo(share.dtype).tiny))
 
 
 def imbalance(weights: Float[Tensor, "teacher batch layer time"]) -> Float[Tensor, ""]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from kava_core.errors import KavaError, SpecError
 from kava_core.kv.axes import Cache, Geometry
+from kava_core.kv.stages import weigh
 from kava_core.protocols import FusionContext
 from kava_plugins.fusers import kava_fusers
 from kava_plugins.fusers.routing import imbalance, negative_entropy
@@ -229,3 +231,33 @@ def test_the_first_reward_has_nothing_to_compare_with() -> None:
     fuser.reward(torch.tensor(3.0, dtype=torch.float64))
     assert float(fuser.advantage) == pytest.approx(0 - 2.0)
     assert float(fuser.baseline) == pytest.approx(0.9 * 2.0)
+
+
+@pytest.mark.parametrize("name", ["learnable", "attention"])
+@pytest.mark.parametrize("entropy", [0.0, 0.5])
+def test_a_router_that_is_certain_has_a_finite_gradient(name: str, entropy: float) -> None:
+    """A weight that underflows to 0 has an infinite slope of its entropy; float32, as in training."""
+    fuser = randomised(build(name, entropy=entropy, balance=entropy)).float()
+    if name == "learnable":
+        fuser.outer.bias.data = torch.tensor([300.0, 0.0, -300.0]).repeat_interleave(fuser.layers)
+    else:
+        fuser.query.weight.data *= 1e3
+    seen = context()
+    seen = replace(
+        seen,
+        hidden=seen.hidden.float(),
+        targets=tuple(one.map(lambda x, _: x.float()) for one in seen.targets),
+        student=seen.student.map(lambda x, _: x.float()),
+    )
+    weights = weigh(fuser, seen, seen.valid, layer=GEOMETRY.layer)
+    assert (weights[:, 0, :, 0] == 0).any()  # valid everywhere there, and certain
+    loss = fuser.penalty(weights) + (weights * torch.arange(3.0)[:, None, None, None]).sum()
+    loss.backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in fuser.parameters())
+
+
+def test_a_certain_policy_has_a_finite_gradient() -> None:
+    fuser = build("reinforce").train().float()
+    fuser.logits.data = torch.tensor([500.0, 0.0, -500.0])
+    fuser.penalty(torch.full((3, 1, 1, 1), 1 / 3)).backward()
+    assert torch.isfinite(fuser.logits.grad).all()
