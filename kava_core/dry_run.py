@@ -112,7 +112,9 @@ def dry_run(spec: PipelineSpec, *, batch: int, time: int, t_time: int) -> DryRun
     pipeline = make_pipeline(spec, teachers, student, seed=0)
     if spec.train.stream:
         assert_streams(pipeline)
-    ours = timeline(batch, time)
+    latent = spec.trajectory == "latent"
+    ours = latent_timeline(batch, spec.latent.count) if latent else timeline(batch, time)
+    time = ours.mask.shape[1]
     maps, caches = {}, {}
     for a in pipeline.teachers:
         length, time_map = _mapped(a, ours, t_time)
@@ -152,6 +154,13 @@ def timeline(batch: int, time: int) -> Timeline:
     segments[:, time - max(1, time // 8) :] = ANSWER
     spans = torch.stack([positions, positions + 1], -1)
     return Timeline(torch.ones(batch, time, dtype=torch.bool), positions, segments, spans)
+
+
+def latent_timeline(batch: int, count: int) -> Timeline:
+    """Latent tokens: all of them reasoning, without characters."""
+    places = torch.arange(count).expand(batch, count)
+    real, spans = torch.ones(batch, count, dtype=torch.bool), torch.zeros(batch, count, 2, dtype=torch.long)
+    return Timeline(real, places, torch.full_like(places, REASONING), spans)
 
 
 def _record(teacher: str, stage: str, cache: Cache) -> list[StageShape]:

@@ -28,7 +28,8 @@ class Item:
     """One example in the tokens of every side."""
 
     example: Example
-    student: Encoded
+    student: Any
+    """``Encoded``, or what another trajectory makes of it; its length counts all tokens."""
     teachers: dict[str, Encoded]
 
 
@@ -73,13 +74,25 @@ class Collator:
 
     def encode(self, examples: Sequence[Example]) -> list[Item | None]:
         """Every example in all tokenizers; None where it is longer than ``max_length`` in any of them."""
-        rules: dict[str, Any] = {"max_length": self.max_length, "loss_on": self.loss_on}
-        student = encode_all(self._texts(examples, None), self.student_tokenizer, **rules)
+        student = self.encode_student(examples)
         teachers = [
-            encode_all(self._texts(examples, name), tokenizer, **rules)
+            encode_all(self._texts(examples, name), tokenizer, **self._rules)
             for name, tokenizer in self.teacher_tokenizers.items()
         ]
         return [self._item(*sides) for sides in zip(examples, student, *teachers, strict=True)]
+
+    def encode_student(self, examples: Sequence[Example]) -> list[Any]:
+        """The student's side of every example; None where it is too long."""
+        return list(encode_all(self._texts(examples, None), self.student_tokenizer, **self._rules))
+
+    @property
+    def _rules(self) -> dict[str, Any]:
+        return {"max_length": self.max_length, "loss_on": self.loss_on}
+
+    def student_side(self, rows: Sequence[Any]) -> Side:
+        """The student's tensors, with labels."""
+        side = self._side(rows, self.student_tokenizer)
+        return side | {"labels": self._pad([row.labels for row in rows], NO_LABEL)}
 
     def __call__(self, batch: Sequence[Example | Item]) -> dict[str, Any]:
         """``{"student": Side with labels and tasks, "teachers": {name: Side}, "labels": …}``, padded right.
@@ -90,8 +103,7 @@ class Collator:
             SpecError: an example that is not yet encoded is too long; one example with ``shuffle_teacher``.
         """
         items = self._items(batch)
-        student = self._side([item.student for item in items], self.student_tokenizer)
-        student["labels"] = self._pad([item.student.labels for item in items], NO_LABEL)
+        student = self.student_side([item.student for item in items])
         if any(item.example.task for item in items):
             student["tasks"] = tuple(item.example.task or "" for item in items)
         beside = self._rotated(items)
@@ -121,7 +133,7 @@ class Collator:
         reading = self.readings.get(teacher or "", Reading(self.template))
         return [render(example.told(reading.rationale), reading.template) for example in examples]
 
-    def _item(self, example: Example, student: Encoded | None, *teachers: Encoded | None) -> Item | None:
+    def _item(self, example: Example, student: Any, *teachers: Encoded | None) -> Item | None:
         """The item, or None where a side is too long."""
         fitting = [side for side in teachers if side is not None]
         if student is None or len(fitting) < len(teachers):
@@ -143,7 +155,7 @@ class Collator:
             raise SpecError("train.shuffle_teacher: needs batches of at least 2 examples, not 1")
         return items[1:] + items[:1]
 
-    def _side(self, rows: list[Encoded], tokenizer: PreTrainedTokenizerBase) -> Side:
+    def _side(self, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> Side:
         segments = self._pad([row.segments for row in rows], NOWHERE)
         return {
             "input_ids": self._pad([row.input_ids for row in rows], pad_id(tokenizer)),

@@ -37,6 +37,11 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt."""
+        return int((self.segments == PROMPT).sum())
+
 
 @dataclass(frozen=True)
 class _Tokens:
@@ -102,6 +107,15 @@ def prompt_ids(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> li
     """
     tokens = _tokenize(prompts, tokenizer)
     return [torch.tensor(each.ids[: len(each.ids) - each.trailing()], dtype=torch.long) for each in tokens]
+
+
+def completion_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Int[Tensor, " time"]]:
+    """The tokens of texts that stand after others: without what a tokenizer adds, with one EOS at the end."""
+    if not texts:
+        return []
+    found = tokenizer(list(texts), add_special_tokens=False, padding=False, truncation=False, verbose=False)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [torch.tensor([*ids, *end], dtype=torch.long) for ids in found["input_ids"]]
 
 
 def prefix_mismatch(

@@ -259,6 +259,19 @@ class LogitsSpec(Strict):
     """Names of the teachers; default: all."""
 
 
+class LatentSpec(Strict):
+    """With ``trajectory: latent``: continuous tokens that the student writes to itself between prompt and
+    answer, refined in Jacobi passes (PCCoT, arXiv 2506.18582; KaVa, arXiv 2510.02312)."""
+
+    count: Positive = 6
+    """Latent tokens."""
+    passes: int = Field(3, ge=0)
+    """Jacobi passes. ``count`` of them are sequential writing; 0: only learned embeddings, like pause
+    tokens."""
+    projection: Literal["none", "linear", "mlp"] = "mlp"
+    """From the last hidden state at a place to the input of the next one."""
+
+
 class TrainSpec(Strict):
     """The optimisation."""
 
@@ -354,6 +367,11 @@ class PipelineSpec(Strict):
     """How much each teacher counts, where and when."""
     losses: tuple[KVLossConfig, ...] = ()
     """KV losses, added to the student's cross-entropy. None: cross-entropy alone."""
+    trajectory: Literal["text", "latent"] = "text"
+    """What stands between prompt and answer of the student: written steps, or ``latent`` tokens, which are
+    compared with the teachers' reasoning. Teachers always read written steps."""
+    latent: LatentSpec = LatentSpec()
+    """The latent tokens."""
     logits: LogitsSpec | None = None
     """Distil next-token distributions as well, from teachers with the student's vocabulary."""
     data: DataSpec
@@ -382,6 +400,7 @@ class PipelineSpec(Strict):
         self._check_pretraining_data()
         self._check_texts()
         self._check_logits(names)
+        self._check_latent()
         if self.train.stream and self.store is not None:
             raise ValueError("'train.stream' is about teachers that run; a store needs none")
         if len(set(self.seeds)) != len(self.seeds):
@@ -392,6 +411,18 @@ class PipelineSpec(Strict):
                 "holds; set 'store: null'"
             )
         return self
+
+    def _check_latent(self) -> None:
+        if self.trajectory != "latent":
+            return
+        clashes = {
+            "logits": self.logits is not None,
+            "store": self.store is not None,
+            "rotary: match": self.rotary == "match",
+            "train.compile": self.train.compile is not None,
+        }
+        if found := [name for name, clash in clashes.items() if clash]:
+            raise ValueError(f"'trajectory: latent' does not go together with {', '.join(found)} yet")
 
     def _check_logits(self, names: list[str]) -> None:
         if self.logits is None:

@@ -158,6 +158,19 @@ class FuserTests(MetaTests):
             penalty = require_tensor(component.penalty(given), (), "a scalar", "penalty")
             require_finite(penalty, "the penalty must be finite")
 
+    def test_penalty_of_certain_weights_has_a_gradient(self, config: Any) -> None:
+        """Where one teacher has all the weight: −w log w has an infinite slope at 0."""
+        component, context = self.build(config, self.usual), self.inputs(config, self.usual)
+        if not isinstance(component, Regularised):
+            return
+        weights = torch.zeros_like(self._weigh(component, context).detach())
+        weights[0] = 1
+        penalty = component.penalty(weights.requires_grad_())
+        if penalty.requires_grad:
+            penalty.backward()
+        if weights.grad is not None:
+            require_finite(weights.grad, "the gradient of the penalty must be finite where weights are 0")
+
     def _show(self, component: Any, contexts: list[FusionContext]) -> None:
         if isinstance(component, ObservesTeachers):
             for context in contexts:

@@ -24,8 +24,9 @@ from kava_core.errors import CheckpointError, SpecError
 from kava_core.kv.axes import Geometry
 from kava_core.kv.pipeline import KVPipeline, active, parts_of
 from kava_core.kv.probe import geometry_of, probe_geometry
-from kava_core.kv.timeline import PROMPT
 from kava_core.kv.unused import freeze_unused
+from kava_core.latent.collate import LatentCollator, with_thought_tokens
+from kava_core.latent.tokens import LatentTokens
 from kava_core.paths import cache_folder
 from kava_core.spec.model import ModelSpec, PipelineSpec, TeacherSpec
 from kava_core.store.index import PROJECTORS
@@ -57,14 +58,14 @@ class Data:
     def longest(self) -> dict[str | None, int]:
         """Most tokens of an example on the side of every teacher, by name, and of the student, under None."""
         items = [*self.train_items.items, *self.validation_items.items]
-        most: dict[str | None, int] = {None: max(len(item.student.input_ids) for item in items)}
+        most: dict[str | None, int] = {None: max(len(item.student) for item in items)}
         for name in self.teacher_tokenizers:
             most[name] = max(len(item.teachers[name].input_ids) for item in items)
         return most
 
     def longest_prompt(self) -> int:
         """Most tokens of a validation example's prompt, for the student."""
-        return max(int((item.student.segments == PROMPT).sum()) for item in self.validation_items.items)
+        return max(item.student.prompt_length for item in self.validation_items.items)
 
     def report(self) -> dict[str, Any]:
         """For run.json: sizes, hashes, duplicates, examples left out."""
@@ -113,8 +114,12 @@ def make_data(spec: PipelineSpec) -> Data:
         )
         for teacher in used_teachers(spec)
     }
+    kind: Any = Collator
+    if spec.trajectory == "latent":
+        tokenizer = with_thought_tokens(tokenizer)
+        kind = partial(LatentCollator, latents=spec.latent.count)
     make = partial(
-        Collator,
+        kind,
         tokenizer,
         teachers,
         template,
@@ -136,13 +141,15 @@ def make_data(spec: PipelineSpec) -> Data:
 
 def make_distiller(spec: PipelineSpec, data: Data, *, seed: int) -> Distiller:
     """Student, pipeline and teachers; the student's weights depend on the seed alone."""
-    student: Any = load_student(spec.student, data.tokenizer, seed=seed)
+    latent = spec.trajectory == "latent"
+    student: Any = load_student(spec.student, data.tokenizer, seed=seed, grow=latent)
+    latents = make_latents(spec, student, seed=seed) if latent else None
     longest = data.longest()
     assert_room(student.config, longest[None], who="student")
     if spec.evaluate.generate:
         assert_room_to_write(student.config, data.longest_prompt(), spec.evaluate.max_new_tokens)
     if not used_teachers(spec):
-        return Distiller(student)
+        return Distiller(student, latents=latents)
     if data.store is not None:
         return _reading_distiller(spec, data, data.store, student, seed)
     for name in heard(spec):
@@ -172,7 +179,17 @@ def make_distiller(spec: PipelineSpec, data: Data, *, seed: int) -> Distiller:
         rotary=spec.rotary,
         stream=spec.train.stream,
         logits=spec.logits if heard(spec) else None,
+        latents=latents,
     )
+
+
+def make_latents(spec: PipelineSpec, student: Any, *, seed: int) -> LatentTokens:
+    """The latent tokens' own weights, which depend on the seed alone."""
+    how = spec.latent
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        width = student.get_input_embeddings().weight.shape[1]
+        return LatentTokens(how.count, how.passes, width, how.projection)
 
 
 def load_teachers(spec: PipelineSpec, data: Data) -> dict[str, Any]:

@@ -7,6 +7,7 @@ of it; teachers are held where ``nn.Module`` does not look, so that nothing trai
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -28,6 +29,8 @@ from kava_core.kv.pipeline import ROUTER, Aligned, Beside, KVPipeline, precise
 from kava_core.kv.rope import Rotation
 from kava_core.kv.timeline import Timeline
 from kava_core.kv.timemap import TimeMap
+from kava_core.latent.student import answer_logits, answer_outputs, latent_columns, think
+from kava_core.latent.tokens import LatentTokens
 from kava_core.protocols import Chooses, Rewarded
 from kava_core.spec.model import LogitsSpec
 from kava_core.store.reader import target_of
@@ -75,6 +78,7 @@ class Distiller(nn.Module):
         rotary: whether keys and queries are compared without their rotation.
         stream: align a teacher's layers, or form the KV terms, while it runs, one layer alive at a time.
         logits: the term of next-token distributions; teachers whose ``logits`` are kept take part.
+        latents: latent tokens in place of written steps; the student's side is then ``LatentCollator``'s.
 
     Raises:
         SpecError: this pipeline's terms cannot be had layer by layer.
@@ -93,11 +97,13 @@ class Distiller(nn.Module):
         rotary: Literal["strip", "keep", "match"] = "strip",
         stream: bool = False,
         logits: LogitsSpec | None = None,
+        latents: LatentTokens | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.config = student.config
         self.pipeline = pipeline
+        self.latents = latents
         self.__dict__["teachers"] = tuple(teachers)
         self.__dict__["aside"] = SideStream(torch.device("cpu"))
         self.parts, self.rotary, self.stream, self.logits = parts, rotary, stream, logits
@@ -211,16 +217,22 @@ class Distiller(nn.Module):
     def _pass(self, student: Mapping[str, Any], items: Tensor) -> Own:
         """The student's forward pass; its cache is captured where there are KV losses."""
         capture: Capture | None = self.__dict__["capture"]
+        outputs = self._outputs(student, nullcontext() if capture is None else capture)
+        logits = outputs.logits if self.latents is None else answer_logits(outputs.logits, student)
+        ce = cross_entropy(logits, student["labels"], items[0])
         if capture is None:
-            logits = self._outputs(student).logits
-            return Own(logits, cross_entropy(logits, student["labels"], items[0]), Cache(), None, Beside())
-        with capture:
-            outputs = self._outputs(student)
-        ce = cross_entropy(outputs.logits, student["labels"], items[0])
+            return Own(logits, ce, Cache(), None, Beside())
         with without_autocast(ce.device):
-            cache = capture.take()
+            cache = self._compared_part(capture.take(), student)
         rotation = capture.rotation() if self.rotary == "match" else None
-        return Own(outputs.logits, ce, cache, rotation, Beside(self._hidden(outputs), student.get("tasks")))
+        return Own(logits, ce, cache, rotation, Beside(self._hidden(outputs, student), student.get("tasks")))
+
+    def _compared_part(self, cache: Cache, side: Mapping[str, Tensor]) -> Cache:
+        """All positions, or the latent tokens'."""
+        if self.latents is None:
+            return cache
+        columns = latent_columns(side)
+        return cache.map(lambda x, _: x[:, :, :, columns])
 
     def _logit_term(
         self,
@@ -259,8 +271,11 @@ class Distiller(nn.Module):
             for aligner, runs in zip(pipeline.teachers, wanted, strict=True)
         ]
 
-    def _hidden(self, outputs: Any) -> Tensor | None:
-        return outputs.hidden_states[-1].detach() if self._wants_hidden else None
+    def _hidden(self, outputs: Any, side: Mapping[str, Tensor]) -> Tensor | None:
+        if not self._wants_hidden:
+            return None
+        hidden: Tensor = outputs.hidden_states[-1].detach()
+        return hidden if self.latents is None else hidden[:, latent_columns(side)]
 
     @property
     def _wants_hidden(self) -> bool:
@@ -287,13 +302,16 @@ class Distiller(nn.Module):
         found: Teacher = next(teacher for teacher in self.__dict__["teachers"] if teacher.name == name)
         return found
 
-    def _outputs(self, side: Mapping[str, Tensor]) -> Any:
-        return self.student(
-            input_ids=side["input_ids"],
-            attention_mask=side["attention_mask"],
-            use_cache=False,
-            **({"output_hidden_states": True} if self._wants_hidden else {}),
-        )
+    def _outputs(self, side: Mapping[str, Tensor], captured: AbstractContextManager[Any]) -> Any:
+        """Of the pass that predicts tokens, which runs inside ``captured``."""
+        options = {"output_hidden_states": True} if self._wants_hidden else {}
+        if self.latents is None:
+            text = {name: side[name] for name in ("input_ids", "attention_mask")}
+            with captured:
+                return self.student(**text, use_cache=False, **options)
+        thought = think(self.student, self.latents, side["before"], side["before_mask"])
+        with captured:
+            return answer_outputs(self.student, thought, side, **options)
 
     def place_teachers(self, device: torch.device, placements: Mapping[str, str] | None = None) -> None:
         """Bring the teachers to where the spec places them, by name: by default the device of the batches."""
@@ -339,15 +357,16 @@ class Distiller(nn.Module):
         """The student's cache in evaluation mode, in float32; unrotated with ``rotary: match``."""
         here, training = next(self.student.parameters()).device, self.training
         capture = self._capture("keep" if self.rotary == "keep" else "strip")
+        home, side = side["segments"].device, {k: x.to(here) for k, x in side.items() if k != "tasks"}
         self.student.eval()
-        with capture:
-            self.student.base_model(
-                input_ids=side["input_ids"].to(here),
-                attention_mask=side["attention_mask"].to(here),
-                use_cache=False,
-            )
+        if self.latents is None:
+            text = {name: side[name] for name in ("input_ids", "attention_mask")}
+            with capture:
+                self.student.base_model(**text, use_cache=False)
+        else:
+            self._outputs(side, capture)
         self.student.train(training)
-        return capture.take().map(lambda x, part: _wide(x, part).to(side["input_ids"].device))
+        return self._compared_part(capture.take(), side).map(lambda x, part: _wide(x, part).to(home))
 
     def finish_calibration(self) -> None:
         """Compute every calibrated projection from what was observed."""

@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, Subset
 from kava_core.data.collate import Collator
 from kava_core.data.dataset import EncodedDataset
 from kava_core.data.examples import Example, is_correct
+from kava_core.latent.collate import END, token_id
+from kava_core.latent.student import write_answers
 from kava_core.spec.model import EvaluateSpec, Template
 from kava_core.train.collapse import EXAMPLES, CollapseMonitor
 from kava_core.train.distiller import IGNORED, LOGITS, Distiller
@@ -74,7 +76,7 @@ class Evaluator:
             watched = self._watched(distiller, accelerator.device)
             metrics |= self.monitor(distiller, watched) | shares(distiller, watched)
             if self.spec.generate:
-                metrics["exact_match"] = self._exact_match(distiller.student, list(mine), accelerator)
+                metrics["exact_match"] = self._exact_match(distiller, list(mine), accelerator)
         return metrics
 
     def _losses(self, distiller: Distiller, mine: list[int], accelerator: Accelerator) -> dict[str, float]:
@@ -92,12 +94,12 @@ class Evaluator:
                 sums[name] = sums.get(name, 0) + value.double()
         return _means(_added({name: value.item() for name, value in sums.items()}))
 
-    def _exact_match(self, student: nn.Module, mine: list[int], accelerator: Accelerator) -> float:
+    def _exact_match(self, distiller: Distiller, mine: list[int], accelerator: Accelerator) -> float:
         right = 0
         written: list[dict[str, Any]] = []
         for start in range(0, len(mine), self.spec.batch_size):
             examples = [self.examples[index] for index in mine[start : start + self.spec.batch_size]]
-            texts = self._write(student, examples, accelerator.device)
+            texts = self._write(distiller, examples, accelerator.device)
             for example, text in zip(examples, texts, strict=True):
                 correct = is_correct(text, example, self.template)
                 right += correct
@@ -110,9 +112,14 @@ class Evaluator:
         totals = accelerator.reduce(torch.tensor([right, len(mine)], device=accelerator.device), "sum")
         return float(totals[0] / totals[1])
 
-    def _write(self, student: nn.Module, examples: list[Example], device: torch.device) -> list[str]:
+    def _write(self, distiller: Distiller, examples: list[Example], device: torch.device) -> list[str]:
         """Greedy answers."""
+        student = distiller.student
         prompts = send_to_device(self.collator.prompts(examples)[0], device)
+        if distiller.latents is not None:
+            end, longest = token_id(self.tokenizer, END), self.spec.max_new_tokens
+            tokens = write_answers(student, distiller.latents, **prompts, end=end, max_new_tokens=longest)
+            return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
             tokens = student.generate(
                 input_ids=prompts["input_ids"],

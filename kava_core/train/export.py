@@ -12,6 +12,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from kava_core.errors import CheckpointError, KavaError, SpecError
+from kava_core.latent.exported import save_latents
+from kava_core.latent.tokens import LatentTokens
 from kava_core.train import checkpoint
 from kava_core.train.rundir import RECORD, read_record
 
@@ -38,14 +40,24 @@ Data: {data}
 """
 
 
-def save_student(student: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Weights (adapters merged), tokenizer and their manifest; the folder is complete or absent."""
+def save_student(
+    student: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    latents: LatentTokens | None = None,
+) -> None:
+    """Weights (adapters merged), tokenizer and their manifest; the folder is complete or absent.
+
+    With ``latents`` their weights as well: ``kava_core.latent.exported.LatentStudent`` reads the folder.
+    """
     if hasattr(student, "merge_and_unload"):
         student = student.merge_and_unload()
     staging = folder.with_name(folder.name + ".staging")
     shutil.rmtree(staging, ignore_errors=True)
     student.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
+    if latents is not None:
+        save_latents(latents, staging)
     checkpoint.seal(staging, folder)
 
 

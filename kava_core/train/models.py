@@ -119,8 +119,12 @@ def _from_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     }
 
 
-def load_model(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int, where: str) -> nn.Module:
+def load_model(
+    spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int, where: str, grow: bool = False
+) -> nn.Module:
     """The causal language model of a spec; ``seed`` fixes random weights.
+
+    ``grow``: embeddings are added for tokens the model has none for.
 
     Raises:
         SpecError: it cannot be made or loaded, or its vocabulary is smaller than the tokenizer's.
@@ -131,6 +135,9 @@ def load_model(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int
         raise
     except Exception as error:  # transformers, safetensors and torch each raise their own
         raise SpecError(f"{where}: cannot load the model: {_told(error)}") from error
+    if grow and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(len(tokenizer))
     _check_vocabulary(model, tokenizer, where)
     model.generation_config.pad_token_id = _pad_id(tokenizer)
     return model
@@ -193,9 +200,14 @@ def _check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase, wher
         raise SpecError(f"{where}: the tokenizer has {len(tokenizer)} tokens but the model only {rows}")
 
 
-def load_student(spec: StudentSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> nn.Module:
-    """The student, with its adapters and gradient checkpointing if asked for."""
-    student = load_model(spec, tokenizer, seed=seed, where="student")
+def load_student(
+    spec: StudentSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int, grow: bool = False
+) -> nn.Module:
+    """The student, with its adapters and gradient checkpointing if asked for.
+
+    ``grow``: with embeddings for tokens that were added to its tokenizer.
+    """
+    student = load_model(spec, tokenizer, seed=seed, where="student", grow=grow)
     _check_causal(student)
     if spec.gradient_checkpointing:
         checkpoint_activations(student)

@@ -325,7 +325,7 @@ def quiet() -> Iterator[None]:
 def _finish(trainer: KavaTrainer, folder: RunDir, data: Data) -> None:
     distiller = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     if is_main():
-        save_student(distiller.student, data.tokenizer, folder.student)
+        save_student(distiller.student, data.tokenizer, folder.student, distiller.latents)
         folder.finish({"steps": trainer.state.global_step, **_last_evaluation(trainer.state)})
     trainer.accelerator.wait_for_everyone()
 

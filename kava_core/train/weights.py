@@ -10,6 +10,7 @@ from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 
 from kava_core.errors import CheckpointError, NonFiniteError
+from kava_core.latent.exported import load_latents, save_latents
 from kava_core.train.distiller import Distiller
 from kava_core.train.fsdp import is_sharded, local
 
@@ -25,13 +26,15 @@ def aligner_state(distiller: Distiller) -> dict[str, Tensor]:
 
 
 def save_weights(distiller: Distiller, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-    """``folder/student`` (``save_pretrained``) and ``folder/aligner.safetensors``.
+    """``folder/student`` (``save_pretrained``), ``folder/aligner.safetensors`` and latent tokens' weights.
 
     ``state_dict`` is the whole module's, where the student is sharded; None takes the student's own.
     """
     student = None if state_dict is None else under(state_dict, "student.")
     distiller.student.save_pretrained(folder / STUDENT, state_dict=student)
     save_file(aligner_state(distiller), folder / ALIGNER_FILE)
+    if distiller.latents is not None:
+        save_latents(distiller.latents, folder)
 
 
 @torch.no_grad()
@@ -57,6 +60,8 @@ def load_weights(distiller: Distiller, folder: Path) -> None:
         _load_student(distiller.student, folder / STUDENT)
         if distiller.pipeline is not None:
             distiller.pipeline.load_state_dict(load_file(folder / ALIGNER_FILE))
+        if distiller.latents is not None:
+            distiller.latents.load_state_dict(load_latents(folder).state_dict())
     except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: {str(error).splitlines()[0]}") from error
 

@@ -1,0 +1,1 @@
+"""Reasoning in continuous latent tokens instead of written steps."""

@@ -1,0 +1,79 @@
+"""A trained latent student on disk, and how to use it::
+
+student = LatentStudent.from_pretrained("runs/…/student")
+student.answer(["7+3*2?"])
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kava_core.data.collate import pad_id
+from kava_core.data.encode import prompt_ids
+from kava_core.errors import CheckpointError
+from kava_core.latent.collate import BEGIN, END, token_id
+from kava_core.latent.student import write_answers
+from kava_core.latent.tokens import LatentTokens
+
+WEIGHTS, SHAPE = "latent.safetensors", "latent.json"
+
+
+def save_latents(latents: LatentTokens, folder: Path) -> None:
+    """Two files beside the model's: the weights, and what they are of."""
+    save_file(
+        {name: x.detach().cpu().contiguous() for name, x in latents.state_dict().items()}, folder / WEIGHTS
+    )
+    hidden = latents.slots.shape[1]
+    shape = {"count": latents.count, "passes": latents.passes, "hidden": hidden, "projection": latents.kind}
+    (folder / SHAPE).write_text(json.dumps(shape) + "\n", encoding="utf-8")
+
+
+def load_latents(folder: Path) -> LatentTokens:
+    """What ``save_latents`` wrote; CheckpointError where it is missing or damaged."""
+    try:
+        latents = LatentTokens(**json.loads((folder / SHAPE).read_text(encoding="utf-8")))
+        latents.load_state_dict(load_file(folder / WEIGHTS))
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: no latent tokens can be loaded: {str(error).splitlines()[0]}"
+        ) from error
+    return latents
+
+
+class LatentStudent(nn.Module):
+    """A model, its latent tokens and its tokenizer."""
+
+    def __init__(self, model: nn.Module, latents: LatentTokens, tokenizer: Any) -> None:
+        super().__init__()
+        self.model, self.latents, self.tokenizer = model, latents, tokenizer
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> LatentStudent:
+        """The student of a finished run. ``options``: as for ``AutoModelForCausalLM.from_pretrained``."""
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        latents = load_latents(Path(folder)).to(model.device)
+        return cls(model, latents, AutoTokenizer.from_pretrained(folder)).eval()
+
+    def answer(self, prompts: Sequence[str], *, max_new_tokens: int = 32) -> list[str]:
+        """The greedy answer to every prompt, which is the whole text up to the written steps."""
+        begin, end = (token_id(self.tokenizer, token) for token in (BEGIN, END))
+        rows = [torch.cat([ids, ids.new_tensor([begin])]) for ids in prompt_ids(prompts, self.tokenizer)]
+        before = self._left(rows, pad_id(self.tokenizer))
+        mask = self._left([torch.ones_like(row) for row in rows], 0)
+        tokens = write_answers(self.model, self.latents, before, mask, end=end, max_new_tokens=max_new_tokens)
+        texts: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return texts
+
+    def _left(self, rows: list[Tensor], value: int) -> Tensor:
+        padded = pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
+        return padded.to(self.latents.slots.device)

@@ -1,0 +1,98 @@
+"""Latent tokens: continuous inputs that a model writes to itself and refines by Jacobi passes.
+
+Parallel continuous chain of thought (PCCoT, arXiv 2506.18582), as KaVa uses it (arXiv 2510.02312, section 3):
+the input of a slot is a projection of the model's last hidden state at the place before it. All slots are
+computed at once from the slots of the pass before; after as many passes as slots nothing changes any more,
+as if they had been written one after another (Coconut, arXiv 2412.06769; CODI, arXiv 2502.21074).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from kava_core.errors import UnsupportedModelError
+
+Projection = Literal["none", "linear", "mlp"]
+
+
+class LatentTokens(nn.Module):
+    """What a model needs beside its own weights to reason in latent tokens.
+
+    Args:
+        count: how many latent tokens (M).
+        passes: Jacobi passes (T). ``count`` of them are sequential writing; with 0 the slots' own embeddings
+            are the inputs, like pause tokens (arXiv 2310.02226).
+        hidden: the model's width.
+        projection: from hidden states to inputs. ``mlp``: two layers with GELU, twice as wide inside.
+
+    A slot's input is its own embedding plus the projected hidden state; embeddings start small, so that the
+    slots begin unlike one another.
+    """
+
+    def __init__(self, count: int, passes: int, hidden: int, projection: Projection = "mlp") -> None:
+        super().__init__()
+        self.count, self.passes, self.kind = count, passes, projection
+        self.slots = nn.Parameter(torch.randn(count, hidden) * 0.02)
+        self.projection = _projection(projection, hidden)
+
+    def forward(
+        self, model: nn.Module, prefix: Float[Tensor, "batch time hidden"], mask: Bool[Tensor, "batch time"]
+    ) -> Float[Tensor, "batch _ hidden"]:
+        """The refined inputs of all slots, ``count`` of them, with gradients through all passes.
+
+        Args:
+            model: a causal language model of transformers, possibly with adapters.
+            prefix: input embeddings of what stands before the slots, padded on the left.
+            mask: its real positions.
+
+        Mask and positions are given in every pass, so an example alone gives what it gives in a batch.
+        """
+        inputs = self.slots.to(prefix.dtype).expand(len(prefix), -1, -1)
+        whole = extended(mask, self.count)
+        for _ in range(self.passes):
+            hidden = hidden_states(model, torch.cat([prefix, inputs], 1), whole)
+            before = hidden[:, prefix.shape[1] - 1 : -1]
+            inputs = (self.slots + self.projection(before.to(self.slots.dtype))).to(prefix.dtype)
+        return inputs
+
+
+def _projection(kind: Projection, hidden: int) -> nn.Module:
+    if kind == "none":
+        return nn.Identity()
+    if kind == "linear":
+        return nn.Linear(hidden, hidden)
+    return nn.Sequential(nn.Linear(hidden, 2 * hidden), nn.GELU(), nn.Linear(2 * hidden, hidden))
+
+
+def extended(mask: Bool[Tensor, "batch time"], count: int) -> Bool[Tensor, "batch _"]:
+    """The mask with ``count`` more real positions."""
+    return torch.cat([mask, mask.new_ones(len(mask), count)], 1)
+
+
+def positions(mask: Bool[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
+    """Every real token's number in its own text; 0 at padding before it."""
+    return (mask.long().cumsum(1) - 1).clamp_min(0)
+
+
+def hidden_states(
+    model: nn.Module, inputs: Float[Tensor, "batch time hidden"], mask: Bool[Tensor, "batch time"]
+) -> Float[Tensor, "batch time hidden"]:
+    """The last hidden states, normalised as the head reads them; the head does not run."""
+    outputs = backbone(model)(
+        inputs_embeds=inputs, attention_mask=mask.long(), position_ids=positions(mask), use_cache=False
+    )
+    found: Tensor = outputs.last_hidden_state
+    return found
+
+
+def backbone(model: Any) -> nn.Module:
+    """The decoder without its head, with the adapters it has; UnsupportedModelError where there is none."""
+    causal = model.get_base_model() if hasattr(model, "peft_config") else model
+    decoder: nn.Module = causal.base_model
+    if decoder is causal:
+        raise UnsupportedModelError(f"{type(causal).__name__}: has no decoder apart from its head")
+    return decoder

@@ -1,0 +1,205 @@
+"""Latent reasoning as a user trains and uses it; one step against plain transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import Tensor
+
+from kava_core.errors import CheckpointError
+from kava_core.latent.exported import LatentStudent, load_latents
+from kava_core.latent.student import write_answers
+from kava_core.latent.tokens import hidden_states
+from kava_core.train import checkpoint
+from kava_core.train.assemble import make_data, make_distiller
+from kava_core.train.run import run
+from kava_core.train.weights import load_weights, save_weights
+from tests import tiny
+
+ALIGN = {"time_warper": {"name": "segment", "segments": ["reasoning"]}, "dim_projector": "linear"}
+TEACHERS = [one | {"align": ALIGN} for one in tiny.FIELDS["teachers"]]
+LATENT: dict[str, Any] = {"trajectory": "latent", "latent": {"count": 3, "passes": 2}}
+
+
+def spec(folder: Path | str = "runs", **changes: Any) -> Any:
+    return tiny.spec(folder, **({"teachers": TEACHERS} | LATENT | changes))
+
+
+def made(**changes: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Data, distiller and a batch of five examples."""
+    one = spec(**changes)
+    data = make_data(one)
+    distiller = make_distiller(one, data, seed=0).eval()
+    return data, distiller, data.plain_collator([data.train_items[index] for index in range(5)])
+
+
+def test_the_batch_holds_prompt_thought_and_answer() -> None:
+    data, _, batch = made()
+    side, tokens = batch["student"], data.tokenizer.convert_ids_to_tokens
+    for row in range(5):
+        example = data.train_items[row].example
+        before = tokens(side["before"][row][side["before_mask"][row].bool()])
+        after = tokens(side["after"][row][side["after_mask"][row].bool()])
+        assert "".join(before) == f"{example.prompt}?<bot>"
+        assert "".join(after[:-1]) == f"<eot> #{example.answer}"
+        assert side["labels"][row].tolist()[: len(after)] == [
+            -100,
+            *side["after"][row].tolist()[1 : len(after)],
+        ]
+    assert side["attention_mask"].shape == side["segments"].shape == (5, 3)
+    assert (side["segments"] == 1).all()
+
+
+def by_hand(distiller: Any, side: dict[str, Tensor], row: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """One example without padding: its answer's cross-entropy, logits, and keys of its latent tokens."""
+    student, latents = distiller.student, distiller.latents
+    before = side["before"][row][side["before_mask"][row].bool()][None]
+    after = side["after"][row][side["after_mask"][row].bool()][None]
+    embed = student.get_input_embeddings()
+    prefix, thought = embed(before), latents.slots[None]
+    for _ in range(latents.passes):
+        whole = torch.cat([prefix, thought], 1)
+        hidden = student.model(inputs_embeds=whole, use_cache=False).last_hidden_state
+        thought = latents.slots[None] + latents.projection(hidden[:, prefix.shape[1] - 1 : -1])
+    outputs = student(inputs_embeds=torch.cat([prefix, thought, embed(after)], 1), use_cache=True)
+    columns = slice(prefix.shape[1], prefix.shape[1] + latents.count)
+    values = [layer.values[0, :, columns] for layer in outputs.past_key_values.layers]
+    logits = outputs.logits[0, columns.stop :]
+    return F.cross_entropy(logits[:-1], after[0, 1:], reduction="sum"), logits, values
+
+
+def test_a_step_is_what_plain_transformers_give_without_padding() -> None:
+    """Cross-entropy, and the values that are compared, of a padded batch against its examples alone."""
+    _, distiller, batch = made(losses=[{"name": "mse", "parts": ["values"]}])
+    side = batch["student"]
+    alone = [by_hand(distiller, side, row) for row in range(5)]
+    own = distiller._pass(side, torch.ones(2))
+    torch.testing.assert_close(own.ce, torch.stack([ce for ce, _, _ in alone]).sum(), rtol=1e-5, atol=1e-5)
+    for row, (_, logits, values) in enumerate(alone):
+        torch.testing.assert_close(own.logits[row, : len(logits)], logits, rtol=1e-4, atol=1e-5)
+        for layer, expected in enumerate(values):
+            torch.testing.assert_close(own.cache.values[row, layer], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_kv_loss_alone_reaches_slots_projection_and_weights() -> None:
+    _, distiller, batch = made()
+    _, terms = distiller.terms(batch["student"], batch["teachers"], torch.ones(2))
+    latents = distiller.latents
+    wanted = [
+        latents.slots,
+        *latents.projection.parameters(),
+        distiller.student.model.layers[0].self_attn.k_proj.weight,
+    ]
+    for gradient in torch.autograd.grad(terms["mercator"], wanted):
+        assert torch.isfinite(gradient).all()
+        assert gradient.abs().max() > 0
+
+
+def test_the_teacher_reasoning_is_spread_over_the_latent_tokens() -> None:
+    """Targets of a teacher with as many reasoning tokens as there are latents are its own, in order."""
+    _, distiller, batch = made(
+        teachers=[{"name": "t", "config": tiny.llama(), "tokenizer": tiny.CHARS}
+                  | {"align": ALIGN | {"dim_projector": "identity"}}],
+        latent={"count": 4, "passes": 1},
+        losses=[{"name": "mse", "parts": ["values"]}],
+    )  # fmt: skip
+    from kava_core.kv.timeline import Timeline
+
+    teacher, side = distiller.__dict__["teachers"][0], batch["teachers"]["t"]
+    timeline = Timeline.from_batch(batch["student"])
+    (aligned,) = distiller.aligned(batch["teachers"], timeline, distiller.pipeline)
+    raw = teacher.cache(side).values
+    for row in range(5):
+        places = (side["segments"][row] == 1).nonzero().flatten()
+        assert len(places) == 4  # two steps, each a space and a digit
+        torch.testing.assert_close(aligned.target.values[row], raw[row][:, :, places])
+    assert aligned.valid.all()
+
+
+def test_answers_are_the_same_alone_and_in_a_batch() -> None:
+    data, distiller, _ = made()
+    examples = [data.train_items[row].example for row in range(6)]
+    how = {"end": data.collator.end, "max_new_tokens": 5}
+
+    def answers(some: list[Any]) -> list[list[int]]:
+        prompts, _ = data.plain_collator.prompts(some)
+        found: list[list[int]] = write_answers(
+            distiller.student, distiller.latents, **prompts, **how
+        ).tolist()
+        return found
+
+    alone = [answers([example])[0] for example in examples]
+    pad = distiller.student.generation_config.pad_token_id
+    for mine, theirs in zip(alone, answers(examples), strict=True):
+        assert mine == theirs[: len(mine)]
+        assert all(token == pad for token in theirs[len(mine) :])
+
+
+@pytest.mark.parametrize("losses", [[], tiny.FIELDS["losses"]])
+def test_a_run_ends_resumes_and_answers(tmp_path: Path, losses: list[Any]) -> None:
+    result = run(spec(tmp_path, losses=losses), variant="main", seed=0)
+    student = LatentStudent.from_pretrained(result.folder / "student")
+    assert len(student.answer(["1+2*3?", "4-1+1?"], max_new_tokens=4)) == 2
+    last = checkpoint.newest(result.folder / "checkpoints")
+    assert last is not None
+    kept = load_latents(last).state_dict()
+    for name, tensor in student.latents.state_dict().items():
+        assert torch.equal(tensor, kept[name])
+
+
+def test_latents_are_saved_and_loaded_exactly(tmp_path: Path) -> None:
+    data, distiller, _ = made(losses=[], teachers=[])
+    save_weights(distiller, tmp_path)
+    other = make_distiller(spec(losses=[], teachers=[]), data, seed=1)
+    assert not torch.equal(other.latents.slots, distiller.latents.slots)
+    load_weights(other, tmp_path)
+    assert torch.equal(other.latents.slots, distiller.latents.slots)
+    (tmp_path / "latent.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no latent tokens can be loaded"):
+        load_weights(other, tmp_path)
+
+
+def test_a_model_with_fewer_embeddings_grows(tmp_path: Path) -> None:
+    """A student from a folder knows no thought tokens; its own embeddings stay as they are."""
+    path = run(tiny.spec(tmp_path, teachers=[], losses=[]), variant="main", seed=0).folder / "student"
+    one = spec(
+        tmp_path, student={"config": None, "tokenizer": None, "path": str(path)}, teachers=[], losses=[]
+    )
+    data = make_data(one)
+    grown = make_distiller(one, data, seed=0).student.get_input_embeddings().weight
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(path).get_input_embeddings().weight
+    assert len(grown) == len(plain) + 2 == len(data.tokenizer)
+    assert torch.equal(grown[: len(plain)], plain)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"logits": {"teachers": ["gpt"]}}, "logits"),
+        ({"store": {"folder": "x"}}, "store"),
+        ({"rotary": "match"}, "rotary: match"),
+        ({"train": {"compile": "aot_eager"}}, "train.compile"),
+    ],
+)
+def test_what_does_not_go_together_is_said(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=rf"'trajectory: latent' does not go together with {words} yet"):
+        spec(**changes)
+
+
+def test_hidden_states_are_those_the_head_reads() -> None:
+    _, distiller, batch = made(teachers=[], losses=[])
+    student = distiller.student
+    embeds = student.get_input_embeddings()(batch["student"]["before"])
+    mask = batch["student"]["before_mask"].bool()
+    hidden = hidden_states(student, embeds, mask)
+    logits = student(
+        inputs_embeds=embeds, attention_mask=mask.long(), position_ids=(mask.cumsum(1) - 1).clamp_min(0)
+    ).logits
+    torch.testing.assert_close(student.lm_head(hidden), logits)
