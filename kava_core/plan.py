@@ -18,6 +18,7 @@ from kava_core.config import Part
 from kava_core.data.splits import load_splits
 from kava_core.dry_run import DryRun, dry_run, sized_config, vocabulary_note
 from kava_core.errors import SpecError
+from kava_core.kv.align_stream import most_alive
 from kava_core.kv.aligner import TeacherAligner
 from kava_core.kv.attention_layers import has_rotary
 from kava_core.kv.axes import Cache
@@ -28,7 +29,7 @@ from kava_core.kv.timemap import TimeMap
 from kava_core.plan_memory import LOGIT_BYTES, Kept, kept_by_losses, kept_by_student, largest_block
 from kava_core.spec.model import HubData, ModelSpec, PipelineSpec, StudentSpec, TeacherSpec
 from kava_core.train import quantize
-from kava_core.train.assemble import weights_key
+from kava_core.train.assemble import heard, used_teachers, weights_key
 from kava_core.train.fsdp import blocks
 from kava_core.train.models import add_lora, model_config
 from kava_core.train.placement import REPLICATED, SHARDED
@@ -107,21 +108,32 @@ def default_time(spec: PipelineSpec) -> int:
 
 
 def make_plan(spec: PipelineSpec, *, time: int, t_time: int, processes: int = 1) -> Plan:
-    """Everything about a step with ``train.batch_size`` examples of these lengths in each process."""
+    """Everything about a step with ``train.batch_size`` examples of these lengths in each process.
+
+    SpecError for ``trajectory: latent``, whose passes are not counted.
+    """
+    if spec.trajectory == "latent":
+        raise SpecError("kava plan: the passes of trajectory: latent are not counted yet")
     batch = spec.train.batch_size
     dry = dry_run(spec, batch=batch, time=time, t_time=t_time)
-    student = _model_cost("student", spec.student, batch, time, geometry=str(dry.student))
+    student = _model_cost("student", spec.student, batch, time, geometry=str(dry.student), head=True)
+    lengths = {name: cache.any.shape[3] for name, cache in dry.caches.items()}
     teachers = [
-        _model_cost(t.name, t, batch, dry.caches[t.name].any.shape[3], geometry=str(dry.teachers[t.name]))
-        for t in spec.teachers
-        if dry.pipeline
+        _model_cost(
+            *(t.name, t, batch, lengths.get(t.name, t_time)),
+            geometry=str(dry.teachers[t.name]),
+            head=t.name in heard(spec),
+        )
+        for t in used_teachers(spec)
     ]
     steps = spec.train.accumulate
     flops = {cost.name: cost.flops * steps for cost in (student, *teachers)}
     if dry.pipeline is not None:
         flops["alignment"] = _alignment_flops(dry) * steps
     kept = kept_by_student(spec, sized_config(spec.student, where="student"), batch=batch, time=time)
-    memory = _memory(spec, dry, [student, *teachers], kept, time)
+    memory = _memory(spec, dry, [student, *teachers], kept, time) | _heard(
+        spec, student, teachers, time, t_time
+    )
     alive = _alive(spec, kept.without_copies(), _logits(spec, student, time))
     divided = _divided(memory, alive, [student, *teachers], spec, processes) if processes > 1 else {}
     return Plan(
@@ -136,7 +148,7 @@ def make_plan(spec: PipelineSpec, *, time: int, t_time: int, processes: int = 1)
     )
 
 
-def _model_cost(name: str, spec: ModelSpec, batch: int, time: int, *, geometry: str) -> ModelCost:
+def _model_cost(name: str, spec: ModelSpec, batch: int, time: int, *, geometry: str, head: bool) -> ModelCost:
     config = sized_config(spec, where=name)
     model = _weightless(spec, config)
     trained = [p for p in model.parameters() if p.requires_grad and isinstance(spec, StudentSpec)]
@@ -146,7 +158,7 @@ def _model_cost(name: str, spec: ModelSpec, batch: int, time: int, *, geometry: 
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in trained),
         weights=_held(model, spec) + TRAINED_COPIES * _bytes(trained),
-        flops=_forward_flops(spec, config, time) * batch * _passes(spec),
+        flops=_forward_flops(config, time, head=head) * batch * _passes(spec),
         vocabulary=int(config.get_text_config().vocab_size),
         rotary=has_rotary(model),
         note=vocabulary_note(spec),
@@ -192,14 +204,14 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def _forward_flops(spec: ModelSpec, config: PreTrainedConfig, time: int) -> float:
+def _forward_flops(config: PreTrainedConfig, time: int, *, head: bool) -> float:
     """Of one example, attention's matrix products included (eager attention, so that they are counted).
 
-    A teacher's language-model head is not run.
+    ``head``: with the language-model head, which a teacher runs only if its logits are distilled.
     """
     with FakeTensorMode(), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model: Any = fake_model(config, attn_implementation="eager")
-        run = model if isinstance(spec, StudentSpec) else model.base_model
+        run = model if head else model.base_model
         ids = torch.zeros(1, time, dtype=torch.long, device=next(model.parameters()).device)
         run(input_ids=ids, use_cache=False)
     return float(counter.get_total_flops())
@@ -271,6 +283,18 @@ def _memory(
         "KV losses: kept for the backward pass": kept_by_losses(dry),
         "alignment: weights, gradients, optimizer": _alignment_bytes(dry),
     }
+
+
+def _heard(
+    spec: PipelineSpec, student: ModelCost, teachers: list[ModelCost], time: int, t_time: int
+) -> dict[str, int]:
+    """Logits that are distilled: all teachers' wait for the student's, and the term keeps its gradient."""
+    declared = {teacher.name: teacher for teacher in spec.teachers}
+    wide = {t.name: t.vocabulary * _computed_bytes(spec, declared[t.name]) for t in teachers}
+    theirs = sum(wide[name] for name in heard(spec)) * t_time
+    own = student.vocabulary * _computed_bytes(spec, spec.student) * time
+    size = spec.train.batch_size * (theirs + own)
+    return {"teachers: logits, and the term's gradient": size} if heard(spec) else {}
 
 
 def _logits(spec: PipelineSpec, student: ModelCost, time: int) -> int:
@@ -358,7 +382,7 @@ def _captured(spec: PipelineSpec, dry: DryRun, teachers: list[ModelCost]) -> int
     """
     declared = {teacher.name: teacher for teacher in spec.teachers}
     sizes = [0]
-    for teacher in teachers:
+    for teacher in teachers if dry.pipeline is not None else ():
         cache = dry.caches[teacher.name]
         size = _cached(spec, declared[teacher.name], cache, teacher.rotary)
         sizes.append(size * _read_at_once(spec, dry, teacher.name) // cache.any.shape[1])
@@ -371,13 +395,14 @@ def _read_at_once(spec: PipelineSpec, dry: DryRun, teacher: str) -> int:
     aligner = next(a for a in dry.pipeline.teachers if a.name == teacher)
     if not spec.train.stream:
         return len(aligner.sources)
-    return max(len(reads) for reads in aligner.layer_map.reads)
+    return most_alive(aligner.layer_map.reads)
 
 
 def _cached(spec: PipelineSpec, teacher: ModelSpec, cache: Cache, rotary: bool) -> int:
     """Bytes of a cache; autocast leaves what is rotated in the dtype of the weights."""
     narrow, wide = _computed_bytes(spec, teacher), BYTES[teacher.dtype]
-    return sum(x.numel() * (wide if rotary and part != "values" else narrow) for part, x in cache.items())
+    rotated = rotary and spec.rotary != "strip"
+    return sum(x.numel() * (wide if rotated and part != "values" else narrow) for part, x in cache.items())
 
 
 def _store_size(spec: PipelineSpec, dry: DryRun, time: int) -> StoreSize | None:

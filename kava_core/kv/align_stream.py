@@ -39,6 +39,13 @@ class Arrivals:
         self.kept = {place: cache for place, cache in self.kept.items() if place in awaited}
 
 
+def most_alive(reads: tuple[tuple[int, ...], ...]) -> int:
+    """Most teacher layers that are alive together, where they come in order."""
+    places = {place for row in reads for place in row}
+    ends = {place: max(max(row) for row in reads if place in row) for place in places}
+    return max(sum(place <= now <= end for place, end in ends.items()) for now in ends)
+
+
 def _joined(caches: list[Cache]) -> Cache:
     """Side by side along the axis ``layer``."""
     if len(caches) == 1:

@@ -20,9 +20,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kava_core import shapecheck
 from kava_core.kv.align_stream import Arrivals, Run
 from kava_core.kv.aligner import TeacherAligner
 from kava_core.kv.axes import Cache
+from kava_core.kv.finite import assert_finite
 from kava_core.kv.masks import without_autocast
 from kava_core.kv.pipeline import KVPipeline, precise, rotated
 from kava_core.kv.rope import Rotation
@@ -117,7 +119,12 @@ class _Job:
         for stream in self.streams:
             layers = _Layers(self, stream, student, weights.detach(), needed, gradients, terms)
             stream.run(layers.take)
-        return self.factors.to(terms.dtype) @ terms, terms, gradients or [[None] * (1 + len(tensors))]
+        # Not a matrix product, which autocast would round.
+        return (
+            (self.factors.to(terms.dtype) * terms).sum(1),
+            terms,
+            gradients or [[None] * (1 + len(tensors))],
+        )
 
 
 def _zeros(tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
@@ -173,6 +180,10 @@ class _Layers:
         if self.job.rotation is not None:
             target = rotated(target, self.job.rotation.at(row))
         view = aligner.view_of(Cache(**dict(zip(self.job.parts, own, strict=True))), row)
+        if shapecheck.wanted():
+            valid = self.stream.time_map.valid
+            assert_finite(view, valid, f"the student's cache (compared layer {row})")
+            assert_finite(target, valid, f"the aligned cache of teacher {aligner.name!r} (layer {row})")
         yield from pipeline.of_layer(self.stream.teacher, row, view, target, weight)
 
     def _collect(self, row: int, found: list[tuple[int, Tensor]], leaves: list[Tensor]) -> None:

@@ -117,7 +117,10 @@ class KVPipeline(nn.Module):
         self._check_widths()
         self._check_rotary(student)
         self.fuser_config = spec.fuser
-        self.fuser = spec.fuser.build(teachers=self.names, student=self.teachers[0].view)
+        view = self.teachers[0].view.with_(hidden=student.hidden)
+        self.fuser = spec.fuser.build(teachers=self.names, student=view)
+        self._always: tuple[bool, ...] | None = None
+        self._ran: tuple[bool, ...] = (True,) * len(self.names)
         rows = self.rows = [self._compared_rows(config, student) for config in self.configs]
         self.losses = nn.ModuleList(
             nn.ModuleList(self._loss(config, a, len(r)) for config, r in zip(self.configs, rows, strict=True))
@@ -327,10 +330,25 @@ class KVPipeline(nn.Module):
     @torch.no_grad()
     def choose(self) -> tuple[bool, ...]:
         """Which teachers are to run in this forward pass."""
-        if not isinstance(self.fuser, Chooses):
-            return (True,) * len(self.names)
-        with self._blame_fuser():
-            return tuple(self.fuser.choose().tolist())
+        if isinstance(self.fuser, Chooses) and (self.draws or self._always is None):
+            with self._blame_fuser():
+                self._ran = self._always = tuple(self.fuser.choose().tolist())
+        return self._ran
+
+    @property
+    def draws(self) -> bool:
+        """Whether the fuser chooses other teachers in every forward pass."""
+        return isinstance(self.fuser, Chooses) and getattr(self.fuser, "draws", True)
+
+    def idle(self) -> Tensor | float:
+        """0, attached to what is trained for teachers that do not run: others wait for all gradients."""
+        away = [place for place, runs in enumerate(self._ran) if not runs]
+        modules = [m for place in away for m in (self.aligners[place], *self._losses_of(place))]
+        trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+        return torch.stack([0 * p.sum() for p in trained]).sum() if trained else 0.0
+
+    def _losses_of(self, place: int) -> list[nn.Module]:
+        return [self.losses[place]] if self.separate else []
 
     def absent(self, aligner: TeacherAligner, like: Tensor) -> Aligned:
         """The target of a teacher that does not run: zeros, nowhere valid. ``like``: Bool ``batch time``."""

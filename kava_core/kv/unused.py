@@ -29,9 +29,12 @@ def freeze_unused(pipeline: KVPipeline, *, parts: tuple[Part, ...], student: Geo
     probe = copy.deepcopy(pipeline).to("meta")
     time_map = TimeMap.same(torch.ones(BATCH, TIME, dtype=torch.bool, device="meta"))
     cache = partial(meta_cache, parts=parts, batch=BATCH, time=TIME)
+    run = (True,) * len(probe.names) if probe.draws else pipeline.choose()
     aligned = [
         Aligned(aligner.align(cache(aligner.teacher, layer=len(aligner.sources)), time_map), time_map.valid)
-        for aligner in probe.teachers
+        if runs
+        else probe.absent(aligner, time_map.valid)
+        for aligner, runs in zip(probe.teachers, run, strict=True)
     ]
     terms = probe.compare(cache(student, layer=len(probe.layers)), aligned, torch.ones((), device="meta"))
     _check_router(probe, terms)

@@ -431,6 +431,11 @@ class PipelineSpec(Strict):
             raise ValueError("'logits' needs at least one teacher")
         if unknown := [name for name in self.logits.teachers or () if name not in names]:
             raise ValueError(f"'logits.teachers': no teacher {unknown[0]!r}; there are {', '.join(names)}")
+        if self.train.shuffle_teacher:
+            raise ValueError(
+                "'train.shuffle_teacher' puts another example beside the student, whose tokens are others; "
+                "set 'logits: null'"
+            )
         if self.store is not None:
             raise ValueError(
                 "'logits' needs teachers that run, and a store holds no logits; set 'store: null'"

@@ -144,43 +144,72 @@ def make_distiller(spec: PipelineSpec, data: Data, *, seed: int) -> Distiller:
     latent = spec.trajectory == "latent"
     student: Any = load_student(spec.student, data.tokenizer, seed=seed, grow=latent)
     latents = make_latents(spec, student, seed=seed) if latent else None
-    longest = data.longest()
-    assert_room(student.config, longest[None], who="student")
+    assert_room(student.config, data.longest()[None], who="student")
     if spec.evaluate.generate:
         assert_room_to_write(student.config, data.longest_prompt(), spec.evaluate.max_new_tokens)
     if not used_teachers(spec):
         return Distiller(student, latents=latents)
     if data.store is not None:
         return _reading_distiller(spec, data, data.store, student, seed)
-    for name in heard(spec):
-        assert_same_vocabulary(data.tokenizer, data.teacher_tokenizers[name], who=f"teacher {name!r}")
-    models = load_teachers(spec, data)
-    for name, model in models.items():
-        assert_room(model.config, longest[name], who=f"teacher {name!r}")
+    models = _checked_teachers(spec, data)
     geometries = {name: geometry_of(model) for name, model in models.items()} if active(spec) else {}
     pipeline = make_pipeline(spec, geometries, geometry_of(student), seed=seed) if geometries else None
-    sources = {a.name: a.sources for a in pipeline.teachers} if pipeline is not None else {}
-    teachers = [
-        Teacher(
-            name,
-            model,
-            layers=sources.get(name, ()),
-            parts=parts_of(spec),
-            rotary=spec.rotary,
-            logits=name in heard(spec),
-        )
-        for name, model in models.items()
-    ]
+    _check_heard(spec, pipeline)
     return Distiller(
         student,
         pipeline,
-        teachers,
+        make_teachers(spec, models, pipeline),
         parts=parts_of(spec),
         rotary=spec.rotary,
         stream=spec.train.stream,
         logits=spec.logits if heard(spec) else None,
         latents=latents,
     )
+
+
+def _checked_teachers(spec: PipelineSpec, data: Data) -> dict[str, Any]:
+    """The teachers' models, by name; SpecError where one cannot read what it is to read."""
+    for name in heard(spec):
+        assert_same_vocabulary(data.tokenizer, data.teacher_tokenizers[name], who=f"teacher {name!r}")
+    _check_rationales(spec, data)
+    models = load_teachers(spec, data)
+    for name, model in models.items():
+        assert_room(model.config, data.longest()[name], who=f"teacher {name!r}")
+    return models
+
+
+def make_teachers(
+    spec: PipelineSpec, models: Mapping[str, Any], pipeline: KVPipeline | None
+) -> list[Teacher]:
+    """Models that are run for their caches, their logits or both."""
+    layers = {aligner.name: aligner.sources for aligner in pipeline.teachers} if pipeline is not None else {}
+    how: dict[str, Any] = {"parts": parts_of(spec), "rotary": spec.rotary}
+    return [
+        Teacher(name, model, layers=layers.get(name, ()), logits=name in heard(spec), **how)
+        for name, model in models.items()
+    ]
+
+
+def _check_rationales(spec: PipelineSpec, data: Data) -> None:
+    """SpecError for a teacher that asks for another rationale where no example has one."""
+    for teacher in used_teachers(spec):
+        if teacher.rationale and not any(example.rationales for example in data.train_items.examples):
+            raise SpecError(
+                f"teacher {teacher.name!r}: rationale: {teacher.rationale}, but no training example has "
+                "'rationales'; `kava sample` writes them"
+            )
+
+
+def _check_heard(spec: PipelineSpec, pipeline: KVPipeline | None) -> None:
+    """SpecError for a teacher whose logits are distilled but that never runs."""
+    if pipeline is None or pipeline.draws:
+        return
+    for name, runs in zip(pipeline.names, pipeline.choose(), strict=True):
+        if name in heard(spec) and not runs:
+            raise SpecError(
+                f"logits: teacher {name!r} has weight 0 in the fuser, so it does not run; name others in "
+                "logits.teachers, or give it a weight"
+            )
 
 
 def make_latents(spec: PipelineSpec, student: Any, *, seed: int) -> LatentTokens:
@@ -195,11 +224,11 @@ def make_latents(spec: PipelineSpec, student: Any, *, seed: int) -> LatentTokens
 def load_teachers(spec: PipelineSpec, data: Data) -> dict[str, Any]:
     """Every teacher's model, by name; teachers that differ only in what they read share one."""
     models: dict[str, Any] = {}
-    loaded: dict[str, Any] = {}
+    loaded: dict[Any, Any] = {}
     for teacher in used_teachers(spec):
-        key = weights_key(teacher)
+        tokenizer = data.teacher_tokenizers[teacher.name]
+        key = weights_key(teacher), tuple(sorted(tokenizer.get_vocab().items()))
         if key not in loaded:
-            tokenizer = data.teacher_tokenizers[teacher.name]
             loaded[key] = load_model(teacher, tokenizer, seed=0, where=f"teacher {teacher.name!r}")
         models[teacher.name] = loaded[key]
     return models

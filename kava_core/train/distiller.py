@@ -6,8 +6,8 @@ of it; teachers are held where ``nn.Module`` does not look, so that nothing trai
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -133,12 +133,25 @@ class Distiller(nn.Module):
         Returns:
             ``loss`` (cross-entropy + Σ λ · term), and detached ``ce`` and every term.
         """
-        own, total, terms = self._distilled(student, teachers, items)
+        with self._listening():
+            own, total, terms = self._distilled(student, teachers, items)
         if self.logits is not None:
             terms[LOGITS] = self._logit_term(own.logits, student, teachers, items[0])
             total = total + self.logits.weight * terms[LOGITS]
         self._reward(own.ce.detach() * items[0], student["labels"])
         return {"loss": own.ce + total, "ce": own.ce.detach(), **{n: t.detach() for n, t in terms.items()}}
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Teachers keep the logits of this forward pass, and of no other."""
+        for teacher in self.__dict__["teachers"]:
+            teacher.take_logits()
+            teacher.listening = True
+        try:
+            yield
+        finally:
+            for teacher in self.__dict__["teachers"]:
+                teacher.listening = False
 
     def _distilled(
         self, student: Mapping[str, Any], teachers: Mapping[str, Mapping[str, Any]], items: Tensor
@@ -155,7 +168,7 @@ class Distiller(nn.Module):
             return own, sums[0] + more.get(ROUTER, 0), terms | more
         own, terms = self._compared(student, teachers, items)
         with without_autocast(own.ce.device):
-            return own, self.pipeline.total(terms), terms
+            return own, self.pipeline.total(terms) + self.pipeline.idle(), terms
 
     def terms(
         self, student: Mapping[str, Any], teachers: Mapping[str, Mapping[str, Any]], items: Tensor
@@ -292,7 +305,7 @@ class Distiller(nn.Module):
         if "target" in side:
             return Aligned(*target_of(side))
         teacher, time_map = self._teacher(aligner.name), _time_map(aligner, side, timeline)
-        if self.stream and not by_terms(pipeline):
+        if self.stream and not (by_terms(pipeline) and torch.is_grad_enabled()):
             return Aligned(align_stream(aligner, partial(teacher.stream, side), time_map), time_map.valid)
         cache = teacher.cache(side)
         with without_autocast(timeline.mask.device):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from kava_core.config import ComponentConfig
-from kava_core.errors import PluginError, UnsupportedModelError
+from kava_core.errors import PluginError, SpecError, UnsupportedModelError
 from kava_core.kv.attention_layers import attention_layers, model_name
 from kava_core.kv.capture import Capture
 from kava_core.kv.probe import geometry_of
@@ -59,6 +59,11 @@ def with_measured_maps(spec: PipelineSpec, folder: Path, data: Data, *, seed: in
             assert_same_models(Path(config.map), models_of(spec, teacher, data), teacher=teacher.name)
     if not any(wants_measuring(teacher.align.layer_mapper) for teacher in used_teachers(spec)):
         return spec
+    if spec.trajectory == "latent":
+        raise SpecError(
+            "trajectory: latent: layers cannot be measured on latent tokens; measure with trajectory: text "
+            "by `kava calibrate` and give the layer mapper its 'map', or use ratio"
+        )
     with _one_first():
         teachers = tuple(_with_map(spec, teacher, folder, data, seed) for teacher in spec.teachers)
     return spec.model_copy(update={"teachers": teachers})

@@ -45,17 +45,17 @@ def same_tokens(
 ) -> tuple[Int[Tensor, "batch time"], Bool[Tensor, "batch time"]]:
     """For every student position the teacher's that predicts the same token, and whether there is one.
 
-    Texts are laid end to end, as they may differ in their prompts. A position counts if the student has a
-    label for the token after it and both completions agree up to that token; where that token is in the
-    prompt, the whole texts must agree so far.
+    Completions are laid side by side from their first tokens, as the prompts may differ. A position counts if
+    the student has a label for the token after it and both completions agree up to that token; where that
+    token is in the prompt, the whole texts must agree so far.
     """
     ids, labels = student["input_ids"], student["labels"]
-    shift = teacher["attention_mask"].sum(1) - student["attention_mask"].sum(1)
-    here = torch.arange(ids.shape[1], device=ids.device)
-    places = here + shift[:, None]
-    inside = (places >= 0) & (places < teacher["input_ids"].shape[1])
-    there = teacher["input_ids"].gather(1, places.clamp(0, teacher["input_ids"].shape[1] - 1))
-    differs = (there != ids) | ~inside
+    shift = _start(teacher) - _start(student)
+    places = torch.arange(ids.shape[1], device=ids.device) + shift[:, None]
+    last = teacher["input_ids"].shape[1] - 1
+    there = places.clamp(0, last)
+    real = teacher["attention_mask"].gather(1, there).bool() & (places >= 0) & (places <= last)
+    differs = (teacher["input_ids"].gather(1, there) != ids) | ~real
     in_prompt = student["segments"] == PROMPT
     agrees = torch.where(
         in_prompt,
@@ -63,8 +63,13 @@ def same_tokens(
         (differs & ~in_prompt).long().cumsum(1) == 0,
     )
     counts = torch.zeros_like(agrees)
-    counts[:, :-1] = (agrees & (labels != NO_LABEL))[:, 1:] & inside[:, :-1]
-    return places.clamp(0, teacher["input_ids"].shape[1] - 1), counts
+    counts[:, :-1] = (agrees & (labels != NO_LABEL))[:, 1:] & real[:, :-1]
+    return there, counts
+
+
+def _start(side: Mapping[str, Tensor]) -> Int[Tensor, " batch"]:
+    """Where each completion begins."""
+    return (side["segments"] == PROMPT).sum(1)
 
 
 def logit_divergence(
@@ -93,7 +98,9 @@ class _Divergence(torch.autograd.Function):
         width = min(student.shape[-1], teacher.shape[-1])
         rows = places + torch.arange(len(places), device=places.device)[:, None] * teacher.shape[1]
         own, other = student.flatten(0, 1), teacher.flatten(0, 1)
-        gradient = torch.zeros_like(own) if ctx.needs_input_grad[0] else None
+        # A loss scaler multiplies only in the backward pass, when float16 would have lost what is small.
+        kept = torch.float32 if own.dtype == torch.float16 else own.dtype
+        gradient = torch.zeros_like(own, dtype=kept) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.promote_types(own.dtype, torch.float32), device=own.device)
         for block in torch.arange(len(own), device=own.device).split(max(1, ELEMENTS // width)):
             weights = weight.flatten()[block].to(total.dtype)
@@ -106,13 +113,14 @@ class _Divergence(torch.autograd.Function):
                 scaled = torch.where(live[:, None], slope * weights[:, None] * temperature, 0)
                 gradient[block, :width] = scaled.to(gradient.dtype)
         ctx.save_for_backward(None if gradient is None else gradient.view_as(student))
+        ctx.dtype = student.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (saved,) = ctx.saved_tensors
-        return None if saved is None else saved * gradient.to(saved.dtype), *(None,) * 5
+        return None if saved is None else (saved * gradient.to(saved.dtype)).to(ctx.dtype), *(None,) * 5
 
 
 def _forward(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,8 @@ from accelerate.utils import send_to_device
 from kava_core.data.collate import Collator
 from kava_core.data.examples import Example, is_correct
 from kava_core.errors import KavaError, SpecError, did_you_mean
-from kava_core.spec.model import PipelineSpec, TeacherSpec, Template
-from kava_core.train.assemble import make_data, reading_of, used_teachers
+from kava_core.spec.model import LogitsSpec, PipelineSpec, TeacherSpec, Template
+from kava_core.train.assemble import make_data, reading_of
 from kava_core.train.models import load_model
 from kava_core.train.progress import progress
 from kava_core.train.room import assert_room_to_write
@@ -56,9 +56,11 @@ def sample(spec: PipelineSpec, teacher: str, output: Path, drawing: Drawing) -> 
     """
     if output.exists():
         raise KavaError(f"{output}: is there already; choose another file or delete it")
-    _declared(spec, teacher)
+    # The one teacher, reading text, with nothing but its logits wanted.
+    only = (_declared(spec, teacher),)
+    alone = {"teachers": only, "losses": (), "logits": LogitsSpec(), "trajectory": "text"}
     with quiet():
-        spec = with_trained_models(spec)
+        spec = with_trained_models(spec.model_copy(update=alone))
         partial = output.with_name(f"{output.name}.{_settings(spec, teacher, drawing)}.partial")
         try:
             _write_missing(_Writer(spec, _declared(spec, teacher), drawing), partial, drawing)
@@ -66,11 +68,11 @@ def sample(spec: PipelineSpec, teacher: str, output: Path, drawing: Drawing) -> 
             os.replace(partial, output)
         except OSError as error:
             raise KavaError(f"{output}: cannot be written: {error.strerror}") from error
-    return f"{output}: {found} (train from it with data: {{name: jsonl, train: {output}}})"
+    return f"{output}: {found}"
 
 
 def _declared(spec: PipelineSpec, name: str) -> TeacherSpec:
-    names = [teacher.name for teacher in used_teachers(spec)]
+    names = [teacher.name for teacher in spec.teachers]
     if name not in names:
         near = did_you_mean(name, names)
         raise SpecError(f"teachers: no teacher {name!r}; there are {', '.join(names) or 'none'}{near}")
@@ -145,6 +147,8 @@ class _Writer:
                 **prompts,
                 do_sample=True,
                 temperature=self.drawing.temperature,
+                top_k=0,
+                top_p=1.0,
                 num_return_sequences=self.drawing.count,
                 max_new_tokens=self.drawing.max_new_tokens,
             )
@@ -153,7 +157,7 @@ class _Writer:
         return [texts[place * count : (place + 1) * count] for place in range(len(examples))]
 
     def _kept(self, example: Example, texts: list[str]) -> list[str]:
-        """Different rationales, in the order they were written."""
+        """Different rationales, in the order they were written; texts without an answer have none."""
         right = (t for t in texts if self.drawing.keep_wrong or is_correct(t, example, self.template))
         found = dict.fromkeys(rationale for t in right if (rationale := rationale_of(t, self.template)))
         return [rationale for rationale in found if rationale != example.reasoning]

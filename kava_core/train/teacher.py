@@ -27,7 +27,7 @@ class Teacher:
         layers: attention layers to read; none: nothing is captured.
         parts: what to read of them.
         rotary: as in the spec.
-        logits: keep every forward pass's logits for ``take_logits``.
+        logits: run to the end, and keep the logits for ``take_logits`` while ``listening`` is set.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Teacher:
         rotary: Literal["strip", "keep", "match"],
         logits: bool = False,
     ) -> None:
-        self.name, self.logits = name, logits
+        self.name, self.logits, self.listening = name, logits, False
         self._logits: Tensor | None = None
         self.model = model.eval().requires_grad_(False)
         undo: Literal["strip", "keep"] = "keep" if rotary == "keep" else "strip"
@@ -84,6 +84,7 @@ class Teacher:
         return logits
 
     def _run(self, side: Mapping[str, Tensor]) -> None:
-        model = self.model if self.logits else self.model.base_model
+        heard = self.logits and self.listening
+        model = self.model if heard else self.model.base_model
         outputs = model(input_ids=side["input_ids"], attention_mask=side["attention_mask"], use_cache=False)
-        self._logits = outputs.logits if self.logits else None
+        self._logits = outputs.logits if heard else None

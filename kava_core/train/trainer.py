@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 
-from kava_core.errors import CheckpointError, KavaError, NonFiniteError
+from kava_core.errors import CheckpointError, KavaError, NonFiniteError, SpecError
 from kava_core.train import checkpoint
 from kava_core.train.distiller import IGNORED, Distiller
 from kava_core.train.evaluate import Evaluator
@@ -119,6 +119,8 @@ class KavaTrainer(Trainer):
             "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         )
         check_launch(self._plugin)
+        if self._plugin is not None and self.distiller.latents is not None:
+            raise SpecError("trajectory: latent: not with FSDP yet; use DDP or one process")
         if self._plugin is not None:
             self.distiller.to(args.device)
 

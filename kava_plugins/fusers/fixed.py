@@ -31,17 +31,23 @@ class Fixed(nn.Module):
                 f"fuser fixed: sample: {config.sample} of {int((weights > 0).sum())} teachers with a weight "
                 "above 0"
             )
+        with torch.device("cpu"):
+            self._constants = constants(config.weights, teachers, who="fixed")
         self.register_buffer("weights", weights, persistent=False)
         self.register_buffer("chosen", weights > 0, persistent=False)
 
     @torch.no_grad()
     def choose(self) -> Bool[Tensor, " teacher"]:
-        """True at the teachers that are to run, drawn without replacement in proportion to their weights."""
-        torch.gt(self.weights, 0, out=self.chosen)
-        if self.training and self.sample is not None and not self.weights.is_meta:
-            drawn = torch.multinomial(self.weights, self.sample)
-            self.chosen.fill_(False).index_fill_(0, drawn, True)
-        return self.chosen
+        """True at the teachers that are to run, drawn without replacement in proportion to their weights.
+
+        On the CPU, where the decision is needed.
+        """
+        chosen = self._constants > 0
+        if self.training and self.sample is not None:
+            drawn = torch.multinomial(self._constants, self.sample)
+            chosen = torch.zeros_like(chosen).index_fill_(0, drawn, True)
+        self.chosen.copy_(chosen, non_blocking=True)
+        return chosen
 
     def forward(self, context: FusionContext) -> Float[Tensor, "teacher batch layer time"]:
         """The constants, 0 for teachers that were not chosen, expanded without a copy."""

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from contextlib import chdir, redirect_stderr, redirect_stdout
+from pathlib import Path
 from subprocess import CompletedProcess
 from unittest import mock
 

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
-from kava_core.errors import CheckpointError
+from kava_core.errors import CheckpointError, SpecError
 from kava_core.latent.exported import LatentStudent, load_latents
 from kava_core.latent.student import write_answers
 from kava_core.latent.tokens import hidden_states
+from kava_core.plan import make_plan
 from kava_core.train import checkpoint
 from kava_core.train.assemble import make_data, make_distiller
 from kava_core.train.run import run
@@ -203,3 +204,12 @@ def test_hidden_states_are_those_the_head_reads() -> None:
         inputs_embeds=embeds, attention_mask=mask.long(), position_ids=(mask.cumsum(1) - 1).clamp_min(0)
     ).logits
     torch.testing.assert_close(student.lm_head(hidden), logits)
+
+
+def test_what_latent_tokens_do_not_have_yet_is_said(tmp_path: Path) -> None:
+    one = spec()
+    with pytest.raises(SpecError, match="passes of trajectory: latent are not counted"):
+        make_plan(one, time=8, t_time=8)
+    measured = spec(tmp_path, teachers=[TEACHERS[0] | {"align": ALIGN | {"layer_mapper": "cka"}}])
+    with pytest.raises(SpecError, match="layers cannot be measured on latent tokens"):
+        run(measured, variant="main", seed=0)

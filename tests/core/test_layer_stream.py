@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kava_core.errors import SpecError
+from kava_core.errors import KavaError, SpecError
 from kava_core.kv import align_stream
 from kava_core.kv.axes import Cache
 from kava_core.train.assemble import make_data, make_distiller
@@ -240,3 +240,26 @@ def test_what_cannot_be_streamed_is_refused(tmp_path: Path, changes: dict[str, A
     spec = tiny.spec(tmp_path, **changes, train={"stream": True})
     with pytest.raises(SpecError, match=words):
         make_distiller(spec, make_data(spec), seed=0)
+
+
+def test_under_autocast_sums_are_exact(tmp_path: Path) -> None:
+    """A matrix product of factors and terms would be rounded to bfloat16."""
+    spec = tiny.spec(tmp_path, student=STUDENT, teachers=[TRAINED], losses=LOSSES, train={"stream": True})
+    data = make_data(spec)
+    distiller = make_distiller(spec, data, seed=0)
+    batch = data.plain_collator([data.train_items[index] for index in range(5)])
+    found = {}
+    for stream in (False, True):
+        distiller.stream = stream
+        with torch.autocast("cpu", torch.bfloat16):
+            found[stream] = distiller(batch["student"], batch["teachers"], torch.ones(2))
+    torch.testing.assert_close(found[True]["loss"], found[False]["loss"], rtol=1e-6, atol=0)
+
+
+def test_debug_mode_sees_what_is_streamed(tmp_path: Path) -> None:
+    distiller, batch, items = made(tmp_path, student=STUDENT, teachers=[TRAINED], losses=LOSSES[:1])
+    distiller.stream = True
+    with torch.no_grad():
+        distiller.pipeline.teachers[0].dim_projector.values.fill_(torch.nan)
+    with pytest.raises(KavaError, match=r"the aligned cache of teacher 't' \(layer 0\)"):
+        distiller(batch["student"], batch["teachers"], items)

@@ -17,7 +17,7 @@ from kava_core.spec.model import Template
 from kava_core.train import logits as module
 from kava_core.train.assemble import make_data, make_distiller
 from kava_core.train.logits import assert_same_vocabulary, logit_divergence, same_tokens
-from kava_core.train.run import run
+from kava_core.train.run import calibrate, run
 from tests import tiny
 
 TEMPLATE = Template(prompt="{prompt}=", reasoning="{reasoning}", answer=" #{answer}")
@@ -120,19 +120,23 @@ def sides(examples: list[Example], reading: Reading | None, **how: Any) -> tuple
     return batch["student"], batch["teachers"]["t"]
 
 
-EXAMPLES = [Example("1+2", " 3", "3"), Example("4-1+1", " 3 4", "4", rationales=(" 3 5 4",))]
+EXAMPLES = [
+    Example("1+2", " 3", "3"),
+    Example("4-1+1", " 3 4", "4", rationales=(" 3 5 4",)),  # another length; they agree at first
+    Example("5+1+1", " 6 7", "7", rationales=(" 9 6 7",)),  # they agree at the end alone
+]
 
 
 def matched_by_loop(student: dict[str, Any], teacher: dict[str, Any], row: int) -> dict[int, int]:
-    """Student position to the teacher's, from the texts alone: both end at the same token."""
+    """Student position to the teacher's, token by token: both completions from their first tokens on."""
     own = student["input_ids"][row][student["attention_mask"][row].bool()].tolist()
     other = teacher["input_ids"][row][teacher["attention_mask"][row].bool()].tolist()
-    shift, found = len(other) - len(own), {}
-    start = int((student["segments"][row] == 0).sum())
-    for time in range(start, len(own)):
-        if own[start : time + 1] != other[start + shift : time + 1 + shift]:
+    start, t_start = (int((side["segments"][row] == 0).sum()) for side in (student, teacher))
+    found = {}
+    for mine, theirs in zip(range(start, len(own)), range(t_start, len(other)), strict=False):
+        if own[mine] != other[theirs]:
             break
-        found[time - 1] = time - 1 + shift
+        found[mine - 1] = theirs - 1
     return found
 
 
@@ -145,6 +149,12 @@ def test_positions_that_predict_the_same_token_meet(reading: Reading | None) -> 
         found = {time: int(places[row, time]) for time in range(counts.shape[1]) if counts[row, time]}
         assert found == expected
     assert counts.any()
+
+
+def test_completions_that_differ_at_once_do_not_meet() -> None:
+    student, teacher = sides(EXAMPLES, Reading(TEMPLATE, 1))
+    _, counts = same_tokens(student, teacher)
+    assert counts.sum(1).tolist()[1:] == [3, 1]  # " 3 " of four; the space before the first step
 
 
 def test_prompts_count_only_where_the_texts_agree() -> None:
@@ -219,3 +229,50 @@ def test_logits_alone_run_no_capture_and_train(tmp_path: Path) -> None:
     assert "logits" not in found[0.0]
     assert found[4.0]["logits"] < 1.0
     assert found[4.0]["ce"] < found[0.0]["ce"]
+
+
+def test_float16_keeps_what_is_small_until_it_is_scaled() -> None:
+    """As a loss scaler uses it: a weight below float16's steps, and a large factor in the backward pass."""
+    student = drawn(1, 4, 50, dtype=torch.float16)
+    teacher = (student.float() + 0.01 * drawn(1, 4, 50, seed=1, dtype=torch.float32)).half()
+    places, weight = torch.arange(4)[None], torch.full((1, 4), 2.0**-15)
+    wide = student.double().requires_grad_()
+    (expected,) = torch.autograd.grad(2.0**15 * by_loop(wide, teacher, places, weight, 1.0, "forward"), wide)
+    student.requires_grad_()
+    (found,) = torch.autograd.grad(2.0**15 * logit_divergence(student, teacher, places, weight), student)
+    assert found.dtype == torch.float16
+    assert (found.double() - expected).norm() < 0.02 * expected.norm()
+
+
+def test_logits_of_another_batch_are_not_kept(tmp_path: Path) -> None:
+    """What runs a teacher for other reasons leaves nothing that a later batch would be compared with."""
+    same = {"config": tiny.llama(), "tokenizer": tiny.CHARS}
+    spec = tiny.spec(tmp_path, teachers=[{"name": "a"} | same, {"name": "b"} | same], logits={})
+    data = make_data(spec)
+    distiller = make_distiller(spec, data, seed=0)
+    calibrate(distiller, data, spec, torch.device("cpu"))
+    batch = data.plain_collator([data.train_items[index] for index in range(3)])
+    distiller.terms(batch["student"], batch["teachers"], torch.ones(2))
+    assert all(teacher.take_logits() is None for teacher in distiller.__dict__["teachers"])
+
+
+def test_drawn_teachers_are_heard_when_they_run(tmp_path: Path) -> None:
+    same = {"config": tiny.llama(), "tokenizer": tiny.CHARS}
+    fuser = {"name": "fixed", "sample": 1}
+    teachers = [{"name": "a"} | same, {"name": "b"} | same]
+    found = run(tiny.spec(tmp_path, teachers=teachers, logits={}, fuser=fuser), variant="main", seed=0)
+    assert found.results["logits"] > 0
+
+
+def test_a_teacher_that_never_runs_is_not_asked(tmp_path: Path) -> None:
+    same = {"config": tiny.llama(), "tokenizer": tiny.CHARS}
+    fuser = {"name": "fixed", "weights": {"a": 1, "b": 0}}
+    teachers = [{"name": "a"} | same, {"name": "b"} | same]
+    spec = tiny.spec(tmp_path, teachers=teachers, logits={"teachers": ["b"]}, fuser=fuser)
+    with pytest.raises(SpecError, match="logits: teacher 'b' has weight 0"):
+        make_distiller(spec, make_data(spec), seed=0)
+
+
+def test_shuffled_teachers_have_other_tokens() -> None:
+    with pytest.raises(ValidationError, match="another example beside the student"):
+        tiny.spec(logits={"teachers": ["gpt"]}, train={"shuffle_teacher": True})

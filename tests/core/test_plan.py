@@ -438,3 +438,25 @@ def test_a_stream_holds_one_layer_of_the_raw_cache() -> None:
 
     assert captured() == 4
     assert captured(sources=2) == 2
+
+
+def test_logits_are_planned() -> None:
+    """The teacher's weights, its whole forward pass and what the term keeps; with KV losses and alone."""
+    gpt = tiny.FIELDS["teachers"][1]
+    for losses in ([], [{"name": "relation"}]):
+        plans = [
+            make_plan(tiny.spec(teachers=[gpt], losses=losses, **more), time=8, t_time=10)
+            for more in ({}, {"logits": {}})
+        ]
+        plain, heard = plans
+        name = "teachers: logits, and the term's gradient"
+        vocabulary = heard.models[1].vocabulary
+        assert name not in plain.memory
+        batch = 8
+        assert heard.memory[name] == batch * 4 * (10 * vocabulary + 8 * heard.models[0].vocabulary)
+        assert heard.memory["teachers: weights"] > 0
+        if losses:
+            head = 2 * batch * 10 * vocabulary * 48
+            assert heard.flops["gpt"] - plain.flops["gpt"] == head
+        else:
+            assert "gpt" not in plain.flops

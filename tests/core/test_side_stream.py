@@ -36,6 +36,9 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Recorder("side", told))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", current)
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda _, stream: told.append(f"used on {stream.name}")
+    )
     return told
 
 
@@ -44,8 +47,9 @@ def test_the_side_begins_after_and_ends_before_the_main_stream(log: list[str]) -
     with aside():
         log.append("teacher")
     log.append("student")
-    aside.join()
-    assert log == ["side waits for main", "on side", "teacher", "on main", "student", "main waits for side"]
+    aside.join(torch.ones(2))
+    inside = ["side waits for main", "on side", "teacher", "on main"]
+    assert log == [*inside, "student", "main waits for side", "used on main"]
 
 
 def test_nothing_happens_off_cuda(log: list[str]) -> None:

@@ -109,7 +109,7 @@ def test_characters_of_two_texts_are_not_compared() -> None:
 def test_teachers_that_differ_only_in_what_they_read_share_their_weights() -> None:
     many = [
         teacher(name="a"),
-        teacher(name="b", template=LONG),
+        teacher(name="b", rationale=1),
         teacher(name="c", rationale=2),
         teacher(name="d", dtype="bfloat16"),
     ]
@@ -228,3 +228,22 @@ def test_variants_share_a_pretrained_teacher(tmp_path: Path) -> None:
     specs = [tiny.spec(tmp_path, teachers=[model], **change) for change in changes]
     plans = [pretraining_spec(spec, spec.teachers[0]) for spec in specs]
     assert all(plan == plans[0] for plan in plans)
+
+
+def test_a_model_is_shared_only_with_the_same_vocabulary() -> None:
+    """Tokenizers trained on two texts number their tokens differently."""
+    spec = tiny.spec(
+        teachers=[teacher(name="a"), teacher(name="b", template=LONG | {"prompt": "zyx {prompt}="})]
+    )
+    data = make_data(spec)
+    models = load_teachers(spec, data)
+    assert models["a"] is not models["b"]
+    for name, model in models.items():
+        ids = data.collator([data.train_items[0]])["teachers"][name]["input_ids"]
+        assert int(ids.max()) < model.get_input_embeddings().weight.shape[0]
+
+
+def test_another_rationale_needs_some(tmp_path: Path) -> None:
+    spec = tiny.spec(tmp_path, teachers=[teacher(rationale=1)])
+    with pytest.raises(SpecError, match=r"teacher 't': rationale: 1, but no training example has"):
+        make_distiller(spec, make_data(spec), seed=0)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 
 from kava_core.errors import SpecError
 from kava_core.kv.axes import Geometry
-from kava_core.train.assemble import make_pipeline
+from kava_core.train.assemble import make_data, make_distiller, make_pipeline
 from tests import tiny
 
 STUDENT = Geometry(layer=2, head=2, dim=8, qhead=4, hidden=32)
@@ -82,3 +83,37 @@ def test_a_router_without_gradient_is_refused(monkeypatch: pytest.MonkeyPatch) -
     spec = tiny.spec(fuser="learnable", losses=[{"name": "mse"}])
     with pytest.raises(SpecError, match=r"fuser 'learnable' is trained, but no loss \(mse\) gives it"):
         make_pipeline(spec, TEACHERS, STUDENT, seed=0)
+
+
+def test_what_belongs_to_a_teacher_of_weight_0_is_frozen() -> None:
+    fuser = {"name": "fixed", "weights": {"wide": 0, "gpt": 1}}
+    align = {"dim_projector": "linear"}
+    teachers = [one | {"align": align} for one in tiny.FIELDS["teachers"]]
+    spec = tiny.spec(fuser=fuser, losses=[{"name": "mercator"}], teachers=teachers)
+    pipeline = make_pipeline(spec, TEACHERS, STUDENT, seed=0)
+    trained = {name for name, parameter in pipeline.named_parameters() if parameter.requires_grad}
+    assert trained == {"aligners.1.dim_projector.keys", "aligners.1.dim_projector.values"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_parameter_has_a_gradient_whoever_is_drawn(tmp_path: Path, stream: bool) -> None:
+    """Processes that train together wait for the gradients of all."""
+    align = {"dim_projector": "linear"}
+    teachers = [one | {"align": align} for one in tiny.FIELDS["teachers"]]
+    spec = tiny.spec(
+        tmp_path, fuser={"name": "fixed", "sample": 1}, teachers=teachers, train={"stream": stream}
+    )
+    data = make_data(spec)
+    distiller = make_distiller(spec, data, seed=0).train()
+    batch = data.plain_collator([data.train_items[index] for index in range(3)])
+    for _ in range(4):
+        distiller.zero_grad()
+        distiller(batch["student"], batch["teachers"], torch.ones(2))["loss"].backward()
+        for name, parameter in distiller.named_parameters():
+            assert not parameter.requires_grad or parameter.grad is not None, name
+
+
+def test_a_router_of_lifted_students_reads_the_student(tmp_path: Path) -> None:
+    teachers = [one | {"align": {"direction": "to_teacher"}} for one in tiny.FIELDS["teachers"]]
+    pipeline = make_pipeline(tiny.spec(teachers=teachers, fuser="learnable"), TEACHERS, STUDENT, seed=0)
+    assert pipeline.fuser.inner.in_features == STUDENT.hidden
