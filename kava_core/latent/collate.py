@@ -27,7 +27,7 @@ class LatentEncoded:
     """One example as the latent student reads it; ``time`` tokens each."""
 
     before: Int[Tensor, " time"]
-    """Prompt and BEGIN."""
+    """Prompt, and BEGIN if it is used."""
     after: Int[Tensor, " _"]
     """END, answer and EOS."""
     latents: int
@@ -50,10 +50,11 @@ class LatentCollator(Collator):
     and ``after``, padded right, with ``after_mask`` and its ``labels``.
     """
 
-    def __init__(self, *args: Any, latents: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, latents: int, begin: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.latents = latents
-        self.begin, self.end = (token_id(self.student_tokenizer, token) for token in (BEGIN, END))
+        self.begin = [token_id(self.student_tokenizer, BEGIN)] if begin else []
+        self.end = token_id(self.student_tokenizer, END)
 
     def encode_student(self, examples: Sequence[Example]) -> list[Any]:
         """Every example, None where it is longer than ``max_length``."""
@@ -64,7 +65,7 @@ class LatentCollator(Collator):
         return [one if self.max_length is None or len(one) <= self.max_length else None for one in made]
 
     def _encoded(self, prompt: Tensor, answer: Tensor) -> LatentEncoded:
-        before, after = prompt.new_tensor([self.begin]), prompt.new_tensor([self.end])
+        before, after = prompt.new_tensor(self.begin), prompt.new_tensor([self.end])
         return LatentEncoded(torch.cat([prompt, before]), torch.cat([after, answer]), self.latents)
 
     def student_side(self, rows: Sequence[LatentEncoded]) -> Side:

@@ -34,7 +34,8 @@ def save_latents(latents: LatentTokens, folder: Path) -> None:
         {name: x.detach().cpu().contiguous() for name, x in latents.state_dict().items()}, folder / WEIGHTS
     )
     hidden = latents.slots.shape[1]
-    shape = {"count": latents.count, "passes": latents.passes, "hidden": hidden, "projection": latents.kind}
+    shape: dict[str, Any] = {"count": latents.count, "passes": latents.passes, "hidden": hidden}
+    shape |= {"projection": latents.kind, "begin": latents.begin}
     (folder / SHAPE).write_text(json.dumps(shape) + "\n", encoding="utf-8")
 
 
@@ -66,8 +67,9 @@ class LatentStudent(nn.Module):
 
     def answer(self, prompts: Sequence[str], *, max_new_tokens: int = 32) -> list[str]:
         """The greedy answer to every prompt, which is the whole text up to the written steps."""
-        begin, end = (token_id(self.tokenizer, token) for token in (BEGIN, END))
-        rows = [torch.cat([ids, ids.new_tensor([begin])]) for ids in prompt_ids(prompts, self.tokenizer)]
+        begin = [token_id(self.tokenizer, BEGIN)] if self.latents.begin else []
+        end = token_id(self.tokenizer, END)
+        rows = [torch.cat([ids, ids.new_tensor(begin)]) for ids in prompt_ids(prompts, self.tokenizer)]
         before = self._left(rows, pad_id(self.tokenizer))
         mask = self._left([torch.ones_like(row) for row in rows], 0)
         tokens = write_answers(self.model, self.latents, before, mask, end=end, max_new_tokens=max_new_tokens)

@@ -28,14 +28,17 @@ class LatentTokens(nn.Module):
             are the inputs, like pause tokens (arXiv 2310.02226).
         hidden: the model's width.
         projection: from hidden states to inputs. ``mlp``: two layers with GELU, twice as wide inside.
+        begin: whether a token that says so stands before them.
 
     A slot's input is its own embedding plus the projected hidden state; embeddings start small, so that the
     slots begin unlike one another.
     """
 
-    def __init__(self, count: int, passes: int, hidden: int, projection: Projection = "mlp") -> None:
+    def __init__(
+        self, count: int, passes: int, hidden: int, projection: Projection = "mlp", *, begin: bool = True
+    ) -> None:
         super().__init__()
-        self.count, self.passes, self.kind = count, passes, projection
+        self.count, self.passes, self.kind, self.begin = count, passes, projection, begin
         self.slots = nn.Parameter(torch.randn(count, hidden) * 0.02)
         self.projection = _projection(projection, hidden)
 

@@ -270,6 +270,9 @@ class LatentSpec(Strict):
     tokens."""
     projection: Literal["none", "linear", "mlp"] = "mlp"
     """From the last hidden state at a place to the input of the next one."""
+    begin: bool = True
+    """Put a token ``<bot>`` before the latent ones, as KaVa does. Without it the first of them is written
+    from the prompt's last token, which a model that has learnt written steps knows how to go on from."""
 
 
 class TrainSpec(Strict):

@@ -117,7 +117,7 @@ def make_data(spec: PipelineSpec) -> Data:
     kind: Any = Collator
     if spec.trajectory == "latent":
         tokenizer = with_thought_tokens(tokenizer)
-        kind = partial(LatentCollator, latents=spec.latent.count)
+        kind = partial(LatentCollator, latents=spec.latent.count, begin=spec.latent.begin)
     make = partial(
         kind,
         tokenizer,
@@ -218,7 +218,7 @@ def make_latents(spec: PipelineSpec, student: Any, *, seed: int) -> LatentTokens
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         width = student.get_input_embeddings().weight.shape[1]
-        return LatentTokens(how.count, how.passes, width, how.projection)
+        return LatentTokens(how.count, how.passes, width, how.projection, begin=how.begin)
 
 
 def load_teachers(spec: PipelineSpec, data: Data) -> dict[str, Any]:

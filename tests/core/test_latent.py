@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +214,20 @@ def test_what_latent_tokens_do_not_have_yet_is_said(tmp_path: Path) -> None:
     measured = spec(tmp_path, teachers=[TEACHERS[0] | {"align": ALIGN | {"layer_mapper": "cka"}}])
     with pytest.raises(SpecError, match="layers cannot be measured on latent tokens"):
         run(measured, variant="main", seed=0)
+
+
+def test_without_a_token_before_them(tmp_path: Path) -> None:
+    """The first latent token then follows the prompt's last; the exported student knows."""
+    latent = LATENT["latent"] | {"begin": False}
+    data, _, batch = made(latent=latent)
+    row = batch["student"]["before"][0][batch["student"]["before_mask"][0].bool()]
+    prompt = data.train_items[0].example.prompt
+    assert "".join(data.tokenizer.convert_ids_to_tokens(row)) == f"{prompt}?"
+    result = run(spec(tmp_path, latent=latent, losses=[], teachers=[]), variant="main", seed=0)
+    student = LatentStudent.from_pretrained(result.folder / "student")
+    assert student.latents.begin is False
+    prompts = [item.example.prompt + "?" for item in data.validation_items.items[:4]]
+    written = [
+        json.loads(line)["wrote"] for line in (result.folder / "samples.jsonl").read_text().splitlines()
+    ]
+    assert student.answer(prompts, max_new_tokens=6) == written[:4]
