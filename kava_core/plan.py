@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -110,10 +110,8 @@ def default_time(spec: PipelineSpec) -> int:
 def make_plan(spec: PipelineSpec, *, time: int, t_time: int, processes: int = 1) -> Plan:
     """Everything about a step with ``train.batch_size`` examples of these lengths in each process.
 
-    SpecError for ``trajectory: latent``, whose passes are not counted.
+    With ``trajectory: latent`` every pass counts as one over the whole text, which it is at most.
     """
-    if spec.trajectory == "latent":
-        raise SpecError("kava plan: the passes of trajectory: latent are not counted yet")
     batch = spec.train.batch_size
     dry = dry_run(spec, batch=batch, time=time, t_time=t_time)
     student = _model_cost("student", spec.student, batch, time, geometry=str(dry.student), head=True)
@@ -126,11 +124,14 @@ def make_plan(spec: PipelineSpec, *, time: int, t_time: int, processes: int = 1)
         )
         for t in used_teachers(spec)
     ]
+    rounds = 1 + spec.latent.passes if spec.trajectory == "latent" else 1
+    student = replace(student, flops=student.flops * rounds)
     steps = spec.train.accumulate
     flops = {cost.name: cost.flops * steps for cost in (student, *teachers)}
     if dry.pipeline is not None:
         flops["alignment"] = _alignment_flops(dry) * steps
     kept = kept_by_student(spec, sized_config(spec.student, where="student"), batch=batch, time=time)
+    kept = kept.of_passes(rounds)
     memory = _memory(spec, dry, [student, *teachers], kept, time) | _heard(
         spec, student, teachers, time, t_time
     )

@@ -43,6 +43,16 @@ class Kept:
         each = self.copies // len(self.layers)
         return replace(self, layers=tuple(layer - each for layer in self.layers), copies=0)
 
+    def of_passes(self, count: int) -> Kept:
+        """Of so many passes that are all kept; copies of weights are made once in each."""
+        layers = tuple(layer * count for layer in self.layers)
+        how = {
+            "around": self.around * count,
+            "entering": self.entering * count,
+            "copies": self.copies * count,
+        }
+        return replace(self, layers=layers, **how)
+
     @property
     def total(self) -> int:
         """Of the whole model."""

@@ -207,13 +207,18 @@ def test_hidden_states_are_those_the_head_reads() -> None:
     torch.testing.assert_close(student.lm_head(hidden), logits)
 
 
-def test_what_latent_tokens_do_not_have_yet_is_said(tmp_path: Path) -> None:
-    one = spec()
-    with pytest.raises(SpecError, match="passes of trajectory: latent are not counted"):
-        make_plan(one, time=8, t_time=8)
+def test_layers_are_not_measured_on_latent_tokens(tmp_path: Path) -> None:
     measured = spec(tmp_path, teachers=[TEACHERS[0] | {"align": ALIGN | {"layer_mapper": "cka"}}])
     with pytest.raises(SpecError, match="layers cannot be measured on latent tokens"):
         run(measured, variant="main", seed=0)
+
+
+def test_a_plan_counts_every_pass() -> None:
+    """Two Jacobi passes and the last one; the pipeline sees three positions, whatever the text's length."""
+    latent, text = (make_plan(spec(trajectory=t), time=12, t_time=14) for t in ("latent", "text"))
+    assert latent.flops["student"] == 3 * text.flops["student"]
+    assert latent.memory["student: activations"] == 3 * text.memory["student: activations"]
+    assert {shape.shape[3] for shape in latent.dry.shapes if "time" in shape.stage} == {3}
 
 
 def test_without_a_token_before_them(tmp_path: Path) -> None:
