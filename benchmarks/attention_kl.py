@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from alternated import alternate, quartiles
+from memory import MIB, largest_resident
 from torch import Tensor
 
 from kava_plugins.kv_losses.attention_divergence import attention_divergence
 
 ARMS = ("blocks", "maps", "sdpa")
-MIB = 2**20
 
 
 def draw(options: argparse.Namespace, time: int) -> list[Tensor]:
@@ -69,12 +69,6 @@ def sdpa(tensors: list[Tensor]) -> None:
 
 
 WORK: dict[str, Callable[[list[Tensor]], None]] = {"blocks": blocks, "maps": maps, "sdpa": sdpa}
-
-
-def largest_resident() -> int:
-    """Bytes of this process's largest resident size since it was last reset."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
 
 
 def own_peak(options: argparse.Namespace) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
@@ -123,10 +124,7 @@ class Collator:
         rows = prompt_ids(texts, self.student_tokenizer)
         if empty := [text for text, row in zip(texts, rows, strict=True) if not len(row)]:
             raise SpecError(f"data: the student's tokenizer makes no tokens of the prompt {empty[0]!r}")
-        padded = pad_sequence(
-            rows, batch_first=True, padding_value=pad_id(self.student_tokenizer), padding_side="left"
-        )
-        mask = pad_sequence([row.new_ones(len(row)) for row in rows], batch_first=True, padding_side="left")
+        padded, mask = padded_left(rows, pad_id(self.student_tokenizer))
         return {"input_ids": padded, "attention_mask": mask}, [example.answer for example in examples]
 
     def _texts(self, examples: Sequence[Example], teacher: str | None) -> list[Text]:
@@ -169,6 +167,13 @@ class Collator:
         padded = pad_sequence(rows, batch_first=True, padding_value=value)
         missing = -padded.shape[1] % self.pad_to_multiple
         return F.pad(padded, (0, 0) * (padded.dim() - 2) + (0, missing), value=value)
+
+
+def padded_left(rows: Sequence[Int[Tensor, " _"]], value: int) -> tuple[Tensor, Tensor]:
+    """Tokens ``batch time`` that all end in the last column, for writing on from them, and their mask."""
+    left: dict[str, Any] = {"batch_first": True, "padding_side": "left"}
+    mask = pad_sequence([torch.ones_like(row) for row in rows], **left)
+    return pad_sequence(list(rows), padding_value=value, **left), mask
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

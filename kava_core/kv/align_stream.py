@@ -70,18 +70,13 @@ def align_stream(aligner: TeacherAligner, run: Run, time_map: TimeMap) -> Cache:
     return Cache(**targets)
 
 
-def has_gradient(pipeline: KVPipeline) -> bool:
-    """Whether something between a teacher's cache and the losses is trained."""
-    return any(p.requires_grad for aligner in pipeline.teachers for p in aligner.parameters())
-
-
 def by_terms(pipeline: KVPipeline) -> bool:
     """Whether to stream the terms of the losses, not the targets alone.
 
     Where an aligner is trained, its backward pass would keep the raw cache; where the student is lifted, the
     target is as large as the raw cache.
     """
-    return has_gradient(pipeline) or any(aligner.lifts for aligner in pipeline.teachers)
+    return pipeline.trains_aligners or any(aligner.lifts for aligner in pipeline.teachers)
 
 
 def assert_streams(pipeline: KVPipeline) -> None:

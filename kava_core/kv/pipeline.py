@@ -336,6 +336,11 @@ class KVPipeline(nn.Module):
         return self._ran
 
     @property
+    def trains_aligners(self) -> bool:
+        """Whether something between a teacher's cache and the losses is trained."""
+        return any(p.requires_grad for aligner in self.teachers for p in aligner.parameters())
+
+    @property
     def draws(self) -> bool:
         """Whether the fuser chooses other teachers in every forward pass."""
         return isinstance(self.fuser, Chooses) and getattr(self.fuser, "draws", True)

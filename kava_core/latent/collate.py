@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from kava_core.data.collate import Collator, Side, pad_id
+from kava_core.data.collate import Collator, Side, pad_id, padded_left
 from kava_core.data.encode import NO_LABEL, completion_ids, prompt_ids
 from kava_core.data.examples import Example, render
 from kava_core.errors import SpecError
@@ -53,20 +52,20 @@ class LatentCollator(Collator):
     def __init__(self, *args: Any, latents: int, begin: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.latents = latents
-        self.begin = [token_id(self.student_tokenizer, BEGIN)] if begin else []
+        self.begin = begin
         self.end = token_id(self.student_tokenizer, END)
 
     def encode_student(self, examples: Sequence[Example]) -> list[Any]:
         """Every example, None where it is longer than ``max_length``."""
         texts = [render(example, self.template) for example in examples]
-        prompts = prompt_ids([text.prompt for text in texts], self.student_tokenizer)
+        befores = self._prompts([text.prompt for text in texts])
         answers = completion_ids([text.text[text.bounds[2] :] for text in texts], self.student_tokenizer)
-        made = [self._encoded(*pair) for pair in zip(prompts, answers, strict=True)]
+        afters = [torch.cat([answer.new_tensor([self.end]), answer]) for answer in answers]
+        made = [LatentEncoded(*pair, self.latents) for pair in zip(befores, afters, strict=True)]
         return [one if self.max_length is None or len(one) <= self.max_length else None for one in made]
 
-    def _encoded(self, prompt: Tensor, answer: Tensor) -> LatentEncoded:
-        before, after = prompt.new_tensor(self.begin), prompt.new_tensor([self.end])
-        return LatentEncoded(torch.cat([prompt, before]), torch.cat([after, answer]), self.latents)
+    def _prompts(self, prompts: Sequence[str]) -> list[Tensor]:
+        return before_thought(prompts, self.student_tokenizer, begin=self.begin)
 
     def student_side(self, rows: Sequence[LatentEncoded]) -> Side:
         """The tensors of the student."""
@@ -84,23 +83,27 @@ class LatentCollator(Collator):
         }
 
     def _before(self, rows: list[Tensor]) -> Side:
-        masks = [torch.ones_like(row) for row in rows]
-        left: dict[str, Any] = {"batch_first": True, "padding_side": "left"}
-        return {
-            "before": pad_sequence(rows, padding_value=pad_id(self.student_tokenizer), **left),
-            "before_mask": pad_sequence(masks, **left),
-        }
+        before, mask = padded_left(rows, pad_id(self.student_tokenizer))
+        return {"before": before, "before_mask": mask}
 
     def prompts(self, batch: Sequence[Any]) -> tuple[Side, list[str]]:
         """``before`` and ``before_mask`` of the prompts, and the answers."""
         examples = [getattr(entry, "example", entry) for entry in batch]
-        rows = [row.before for row in self.encode_student(examples)]
+        rows = self._prompts([render(example, self.template).prompt for example in examples])
         return self._before(rows), [example.answer for example in examples]
+
+
+def before_thought(
+    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, begin: bool
+) -> list[Int[Tensor, " _"]]:
+    """The tokens of each prompt, and BEGIN if it is used."""
+    last = [token_id(tokenizer, BEGIN)] if begin else []
+    return [torch.cat([ids, ids.new_tensor(last)]) for ids in prompt_ids(prompts, tokenizer)]
 
 
 def with_thought_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The tokenizer with BEGIN and END, added where it lacks them; changes it in place."""
-    tokenizer.add_special_tokens({"additional_special_tokens": [BEGIN, END]})
+    tokenizer.add_tokens([BEGIN, END], special_tokens=True)  # add_special_tokens would forget its others
     return tokenizer
 
 

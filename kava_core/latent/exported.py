@@ -11,17 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kava_core.data.collate import pad_id
-from kava_core.data.encode import prompt_ids
+from kava_core.data.collate import pad_id, padded_left
 from kava_core.errors import CheckpointError
-from kava_core.latent.collate import BEGIN, END, token_id
+from kava_core.latent.collate import END, before_thought, token_id
 from kava_core.latent.student import write_answers
 from kava_core.latent.tokens import LatentTokens
 
@@ -67,15 +64,10 @@ class LatentStudent(nn.Module):
 
     def answer(self, prompts: Sequence[str], *, max_new_tokens: int = 32) -> list[str]:
         """The greedy answer to every prompt, which is the whole text up to the written steps."""
-        begin = [token_id(self.tokenizer, BEGIN)] if self.latents.begin else []
         end = token_id(self.tokenizer, END)
-        rows = [torch.cat([ids, ids.new_tensor(begin)]) for ids in prompt_ids(prompts, self.tokenizer)]
-        before = self._left(rows, pad_id(self.tokenizer))
-        mask = self._left([torch.ones_like(row) for row in rows], 0)
+        rows = before_thought(prompts, self.tokenizer, begin=self.latents.begin)
+        here = self.latents.slots.device
+        before, mask = (x.to(here) for x in padded_left(rows, pad_id(self.tokenizer)))
         tokens = write_answers(self.model, self.latents, before, mask, end=end, max_new_tokens=max_new_tokens)
         texts: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return texts
-
-    def _left(self, rows: list[Tensor], value: int) -> Tensor:
-        padded = pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
-        return padded.to(self.latents.slots.device)

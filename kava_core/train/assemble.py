@@ -172,9 +172,9 @@ def _checked_teachers(spec: PipelineSpec, data: Data) -> dict[str, Any]:
     for name in heard(spec):
         assert_same_vocabulary(data.tokenizer, data.teacher_tokenizers[name], who=f"teacher {name!r}")
     _check_rationales(spec, data)
-    models = load_teachers(spec, data)
+    models, longest = load_teachers(spec, data), data.longest()
     for name, model in models.items():
-        assert_room(model.config, data.longest()[name], who=f"teacher {name!r}")
+        assert_room(model.config, longest[name], who=f"teacher {name!r}")
     return models
 
 

@@ -76,7 +76,7 @@ class CollapseMonitor:
 
 
 def _trained(pipeline: KVPipeline | None) -> bool:
-    return pipeline is not None and any(p.requires_grad for a in pipeline.teachers for p in a.parameters())
+    return pipeline is not None and pipeline.trains_aligners
 
 
 def _state(distiller: Distiller, batch: Mapping[str, Any]) -> dict[str, Tensor]:

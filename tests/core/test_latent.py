@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from kava_core.errors import CheckpointError, SpecError
+from kava_core.latent.collate import with_thought_tokens
 from kava_core.latent.exported import LatentStudent, load_latents
 from kava_core.latent.student import write_answers
 from kava_core.latent.tokens import hidden_states
@@ -236,3 +238,15 @@ def test_without_a_token_before_them(tmp_path: Path) -> None:
         json.loads(line)["wrote"] for line in (result.folder / "samples.jsonl").read_text().splitlines()
     ]
     assert student.answer(prompts, max_new_tokens=6) == written[:4]
+
+
+def test_other_special_tokens_stay_special(tmp_path: Path) -> None:
+    tokenizer = make_data(spec(losses=[], teachers=[], trajectory="text")).tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<x>"]})
+    with_thought_tokens(tokenizer)
+    assert "<x>" in tokenizer.all_special_tokens
+    tokenizer.save_pretrained(tmp_path)
+    for one in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        ids = one.convert_tokens_to_ids(["1", "<bot>", "<eot>", "<x>"])
+        assert len(set(ids)) == 4
+        assert one.decode(ids, skip_special_tokens=True) == "1"
