@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kava_core.latent.tokens import LatentTokens, extended, positions
+from kava_core.latent.growing_text import positions
+from kava_core.latent.tokens import LatentTokens, extended
 
 
 class Thought(NamedTuple):

@@ -8,13 +8,13 @@ as if they had been written one after another (Coconut, arXiv 2412.06769; CODI, 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from kava_core.errors import UnsupportedModelError
+from kava_core.latent.growing_text import GrowingText
 
 Projection = Literal["none", "linear", "mlp"]
 
@@ -52,14 +52,16 @@ class LatentTokens(nn.Module):
             prefix: input embeddings of what stands before the slots, padded on the left.
             mask: its real positions.
 
-        Mask and positions are given in every pass, so an example alone gives what it gives in a batch.
+        After pass t the first t slots are final: they and the prefix are not read again. Mask and positions
+        are given in every pass, so an example alone gives what it gives in a batch.
         """
         inputs = self.slots.to(prefix.dtype).expand(len(prefix), -1, -1)
-        whole = extended(mask, self.count)
-        for _ in range(self.passes):
-            hidden = hidden_states(model, torch.cat([prefix, inputs], 1), whole)
-            before = hidden[:, prefix.shape[1] - 1 : -1]
-            inputs = (self.slots + self.projection(before.to(self.slots.dtype))).to(prefix.dtype)
+        read, mask = GrowingText(model), extended(mask, max(self.count - 1, 0))
+        for number in range(min(self.passes, self.count)):
+            text = torch.cat([prefix, inputs[:, :-1]], 1)
+            hidden = read(text, mask, final=prefix.shape[1] + number)[:, number - self.count :]
+            later = self.slots[number:] + self.projection(hidden.to(self.slots.dtype))
+            inputs = torch.cat([inputs[:, :number], later.to(prefix.dtype)], 1)
         return inputs
 
 
@@ -74,28 +76,3 @@ def _projection(kind: Projection, hidden: int) -> nn.Module:
 def extended(mask: Bool[Tensor, "batch time"], count: int) -> Bool[Tensor, "batch _"]:
     """The mask with ``count`` more real positions."""
     return torch.cat([mask, mask.new_ones(len(mask), count)], 1)
-
-
-def positions(mask: Bool[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
-    """Every real token's number in its own text; 0 at padding before it."""
-    return (mask.long().cumsum(1) - 1).clamp_min(0)
-
-
-def hidden_states(
-    model: nn.Module, inputs: Float[Tensor, "batch time hidden"], mask: Bool[Tensor, "batch time"]
-) -> Float[Tensor, "batch time hidden"]:
-    """The last hidden states, normalised as the head reads them; the head does not run."""
-    outputs = backbone(model)(
-        inputs_embeds=inputs, attention_mask=mask.long(), position_ids=positions(mask), use_cache=False
-    )
-    found: Tensor = outputs.last_hidden_state
-    return found
-
-
-def backbone(model: Any) -> nn.Module:
-    """The decoder without its head, with the adapters it has; UnsupportedModelError where there is none."""
-    causal = model.get_base_model() if hasattr(model, "peft_config") else model
-    decoder: nn.Module = causal.base_model
-    if decoder is causal:
-        raise UnsupportedModelError(f"{type(causal).__name__}: has no decoder apart from its head")
-    return decoder

@@ -17,7 +17,7 @@ from kava_core.errors import CheckpointError, SpecError
 from kava_core.latent.collate import with_thought_tokens
 from kava_core.latent.exported import LatentStudent, load_latents
 from kava_core.latent.student import write_answers
-from kava_core.latent.tokens import hidden_states
+from kava_core.latent.growing_text import GrowingText
 from kava_core.plan import make_plan
 from kava_core.train import checkpoint
 from kava_core.train.assemble import make_data, make_distiller
@@ -202,7 +202,7 @@ def test_hidden_states_are_those_the_head_reads() -> None:
     student = distiller.student
     embeds = student.get_input_embeddings()(batch["student"]["before"])
     mask = batch["student"]["before_mask"].bool()
-    hidden = hidden_states(student, embeds, mask)
+    hidden = GrowingText(student)(embeds, mask, final=0)
     logits = student(
         inputs_embeds=embeds, attention_mask=mask.long(), position_ids=(mask.cumsum(1) - 1).clamp_min(0)
     ).logits

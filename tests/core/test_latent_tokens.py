@@ -9,7 +9,8 @@ import torch
 from tiny_models import WORKS
 from torch import Tensor, nn
 
-from kava_core.latent.tokens import LatentTokens, backbone, positions
+from kava_core.latent.growing_text import backbone, positions
+from kava_core.latent.tokens import LatentTokens
 
 torch.set_num_threads(1)
 NAMED = {case.name: case for case in WORKS}
@@ -88,6 +89,40 @@ def test_gradients_pass_through_every_pass() -> None:
             made.slots[0, column] += step
         torch.testing.assert_close(slope[0, column], (up - down) / (2 * step), rtol=1e-2, atol=1e-5)
     assert slope[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("passes", [2, COUNT])
+def test_what_is_kept_between_passes_changes_neither_latents_nor_gradients(
+    name: str, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against reading the whole text in every pass."""
+    model = model_of(name)
+    found = []
+    for forbidden in (False, True):
+        if forbidden:
+            monkeypatch.setattr("kava_core.latent.growing_text._can_keep", lambda _: False)
+        prefix, mask = prefix_of(model)
+        made = latents(passes, prefix.shape[-1])
+        model.zero_grad()
+        inputs = made(model, prefix.requires_grad_(), mask)
+        inputs.square().sum().backward()
+        weights = [p.grad for p in (*model.parameters(), *made.parameters()) if p.grad is not None]
+        found.append([inputs, prefix.grad, *weights])
+    for kept, whole in zip(*found, strict=True):
+        torch.testing.assert_close(kept, whole, rtol=1e-4, atol=1e-5)  # transformers' norms round to float32
+
+
+def test_a_model_that_recomputes_reads_everything_again() -> None:
+    model = model_of("Llama").train()
+    prefix, mask = prefix_of(model)
+    made = latents(3, prefix.shape[-1])
+    plain = made(model, prefix, mask)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    again = made(model, prefix, mask)
+    torch.testing.assert_close(again, plain, rtol=1e-7, atol=1e-9)
+    again.square().sum().backward()
+    assert made.slots.grad.abs().max() > 0
 
 
 def test_bfloat16_stays_finite() -> None:

@@ -1,0 +1,81 @@
+"""Hidden states of a text that is read again and again while more and more of its beginning is final."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from kava_core.errors import UnsupportedModelError
+from kava_core.kv.attention_layers import checkpointed
+
+
+class GrowingText:
+    """Reads a text several times; keys and values of what will not change are kept, with their gradients.
+
+    Hidden states are those of reading it all again. Models with sliding or linear attention, and
+    models that recompute their activations, do read it all again.
+
+    Args:
+        model: a causal language model of transformers, possibly with adapters.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._decoder = backbone(model)
+        self._keeps = _can_keep(model)
+        self._cache: DynamicCache | None = None
+        self._known = 0
+
+    def __call__(
+        self, text: Float[Tensor, "batch time hidden"], mask: Bool[Tensor, "batch time"], *, final: int
+    ) -> Float[Tensor, "batch _ hidden"]:
+        """The last hidden states, normalised as the head reads them, of what is not known yet.
+
+        Args:
+            text: input embeddings, padded on the left; what was ``final`` before must be as it was.
+            mask: its real positions.
+            final: how many of these inputs stay as they are in all later readings.
+        """
+        outputs = self._decoder(
+            inputs_embeds=text[:, self._known :],
+            attention_mask=mask.long(),
+            position_ids=positions(mask)[:, self._known :],
+            past_key_values=self._cache,
+            use_cache=self._keeps,
+        )
+        if self._keeps:
+            self._cache, self._known = _cropped(outputs.past_key_values, final), final
+        found: Tensor = outputs.last_hidden_state
+        return found
+
+
+def _can_keep(model: Any) -> bool:
+    recomputes = model.training and any(module.gradient_checkpointing for module in checkpointed(model))
+    return not recomputes and all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+
+
+def _cropped(cache: DynamicCache, length: int) -> DynamicCache:
+    """Another cache with the first positions of this one, which stays as it is."""
+    layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in layers:
+        layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+    made = copy.copy(cache)
+    made.layers = layers
+    return made
+
+
+def positions(mask: Bool[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
+    """Every real token's number in its own text; 0 at padding before it."""
+    return (mask.long().cumsum(1) - 1).clamp_min(0)
+
+
+def backbone(model: Any) -> nn.Module:
+    """The decoder without its head, with the adapters it has; UnsupportedModelError where there is none."""
+    causal = model.get_base_model() if hasattr(model, "peft_config") else model
+    decoder: nn.Module = causal.base_model
+    if decoder is causal:
+        raise UnsupportedModelError(f"{type(causal).__name__}: has no decoder apart from its head")
+    return decoder
