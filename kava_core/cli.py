@@ -219,6 +219,30 @@ def export(
 
 
 @app.command()
+def latents(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A finished run's directory.", show_default=False)
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "--out",
+            metavar="FOLDER",
+            help="Where files go; default: RUN/latents.",
+            show_default=False,
+        ),
+    ] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Validation examples.")] = 64,
+    top: Annotated[int, typer.Option(min=1, help="Tokens shown for every latent token.")] = 5,
+) -> None:
+    """Show what a run's latent tokens say, and what they resemble."""
+    from kava_core.latent.pictures import show_latents
+
+    show_latents(run, output or run / "latents", examples=examples, top=top)
+
+
+@app.command()
 def plugins(
     format: Annotated[Literal["table", "json"], typer.Option("--format", help="How to print.")] = "table",
 ) -> None:

@@ -138,8 +138,10 @@ def _walk(aligner: TeacherAligner, cache: Cache, time_map: TimeMap) -> tuple[lis
 
 
 def _mapped(aligner: TeacherAligner, ours: Timeline, t_time: int) -> tuple[int, TimeMap]:
-    """The teacher's length and its time map: the student's length where the warper takes no other."""
+    """The teacher's length and its time map: the student's where the warper evicts or takes no other."""
     batch, time = ours.mask.shape
+    if aligner.evictor is not None:
+        return time, aligner.plan(timeline(batch, t_time), ours)
     try:
         return t_time, aligner.plan(timeline(batch, t_time), ours)
     except Exception:  # a component can raise anything; at equal lengths it has no excuse

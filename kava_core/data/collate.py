@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from kava_core.data.encode import NO_LABEL, Encoded, LossOn, encode_all, prompt_ids
-from kava_core.data.examples import Example, Text, render
+from kava_core.data.examples import Example, Text, render, without_last_step
 from kava_core.errors import SpecError
 from kava_core.kv.timeline import NOWHERE
 from kava_core.spec.model import Template
@@ -41,6 +41,8 @@ class Reading:
     template: Template
     rationale: int = 0
     """Which of an example's rationales; 0 is the student's."""
+    last_step: bool = True
+    """Whether the last written step is there."""
 
 
 class Collator:
@@ -63,7 +65,9 @@ class Collator:
         max_length: int | None = None,
         pad_to_multiple: int = 1,
         readings: Mapping[str, Reading] | None = None,
+        separator: str = "\n",
     ) -> None:
+        self.separator = separator
         self.readings = dict(readings or {})
         self.student_tokenizer = student_tokenizer
         self.teacher_tokenizers = dict(teacher_tokenizers)
@@ -95,6 +99,10 @@ class Collator:
         side = self._side(rows, self.student_tokenizer)
         return side | {"labels": self._pad([row.labels for row in rows], NO_LABEL)}
 
+    def teacher_side(self, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> Side:
+        """The tensors of a teacher."""
+        return self._side(rows, tokenizer)
+
     def __call__(self, batch: Sequence[Example | Item]) -> dict[str, Any]:
         """``{"student": Side with labels and tasks, "teachers": {name: Side}, "labels": …}``, padded right.
 
@@ -109,7 +117,7 @@ class Collator:
             student["tasks"] = tuple(item.example.task or "" for item in items)
         beside = self._rotated(items)
         teachers = {
-            name: self._side([item.teachers[name] for item in beside], tokenizer)
+            name: self.teacher_side([item.teachers[name] for item in beside], tokenizer)
             for name, tokenizer in self.teacher_tokenizers.items()
         }
         return {"student": student, "teachers": teachers, "labels": student["labels"]}
@@ -129,7 +137,10 @@ class Collator:
 
     def _texts(self, examples: Sequence[Example], teacher: str | None) -> list[Text]:
         reading = self.readings.get(teacher or "", Reading(self.template))
-        return [render(example.told(reading.rationale), reading.template) for example in examples]
+        told = [example.told(reading.rationale) for example in examples]
+        if not reading.last_step:
+            told = [without_last_step(example, self.separator) for example in told]
+        return [render(example, reading.template) for example in told]
 
     def _item(self, example: Example, student: Any, *teachers: Encoded | None) -> Item | None:
         """The item, or None where a side is too long."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -33,6 +33,8 @@ class Encoded:
     """Half-open character spans in the text, as the tokenizer reports them; zero-width at special tokens."""
     labels: Int[Tensor, " time"]
     """The token itself, or NO_LABEL; not shifted."""
+    hinge: int
+    """The token before the first of the example's own answer."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -109,13 +111,24 @@ def prompt_ids(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> li
     return [torch.tensor(each.ids[: len(each.ids) - each.trailing()], dtype=torch.long) for each in tokens]
 
 
-def completion_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Int[Tensor, " time"]]:
-    """The tokens of texts that stand after others: without what a tokenizer adds, with one EOS at the end."""
+class Piece(NamedTuple):
+    """Tokens of a text that stands after others, without what a tokenizer adds."""
+
+    ids: Int[Tensor, " time"]
+    spans: Int[Tensor, "time 2"]
+    """Their characters in this text."""
+
+
+def pieces(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
+    """The tokens of texts that stand after others."""
     if not texts:
         return []
-    found = tokenizer(list(texts), add_special_tokens=False, padding=False, truncation=False, verbose=False)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return [torch.tensor([*ids, *end], dtype=torch.long) for ids in found["input_ids"]]
+    rules: dict[str, Any] = {"add_special_tokens": False, "padding": False, "truncation": False}
+    found = tokenizer(list(texts), return_offsets_mapping=True, verbose=False, **rules)
+    return [
+        Piece(torch.tensor(ids, dtype=torch.long), torch.tensor(spans, dtype=torch.long).reshape(-1, 2))
+        for ids, spans in zip(found["input_ids"], found["offset_mapping"], strict=True)
+    ]
 
 
 def prefix_mismatch(
@@ -163,7 +176,13 @@ def _encoded(text: Text, tokens: _Tokens, tokenizer: PreTrainedTokenizerBase, lo
     if (segments.diff() < 0).any():
         raise SpecError(f"tokenizer {tokenizer.name_or_path!r}: its character offsets run backwards")
     labelled = segments.ge(PROMPT) if loss_on == "all" else segments.ne(PROMPT)
-    return Encoded(input_ids, segments, spans, _labels(input_ids, labelled))
+    return Encoded(input_ids, segments, spans, _labels(input_ids, labelled), hinge_of(spans, text.value))
+
+
+def hinge_of(spans: Int[Tensor, "time 2"], value: int) -> int:
+    """The token before the first that covers characters from ``value`` on; 0 where there is none."""
+    reaches = (spans[:, 1] > value) & (spans[:, 1] > spans[:, 0])
+    return max(int(reaches.int().argmax()) - 1, 0)
 
 
 def _segments(spans: Int[Tensor, "time 2"], text: Text) -> Int[Tensor, " time"]:

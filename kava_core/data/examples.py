@@ -43,6 +43,8 @@ class Text:
     text: str
     bounds: tuple[int, int, int, int]
     """``(0, p, r, a)``: prompt is ``text[:p]``, reasoning ``text[p:r]``, answer ``text[r:a]``, the rest."""
+    value: int
+    """Where in the answer's part the example's own answer begins, after the template's marker."""
 
     @property
     def prompt(self) -> str:
@@ -56,21 +58,65 @@ def render(example: Example, template: Template) -> Text:
         getattr(template, field).replace("{" + field + "}", getattr(example, field)) for field in FIELDS
     )
     text = prompt + reasoning + answer
-    return Text(text, (0, len(prompt), len(prompt) + len(reasoning), len(text)))
+    value = len(text) - len(answer) + template.answer.index("{answer}")
+    return Text(text, (0, len(prompt), len(prompt) + len(reasoning), len(text)), value)
 
 
-def from_fields(record: Mapping[str, Any], where: str, columns: Mapping[Field, str] | None = None) -> Example:
+def steps_of(reasoning: str, separator: str) -> list[str]:
+    """The steps between the separators, blank ones left out."""
+    return [step for step in reasoning.split(separator) if step.strip()]
+
+
+def without_last_step(example: Example, separator: str) -> Example:
+    """The example with its reasoning up to the end of the last step but one; other rationales stay whole."""
+    pieces = example.reasoning.split(separator)
+    steps = [place for place, piece in enumerate(pieces) if piece.strip()]
+    kept = pieces[: steps[-2] + 1] if len(steps) > 1 else []
+    return replace(example, reasoning=separator.join(kept))
+
+
+def joined(steps: Sequence[str], separator: str, where: str) -> str:
+    """The steps as one text; SpecError where one holds the separator, for it could not be told from two."""
+    for step in steps:
+        if separator in step:
+            raise SpecError(
+                f"{where}: the step {shortened(step)!r} holds the separator {separator!r}; "
+                "set another data.separator"
+            )
+    return separator.join(steps)
+
+
+def shortened(text: str, width: int = 30) -> str:
+    """The text's end, for a message."""
+    return text if len(text) <= width else "…" + text[-width:]
+
+
+def from_fields(
+    record: Mapping[str, Any],
+    where: str,
+    columns: Mapping[Field, str] | None = None,
+    *,
+    separator: str = "\n",
+) -> Example:
     """The example in a record with prompt, reasoning, answer and perhaps task and rationales.
 
-    ``columns`` names the record's key for a field where the two differ. SpecError, opening with ``where``,
-    for a key that is missing, a value that is not text, and an empty prompt or answer.
+    ``columns`` names the record's key for a field where the two differ. A reasoning that is a list of steps
+    is joined by ``separator``. SpecError, opening with ``where``, for a key that is missing, a value that is
+    not text, an empty prompt or answer, and a step that holds the separator.
     """
-    columns = columns or {}
-    prompt, reasoning, answer = (
-        text_of(record, columns.get(field, field), where, empty=field == "reasoning") for field in FIELDS
-    )
+    names = {field: (columns or {}).get(field, field) for field in FIELDS}
+    prompt, answer = (text_of(record, names[field], where) for field in ("prompt", "answer"))
+    reasoning = _reasoning(record, names["reasoning"], where, separator)
     task = text_of(record, "task", where) if record.get("task") is not None else None
     return Example(prompt, reasoning, answer, task, _rationales(record, where))
+
+
+def _reasoning(record: Mapping[str, Any], key: str, where: str, separator: str) -> str:
+    """A text, or a list of steps."""
+    if not isinstance(record.get(key), list):
+        return text_of(record, key, where, empty=True)
+    named = {f"{key}[{place}]": step for place, step in enumerate(record[key])}
+    return joined([text_of(named, step, where, empty=True) for step in named], separator, where)
 
 
 def _rationales(record: Mapping[str, Any], where: str) -> tuple[str, ...]:

@@ -6,24 +6,32 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from kava_core.data.examples import Example, text_of
+from kava_core.data.examples import Example, joined, shortened, text_of
 from kava_core.errors import SpecError
 
 _CALCULATION = re.compile(r"<<.*?>>")
 
 
-def from_gsm8k(record: Mapping[str, Any], where: str) -> Example:
-    """``question`` and ``answer`` = rationale, a line ``#### number``; ``<<…>>`` marks and commas removed.
+def from_gsm8k(
+    record: Mapping[str, Any], where: str, *, separator: str = "\n", equations: bool = False
+) -> Example:
+    """``question`` and ``answer`` = rationale, a line ``#### number``, which loses its commas.
 
-    SpecError, opening with ``where``, for a missing field and an answer without ``####``.
+    The steps are the rationale's lines without their ``<<…>>`` marks or, with ``equations``, the marks alone,
+    ``<<48/2=24>>`` each; ``separator`` stands between two of them. A rationale may have no mark: 95 of
+    GSM8K's 7,473 training examples and 18 of its 1,319 test examples.
+
+    SpecError, opening with ``where``, for a missing field, an answer without ``####`` and a step that holds
+    the separator.
     """
     question, solution = text_of(record, "question", where), text_of(record, "answer", where)
     rationale, marker, number = solution.rpartition("####")
     answer = number.strip().replace(",", "")
     if not marker or not answer:
-        raise SpecError(f"{where}: 'answer' must end in a line '#### number', not {_tail(solution)!r}")
-    return Example(question, _CALCULATION.sub("", rationale).removesuffix("\n"), answer, task="gsm8k")
+        raise SpecError(f"{where}: 'answer' must end in a line '#### number', not {shortened(solution)!r}")
+    steps = _CALCULATION.findall(rationale) if equations else _lines(rationale)
+    return Example(question, joined(steps, separator, where), answer, task="gsm8k")
 
 
-def _tail(text: str, width: int = 30) -> str:
-    return text if len(text) <= width else "…" + text[-width:]
+def _lines(rationale: str) -> list[str]:
+    return _CALCULATION.sub("", rationale).removesuffix("\n").split("\n")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from kava_core.data.examples import Example, from_fields
-from kava_core.data.gsm8k import from_gsm8k
+from kava_core.data.examples import Example
+from kava_core.data.jsonl import READERS
 from kava_core.errors import SpecError
 from kava_core.spec.model import HubData
 
@@ -20,12 +21,9 @@ def hub_examples(data: HubData) -> tuple[list[Example], list[Example]]:
 
 
 def _read(data: HubData, split: str) -> list[Example]:
-    rows = _load(data, split)
-    return [_example(data, row, f"{data.path}:{split}[{index}]") for index, row in enumerate(rows)]
-
-
-def _example(data: HubData, row: dict[str, Any], where: str) -> Example:
-    return from_gsm8k(row, where) if data.format == "gsm8k" else from_fields(row, where, data.columns)
+    columns = {"columns": data.columns} if data.format == "fields" else {}
+    read = partial(READERS[data.format], separator=data.separator, **columns)
+    return [read(row, f"{data.path}:{split}[{index}]") for index, row in enumerate(_load(data, split))]
 
 
 def _load(data: HubData, split: str) -> Any:

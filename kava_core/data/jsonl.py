@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,28 @@ from kava_core.data.gsm8k import from_gsm8k
 from kava_core.errors import SpecError
 from kava_core.spec.model import JsonlData
 
-READERS: dict[str, Callable[[dict[str, Any], str], Example]] = {"fields": from_fields, "gsm8k": from_gsm8k}
-"""``format`` to the function that makes an example of a record and the words for where it stands."""
+READERS: dict[str, Callable[..., Example]] = {
+    "fields": from_fields,
+    "gsm8k": from_gsm8k,
+    "gsm8k_equations": partial(from_gsm8k, equations=True),
+}
+"""``format`` to the function that makes an example of a record, the words for where it stands, and
+``separator``."""
 
 
 def jsonl_examples(data: JsonlData, root: Path) -> tuple[list[Example], list[Example]]:
     """Training and validation examples; relative paths are relative to ``root``."""
-    train = read_examples(root / data.train, data.format, data.train_limit)
-    return train, read_examples(root / data.validation, data.format, data.validation_limit)
+    read = partial(read_examples, format=data.format, separator=data.separator)
+    train = read(root / data.train, limit=data.train_limit)
+    return train, read(root / data.validation, limit=data.validation_limit)
 
 
-def read_examples(path: Path, format: str = "fields", limit: int | None = None) -> list[Example]:
+def read_examples(
+    path: Path, format: str = "fields", limit: int | None = None, *, separator: str = "\n"
+) -> list[Example]:
     """The first ``limit`` examples of a file, or all. SpecError ``file:line: …`` at the first bad line."""
-    reader = READERS[format]
-    examples = [reader(record, where) for record, where in islice(_records(path), limit)]
+    read = partial(READERS[format], separator=separator)
+    examples = [read(record, where) for record, where in islice(_records(path), limit)]
     if not examples:
         raise SpecError(f"{path}: no examples: the file is empty")
     return examples

@@ -82,6 +82,10 @@ def by_terms(pipeline: KVPipeline) -> bool:
 def assert_streams(pipeline: KVPipeline) -> None:
     """SpecError where the losses cannot be had layer by layer."""
     for aligner in pipeline.teachers:
+        if aligner.evictor is not None:
+            raise SpecError(
+                f"train.stream: the time warper of teacher {aligner.name!r} evicts, from all layers at once"
+            )
         if aligner.view.layer != len(pipeline.layers):
             raise SpecError(
                 f"train.stream: the head adapter of teacher {aligner.name!r} sees all layers as one; use "

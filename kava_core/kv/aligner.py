@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kava_core.config import Part
 from kava_core.kv.axes import Cache, Geometry
+from kava_core.kv.eviction import assert_evicts
 from kava_core.kv.extents import expect
 from kava_core.kv.layer_map import LayerMap
 from kava_core.kv.order import Extents, Freedom, Stage, cheapest
@@ -18,7 +19,7 @@ from kava_core.kv.stages import adapt_heads, blame, fold_heads, project_dim, war
 from kava_core.kv.time_plan import TimePlan
 from kava_core.kv.timeline import Timeline
 from kava_core.kv.timemap import TimeMap
-from kava_core.protocols import Calibrated
+from kava_core.protocols import Calibrated, Evictor
 from kava_core.spec.model import AlignSpec
 
 AXES = "batch layer head time dim"
@@ -61,6 +62,8 @@ class TeacherAligner(nn.Module):
         extents = {"layer": len(layers)} | ({} if "queries" in parts else {"qhead": 0})
         student, self.teacher = student.with_(**extents), teacher.with_(**extents)
         self.time_plan = TimePlan(spec, name=name, teacher=self.teacher, student=student)
+        if self.evictor is not None:
+            assert_evicts(self.layer_map, parts, warper=spec.time_warper.name)
         teacher = self.teacher.with_(dim=teacher.dim * self.layer_map.joined)
         self.moved, fixed = (student, teacher) if self.lifts else (teacher, student)
         with self._blame("head_adapter"):
@@ -104,6 +107,11 @@ class TeacherAligner(nn.Module):
     def wants_calibration(self) -> bool:
         """Whether the projector wants to see data before training."""
         return isinstance(self.dim_projector, Calibrated)
+
+    @property
+    def evictor(self) -> Evictor | None:
+        """What chooses the teacher's tokens, if any: its cache then comes with slots in place of time."""
+        return self.time_plan.evictor
 
     def plan(self, teacher: Timeline, student: Timeline) -> TimeMap:
         """The time map of a batch."""

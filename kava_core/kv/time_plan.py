@@ -6,11 +6,12 @@ from contextlib import AbstractContextManager
 
 from torch import nn
 
-from kava_core.errors import PluginError
+from kava_core.errors import PluginError, SpecError
 from kava_core.kv.axes import Geometry
 from kava_core.kv.stages import blame, plan_time
 from kava_core.kv.timeline import Timeline
 from kava_core.kv.timemap import TimeMap
+from kava_core.protocols import Evictor
 from kava_core.spec.model import AlignSpec
 
 
@@ -28,6 +29,7 @@ class TimePlan(nn.Module):
 
     Raises:
         PluginError: a warper has parameters that want to be trained.
+        SpecError: a token warper stands before one that evicts, or is one itself.
     """
 
     def __init__(self, spec: AlignSpec, *, name: str, teacher: Geometry, student: Geometry) -> None:
@@ -40,6 +42,16 @@ class TimePlan(nn.Module):
                 self.add_module(field, built)
                 if built is not None and any(p.requires_grad for p in built.parameters()):
                     raise PluginError("has trained parameters, but time maps pass no gradient to them")
+        if self.token_warper is not None and any(isinstance(one, Evictor) for one in self.children()):
+            raise SpecError(
+                f"teacher {name!r}: a time warper that evicts chooses among the teacher's own tokens, and "
+                "cannot go together with a token_warper"
+            )
+
+    @property
+    def evictor(self) -> Evictor | None:
+        """The time warper, if it evicts: the map is then from its slots."""
+        return self.time_warper if isinstance(self.time_warper, Evictor) else None
 
     def _blame(self, field: str) -> AbstractContextManager[None]:
         config = self._configs[field]

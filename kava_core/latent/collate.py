@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kava_core.data.collate import Collator, Side, pad_id, padded_left
-from kava_core.data.encode import NO_LABEL, completion_ids, prompt_ids
-from kava_core.data.examples import Example, render
+from kava_core.data.encode import NO_LABEL, Encoded, Piece, hinge_of, pieces, prompt_ids
+from kava_core.data.examples import Example, Text, render
 from kava_core.errors import SpecError
 from kava_core.kv.timeline import REASONING
+from kava_core.latent.stages import ALWAYS, step_of_tokens
+from kava_core.spec.model import LatentSpec
 
 BEGIN, END = "<bot>", "<eot>"
 """Tokens before and after the latent ones (begin and end of thought, as in Coconut, arXiv 2412.06769)."""
@@ -27,17 +30,23 @@ class LatentEncoded:
 
     before: Int[Tensor, " time"]
     """Prompt, and BEGIN if it is used."""
-    after: Int[Tensor, " _"]
-    """END, answer and EOS."""
+    after: Int[Tensor, " time"]
+    """END, with a curriculum the written steps, answer and EOS."""
+    steps: Int[Tensor, " time"]
+    """The step each token of ``after`` is written in; ALWAYS outside of the steps."""
+    hinge: int
+    """The token of ``after`` before the first of the example's own answer."""
+    trace: Int[Tensor, " _"]
+    """Tokens of the written steps, as labels of the latent tokens."""
     latents: int
-    """Latent tokens between them."""
+    """Latent tokens between the two."""
 
     def __len__(self) -> int:
         return len(self.before) + self.latents + len(self.after)
 
     @property
     def prompt_length(self) -> int:
-        """Tokens before the answer's first."""
+        """Tokens before the first that is written."""
         return len(self.before) + self.latents + 1
 
 
@@ -45,42 +54,73 @@ class LatentCollator(Collator):
     """As ``Collator``, but the student's side has latent tokens in place of the reasoning.
 
     Its ``attention_mask``, ``segments`` and ``spans`` are of the latent tokens, ``[batch, latents]``: all
-    real, all REASONING, without characters. Beside them stand ``before``, padded left, with ``before_mask``,
-    and ``after``, padded right, with ``after_mask`` and its ``labels``.
+    real, all REASONING, without characters; ``trace`` are their labels. Beside them stand ``before``, padded
+    left, with ``before_mask``, and ``after``, padded right, with its ``after_mask``, ``labels``, ``steps``
+    and ``hinge``. Teachers have ``labels`` and ``hinge`` as well.
     """
 
-    def __init__(self, *args: Any, latents: int, begin: bool = True, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, latent: LatentSpec, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.latents = latents
-        self.begin = begin
+        self.latent = latent
         self.end = token_id(self.student_tokenizer, END)
 
     def encode_student(self, examples: Sequence[Example]) -> list[Any]:
         """Every example, None where it is longer than ``max_length``."""
         texts = [render(example, self.template) for example in examples]
         befores = self._prompts([text.prompt for text in texts])
-        answers = completion_ids([text.text[text.bounds[2] :] for text in texts], self.student_tokenizer)
-        afters = [torch.cat([answer.new_tensor([self.end]), answer]) for answer in answers]
-        made = [LatentEncoded(*pair, self.latents) for pair in zip(befores, afters, strict=True)]
+        traces = pieces([text.text[slice(*text.bounds[1:3])] for text in texts], self.student_tokenizer)
+        answers = pieces([text.text[text.bounds[2] :] for text in texts], self.student_tokenizer)
+        sides = zip(examples, texts, befores, traces, answers, strict=True)
+        made = [self._encoded(*side) for side in sides]
         return [one if self.max_length is None or len(one) <= self.max_length else None for one in made]
 
+    def _encoded(self, example: Example, text: Text, before: Tensor, trace: Piece, answer: Piece) -> Any:
+        """END, the steps that are written at first, the answer, EOS."""
+        mark, eos = answer.ids.new_tensor([self.end]), self._eos
+        written = trace.ids if self.latent.curriculum is not None else trace.ids[:0]
+        inside = self.template.reasoning.index("{reasoning}")
+        steps = step_of_tokens(trace.spans - inside, example.reasoning, self.separator)[: len(written)]
+        hinge = hinge_of(F.pad(answer.spans, (0, 0, 1, 0)), text.value - text.bounds[2])
+        kept = trace.spans[:, 1] <= inside + len(example.reasoning)
+        return LatentEncoded(
+            before,
+            torch.cat([mark, written, answer.ids, eos]),
+            F.pad(steps, (1, len(answer.ids) + len(eos)), value=ALWAYS),
+            hinge + len(written),
+            thinned(trace.ids[kept], self.latent.count),
+            self.latent.count,
+        )
+
+    @property
+    def _eos(self) -> Tensor:
+        eos = self.student_tokenizer.eos_token_id
+        return torch.tensor([] if eos is None else [eos], dtype=torch.long)
+
     def _prompts(self, prompts: Sequence[str]) -> list[Tensor]:
-        return before_thought(prompts, self.student_tokenizer, begin=self.begin)
+        return before_thought(prompts, self.student_tokenizer, begin=self.latent.begin)
 
     def student_side(self, rows: Sequence[LatentEncoded]) -> Side:
         """The tensors of the student."""
-        after = [row.after for row in rows]
         labels = [torch.cat([row.after.new_full((1,), NO_LABEL), row.after[1:]]) for row in rows]
-        shape = (len(rows), self.latents)
+        shape = (len(rows), self.latent.count)
         return {
             **self._before([row.before for row in rows]),
-            "after": self._pad(after, pad_id(self.student_tokenizer)),
-            "after_mask": self._pad([torch.ones_like(row) for row in after], 0),
+            "after": self._pad([row.after for row in rows], pad_id(self.student_tokenizer)),
+            "after_mask": self._pad([torch.ones_like(row.after) for row in rows], 0),
             "labels": self._pad(labels, NO_LABEL),
+            "steps": self._pad([row.steps for row in rows], ALWAYS),
+            "hinge": torch.tensor([row.hinge for row in rows]),
+            "trace": torch.stack([row.trace for row in rows]),
             "attention_mask": torch.ones(shape, dtype=torch.long),
             "segments": torch.full(shape, REASONING),
             "spans": torch.zeros(*shape, 2, dtype=torch.long),
         }
+
+    def teacher_side(self, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> Side:
+        """The tensors of a teacher, which may be the student itself."""
+        labels = self._pad([row.labels for row in rows], NO_LABEL)
+        hinge = torch.tensor([row.hinge for row in rows])
+        return super().teacher_side(rows, tokenizer) | {"labels": labels, "hinge": hinge}
 
     def _before(self, rows: list[Tensor]) -> Side:
         before, mask = padded_left(rows, pad_id(self.student_tokenizer))
@@ -91,6 +131,13 @@ class LatentCollator(Collator):
         examples = [getattr(entry, "example", entry) for entry in batch]
         rows = self._prompts([render(example, self.template).prompt for example in examples])
         return self._before(rows), [example.answer for example in examples]
+
+
+def thinned(trace: Int[Tensor, " time"], count: int) -> Int[Tensor, " {count}"]:
+    """``count`` labels: every token and then NO_LABEL, or of a longer trace as many, evenly spaced."""
+    if len(trace) <= count:
+        return F.pad(trace, (0, count - len(trace)), value=NO_LABEL)
+    return trace[(2 * torch.arange(count) + 1) * len(trace) // (2 * count)]
 
 
 def before_thought(

@@ -54,12 +54,14 @@ class GrowingText:
 
 def _can_keep(model: Any) -> bool:
     recomputes = model.training and any(module.gradient_checkpointing for module in checkpointed(model))
-    return not recomputes and all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+    return not recomputes and all(
+        type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers
+    )
 
 
 def _cropped(cache: DynamicCache, length: int) -> DynamicCache:
     """Another cache with the first positions of this one, which stays as it is."""
-    layers = [copy.copy(layer) for layer in cache.layers]
+    layers: list[Any] = [copy.copy(layer) for layer in cache.layers]
     for layer in layers:
         layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
     made = copy.copy(cache)

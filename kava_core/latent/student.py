@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,12 +12,23 @@ from torch import Tensor
 from kava_core.latent.growing_text import positions
 from kava_core.latent.tokens import LatentTokens, extended
 
+Control = Literal["zeroed", "shuffled"]
+"""Latent tokens that know nothing: zeros, or those of the next example of the batch."""
+
 
 class Thought(NamedTuple):
     """Prompt, BEGIN and the refined latent tokens, as inputs of the final pass."""
 
     inputs: Float[Tensor, "batch time hidden"]
     mask: Bool[Tensor, "batch time"]
+    latents: int
+    """How many of them, at the end, are latent tokens."""
+
+    def controlled(self, control: Control) -> Thought:
+        """With latent tokens that know nothing of the example."""
+        prefix, thought = self.inputs.split([self.inputs.shape[1] - self.latents, self.latents], 1)
+        ignorant = torch.zeros_like(thought) if control == "zeroed" else thought.roll(-1, 0)
+        return self._replace(inputs=torch.cat([prefix, ignorant], 1))
 
 
 def think(
@@ -29,13 +40,15 @@ def think(
     """Refine the latent tokens after ``before``, which is padded on the left: ``latents.passes`` passes."""
     mask = before_mask.bool()
     prefix = model.get_input_embeddings()(before)
-    return Thought(torch.cat([prefix, latents(model, prefix, mask)], 1), extended(mask, latents.count))
+    inputs = torch.cat([prefix, latents(model, prefix, mask)], 1)
+    return Thought(inputs, extended(mask, latents.active), latents.active)
 
 
 def answer_outputs(model: Any, thought: Thought, side: Mapping[str, Tensor], **options: Any) -> Any:
     """The final pass: transformers' outputs over prompt, latent tokens and answer (``after`` of the side).
 
-    Keys and values of the latent tokens stand at ``latent_columns``; ``answer_logits`` are the answer's.
+    Keys and values of the latent tokens stand at ``latent_columns``; ``answer_logits`` are the answer's,
+    ``writer_logits`` those where the latent tokens are written, ``at_hinge`` the states before the answer.
     """
     answer = model.get_input_embeddings()(side["after"])
     mask = torch.cat([thought.mask, side["after_mask"].bool()], 1)
@@ -61,6 +74,22 @@ def answer_logits(
     return logits[:, logits.shape[1] - side["after"].shape[1] :]
 
 
+def writer_logits(
+    logits: Float[Tensor, "batch time vocab"], side: Mapping[str, Tensor]
+) -> Float[Tensor, "batch _ vocab"]:
+    """Those of the place before each latent token, whose hidden state it is written from."""
+    columns = latent_columns(side)
+    return logits[:, columns.start - 1 : columns.stop - 1]
+
+
+def at_hinge(
+    hidden: Sequence[Float[Tensor, "batch time hidden"]], hinge: Int[Tensor, " batch"]
+) -> Float[Tensor, "layer batch hidden"]:
+    """All layers' states at one place of each example."""
+    rows = torch.arange(len(hinge), device=hinge.device)
+    return torch.stack([states[rows, hinge] for states in hidden])
+
+
 @torch.no_grad()
 def write_answers(
     model: Any,
@@ -70,12 +99,14 @@ def write_answers(
     *,
     end: int,
     max_new_tokens: int,
+    control: Control | None = None,
 ) -> Int[Tensor, "batch _"]:
     """Greedy answers after the latent tokens and the token ``end``: the new tokens alone.
 
     Takes ``latents.passes`` passes over prompt and latent tokens, then one for every new token.
     """
     thought = think(model, latents, before, before_mask)
+    thought = thought if control is None else thought.controlled(control)
     last = model.get_input_embeddings()(before.new_full((len(before), 1), end))
     found: Tensor = model.generate(
         inputs_embeds=torch.cat([thought.inputs, last], 1),

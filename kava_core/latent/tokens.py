@@ -31,21 +31,24 @@ class LatentTokens(nn.Module):
         begin: whether a token that says so stands before them.
 
     A slot's input is its own embedding plus the projected hidden state; embeddings start small, so that the
-    slots begin unlike one another.
+    slots begin unlike one another. Only the first ``active`` slots are used: a curriculum begins with none.
     """
+
+    active: int
 
     def __init__(
         self, count: int, passes: int, hidden: int, projection: Projection = "mlp", *, begin: bool = True
     ) -> None:
         super().__init__()
         self.count, self.passes, self.kind, self.begin = count, passes, projection, begin
+        self.active = count
         self.slots = nn.Parameter(torch.randn(count, hidden) * 0.02)
-        self.projection = _projection(projection, hidden)
+        self.projection = _projection(projection if count and passes else "none", hidden)
 
     def forward(
         self, model: nn.Module, prefix: Float[Tensor, "batch time hidden"], mask: Bool[Tensor, "batch time"]
     ) -> Float[Tensor, "batch _ hidden"]:
-        """The refined inputs of all slots, ``count`` of them, with gradients through all passes.
+        """The refined inputs of the active slots, with gradients through all passes.
 
         Args:
             model: a causal language model of transformers, possibly with adapters.
@@ -55,14 +58,19 @@ class LatentTokens(nn.Module):
         After pass t the first t slots are final: they and the prefix are not read again. Mask and positions
         are given in every pass, so an example alone gives what it gives in a batch.
         """
-        inputs = self.slots.to(prefix.dtype).expand(len(prefix), -1, -1)
-        read, mask = GrowingText(model), extended(mask, max(self.count - 1, 0))
-        for number in range(min(self.passes, self.count)):
+        slots = self.slots[: self.active]
+        inputs = slots.to(prefix.dtype).expand(len(prefix), -1, -1)
+        read, mask = GrowingText(model), extended(mask, max(self.active - 1, 0))
+        for number in range(min(self.passes, self.active)):
             text = torch.cat([prefix, inputs[:, :-1]], 1)
-            hidden = read(text, mask, final=prefix.shape[1] + number)[:, number - self.count :]
-            later = self.slots[number:] + self.projection(hidden.to(self.slots.dtype))
+            hidden = read(text, mask, final=prefix.shape[1] + number)[:, number - self.active :]
+            later = slots[number:] + self.projection(hidden.to(slots.dtype))
             inputs = torch.cat([inputs[:, :number], later.to(prefix.dtype)], 1)
-        return inputs
+        return inputs + self._idle() if self.active < self.count else inputs
+
+    def _idle(self) -> Tensor:
+        """0, attached to every weight: several processes wait for the gradients of all."""
+        return torch.stack([0 * p.sum() for p in self.parameters()]).sum()
 
 
 def _projection(kind: Projection, hidden: int) -> nn.Module:

@@ -6,7 +6,7 @@ declarations that are installed.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
@@ -141,14 +141,29 @@ class Template(Strict):
         return self
 
 
+class SelfSpec(Strict):
+    """The student as its own teacher: one model reads the written steps and writes the latent tokens."""
+
+    cross_entropy: float = Field(1.0, ge=0)
+    """Weight of its cross-entropy on the written steps and the answer, a mean over their tokens, which
+    trains it too."""
+
+
 class TeacherSpec(ModelSpec):
-    """A model whose cache is distilled. It is never trained here, saved or wrapped.
+    """A model whose cache is distilled. It is never trained here, saved or wrapped, except as ``itself``.
 
     Teachers with the same model (but, say, other texts) share its weights.
     """
 
     name: Name
     """How tables and weights call this teacher."""
+    itself: SelfSpec | None = None
+    """This teacher is the student, at its present weights, reading the written steps: self-distillation. Its
+    cache is a target without gradient. Needs ``trajectory: latent``; the model's own fields are then the
+    student's and are left out."""
+    last_step: bool = True
+    """Whether it reads the last written step, which holds the answer; KaVa leaves it out. An example of one
+    step is then read without any."""
     template: Template | None = None
     """The text this teacher reads, where it is not the student's: say, worked examples before the prompt, or
     the marks of a chat. Default: ``data.template``."""
@@ -175,6 +190,8 @@ class ChainData(Strict):
     """Generated chain arithmetic: ``7+3*2-5?`` modulo m, one written step per operation."""
 
     name: Literal["chain"] = "chain"
+    separator: ClassVar[str] = " "
+    """Text between two steps, as for jsonl; it cannot be changed."""
     steps: Positive = 5
     """Operations in a chain."""
     modulus: int = Field(10, ge=2)
@@ -202,9 +219,14 @@ class JsonlData(Strict):
     """File of training examples."""
     validation: str
     """File of validation examples."""
-    format: Literal["fields", "gsm8k"] = "fields"
-    """``fields``: objects with prompt, reasoning, answer; ``gsm8k``: question and answer, where the answer
-    ends in ``#### number`` and calculations stand in ``<<…>>`` (removed)."""
+    format: Literal["fields", "gsm8k", "gsm8k_equations"] = "fields"
+    """``fields``: objects with prompt, reasoning (a text or a list of steps), answer; ``gsm8k``: question and
+    answer, where the answer ends in ``#### number``, its lines are the steps, and calculations stand in
+    ``<<…>>`` (removed); ``gsm8k_equations``: the same files, the calculations ``<<48/2=24>>`` alone as steps
+    (1.3 % of GSM8K's examples have none, and so no reasoning)."""
+    separator: str = Field("\n", min_length=1)
+    """Text between two steps of the reasoning: a list of steps is joined by it, and the last step is found by
+    it. A step of a list must not hold it."""
     train_limit: Positive | None = None
     """Use only the first examples of the training file."""
     validation_limit: Positive | None = None
@@ -227,7 +249,9 @@ class HubData(Strict):
     """Split of training examples (slices such as ``train[:1000]`` work)."""
     validation: str = "test"
     """Split of validation examples."""
-    format: Literal["fields", "gsm8k"] = "fields"
+    format: Literal["fields", "gsm8k", "gsm8k_equations"] = "fields"
+    """As for jsonl."""
+    separator: str = Field("\n", min_length=1)
     """As for jsonl."""
     columns: dict[Literal["prompt", "reasoning", "answer"], str] = Field(default={})
     """With ``fields``: the dataset's column for each field, where the names differ."""
@@ -259,12 +283,22 @@ class LogitsSpec(Strict):
     """Names of the teachers; default: all."""
 
 
+class CurriculumSpec(Strict):
+    """In stage k the student writes its first k steps as latent tokens, the others as text."""
+
+    steps: Positive
+    """Optimizer steps in a stage. The first stage is all text; the run must be long enough to reach the last,
+    with all latent tokens."""
+    tokens: Positive = 1
+    """Latent tokens for a written step."""
+
+
 class LatentSpec(Strict):
     """With ``trajectory: latent``: continuous tokens that the student writes to itself between prompt and
     answer, refined in Jacobi passes (PCCoT, arXiv 2506.18582; KaVa, arXiv 2510.02312)."""
 
-    count: Positive = 6
-    """Latent tokens."""
+    count: int = Field(6, ge=0)
+    """Latent tokens. 0: the answer at once, the baseline without any reasoning."""
     passes: int = Field(3, ge=0)
     """Jacobi passes. ``count`` of them are sequential writing; 0: only learned embeddings, like pause
     tokens."""
@@ -273,6 +307,32 @@ class LatentSpec(Strict):
     begin: bool = True
     """Put a token ``<bot>`` before the latent ones, as KaVa does. Without it the first of them is written
     from the prompt's last token, which a model that has learnt written steps knows how to go on from."""
+    step_cross_entropy: float = Field(0.0, ge=0)
+    """Weight of the cross-entropy of the written steps' tokens at the latent ones, as in LOTUS: token i of
+    the trace is to be read from where latent token i is written. A trace longer than the latent tokens is
+    thinned evenly, a shorter one has labels at the first of them alone."""
+    curriculum: CurriculumSpec | None = None
+    """From written steps to latent tokens in stages (Coconut, arXiv 2412.06769); null: latent from the
+    first step on."""
+
+    @model_validator(mode="after")
+    def _stages_reach_all(self) -> LatentSpec:
+        if self.curriculum is not None and self.count % self.curriculum.tokens:
+            raise ValueError(
+                f"'curriculum.tokens': {self.count} latent tokens cannot be divided among steps of "
+                f"{self.curriculum.tokens}"
+            )
+        return self
+
+
+class CodiSpec(Strict):
+    """CODI's term (arXiv 2502.21074): the hidden states of all layers at the token before the answer are
+    drawn to a teacher's, by smooth L1 divided by the teacher's standard deviation in the layer."""
+
+    weight: float = Field(1.0, ge=0)
+    """The term is multiplied by this and added to cross-entropy; it is a mean over examples and layers."""
+    teacher: Name | None = None
+    """Whose hidden states, of a model as deep and as wide as the student; default: the only teacher."""
 
 
 class TrainSpec(Strict):
@@ -347,6 +407,9 @@ class EvaluateSpec(Strict):
     """Also write answers and count exact matches."""
     max_new_tokens: Positive = 64
     """Longest written answer."""
+    controls: bool = False
+    """With latent tokens: also count exact matches after latent tokens that are all zero, and after those of
+    another example. Answers that stay right did not need them."""
 
 
 class PipelineSpec(Strict):
@@ -375,6 +438,8 @@ class PipelineSpec(Strict):
     compared with the teachers' reasoning. Teachers always read written steps."""
     latent: LatentSpec = LatentSpec()
     """The latent tokens."""
+    codi: CodiSpec | None = None
+    """With latent tokens: draw the hidden states before the answer to a teacher's."""
     logits: LogitsSpec | None = None
     """Distil next-token distributions as well, from teachers with the student's vocabulary."""
     data: DataSpec
@@ -392,6 +457,17 @@ class PipelineSpec(Strict):
     and seed; none: one variant, ``main``."""
     output: str = "runs"
     """Folder of run directories."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _itself(cls, given: Any) -> Any:
+        """Teachers that are the student have its model."""
+        if not isinstance(given, dict) or not isinstance(given.get("student"), dict):
+            return given
+        teachers = given.get("teachers")
+        if not isinstance(teachers, list | tuple):
+            return given
+        return given | {"teachers": [_as_student(teacher, given["student"]) for teacher in teachers]}
 
     @model_validator(mode="after")
     def _fits_together(self) -> PipelineSpec:
@@ -416,16 +492,57 @@ class PipelineSpec(Strict):
         return self
 
     def _check_latent(self) -> None:
+        own = [teacher.name for teacher in self.teachers if teacher.itself is not None]
+        if len(own) > 1:
+            raise ValueError(f"only one teacher can be the student itself, not {', '.join(own)}")
         if self.trajectory != "latent":
+            wanted = {"codi": self.codi is not None, "evaluate.controls": self.evaluate.controls}
+            wanted |= {f"teacher {name!r}: itself": True for name in own}
+            if found := [name for name, is_wanted in wanted.items() if is_wanted]:
+                raise ValueError(f"{', '.join(found)}: needs 'trajectory: latent'")
             return
+        self._check_codi()
+        self._check_stages()
+        if self.latent.count == 0 and self.losses:
+            raise ValueError("'latent.count': 0 leaves no latent tokens for 'losses' to compare")
         clashes = {
             "logits": self.logits is not None,
             "store": self.store is not None,
             "rotary: match": self.rotary == "match",
             "train.compile": self.train.compile is not None,
+            "train.stream beside a teacher that is the student itself": bool(own) and self.train.stream,
         }
         if found := [name for name, clash in clashes.items() if clash]:
             raise ValueError(f"'trajectory: latent' does not go together with {', '.join(found)} yet")
+
+    def _check_codi(self) -> None:
+        if self.codi is None:
+            return
+        names = [teacher.name for teacher in self.teachers]
+        if self.codi.teacher is None and len(names) != 1:
+            raise ValueError(
+                f"'codi.teacher': name one of {', '.join(names) or 'the teachers: there is none'}"
+            )
+        if self.codi.teacher is not None and self.codi.teacher not in names:
+            raise ValueError(
+                f"'codi.teacher': no teacher {self.codi.teacher!r}; there are {', '.join(names)}"
+            )
+
+    def _check_stages(self) -> None:
+        """A curriculum ends with all latent tokens, and has no use for what compares them before."""
+        stages = self.latent.curriculum
+        if stages is None:
+            return
+        if self.losses or self.codi is not None or self.latent.step_cross_entropy:
+            raise ValueError(
+                "'latent.curriculum' does not go together with losses, codi or step_cross_entropy"
+            )
+        needed = stages.steps * (self.latent.count // stages.tokens)
+        if self.train.steps <= needed:
+            raise ValueError(
+                f"'latent.curriculum': all latent tokens are there after {needed} steps, but 'train.steps' "
+                f"is {self.train.steps}"
+            )
 
     def _check_logits(self, names: list[str]) -> None:
         if self.logits is None:
@@ -454,11 +571,27 @@ class PipelineSpec(Strict):
                         f"teacher {teacher.name!r} reads another text than the student ({own[0]}), but "
                         f"{field} {warper.name!r} compares the characters of one text; use segment"
                     )
+                if self.trajectory != "latent" and getattr(warper, "latent_only", False):
+                    raise ValueError(
+                        f"teacher {teacher.name!r}: {field} {warper.name!r} chooses tokens for latent ones "
+                        "and needs 'trajectory: latent'; uniform, crop and segment do not"
+                    )
 
     def _check_pretraining_data(self) -> None:
         for model in (self.student, *self.teachers):
             if model.pretrain is not None and model.pretrain.data:
                 changed_data(self.data, model.pretrain.data)
+
+
+def _as_student(teacher: Any, student: dict[str, Any]) -> Any:
+    """A teacher's raw fields; those of the model are the student's where it is ``itself``."""
+    if not isinstance(teacher, dict) or teacher.get("itself") is None:
+        return teacher
+    model = {name: value for name, value in student.items() if name in ModelSpec.model_fields}
+    for name in set(teacher) & set(ModelSpec.model_fields):
+        if teacher[name] is not None and teacher[name] != model.get(name, teacher[name]):
+            raise ValueError(f"teacher {teacher.get('name')!r} is the student itself: leave out {name!r}")
+    return {name: value for name, value in teacher.items() if name not in ModelSpec.model_fields} | model
 
 
 def changed_data(data: DataSpec, changes: dict[str, Any]) -> DataSpec:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from kava_core.kv.timeline import Timeline
+from kava_core.config import Part
+from kava_core.kv.axes import Cache, Geometry
+from kava_core.kv.timeline import REASONING, Timeline
 from kava_core.kv.timemap import TimeMap
+from kava_core.protocols import Evictor
 from kava_core.testing.component import ComponentTests
 from kava_core.testing.geometries import Sides
 from kava_core.testing.require import require, require_finite, require_same, require_tensor
-from kava_core.testing.tensors import draw
+from kava_core.testing.tensors import draw, draw_cache
 from kava_core.testing.timelines import Side, timeline
 
 Timelines = tuple[Timeline, Timeline]
 
 
 class TimeWarperTests(ComponentTests):
-    """The contract of ``kava_core.protocols.TimeWarper``."""
+    """The contract of ``kava_core.protocols.TimeWarper``, and of ``Evictor`` where it is offered.
+
+    An evictor's map reads slots, of which there are as many as the student has positions.
+    """
 
     kind: ClassVar[str] = "time_warper"
 
@@ -67,7 +74,7 @@ class TimeWarperTests(ComponentTests):
 
     def outputs(self, component: Any, inputs: Any) -> list[Tensor]:
         """Matrices and validity."""
-        maps = [(component(*pair), pair[0].mask.shape[1]) for pair in inputs]
+        maps = [(component(*pair), _read_from(component, *pair).shape[1]) for pair in inputs]
         return [tensor for one, t_time in maps for tensor in (one.dense(t_time), one.valid)]
 
     def test_axes(self, config: Any, length: tuple[int, int]) -> None:
@@ -91,7 +98,8 @@ class TimeWarperTests(ComponentTests):
         for padding in self.paddings:
             teacher, student = self.timelines(length, padding, extra=2)
             time_map = component(teacher, student)
-            matrix = self._matrix(time_map, teacher, student)
+            read_from = _read_from(component, teacher, student)
+            matrix = self._matrix(time_map, student, read_from.shape[1])
             require_finite(matrix, "weights must be finite")
             require(bool((matrix >= 0).all()), "weights must be at least 0", "some are not")
             wrong = (matrix.sum(2) - time_map.valid.double()).abs() > 1e-4
@@ -99,7 +107,7 @@ class TimeWarperTests(ComponentTests):
             require(
                 not bool(wrong.any()), "weights must sum to 1 at valid positions and to 0 elsewhere", told
             )
-            read = float(matrix.sum(1)[~teacher.mask].sum())
+            read = float(matrix.sum(1)[~read_from].sum())
             require(abs(read) < 1e-6, "the teacher's padding must have weight 0", f"it has {read:.3g} in all")
 
     def test_padding_has_no_influence(self, config: Any, length: tuple[int, int]) -> None:
@@ -115,39 +123,103 @@ class TimeWarperTests(ComponentTests):
     def test_examples_are_independent(self, config: Any, length: tuple[int, int]) -> None:
         """An example alone gives what it gives in a batch."""
         component, (teacher, student) = self.build(config, self.usual), self.timelines(length)
-        together = self._matrix(component(teacher, student), teacher, student)
+        columns = _read_from(component, teacher, student).shape[1]
+        together = self._matrix(component(teacher, student), student, columns)
         for row in range(together.shape[0]):
             alone = (_row(teacher, row), _row(student, row))
-            seen = self._matrix(component(*alone), *alone)
+            seen = self._matrix(component(*alone), alone[1], columns)
             contract = "an example must not depend on the others of its batch"
             require_same(seen, together[row : row + 1], contract)
 
     def test_apply_is_the_matrix(self, config: Any, length: tuple[int, int]) -> None:
         """The map does to a cache what its matrix says; padding may hold NaN."""
         teacher, student = self.timelines(length, extra=2)
-        time_map = self.build(config, self.usual)(teacher, student)
-        matrix = self._matrix(time_map, teacher, student)
+        component = self.build(config, self.usual)
+        time_map, read_from = component(teacher, student), _read_from(component, teacher, student)
+        matrix = self._matrix(time_map, student, read_from.shape[1])
         x = draw(matrix.shape[0], 2, 2, matrix.shape[2], 3, dtype=torch.float64)
         wanted = torch.einsum("bij,blhjd->blhid", matrix, x)
-        x = torch.where(teacher.mask[:, None, None, :, None], x, torch.nan)
+        x = torch.where(read_from[:, None, None, :, None], x, torch.nan)
         seen = time_map.apply(x)
         live = time_map.valid[:, None, None, :, None]
         contract = "applying the map must give the weighted means, untouched by padding"
         require_same(torch.where(live, seen, 0), torch.where(live, wanted, 0), contract)
 
-    def _matrix(self, time_map: TimeMap, teacher: Timeline, student: Timeline) -> Tensor:
-        t_time = teacher.mask.shape[1]
+    def test_evictions_are_reasoning_tokens(self, config: Any, length: tuple[int, int]) -> None:
+        """Filled slots name different reasoning tokens, in time order, for every layer and KV head."""
+        for evictor, teacher in self._evictions(config, length):
+            place, kept = self._chosen(evictor, teacher, length[1]), _filled(teacher, length[1])
+            inside = (place >= 0) & (place < teacher.mask.shape[1])
+            require(bool(inside.all()), "every slot must name a position of the teacher", "some do not")
+            reasoning = (teacher.segments == REASONING)[:, None, None].expand(*place.shape[:3], -1)
+            wrong = int((kept & ~reasoning.gather(3, place)).sum())
+            require(wrong == 0, "filled slots must name reasoning tokens", f"{wrong} do not")
+            back = int((kept[..., 1:] & (place.diff(dim=3) <= 0)).sum())
+            require(back == 0, "filled slots must be in time order, each token once", f"{back} are not")
+
+    def test_evictions_ignore_padding(self, config: Any, length: tuple[int, int]) -> None:
+        """The same tokens are kept whatever padding there is; not asked of one that draws them."""
+        wanted: list[Tensor] = []
+        for evictor, teacher in self._evictions(config, length):
+            place, kept = self._chosen(evictor, teacher, length[1]), _filled(teacher, length[1])
+            if not torch.equal(place, self._chosen(evictor, teacher, length[1], seed=1)):
+                return
+            start = (teacher.mask.cumsum(1) == 0).sum(1)[:, None, None, None]
+            wanted.append(torch.where(kept, place - start, -1))
+            contract = "padding must not change what is kept, on either side, whatever it holds"
+            require_same(wanted[-1], wanted[0], contract)
+
+    def _evictions(self, config: Any, length: tuple[int, int]) -> Iterator[tuple[Evictor, Timeline]]:
+        """The component, if it evicts, with timelines that are padded on either side."""
+        component = self.build(config, self.usual)
+        for side in dict.fromkeys(theirs for theirs, _ in self.paddings):
+            if isinstance(component, Evictor):
+                yield component, self.timelines(length, (side, "right"), extra=2)[0]
+
+    def _chosen(self, evictor: Evictor, teacher: Timeline, count: int, seed: int = 0) -> Tensor:
+        """What it keeps of a cache in which a token is the same wherever the padding stands."""
+        geometry = self.usual.teacher
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            place = evictor.choose(_cache_of(teacher, evictor.reads, geometry), teacher, count)
+        shape = (teacher.mask.shape[0], geometry.layer, geometry.head, count)
+        return require_tensor(place, shape, "batch t_layer t_head slot", "choose")
+
+    def _matrix(self, time_map: TimeMap, student: Timeline, t_time: int) -> Tensor:
         shape = (*student.mask.shape, t_time)
         return require_tensor(time_map.dense(t_time), shape, "batch time t_time", "the map's matrix").double()
 
     def _real(self, component: Any, pair: Timelines) -> list[Tensor]:
         """For each example the matrix between real positions."""
         teacher, student = pair
-        matrix = self._matrix(component(teacher, student), teacher, student)
+        read_from = _read_from(component, teacher, student)
+        matrix = self._matrix(component(teacher, student), student, read_from.shape[1])
         return [
-            rows[mine][:, theirs]
-            for rows, mine, theirs in zip(matrix, student.mask, teacher.mask, strict=True)
+            rows[mine][:, theirs] for rows, mine, theirs in zip(matrix, student.mask, read_from, strict=True)
         ]
+
+
+def _read_from(component: Any, teacher: Timeline, student: Timeline) -> Tensor:
+    """Bool ``batch t_time``: what the map may read, positions of the teacher or slots."""
+    if not isinstance(component, Evictor):
+        return teacher.mask
+    count = student.mask.shape[1]
+    return (_filled(teacher, count) & _filled(student, count))[:, 0, 0]
+
+
+def _filled(teacher: Timeline, count: int) -> Tensor:
+    """Bool ``batch 1 1 slot``: slots for which there is a reasoning token."""
+    tokens = (teacher.segments == REASONING).sum(1)
+    return torch.arange(count, device=tokens.device) < tokens[:, None, None, None]
+
+
+def _cache_of(teacher: Timeline, parts: tuple[Part, ...], geometry: Geometry) -> Cache:
+    """Numbers that depend on the example and on the token's place in its text alone; NaN at padding."""
+    batch, time = teacher.mask.shape
+    drawn = draw_cache(geometry, parts or ("keys",), batch=batch, time=max(time, 1))
+    index = teacher.positions[:, None, None, :, None]
+    real = teacher.mask[:, None, None, :, None]
+    return drawn.map(lambda x, _: torch.where(real, x.take_along_dim(index, 3), torch.nan))
 
 
 def _row(one: Timeline, row: int) -> Timeline:

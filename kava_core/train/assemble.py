@@ -21,7 +21,9 @@ from kava_core.data.examples import render
 from kava_core.data.splits import Splits, load_splits
 from kava_core.data.tokenizers import load_tokenizer
 from kava_core.errors import CheckpointError, SpecError
+from kava_core.kv.aligner import TeacherAligner
 from kava_core.kv.axes import Geometry
+from kava_core.kv.eviction import Eviction
 from kava_core.kv.pipeline import KVPipeline, active, parts_of
 from kava_core.kv.probe import geometry_of, probe_geometry
 from kava_core.kv.unused import freeze_unused
@@ -31,9 +33,10 @@ from kava_core.paths import cache_folder
 from kava_core.spec.model import ModelSpec, PipelineSpec, TeacherSpec
 from kava_core.store.index import PROJECTORS
 from kava_core.store.reader import Store
-from kava_core.train.distiller import Distiller
+from kava_core.train.distiller import Distiller, Latent
 from kava_core.train.logits import assert_same_vocabulary
 from kava_core.train.models import load_model, load_student, model_config
+from kava_core.train.own_teacher import OwnTeacher
 from kava_core.train.room import assert_room, assert_room_to_write
 from kava_core.train.teacher import Teacher
 
@@ -78,7 +81,10 @@ class Data:
 
 def used_teachers(spec: PipelineSpec) -> tuple[Any, ...]:
     """The spec's teachers that run: all with KV losses, else those whose logits are distilled, or none."""
-    return spec.teachers if active(spec) else tuple(t for t in spec.teachers if t.name in heard(spec))
+    if active(spec):
+        return spec.teachers
+    asked = (*heard(spec), felt(spec))
+    return tuple(t for t in spec.teachers if t.name in asked or (t.itself and t.itself.cross_entropy))
 
 
 def heard(spec: PipelineSpec) -> tuple[str, ...]:
@@ -86,6 +92,13 @@ def heard(spec: PipelineSpec) -> tuple[str, ...]:
     if spec.logits is None or spec.logits.weight == 0:
         return ()
     return spec.logits.teachers or tuple(teacher.name for teacher in spec.teachers)
+
+
+def felt(spec: PipelineSpec) -> str | None:
+    """Name of the teacher whose hidden states are distilled."""
+    if spec.codi is None or spec.codi.weight == 0:
+        return None
+    return spec.codi.teacher or spec.teachers[0].name
 
 
 def tokenizer_of(model: ModelSpec, splits: Splits, template: Any, *, where: str) -> PreTrainedTokenizerBase:
@@ -99,7 +112,7 @@ def tokenizer_of(model: ModelSpec, splits: Splits, template: Any, *, where: str)
 
 def reading_of(spec: PipelineSpec, teacher: TeacherSpec) -> Reading:
     """The text a teacher reads."""
-    return Reading(teacher.template or spec.data.template, teacher.rationale)
+    return Reading(teacher.template or spec.data.template, teacher.rationale, teacher.last_step)
 
 
 def make_data(spec: PipelineSpec) -> Data:
@@ -117,7 +130,7 @@ def make_data(spec: PipelineSpec) -> Data:
     kind: Any = Collator
     if spec.trajectory == "latent":
         tokenizer = with_thought_tokens(tokenizer)
-        kind = partial(LatentCollator, latents=spec.latent.count, begin=spec.latent.begin)
+        kind = partial(LatentCollator, latent=spec.latent)
     make = partial(
         kind,
         tokenizer,
@@ -126,6 +139,7 @@ def make_data(spec: PipelineSpec) -> Data:
         loss_on=spec.train.loss_on,
         max_length=spec.train.max_length,
         readings=readings,
+        separator=spec.data.separator,
     )
     plain = make()
     return Data(
@@ -143,15 +157,15 @@ def make_distiller(spec: PipelineSpec, data: Data, *, seed: int) -> Distiller:
     """Student, pipeline and teachers; the student's weights depend on the seed alone."""
     latent = spec.trajectory == "latent"
     student: Any = load_student(spec.student, data.tokenizer, seed=seed, grow=latent)
-    latents = make_latents(spec, student, seed=seed) if latent else None
+    how: dict[str, Any] = {"latent": make_latent(spec, student, seed=seed) if latent else None}
     assert_room(student.config, data.longest()[None], who="student")
     if spec.evaluate.generate:
         assert_room_to_write(student.config, data.longest_prompt(), spec.evaluate.max_new_tokens)
     if not used_teachers(spec):
-        return Distiller(student, latents=latents)
+        return Distiller(student, **how)
     if data.store is not None:
         return _reading_distiller(spec, data, data.store, student, seed)
-    models = _checked_teachers(spec, data)
+    models = _checked_teachers(spec, data, student)
     geometries = {name: geometry_of(model) for name, model in models.items()} if active(spec) else {}
     pipeline = make_pipeline(spec, geometries, geometry_of(student), seed=seed) if geometries else None
     _check_heard(spec, pipeline)
@@ -159,20 +173,22 @@ def make_distiller(spec: PipelineSpec, data: Data, *, seed: int) -> Distiller:
         student,
         pipeline,
         make_teachers(spec, models, pipeline),
+        **how,
         parts=parts_of(spec),
         rotary=spec.rotary,
         stream=spec.train.stream,
         logits=spec.logits if heard(spec) else None,
-        latents=latents,
     )
 
 
-def _checked_teachers(spec: PipelineSpec, data: Data) -> dict[str, Any]:
-    """The teachers' models, by name; SpecError where one cannot read what it is to read."""
+def _checked_teachers(spec: PipelineSpec, data: Data, student: Any) -> dict[str, Any]:
+    """The teachers' models, by name; SpecError where one cannot read, or be, what it is to."""
     for name in heard(spec):
         assert_same_vocabulary(data.tokenizer, data.teacher_tokenizers[name], who=f"teacher {name!r}")
     _check_rationales(spec, data)
-    models, longest = load_teachers(spec, data), data.longest()
+    models, longest = load_teachers(spec, data, student), data.longest()
+    if (whose := felt(spec)) is not None:
+        _assert_same_states(models[whose].config, student.config, whose)
     for name, model in models.items():
         assert_room(model.config, longest[name], who=f"teacher {name!r}")
     return models
@@ -183,11 +199,41 @@ def make_teachers(
 ) -> list[Teacher]:
     """Models that are run for their caches, their logits or both."""
     layers = {aligner.name: aligner.sources for aligner in pipeline.teachers} if pipeline is not None else {}
+    evictions = {a.name: eviction_of(spec, a) for a in pipeline.teachers} if pipeline is not None else {}
     how: dict[str, Any] = {"parts": parts_of(spec), "rotary": spec.rotary}
+    own = {t.name: t.itself.cross_entropy for t in spec.teachers if t.itself is not None}
     return [
-        Teacher(name, model, layers=layers.get(name, ()), logits=name in heard(spec), **how)
+        (OwnTeacher if name in own else Teacher)(
+            name,
+            model,
+            layers=layers.get(name, ()),
+            logits=name in heard(spec) or own.get(name, 0) > 0,
+            hidden=name == felt(spec),
+            eviction=evictions.get(name),
+            **how,
+        )
         for name, model in models.items()
     ]
+
+
+def _assert_same_states(teacher: Any, student: Any, name: str) -> None:
+    """SpecError where hidden states cannot be compared one by one."""
+    sides = [config.get_text_config() for config in (teacher, student)]
+    (depth, width), own = ((side.num_hidden_layers, side.hidden_size) for side in sides)
+    if (depth, width) != own:
+        raise SpecError(
+            f"codi: teacher {name!r} has {depth} layers of width {width}, the student {own[0]} of {own[1]}; "
+            "CODI's term compares them one by one: use losses, which align"
+        )
+
+
+def eviction_of(spec: PipelineSpec, aligner: TeacherAligner) -> Eviction | None:
+    """How a teacher's reasoning is cut down to the latent tokens; None where no time warper does."""
+    if aligner.evictor is None:
+        return None
+    how: dict[str, Any] = {"parts": parts_of(spec), "rotary": spec.rotary}
+    who = f"the time warper of teacher {aligner.name!r}"
+    return Eviction(aligner.evictor, spec.latent.count, **how, who=who)
 
 
 def _check_rationales(spec: PipelineSpec, data: Data) -> None:
@@ -212,20 +258,28 @@ def _check_heard(spec: PipelineSpec, pipeline: KVPipeline | None) -> None:
             )
 
 
-def make_latents(spec: PipelineSpec, student: Any, *, seed: int) -> LatentTokens:
-    """The latent tokens' own weights, which depend on the seed alone."""
+def make_latent(spec: PipelineSpec, student: Any, *, seed: int) -> Latent:
+    """The latent tokens, whose own weights depend on the seed alone."""
     how = spec.latent
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         width = student.get_input_embeddings().weight.shape[1]
-        return LatentTokens(how.count, how.passes, width, how.projection, begin=how.begin)
+        tokens = LatentTokens(how.count, how.passes, width, how.projection, begin=how.begin)
+    reading = sum(t.itself.cross_entropy for t in spec.teachers if t.itself is not None)
+    return Latent(tokens, how, spec.codi if felt(spec) else None, float(reading))
 
 
-def load_teachers(spec: PipelineSpec, data: Data) -> dict[str, Any]:
-    """Every teacher's model, by name; teachers that differ only in what they read share one."""
+def load_teachers(spec: PipelineSpec, data: Data, student: Any = None) -> dict[str, Any]:
+    """Every teacher's model, by name; teachers that differ only in what they read share one.
+
+    ``student`` is the model of a teacher that is the student itself.
+    """
     models: dict[str, Any] = {}
     loaded: dict[Any, Any] = {}
     for teacher in used_teachers(spec):
+        if teacher.itself is not None:
+            models[teacher.name] = student
+            continue
         tokenizer = data.teacher_tokenizers[teacher.name]
         key = weights_key(teacher), tuple(sorted(tokenizer.get_vocab().items()))
         if key not in loaded:
@@ -236,7 +290,7 @@ def load_teachers(spec: PipelineSpec, data: Data) -> dict[str, Any]:
 
 def weights_key(teacher: TeacherSpec) -> str:
     """The same for teachers with the same weights, and only for them."""
-    return teacher.model_dump_json(exclude={"name", "align", "template", "rationale"})
+    return teacher.model_dump_json(exclude={"name", "align", "template", "rationale", "last_step", "itself"})
 
 
 def _reading_distiller(

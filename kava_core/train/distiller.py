@@ -29,12 +29,23 @@ from kava_core.kv.pipeline import ROUTER, Aligned, Beside, KVPipeline, precise
 from kava_core.kv.rope import Rotation
 from kava_core.kv.timeline import Timeline
 from kava_core.kv.timemap import TimeMap
-from kava_core.latent.student import answer_logits, answer_outputs, latent_columns, think
+from kava_core.latent.stages import at_stage
+from kava_core.latent.student import (
+    answer_logits,
+    answer_outputs,
+    at_hinge,
+    latent_columns,
+    think,
+    writer_logits,
+)
 from kava_core.latent.tokens import LatentTokens
 from kava_core.protocols import Chooses, Rewarded
-from kava_core.spec.model import LogitsSpec
+from kava_core.spec.model import CodiSpec, LatentSpec, LogitsSpec
 from kava_core.store.reader import target_of
+from kava_core.train.counts import LABELLED, READ, TOKENS, counts
+from kava_core.train.latent_terms import CODI, READING, STEPS, codi, step_cross_entropy
 from kava_core.train.logits import logit_divergence, same_tokens
+from kava_core.train.own_teacher import OwnTeacher
 from kava_core.train.placement import REPLICATED, SHARDED, processes
 from kava_core.train.side_stream import SideStream, on_other_gpu
 from kava_core.train.teacher import Teacher
@@ -65,6 +76,21 @@ class Own:
     cache: Cache
     rotation: Rotation | None
     beside: Beside
+    hinge: Float[Tensor, "layer batch hidden"] | None = None
+    """With CODI's term: all layers' states at the token before the answer."""
+    writers: Float[Tensor, "batch time vocab"] | None = None
+    """With latent tokens: the logits where they are written."""
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Latent tokens in place of written steps, and what is compared of them beside keys and values."""
+
+    tokens: LatentTokens
+    spec: LatentSpec
+    codi: CodiSpec | None = None
+    reading: float = 0.0
+    """Weight of the cross-entropy of what the student reads as its own teacher."""
 
 
 class Distiller(nn.Module):
@@ -78,7 +104,7 @@ class Distiller(nn.Module):
         rotary: whether keys and queries are compared without their rotation.
         stream: align a teacher's layers, or form the KV terms, while it runs, one layer alive at a time.
         logits: the term of next-token distributions; teachers whose ``logits`` are kept take part.
-        latents: latent tokens in place of written steps; the student's side is then ``LatentCollator``'s.
+        latent: latent tokens in place of written steps; the student's side is then ``LatentCollator``'s.
 
     Raises:
         SpecError: this pipeline's terms cannot be had layer by layer.
@@ -97,13 +123,14 @@ class Distiller(nn.Module):
         rotary: Literal["strip", "keep", "match"] = "strip",
         stream: bool = False,
         logits: LogitsSpec | None = None,
-        latents: LatentTokens | None = None,
+        latent: Latent | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.config = student.config
         self.pipeline = pipeline
-        self.latents = latents
+        self.latents = None if latent is None else latent.tokens
+        self.latent = latent
         self.__dict__["teachers"] = tuple(teachers)
         self.__dict__["aside"] = SideStream(torch.device("cpu"))
         self.parts, self.rotary, self.stream, self.logits = parts, rotary, stream, logits
@@ -128,24 +155,76 @@ class Distiller(nn.Module):
             student: the collator's tensors of the student's side.
             teachers: the same for every teacher, by name; with ``time_map`` where it is planned already; or
                 its side of a store.
-            items: Float ``2``: labelled positions and real tokens of the whole batch.
+            items: ``counts`` of the whole batch.
 
         Returns:
             ``loss`` (cross-entropy + Σ λ · term), and detached ``ce`` and every term.
         """
+        student = self.staged(student)
         with self._listening():
             own, total, terms = self._distilled(student, teachers, items)
-        if self.logits is not None:
-            terms[LOGITS] = self._logit_term(own.logits, student, teachers, items[0])
-            total = total + self.logits.weight * terms[LOGITS]
-        self._reward(own.ce.detach() * items[0], student["labels"])
+        more = self._more_terms(own, student, teachers, items)
+        total = total + sum(weight * term for weight, term in more.values())
+        terms |= {name: term for name, (_, term) in more.items()}
+        self._reward(own.ce.detach() * items[LABELLED], student["labels"])
         return {"loss": own.ce + total, "ce": own.ce.detach(), **{n: t.detach() for n, t in terms.items()}}
+
+    def counts(self, batch: Mapping[str, Any]) -> Float[Tensor, "4"]:
+        """What a batch of the collator's adds to the counts that its terms are divided by."""
+        own = None if self.own_teacher is None else self.own_teacher.name
+        return counts(self.staged(batch["student"]), batch["teachers"], own)
+
+    def staged(self, student: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The student's side at the present stage of a curriculum, if there is one."""
+        if self.latent is None:
+            return student
+        return at_stage(student, self.latent.spec, self.latent.tokens.active)
+
+    def _more_terms(
+        self,
+        own: Own,
+        student: Mapping[str, Any],
+        teachers: Mapping[str, Mapping[str, Any]],
+        items: Tensor,
+    ) -> dict[str, tuple[float, Tensor]]:
+        """Weight and value of every term that does not compare caches."""
+        found: dict[str, tuple[float, Tensor]] = {}
+        if self.logits is not None:
+            term = self._logit_term(own.logits, student, teachers, items[LABELLED])
+            found[LOGITS] = (self.logits.weight, term)
+        if self.latent is None:
+            return found
+        if own.hinge is not None and self.latent.codi is not None:
+            found[CODI] = (self.latent.codi.weight, self._codi_term(own.hinge, teachers, items))
+        if self.latent.spec.step_cross_entropy and own.writers is not None:
+            term = step_cross_entropy(own.writers, student["trace"], items)
+            found[STEPS] = (self.latent.spec.step_cross_entropy, term)
+        if self.own_teacher is not None and (logits := self.own_teacher.take_logits()) is not None:
+            term = cross_entropy(logits, teachers[self.own_teacher.name]["labels"], items[READ])
+            found[READING] = (self.latent.reading, term)
+        return found
+
+    @property
+    def own_teacher(self) -> OwnTeacher | None:
+        """The teacher that is the student itself."""
+        own = (teacher for teacher in self.__dict__["teachers"] if isinstance(teacher, OwnTeacher))
+        return next(own, None)
+
+    def _codi_term(self, hinge: Tensor, teachers: Mapping[str, Mapping[str, Any]], items: Tensor) -> Tensor:
+        """0 where the teacher did not run."""
+        teacher = next(teacher for teacher in self.__dict__["teachers"] if teacher.hidden)
+        hidden = teacher.take_hidden()
+        if hidden is None:
+            return torch.zeros_like(items[0])
+        theirs = at_hinge(hidden, teachers[teacher.name]["hinge"].to(hidden[0].device))
+        return codi(hinge, theirs.to(hinge.device), items)
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
         """Teachers keep the logits of this forward pass, and of no other."""
         for teacher in self.__dict__["teachers"]:
             teacher.take_logits()
+            teacher.take_hidden()
             teacher.listening = True
         try:
             yield
@@ -195,7 +274,8 @@ class Distiller(nn.Module):
         own = self._pass(student, items)
         aside.join(*(x for one in aligned for _, x in one.target.items()))
         with without_autocast(own.ce.device):
-            terms = self.pipeline.terms_of(own.cache, aligned, timeline, items[1], own.rotation, own.beside)
+            beside = (own.rotation, own.beside)
+            terms = self.pipeline.terms_of(own.cache, aligned, timeline, items[TOKENS], *beside)
             return own, terms
 
     def _streamed(
@@ -218,7 +298,7 @@ class Distiller(nn.Module):
         ]
         with without_autocast(own.ce.device):
             view = pipeline.teachers[0].view_of(own.cache.map(precise))
-            weights, more = pipeline.routed(view, there, items[1], own.beside)
+            weights, more = pipeline.routed(view, there, items[TOKENS], own.beside)
         streams = [
             Stream(place, partial(self._teacher(a.name).stream, teachers[a.name]), maps[place])
             for place, a in enumerate(pipeline.teachers)
@@ -232,13 +312,27 @@ class Distiller(nn.Module):
         capture: Capture | None = self.__dict__["capture"]
         outputs = self._outputs(student, nullcontext() if capture is None else capture)
         logits = outputs.logits if self.latents is None else answer_logits(outputs.logits, student)
-        ce = cross_entropy(logits, student["labels"], items[0])
+        ce = cross_entropy(logits, student["labels"], items[LABELLED])
+        latent = self._latent_part(outputs, student)
         if capture is None:
-            return Own(logits, ce, Cache(), None, Beside())
+            return Own(logits, ce, Cache(), None, Beside(), **latent)
         with without_autocast(ce.device):
             cache = self._compared_part(capture.take(), student)
         rotation = capture.rotation() if self.rotary == "match" else None
-        return Own(logits, ce, cache, rotation, Beside(self._hidden(outputs, student), student.get("tasks")))
+        beside = Beside(self._hidden(outputs, student), student.get("tasks"))
+        return Own(logits, ce, cache, rotation, beside, **latent)
+
+    def _latent_part(self, outputs: Any, side: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What CODI's and LOTUS's terms look at."""
+        if self.latent is None:
+            return {}
+        found = {}
+        if self.latent.codi is not None:
+            first = outputs.logits.shape[1] - side["after"].shape[1]
+            found["hinge"] = at_hinge(outputs.hidden_states, side["hinge"] + first)
+        if self.latent.spec.step_cross_entropy:
+            found["writers"] = writer_logits(outputs.logits, side)
+        return found
 
     def _compared_part(self, cache: Cache, side: Mapping[str, Tensor]) -> Cache:
         """All positions, or the latent tokens'."""
@@ -317,7 +411,8 @@ class Distiller(nn.Module):
 
     def _outputs(self, side: Mapping[str, Tensor], captured: AbstractContextManager[Any]) -> Any:
         """Of the pass that predicts tokens, which runs inside ``captured``."""
-        options = {"output_hidden_states": True} if self._wants_hidden else {}
+        wanted = self._wants_hidden or (self.latent is not None and self.latent.codi is not None)
+        options = {"output_hidden_states": True} if wanted else {}
         if self.latents is None:
             text = {name: side[name] for name in ("input_ids", "attention_mask")}
             with captured:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from accelerate import Accelerator
@@ -19,12 +19,20 @@ from kava_core.data.collate import Collator
 from kava_core.data.dataset import EncodedDataset
 from kava_core.data.examples import Example, is_correct
 from kava_core.latent.collate import END, token_id
-from kava_core.latent.student import write_answers
+from kava_core.latent.student import Control, write_answers
 from kava_core.spec.model import EvaluateSpec, Template
-from kava_core.train.collapse import EXAMPLES, CollapseMonitor
-from kava_core.train.distiller import IGNORED, LOGITS, Distiller
+from kava_core.train.collapse import EXAMPLES as WATCHED
+from kava_core.train.collapse import CollapseMonitor
+from kava_core.train.counts import EXAMPLES, LABELLED, READ, TOKENS
+from kava_core.train.distiller import LOGITS, Distiller
+from kava_core.train.latent_terms import CODI, READING, STEPS
 from kava_core.train.shares import shares
+from kava_core.train.spreads import spreads
 from kava_core.train.time_plans import PlansTime
+
+COUNTS = ("labelled", "tokens", "examples", "read")
+DIVISORS = {"ce": LABELLED, LOGITS: LABELLED, CODI: EXAMPLES, STEPS: EXAMPLES, READING: READ}
+"""What a term's sum is divided by; all others by the student's positions."""
 
 SAMPLES = 8
 """Written answers of the newest evaluation that are kept."""
@@ -62,7 +70,7 @@ class Evaluator:
         self.monitor.begin(distiller, self._watched(distiller, device))
 
     def _watched(self, distiller: Distiller, device: torch.device) -> dict[str, Any]:
-        count = min(EXAMPLES, self.spec.batch_size, len(self.items))
+        count = min(WATCHED, self.spec.batch_size, len(self.items))
         some = [self.items[index] for index in range(count)]
         batch: dict[str, Any] = send_to_device(PlansTime(self.collator, distiller.pipeline)(some), device)
         return batch
@@ -75,50 +83,73 @@ class Evaluator:
             metrics = self._losses(distiller, list(mine), accelerator)
             watched = self._watched(distiller, accelerator.device)
             metrics |= self.monitor(distiller, watched) | shares(distiller, watched)
+            metrics |= spreads(distiller, watched)
             if self.spec.generate:
-                metrics["exact_match"] = self._exact_match(distiller, list(mine), accelerator)
+                metrics |= self._exact_matches(distiller, list(mine), accelerator)
         return metrics
+
+    def _exact_matches(
+        self, distiller: Distiller, mine: list[int], accelerator: Accelerator
+    ) -> dict[str, float]:
+        """Of the student as it is, and with latent tokens that know nothing of the example."""
+        found = {
+            f"exact_match/{control}": self._exact_match(distiller, mine, accelerator, control)
+            for control in (get_args(Control) if self.spec.controls else ())
+        }
+        return {"exact_match": self._exact_match(distiller, mine, accelerator), **found}
 
     def _losses(self, distiller: Distiller, mine: list[int], accelerator: Accelerator) -> dict[str, float]:
         sums: dict[str, Tensor] = {}
-        one = torch.ones(2, device=accelerator.device)
+        one = torch.ones(4, device=accelerator.device)
         collate = PlansTime(self.collator, distiller.pipeline)
         for batch in DataLoader(Subset(self.items, mine), self.spec.batch_size, collate_fn=collate):
             batch = send_to_device(batch, accelerator.device)
-            side = batch["student"]
-            found = distiller(side, batch["teachers"], items=one) | {
-                "labelled": side["labels"][:, 1:].ne(IGNORED).sum(),
-                "tokens": side["attention_mask"].sum(),
-            }
+            found = distiller(batch["student"], batch["teachers"], items=one)
+            found |= dict(zip(COUNTS, distiller.counts(batch), strict=True))
             for name, value in found.items():
                 sums[name] = sums.get(name, 0) + value.double()
         return _means(_added({name: value.item() for name, value in sums.items()}))
 
-    def _exact_match(self, distiller: Distiller, mine: list[int], accelerator: Accelerator) -> float:
+    def _exact_match(
+        self,
+        distiller: Distiller,
+        mine: list[int],
+        accelerator: Accelerator,
+        control: Control | None = None,
+    ) -> float:
         right = 0
         written: list[dict[str, Any]] = []
         for start in range(0, len(mine), self.spec.batch_size):
             examples = [self.examples[index] for index in mine[start : start + self.spec.batch_size]]
-            texts = self._write(distiller, examples, accelerator.device)
+            texts = self._write(distiller, examples, accelerator.device, control)
             for example, text in zip(examples, texts, strict=True):
                 correct = is_correct(text, example, self.template)
                 right += correct
                 written.append(
                     {"prompt": example.prompt, "gold": example.answer, "wrote": text, "correct": correct}
                 )
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and control is None:
             with self.samples.open("w", encoding="utf-8") as stream:
                 stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in written[:SAMPLES])
         totals = accelerator.reduce(torch.tensor([right, len(mine)], device=accelerator.device), "sum")
         return float(totals[0] / totals[1])
 
-    def _write(self, distiller: Distiller, examples: list[Example], device: torch.device) -> list[str]:
+    def _write(
+        self,
+        distiller: Distiller,
+        examples: list[Example],
+        device: torch.device,
+        control: Control | None = None,
+    ) -> list[str]:
         """Greedy answers."""
         student = distiller.student
         prompts = send_to_device(self.collator.prompts(examples)[0], device)
         if distiller.latents is not None:
-            end, longest = token_id(self.tokenizer, END), self.spec.max_new_tokens
-            tokens = write_answers(student, distiller.latents, **prompts, end=end, max_new_tokens=longest)
+            how: dict[str, Any] = {
+                "end": token_id(self.tokenizer, END),
+                "max_new_tokens": self.spec.max_new_tokens,
+            }
+            tokens = write_answers(student, distiller.latents, **prompts, **how, control=control)
             return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
             tokens = student.generate(
@@ -140,12 +171,11 @@ def _added(mine: dict[str, float]) -> dict[str, float]:
 
 
 def _means(sums: dict[str, float]) -> dict[str, float]:
-    labelled, tokens = sums.pop("labelled"), sums.pop("tokens")
-    of_labels = {name: sums.pop(name) / max(labelled, 1) for name in ("ce", LOGITS) if name in sums}
+    counted = [max(sums.pop(name), 1) for name in COUNTS]
     sums.pop("loss")
-    ce = of_labels["ce"]
-    of_labels["perplexity"] = math.exp(ce) if ce < 700 else math.inf
-    return of_labels | _of_tasks({name: value / tokens for name, value in sums.items()})
+    found = {name: sums.pop(name) / counted[place] for name, place in DIVISORS.items() if name in sums}
+    found["perplexity"] = math.exp(found["ce"]) if found["ce"] < 700 else math.inf
+    return found | _of_tasks({name: value / counted[TOKENS] for name, value in sums.items()})
 
 
 def _of_tasks(means: dict[str, float]) -> dict[str, float]:

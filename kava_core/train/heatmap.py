@@ -46,16 +46,17 @@ def draw_similarity(
     beside = axis.inset_axes((1 + 0.3 / t_layer, 0, 0.4 / t_layer, 1))  # as high as the map
     figure.colorbar(image, cax=beside, label="similarity")
     axis.set(xlabel=f"layer of teacher {teacher}", ylabel="student layer", title=title)
-    axis.set(xticks=_ticks(t_layer), yticks=_ticks(layer))
+    axis.set(xticks=ticks(t_layer), yticks=ticks(layer))
     if max(layer, t_layer) <= WRITTEN:
-        _write_values(axis, similarity, dark_below=low + 0.6 * (high - low))
+        write_values(axis, similarity, dark_below=low + 0.6 * (high - low))
     _frame(axis, weights)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return True
 
 
-def _ticks(count: int) -> list[int]:
+def ticks(count: int) -> list[int]:
+    """Places of a map's cells that are named: all, or every fourth where there are many."""
     return list(range(0, count, 1 if count <= 32 else 4))
 
 
@@ -65,7 +66,8 @@ def _range(similarity: Tensor) -> tuple[float, float]:
     return min(low, high - 0.1), high
 
 
-def _write_values(axis: Any, similarity: Tensor, dark_below: float) -> None:
+def write_values(axis: Any, similarity: Tensor, dark_below: float) -> None:
+    """Every cell's value in it; white where the cell is dark."""
     style = {"ha": "center", "va": "center", "fontsize": 8}
     for i, row in enumerate(similarity.tolist()):
         for j, value in enumerate(row):

@@ -28,7 +28,14 @@ from kava_core.protocols import ObservesTeachers
 from kava_core.spec.model import ModelSpec, PipelineSpec
 from kava_core.train import checkpoint
 from kava_core.train.assemble import Data, make_data, make_distiller, used_teachers
-from kava_core.train.callbacks import EndComplete, MetricsFile, ScheduleWeights, ShowProgress, StopOnSignal
+from kava_core.train.callbacks import (
+    EndComplete,
+    MetricsFile,
+    NextStage,
+    ScheduleWeights,
+    ShowProgress,
+    StopOnSignal,
+)
 from kava_core.train.collapse import CollapseMonitor
 from kava_core.train.distiller import Distiller
 from kava_core.train.evaluate import Evaluator
@@ -205,6 +212,7 @@ def _trainer(
         callbacks=[
             EndComplete(),
             ScheduleWeights(distiller.pipeline),
+            NextStage(distiller.latent),
             MetricsFile(folder.metrics),
             stop,
             ShowProgress(f"{spec.name}/{folder.variant} seed {folder.seed}"),

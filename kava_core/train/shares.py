@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kava_core.errors import SpecError
 from kava_core.kv.attention_layers import hooked
-from kava_core.train.distiller import IGNORED, Distiller
+from kava_core.train.distiller import Distiller
 
 PREFIX = "share"
 
@@ -21,11 +21,9 @@ def gradient_norms(distiller: Distiller, batch: Mapping[str, Any]) -> dict[str, 
     Each is a mean over its own positions of this batch. Gradients that are being collected stay as they are.
     """
     assert distiller.pipeline is not None
-    side = batch["student"]
-    counts = [side["labels"][:, 1:].ne(IGNORED).sum(), side["attention_mask"].sum()]
-    items = torch.stack([count.clamp_min(1) for count in counts]).float()
+    items = distiller.counts(batch).clamp_min(1)
     with torch.enable_grad():
-        ce, terms = distiller.terms(side, batch["teachers"], items)
+        ce, terms = distiller.terms(batch["student"], batch["teachers"], items)
         trained = [p for p in distiller.student.parameters() if p.requires_grad]
         named = {"ce": ce} | {name: terms[name] for name in distiller.pipeline.terms}
         return {name: _norm(value, trained) for name, value in named.items()}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kava_core.config import Part
 from kava_core.kv.axes import Cache
 from kava_core.kv.capture import Capture
+from kava_core.kv.eviction import Eviction
 from kava_core.train.placement import REPLICATED, place
 
 
@@ -28,6 +29,8 @@ class Teacher:
         parts: what to read of them.
         rotary: as in the spec.
         logits: run to the end, and keep the logits for ``take_logits`` while ``listening`` is set.
+        hidden: likewise the hidden states, for ``take_hidden``.
+        eviction: cut the cache down to the tokens it chooses; the cache then has slots in place of time.
     """
 
     def __init__(
@@ -39,13 +42,25 @@ class Teacher:
         parts: tuple[Part, ...],
         rotary: Literal["strip", "keep", "match"],
         logits: bool = False,
+        hidden: bool = False,
+        eviction: Eviction | None = None,
     ) -> None:
-        self.name, self.logits, self.listening = name, logits, False
+        self.name, self.logits, self.hidden, self.listening = name, logits, hidden, False
         self._logits: Tensor | None = None
-        self.model = model.eval().requires_grad_(False)
-        undo: Literal["strip", "keep"] = "keep" if rotary == "keep" else "strip"
-        self._capture = partial(Capture, model, layers=layers, parts=parts, rotary=undo, stop=not logits)
+        self._hidden: tuple[Tensor, ...] | None = None
+        self.eviction = eviction
+        self.model = self.prepared(model)
+        undo: Literal["strip", "keep", "match"] = "keep" if rotary == "keep" else "strip"
+        if eviction is not None:
+            parts, undo = eviction.seen, eviction.rotary
+        self._capture = partial(
+            Capture, model, layers=layers, parts=parts, rotary=undo, stop=not (logits or hidden)
+        )
         self.capture = self._capture() if layers else None
+
+    def prepared(self, model: nn.Module) -> nn.Module:
+        """The model, frozen."""
+        return model.eval().requires_grad_(False)
 
     def to(self, device: torch.device, placement: str = REPLICATED) -> None:
         """Move or divide the model; nothing else would, as it stands outside the trained module.
@@ -57,15 +72,24 @@ class Teacher:
         self._capture = place(self.model, self._capture, placement, device, who=f"teacher {self.name!r}")
         self.capture = self._capture() if self.capture is not None else None
 
-    @torch.no_grad()
     def cache(self, side: Mapping[str, Tensor]) -> Cache:
         """The cache of a batch: ``batch layer head time dim`` a part, with the layers asked for."""
+        seen = self._seen(side)
+        if self.eviction is None:
+            return seen
+        assert self.capture is not None
+        return self.eviction(seen, self.capture.rotation(), side)
+
+    def scores(self, side: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """By what tokens are chosen, by name: ``batch t_layer t_head t_time``; none without an eviction."""
+        return {} if self.eviction is None else self.eviction.scores(self._seen(side), side)
+
+    def _seen(self, side: Mapping[str, Tensor]) -> Cache:
         assert self.capture is not None
         with self.capture:
             self._run(side)
         return self.capture.take()
 
-    @torch.no_grad()
     def stream(self, side: Mapping[str, Tensor], each: Callable[[int, Cache], None]) -> None:
         """Hand over the layers asked for one by one, as the forward pass makes them; none is kept."""
         capture = self._capture(each=each)
@@ -73,9 +97,8 @@ class Teacher:
             self._run(side)
         capture.done()
 
-    @torch.no_grad()
     def read(self, side: Mapping[str, Tensor]) -> None:
-        """A forward pass for its logits alone."""
+        """A forward pass for its logits or hidden states alone."""
         self._run(side)
 
     def take_logits(self) -> Tensor | None:
@@ -83,8 +106,20 @@ class Teacher:
         logits, self._logits = self._logits, None
         return logits
 
+    def take_hidden(self) -> tuple[Tensor, ...] | None:
+        """The hidden states of the last forward pass, ``batch time hidden`` each: embeddings and layers."""
+        hidden, self._hidden = self._hidden, None
+        return hidden
+
+    @torch.no_grad()
     def _run(self, side: Mapping[str, Tensor]) -> None:
-        heard = self.logits and self.listening
+        self.forward(side)
+
+    def forward(self, side: Mapping[str, Tensor]) -> None:
+        """Run the model; keep what is wanted and listened for."""
+        heard, told = self.logits and self.listening, self.hidden and self.listening
         model = self.model if heard else self.model.base_model
-        outputs = model(input_ids=side["input_ids"], attention_mask=side["attention_mask"], use_cache=False)
+        text = {name: side[name] for name in ("input_ids", "attention_mask")}
+        outputs = model(**text, use_cache=False, **({"output_hidden_states": True} if told else {}))
         self._logits = outputs.logits if heard else None
+        self._hidden = outputs.hidden_states if told else None

@@ -25,7 +25,7 @@ from transformers.trainer import SCHEDULER_NAME
 
 from kava_core.errors import CheckpointError, KavaError, NonFiniteError, SpecError
 from kava_core.train import checkpoint
-from kava_core.train.distiller import IGNORED, Distiller
+from kava_core.train.distiller import Distiller
 from kava_core.train.evaluate import Evaluator
 from kava_core.train.fsdp import (
     average_gradients,
@@ -142,11 +142,8 @@ class KavaTrainer(Trainer):
     # counting
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        """Labelled positions and real tokens of the student, over accumulation and processes."""
-        sides = [batch["student"] for batch in batch_samples]
-        labelled = sum(side["labels"][:, 1:].ne(IGNORED).sum() for side in sides)
-        tokens = sum(side["attention_mask"].sum() for side in sides)
-        items = torch.stack([torch.as_tensor(labelled), torch.as_tensor(tokens)]).to(device, torch.float32)
+        """``counts`` over accumulation and processes."""
+        items = torch.stack([self.distiller.counts(batch) for batch in batch_samples]).sum(0).to(device)
         if self.args.world_size > 1:
             items = self.accelerator.gather(items[None]).sum(0)
         return items.clamp_min(1)

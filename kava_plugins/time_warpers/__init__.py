@@ -124,7 +124,50 @@ class Streaming(ComponentConfig):
     """Tokens kept at the end."""
 
 
+class Rkv(ComponentConfig):
+    """Each layer and KV head keeps the reasoning tokens that the answer looks at and that differ from others.
+
+    For latent tokens: as many are kept as there are, in time order (R-KV, arXiv 2505.24133, as KaVa has it,
+    arXiv 2510.02312). Heads and layers keep other tokens, so no layer mapper may mix layers.
+    """
+
+    name: Literal["rkv"] = "rkv"
+    component = "kava_plugins.time_warpers.rkv:Rkv"
+    latent_only: ClassVar[bool] = True
+
+    weight: float = Field(0.1, ge=0, le=1)
+    """λ: a token's score is λ · importance + (1 − λ) · the share of keys unlike its own."""
+
+
+class Random(ComponentConfig):
+    """Each layer and KV head keeps reasoning tokens drawn anew in every step: the control of ``rkv``.
+
+    For latent tokens: as many are kept as there are, without replacement, in time order.
+    """
+
+    name: Literal["random"] = "random"
+    component = "kava_plugins.time_warpers.random_tokens:Random"
+    latent_only: ClassVar[bool] = True
+
+
+class Uniform(ComponentConfig):
+    """Evenly spaced reasoning tokens, the same in all layers and heads; nothing else is compared.
+
+    Of fewer tokens than the student has all are read, one after another; the rest is not valid.
+    """
+
+    name: Literal["uniform"] = "uniform"
+    component = "kava_plugins.time_warpers.uniform:Uniform"
+
+
+class Crop(ComponentConfig):
+    """The first reasoning tokens, as many as the student has; nothing else is compared."""
+
+    name: Literal["crop"] = "crop"
+    component = "kava_plugins.time_warpers.crop:Crop"
+
+
 @hookimpl
 def kava_time_warpers() -> Sequence[type[ComponentConfig]]:
     """Register this package's time warpers."""
-    return [Identity, Pad, Linear, Segment, CharIoU, Streaming]
+    return [Identity, Pad, Linear, Segment, CharIoU, Streaming, Rkv, Random, Uniform, Crop]

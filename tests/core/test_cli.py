@@ -65,6 +65,7 @@ Commands:
   plan       Show shapes, parameters, memory and cost of a step.
   calibrate  Measure which layers resemble each other, and draw it.
   export     Write a run's student as a plain transformers folder.
+  latents    Show what a run's latent tokens say, and what they resemble.
   plugins    List the installed components and who registered them.
   schema     Print the JSON Schema of specs with what is installed.
   env        Print the versions a run depends on.

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from kava_core.data.examples import Example
+from kava_core.data.examples import Example, steps_of
 from kava_core.data.hub import hub_examples
 from kava_core.data.jsonl import read_examples
 from kava_core.data.splits import load_splits
@@ -24,9 +25,9 @@ def write(path: Path, *lines: str) -> Path:
     return path
 
 
-def refused(path: Path, format: str = "fields") -> str:
+def refused(path: Path, format: str = "fields", **options: str) -> str:
     with pytest.raises(SpecError) as caught:
-        read_examples(path, format)
+        read_examples(path, format, **options)
     return str(caught.value).removeprefix(str(path))
 
 
@@ -58,6 +59,31 @@ def test_fields(tmp_path):
 )  # fmt: skip
 def test_bad_lines(tmp_path, line, message):
     assert refused(write(tmp_path / "a.jsonl", GOOD, line, GOOD)) == message
+
+
+def steps(*values: object) -> str:
+    return json.dumps({"prompt": "p", "reasoning": values, "answer": "a"})
+
+
+def test_a_list_of_steps_is_joined(tmp_path):
+    path = write(tmp_path / "a.jsonl", steps("r", "s t"), steps(), steps("r"), GOOD)
+    assert [example.reasoning for example in read_examples(path)] == ["r\ns t", "", "r", "r"]
+    assert read_examples(path, separator=" ; ")[0].reasoning == "r ; s t"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (steps("r", 5), ":1: field 'reasoning[1]' must be a string, not int"),
+        (steps("r", ["s"]), ":1: field 'reasoning[1]' must be a string, not list"),
+        (steps("\ud800"),
+         ":1: field 'reasoning[0]' holds half of a surrogate pair, which is no character"),
+        (steps("r", "s" * 40 + "\nt"),
+         ":1: the step '…" + "s" * 28 + "\\nt' holds the separator '\\n'; set another data.separator"),
+    ],
+)  # fmt: skip
+def test_bad_steps(tmp_path, line, message):
+    assert refused(write(tmp_path / "a.jsonl", line)) == message
 
 
 def test_bad_bytes_and_depth(tmp_path):
@@ -112,7 +138,50 @@ def test_bad_gsm8k(tmp_path, line, message):
     assert refused(write(tmp_path / "g.jsonl", line), "gsm8k") == message
 
 
-@pytest.mark.skipif(not (SHARED / "gsm8k").is_dir(), reason="shared GSM8K data is not here")
+RATIONALE = "He has 48/2=<<48/2=24>>24.\n\nThen <<.5*24=12>><<24+12=36>>36, as said.\n#### 36"
+
+
+def test_the_steps_of_gsm8k_are_its_lines_or_its_equations(tmp_path):
+    path = write(tmp_path / "g.jsonl", gsm8k(RATIONALE), gsm8k("No sum.\n#### 1"), gsm8k("#### 1"))
+    lines = [example.reasoning for example in read_examples(path, "gsm8k", separator=" | ")]
+    assert lines == ["He has 48/2=24. |  | Then 36, as said.", "No sum.", ""]
+    equations = read_examples(path, "gsm8k_equations", separator=" ")
+    assert equations[0] == Example("How many?", "<<48/2=24>> <<.5*24=12>> <<24+12=36>>", "36", "gsm8k")
+    assert [example.reasoning for example in equations[1:]] == ["", ""]
+
+
+@pytest.mark.parametrize("format", ["gsm8k", "gsm8k_equations"])
+def test_a_step_of_gsm8k_must_not_hold_the_separator(tmp_path, format):
+    path = write(tmp_path / "g.jsonl", gsm8k("Add <<1 + 1=2>>2.\n#### 2"))
+    step = {"gsm8k": "Add 2.", "gsm8k_equations": "<<1 + 1=2>>"}[format]
+    told = f":1: the step '{step}' holds the separator ' '; set another data.separator"
+    assert refused(path, format, separator=" ") == told
+
+
+@pytest.mark.parametrize("section", [JsonlData, HubData])
+def test_no_empty_separator(section):
+    with pytest.raises(ValidationError, match="separator\n  String should have at least 1 character"):
+        section.model_validate({"path": "p", "train": "t", "validation": "v", "separator": ""})
+
+
+with_gsm8k = pytest.mark.skipif(not (SHARED / "gsm8k").is_dir(), reason="shared GSM8K data is not here")
+
+
+def solutions(file: str) -> list[str]:
+    return [json.loads(line)["answer"] for line in (SHARED / "gsm8k" / file).open(encoding="utf-8")]
+
+
+@with_gsm8k
+@pytest.mark.parametrize(("file", "without"), [("train.jsonl", 95), ("test.jsonl", 18)])
+def test_the_equations_of_the_real_gsm8k(file, without):
+    examples = read_examples(SHARED / "gsm8k" / file, "gsm8k_equations", separator=" ")
+    steps = [steps_of(example.reasoning, " ") for example in examples]
+    assert [len(row) for row in steps] == [solution.count("<<") for solution in solutions(file)]
+    assert sum(not row for row in steps) == without
+    assert all(step.startswith("<<") and step.endswith(">>") for row in steps for step in row)
+
+
+@with_gsm8k
 def test_the_real_gsm8k():
     data = JsonlData(train="gsm8k/train.jsonl", validation="gsm8k/test.jsonl", format="gsm8k")
     splits = load_splits(data, root=SHARED)
@@ -159,6 +228,17 @@ def test_hub_parquet_in_gsm8k_format(hub, tmp_path):
         datasets.Dataset.from_dict(rows).to_parquet(folder / f"{split}-00000-of-00001.parquet")
     train, test = hub_examples(HubData(path=str(folder), format="gsm8k"))
     assert train == test == [Example("a", "x 2", "2", "gsm8k"), Example("b", "", "3", "gsm8k")]
+
+
+def test_hub_columns_of_lists(tmp_path):
+    """As whynlp/gsm8k-aug has them: question, steps, answer."""
+    datasets = pytest.importorskip("datasets")
+    rows = {"question": ["a", "b"], "steps": [["<<1+1=2>>", "<<2+1=3>>"], []], "answer": ["3", "4"]}
+    for split in ("train", "test"):
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "parquet" / f"{split}-00000-of-00001.parquet")
+    columns = {"prompt": "question", "reasoning": "steps"}
+    data = HubData(path=str(tmp_path / "parquet"), columns=columns, separator=" ")
+    assert hub_examples(data)[0] == [Example("a", "<<1+1=2>> <<2+1=3>>", "3"), Example("b", "", "4")]
 
 
 def test_hub_errors(hub):

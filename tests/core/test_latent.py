@@ -82,7 +82,7 @@ def test_a_step_is_what_plain_transformers_give_without_padding() -> None:
     _, distiller, batch = made(losses=[{"name": "mse", "parts": ["values"]}])
     side = batch["student"]
     alone = [by_hand(distiller, side, row) for row in range(5)]
-    own = distiller._pass(side, torch.ones(2))
+    own = distiller._pass(side, torch.ones(4))
     torch.testing.assert_close(own.ce, torch.stack([ce for ce, _, _ in alone]).sum(), rtol=1e-5, atol=1e-5)
     for row, (_, logits, values) in enumerate(alone):
         torch.testing.assert_close(own.logits[row, : len(logits)], logits, rtol=1e-4, atol=1e-5)
@@ -92,7 +92,7 @@ def test_a_step_is_what_plain_transformers_give_without_padding() -> None:
 
 def test_the_kv_loss_alone_reaches_slots_projection_and_weights() -> None:
     _, distiller, batch = made()
-    _, terms = distiller.terms(batch["student"], batch["teachers"], torch.ones(2))
+    _, terms = distiller.terms(batch["student"], batch["teachers"], torch.ones(4))
     latents = distiller.latents
     wanted = [
         latents.slots,

@@ -252,7 +252,7 @@ def test_logits_of_another_batch_are_not_kept(tmp_path: Path) -> None:
     distiller = make_distiller(spec, data, seed=0)
     calibrate(distiller, data, spec, torch.device("cpu"))
     batch = data.plain_collator([data.train_items[index] for index in range(3)])
-    distiller.terms(batch["student"], batch["teachers"], torch.ones(2))
+    distiller.terms(batch["student"], batch["teachers"], torch.ones(4))
     assert all(teacher.take_logits() is None for teacher in distiller.__dict__["teachers"])
 
 

@@ -151,7 +151,7 @@ def test_another_text_gives_another_target(tmp_path: Path) -> None:
         data = make_data(spec)
         distiller = make_distiller(spec, data, seed=0).eval()
         batch = data.plain_collator([data.validation_items[i] for i in range(4)])
-        items = torch.ones(2)
+        items = torch.ones(4)
         return float(distiller(batch["student"], batch["teachers"], items)["relation"])
 
     same = {"prompt": "{prompt}?", "reasoning": "{reasoning}", "answer": " #{answer}"}

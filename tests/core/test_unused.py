@@ -108,7 +108,7 @@ def test_every_parameter_has_a_gradient_whoever_is_drawn(tmp_path: Path, stream:
     batch = data.plain_collator([data.train_items[index] for index in range(3)])
     for _ in range(4):
         distiller.zero_grad()
-        distiller(batch["student"], batch["teachers"], torch.ones(2))["loss"].backward()
+        distiller(batch["student"], batch["teachers"], torch.ones(4))["loss"].backward()
         for name, parameter in distiller.named_parameters():
             assert not parameter.requires_grad or parameter.grad is not None, name
 

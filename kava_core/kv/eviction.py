@@ -1,0 +1,117 @@
+"""A teacher's cache cut down to the tokens an evictor keeps, which differ between layers and heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from kava_core.config import Part
+from kava_core.errors import SpecError
+from kava_core.kv.axes import PARTS, Cache
+from kava_core.kv.extents import expect
+from kava_core.kv.layer_map import LayerMap
+from kava_core.kv.masks import widen, without_autocast
+from kava_core.kv.rope import Rotation
+from kava_core.kv.stages import blame
+from kava_core.kv.timeline import REASONING, Timeline
+from kava_core.protocols import Evictor, Scores
+
+
+class Eviction:
+    """How one teacher's reasoning tokens are cut down to a number of slots.
+
+    Args:
+        evictor: chooses the tokens; looks at keys and queries as attention saw them.
+        slots: how many are kept: the student's latent tokens.
+        parts: what the losses compare.
+        rotary: as in the spec; with ``keep`` the keys that are kept stay rotated.
+        who: named in errors.
+    """
+
+    def __init__(
+        self,
+        evictor: Evictor,
+        slots: int,
+        *,
+        parts: tuple[Part, ...],
+        rotary: Literal["strip", "keep", "match"],
+        who: str,
+    ) -> None:
+        self.evictor, self.slots, self.parts, self.who = evictor, slots, parts, who
+        self.seen = tuple(part for part in PARTS if part in {*parts, *evictor.reads})
+        """Parts to capture."""
+        self.rotary: Literal["keep", "match"] = "keep" if rotary == "keep" else "match"
+        """How to capture them."""
+
+    @torch.no_grad()
+    def __call__(self, cache: Cache, rotation: Rotation | None, side: Mapping[str, Tensor]) -> Cache:
+        """The compared parts ``batch t_layer t_head slot dim``; keys without ``rotation``.
+
+        Args:
+            cache: of one forward pass, captured with ``seen`` and ``rotary``.
+            rotation: of that pass, which is undone; None: there is none, or it stays.
+            side: the collator's tensors of the teacher's side.
+        """
+        timeline = Timeline.from_batch(side)
+        with without_autocast(cache.any.device):
+            place = self._chosen(cache, timeline)
+            kept = cache.pick(self.parts)
+            if rotation is not None:  # before the tokens are moved: the angles are of their old places
+                kept = kept.map(lambda x, part: x if part == "values" else rotation.undo(widen(x)))
+            return evicted(kept, place, filled_slots(timeline, self.slots))
+
+    def _chosen(self, cache: Cache, timeline: Timeline) -> Int[Tensor, "batch t_layer t_head _"]:
+        heads = cache.pick(tuple(part for part in self.seen if part != "queries")).any.shape[:3]
+        with blame(self.who):
+            place = self.evictor.choose(cache, timeline, self.slots)
+            return expect(place, (*heads, self.slots), "batch t_layer t_head slot")
+
+    @torch.no_grad()
+    def scores(self, cache: Cache, side: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """By name ``batch t_layer t_head t_time``, −inf where no reasoning token is; none of a random one."""
+        if not isinstance(self.evictor, Scores):
+            return {}
+        with without_autocast(cache.any.device), blame(self.who):
+            return self.evictor.scores(cache, Timeline.from_batch(side))
+
+
+def evicted(
+    cache: Cache, place: Int[Tensor, "batch t_layer t_head _"], filled: Bool[Tensor, "batch _"]
+) -> Cache:
+    """Keys and values at the same places, with zeros in slots that are not ``filled``.
+
+    SpecError for queries, which have no KV head to share a choice with.
+    """
+    if cache.queries is not None:
+        raise SpecError("queries of an evicted teacher cannot be compared")
+    kept = filled[:, None, None, :, None]
+
+    def gather(x: Tensor, _: Part) -> Tensor:
+        if not x.shape[3]:
+            return x.new_zeros(*place.shape, x.shape[4])
+        return torch.where(kept, x.gather(3, place[..., None].expand(*place.shape, x.shape[4])), 0)
+
+    return cache.map(gather)
+
+
+def filled_slots(timeline: Timeline, count: int) -> Bool[Tensor, "batch _"]:
+    """Which of ``count`` slots hold a token: as many as there are reasoning tokens."""
+    tokens = (timeline.mask & (timeline.segments == REASONING)).sum(1, keepdim=True)
+    return torch.arange(count, device=tokens.device) < tokens
+
+
+def assert_evicts(layer_map: LayerMap, parts: tuple[Part, ...], *, warper: str) -> None:
+    """SpecError where what an evictor keeps cannot be compared.
+
+    A mean of teacher layers, or several side by side, would mix tokens of different places. So does a head
+    adapter that mixes heads; that is not refused, as nothing else may bring them to the student's number.
+    """
+    who = f"time_warper {warper!r} keeps other tokens in every layer and head"
+    if not layer_map.single or layer_map.joined > 1:
+        raise SpecError(f"{who}: every student layer must read one teacher layer; use layer_mapper ratio")
+    if "queries" in parts:
+        raise SpecError(f"{who}: losses must compare keys and values alone, no queries")

@@ -1,0 +1,62 @@
+"""What latent tokens would say: the states that write them, read by the model's own head.
+
+CODI (arXiv 2502.21074) looks at its latent tokens in this way; for ordinary tokens it is reading a state
+with the last layer's lens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from kava_core.kv.timeline import REASONING
+from kava_core.latent.student import answer_outputs, latent_columns, think
+from kava_core.latent.tokens import LatentTokens
+
+Likely = list[list[tuple[str, float]]]
+"""For every slot the likeliest tokens with their probabilities, falling."""
+
+
+@torch.no_grad()
+def slot_logits(
+    model: Any, latents: LatentTokens, side: Mapping[str, Tensor]
+) -> Float[Tensor, "batch _ vocab"]:
+    """Next-token logits at the place before every slot, in the final pass.
+
+    The hidden state at that place is what the slot is written from; place 0 is the last token before the
+    first slot. ``side``: the student's side of ``LatentCollator``.
+    """
+    columns = latent_columns(side)
+    places = torch.arange(columns.start - 1, columns.stop - 1, device=side["before"].device)
+    thought = think(model, latents, side["before"], side["before_mask"])
+    logits: Tensor = answer_outputs(model, thought, side, logits_to_keep=places).logits
+    return logits
+
+
+def likely_tokens(
+    logits: Float[Tensor, "batch time vocab"], tokenizer: PreTrainedTokenizerBase, *, top: int
+) -> list[Likely]:
+    """The ``top`` likeliest tokens of every slot of every example; all of a smaller vocabulary."""
+    probabilities, tokens = logits.float().softmax(-1).topk(min(top, logits.shape[-1]))
+    return [
+        [list(zip(texts_of(ids, tokenizer), row, strict=True)) for ids, row in zip(*slots, strict=True)]
+        for slots in zip(tokens.tolist(), probabilities.tolist(), strict=True)
+    ]
+
+
+def texts_of(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Every token by itself as text, special tokens as well."""
+    texts: list[str] = tokenizer.batch_decode([[token] for token in ids], clean_up_tokenization_spaces=False)
+    return texts
+
+
+def written_tokens(side: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
+    """The tokens of the reasoning that a teacher reads, of every example."""
+    inside = side["segments"].eq(REASONING)
+    rows = zip(side["input_ids"], inside, strict=True)
+    return [texts_of(ids[mine].tolist(), tokenizer) for ids, mine in rows]

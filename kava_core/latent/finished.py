@@ -1,0 +1,160 @@
+"""A finished run with latent tokens, put together again as it was after its last step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils import send_to_device
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from kava_core.errors import CheckpointError, SpecError
+from kava_core.kv.pipeline import active
+from kava_core.latent.exported import load_latents
+from kava_core.registry import Registry
+from kava_core.spec.bind import bind
+from kava_core.spec.model import ModelSpec, PipelineSpec, TeacherSpec
+from kava_core.train import checkpoint
+from kava_core.train.assemble import Data, make_data, make_distiller, used_teachers
+from kava_core.train.distiller import Distiller
+from kava_core.train.export import _record, _verify
+from kava_core.train.run import quiet
+from kava_core.train.time_plans import PlansTime
+from kava_core.train.weights import ALIGNER_FILE
+
+M = TypeVar("M", bound=ModelSpec)
+
+MOST = 64
+"""Examples in a forward pass."""
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """The trained student, and the teachers it was compared with where they can still be had."""
+
+    spec: PipelineSpec
+    data: Data
+    distiller: Distiller
+    """In evaluation mode, with the trained aligners; without pipeline where ``missing`` says why."""
+    missing: str | None
+    """Why there is no teacher to compare with."""
+
+    def batches(self, examples: int) -> Iterator[dict[str, Any]]:
+        """The first validation examples in batches of nearly equal sizes, on the student's device."""
+        items = self.data.validation_items.items[:examples]
+        collate = PlansTime(self.data.plain_collator, self.distiller.pipeline)
+        device = next(self.distiller.parameters()).device
+        for places in torch.arange(len(items)).tensor_split(-(-len(items) // MOST)):
+            yield send_to_device(collate([items[place] for place in places.tolist()]), device)
+
+
+def finished_run(run: Path) -> FinishedRun:
+    """Load ``run``.
+
+    Raises:
+        SpecError: no finished run with latent tokens; or the data, or a model's folder, are not what they
+            were.
+        CheckpointError: the run directory is damaged.
+    """
+    record = _record(run)
+    spec = _spec(run)
+    _verify(run / "student")
+    last = run / "checkpoints" / f"checkpoint-{record['results']['steps']}"
+    missing = _missing(spec, record, last)
+    if missing is not None:
+        spec = spec.model_copy(update={"losses": ()})
+    with quiet():
+        spec = _with_models(spec, record, run / "student")
+        data = make_data(spec)
+        _assert_same_data(run, record, data)
+        distiller = make_distiller(spec, data, seed=record["seed"])
+    distiller.latents = load_latents(run / "student")
+    if distiller.pipeline is not None:
+        _load_aligners(distiller, last)
+    return FinishedRun(spec, data, _placed(distiller, spec), missing)
+
+
+def _spec(run: Path) -> PipelineSpec:
+    file = run / "spec.json"
+    try:
+        text = file.read_text(encoding="utf-8")
+        spec = bind(Registry.build()).model_validate_json(text, strict=True)
+    except ValidationError as error:
+        raise CheckpointError(f"{file}: {_first(error)}") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: unreadable: {error}") from error
+    if spec.trajectory != "latent":
+        raise SpecError(
+            f"{run}: a run with trajectory: {spec.trajectory}; only a latent one has latent tokens"
+        )
+    if spec.latent.count == 0:
+        raise SpecError(f"{run}: a run with latent.count: 0; there are no latent tokens to look at")
+    return spec
+
+
+def _first(error: ValidationError) -> str:
+    """One line of what is wrong, and where."""
+    found = error.errors()[0]
+    return f"{'.'.join(map(str, found['loc']))}: {found['msg']}".removeprefix(": ")
+
+
+def _missing(spec: PipelineSpec, record: dict[str, Any], last: Path) -> str | None:
+    if not active(spec):
+        return "the run compared no teacher's cache (no KV loss)"
+    if not last.is_dir():
+        return f"{last} is gone, and the trained aligners with it"
+    for teacher in used_teachers(spec):
+        if teacher.pretrain is not None and not Path(_origin(record, teacher)).is_dir():
+            return (
+                f"teacher {teacher.name!r}: its pretrained model is no longer at {_origin(record, teacher)}"
+            )
+    return None
+
+
+def _origin(record: dict[str, Any], teacher: TeacherSpec) -> str:
+    """The folder that the run loaded a teacher from."""
+    return str(record["models"][teacher.name]["origin"])
+
+
+def _with_models(spec: PipelineSpec, record: dict[str, Any], student: Path) -> PipelineSpec:
+    """The spec with the trained student as it was saved, adapters merged, and the teachers it had."""
+    more = {"revision": None, "lora": None, "gradient_checkpointing": False}
+    teachers = tuple(
+        teacher if teacher.pretrain is None else _from(teacher, _origin(record, teacher))
+        for teacher in used_teachers(spec)
+    )
+    return spec.model_copy(
+        update={"student": _from(spec.student, student).model_copy(update=more), "teachers": teachers}
+    )
+
+
+def _from(model: M, folder: Path | str) -> M:
+    where = {"path": str(folder), "tokenizer": str(folder), "config": None, "pretrain": None}
+    return model.model_copy(update=where)
+
+
+def _assert_same_data(run: Path, record: dict[str, Any], data: Data) -> None:
+    now, then = data.splits.report(), record["data"]
+    if any(now[split]["sha256"] != then[split]["sha256"] for split in ("train", "validation")):
+        raise SpecError(f"{run}: the data changed since this run ended")
+
+
+def _load_aligners(distiller: Distiller, last: Path) -> None:
+    assert distiller.pipeline is not None
+    checkpoint.verify(last)
+    try:
+        distiller.pipeline.load_state_dict(load_file(last / ALIGNER_FILE))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{last / ALIGNER_FILE}: {str(error).splitlines()[0]}") from error
+
+
+def _placed(distiller: Distiller, spec: PipelineSpec) -> Distiller:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    distiller.to(device).eval()
+    distiller.place_teachers(device, {teacher.name: teacher.placement for teacher in spec.teachers})
+    return distiller

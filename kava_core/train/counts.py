@@ -1,0 +1,30 @@
+"""What the terms of a loss are divided by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kava_core.data.encode import NO_LABEL
+
+LABELLED, TOKENS, EXAMPLES, READ = range(4)
+"""Places in the counts: the student's labelled tokens, its real positions, examples, and the labelled tokens
+that the student reads as its own teacher."""
+
+
+def counts(
+    student: Mapping[str, Tensor], teachers: Mapping[str, Mapping[str, Any]], own: str | None = None
+) -> Float[Tensor, "4"]:
+    """Those of one batch. ``own``: name of the teacher that is the student itself."""
+    read = _labelled(teachers[own]) if own is not None else student["labels"].new_zeros(())
+    examples = torch.as_tensor(len(student["labels"]), device=read.device)
+    return torch.stack([_labelled(student), student["attention_mask"].sum(), examples, read]).float()
+
+
+def _labelled(side: Mapping[str, Any]) -> Tensor:
+    found: Tensor = side["labels"][:, 1:].ne(NO_LABEL).sum()
+    return found

@@ -1,0 +1,29 @@
+"""The student as its own teacher: the same weights read the written steps (CODI, KaVa)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from kava_core.kv.axes import Cache
+from kava_core.train.placement import REPLICATED
+from kava_core.train.teacher import Teacher
+
+
+class OwnTeacher(Teacher):
+    """A teacher whose weights are the student's. Its logits have gradient; its cache is a fixed target."""
+
+    def prepared(self, model: nn.Module) -> nn.Module:
+        """The student as it is: it trains, with its dropout."""
+        return model
+
+    def to(self, device: torch.device, placement: str = REPLICATED) -> None:
+        """Nothing: the student is moved as what it is."""
+
+    def _seen(self, side: Mapping[str, Tensor]) -> Cache:
+        return super()._seen(side).map(lambda x, _: x.detach())
+
+    def _run(self, side: Mapping[str, Tensor]) -> None:
+        self.forward(side)

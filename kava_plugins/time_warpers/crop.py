@@ -1,0 +1,23 @@
+"""The first reasoning tokens."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from kava_core.kv.axes import Geometry
+from kava_core.kv.timeline import Timeline
+from kava_core.kv.timemap import TimeMap
+from kava_plugins.time_warpers import Crop as Config
+from kava_plugins.time_warpers.reasoning import reasoning_places
+
+
+class Crop(nn.Module):
+    """The student's k-th reasoning token reads the teacher's k-th; a control of eviction."""
+
+    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+        super().__init__()
+
+    def forward(self, teacher: Timeline, student: Timeline) -> TimeMap:
+        """The map, one tap each; valid where the teacher has a k-th reasoning token."""
+        at = reasoning_places(teacher, student)
+        return TimeMap.gather(at.t_start + at.offset, at.valid & (at.offset < at.t_count))

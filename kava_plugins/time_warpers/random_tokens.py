@@ -1,0 +1,32 @@
+"""Reasoning tokens drawn for every layer and head."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from kava_core.config import Part
+from kava_core.kv.axes import Cache, Geometry
+from kava_core.kv.timeline import Timeline
+from kava_core.kv.timemap import TimeMap
+from kava_plugins.time_warpers import Random as Config
+from kava_plugins.time_warpers.reasoning import highest, is_reasoning, slot_map
+
+
+class Random(nn.Module):
+    """Evicts to tokens drawn without replacement, by torch's own random numbers; all where there are few."""
+
+    reads: tuple[Part, ...] = ("keys",)
+
+    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+        super().__init__()
+
+    def forward(self, teacher: Timeline, student: Timeline) -> TimeMap:
+        """The map from slots to the student's reasoning tokens."""
+        return slot_map(teacher, student)
+
+    def choose(self, cache: Cache, timeline: Timeline, count: int) -> Int[Tensor, "batch t_layer t_head _"]:
+        """Positions of ``count`` reasoning tokens, in time order."""
+        drawn = torch.rand(cache.any.shape[:4], device=cache.any.device)
+        return highest(drawn.masked_fill(~is_reasoning(timeline)[:, None, None], -torch.inf), count)

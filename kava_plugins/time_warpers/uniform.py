@@ -1,0 +1,29 @@
+"""Evenly spaced reasoning tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from kava_core.kv.axes import Geometry
+from kava_core.kv.timeline import Timeline
+from kava_core.kv.timemap import TimeMap
+from kava_plugins.time_warpers import Uniform as Config
+from kava_plugins.time_warpers.reasoning import reasoning_places
+
+
+class Uniform(nn.Module):
+    """The k-th of M reasoning tokens reads the teacher's ⌊(k + ½) · n / M⌋-th of n, all counted from 0.
+
+    With n < M it reads the k-th, as eviction would: no token is read twice. A control of eviction.
+    """
+
+    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+        super().__init__()
+
+    def forward(self, teacher: Timeline, student: Timeline) -> TimeMap:
+        """The map, one tap each; valid where k < n."""
+        at = reasoning_places(teacher, student)
+        spread = (2 * at.offset + 1) * at.t_count // (2 * at.count)
+        read = torch.where(at.t_count < at.count, at.offset, spread)
+        return TimeMap.gather(at.t_start + read, at.valid & (at.offset < at.t_count))
