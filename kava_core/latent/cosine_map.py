@@ -22,7 +22,6 @@ from kava_core.kv.pipeline import precise
 from kava_core.kv.timeline import REASONING, Timeline
 from kava_core.kv.timemap import TimeMap
 from kava_core.train.distiller import Distiller
-from kava_core.train.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def unaligned(distiller: Distiller, aligner: TeacherAligner, side: Mapping[str, 
     (teacher,) = (one for one in distiller.__dict__["teachers"] if one.name == aligner.name)
     if aligner.evictor is not None:  # else its cache would hold what is kept alone
         how: dict[str, Any] = {"parts": distiller.parts, "rotary": distiller.rotary}
-        teacher = Teacher(teacher.name, teacher.model, layers=aligner.sources, **how)
+        teacher = type(teacher)(teacher.name, teacher.model, layers=aligner.sources, **how)
     same = TimeMap.same(side["attention_mask"].bool())
     return aligner.align(teacher.cache(side).map(precise), same)
 
@@ -168,4 +167,4 @@ def _sum(sums: Sequence[Sums]) -> Sums:
         torch.stack([F.pad(x, (0, width - x.shape[-1])) for x in each]).sum(0)
         for each in ([one.total for one in sums], [one.count for one in sums])
     )
-    return Sums(total, count)
+    return Sums(total.cpu(), count.cpu())

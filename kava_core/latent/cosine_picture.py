@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kava_core.config import Part
 from kava_core.latent.cosine_map import CosineMaps, Maps, Sums
-from kava_core.train.heatmap import WRITTEN, ticks, write_values
+from kava_core.train.heatmap import WRITTEN, write_values
 
 OFTEN = 4
 """A token of the reasoning is drawn where at least one example of so many reasons that long."""
@@ -65,8 +65,9 @@ class Row:
             image = axis.imshow(
                 shown.numpy(), origin="lower", cmap="viridis", vmin=low, vmax=high, aspect="auto"
             )
-            axis.set(xlabel=self.xlabel, ylabel=self.ylabel, title=title, xticks=ticks(shown.shape[1]))
-            places = ticks(len(self.names))
+            axis.set_title(title, fontsize="medium")
+            axis.set(xlabel=self.xlabel, ylabel=self.ylabel, xticks=_named(shown.shape[1]))
+            places = _named(len(self.names))
             axis.set_yticks(places, [str(self.names[place]) for place in places])
             if max(shown.shape) <= WRITTEN // 2:
                 write_values(axis, shown, dark_below=low + 0.6 * (high - low))
@@ -80,21 +81,24 @@ class Row:
         return min(low, high - 0.1), high
 
 
+def _named(count: int) -> list[int]:
+    """Places whose numbers are written: at most a dozen, evenly spaced."""
+    return list(range(0, count, -(-count // 12) or 1))
+
+
 def _rows(name: str, parts: dict[Part, CosineMaps], layers: Sequence[int]) -> list[Row]:
     slots, steps = [], []
     for part, maps in parts.items():
         for beside, by_layer, by_step in (
-            ("its own example", maps.slots, maps.steps),
-            ("the next example's", maps.slots_next, maps.steps_next),
+            ("own example", maps.slots, maps.steps),
+            ("next example", maps.slots_next, maps.steps_next),
         ):
             if by_layer is not None and by_step is not None:
-                slots.append((f"{part}, {name}: {beside}", by_layer.mean))
-                steps.append((f"{part}, {name}: {beside}", _often(by_step)))
-    count = len(steps[0][1])
-    return [
-        Row(slots, "slot", "student layer", layers),
-        Row(steps, f"reasoning token of {name}", "slot", range(count)),
-    ]
+                slots.append((f"{part}: {beside}", by_layer.mean))
+                steps.append((f"{part}: {beside}", _often(by_step)))
+    by_slot = Row(slots, f"slot, against {name} aligned", "student layer", layers)
+    count, longest = steps[0][1].shape
+    return [by_slot, Row(steps, f"reasoning token of {name}", "slot", range(count))] if longest else [by_slot]
 
 
 def _often(steps: Sums) -> Tensor:

@@ -22,7 +22,7 @@ from kava_core.spec.model import ModelSpec, PipelineSpec, TeacherSpec
 from kava_core.train import checkpoint
 from kava_core.train.assemble import Data, make_data, make_distiller, used_teachers
 from kava_core.train.distiller import Distiller
-from kava_core.train.export import _record, _verify
+from kava_core.train.export import finished_record, verify_student
 from kava_core.train.run import quiet
 from kava_core.train.time_plans import PlansTime
 from kava_core.train.weights import ALIGNER_FILE
@@ -50,7 +50,8 @@ class FinishedRun:
         collate = PlansTime(self.data.plain_collator, self.distiller.pipeline)
         device = next(self.distiller.parameters()).device
         for places in torch.arange(len(items)).tensor_split(-(-len(items) // MOST)):
-            yield send_to_device(collate([items[place] for place in places.tolist()]), device)
+            made = send_to_device(collate([items[place] for place in places.tolist()]), device)
+            yield made | {"student": self.distiller.staged(made["student"])}
 
 
 def finished_run(run: Path) -> FinishedRun:
@@ -61,19 +62,20 @@ def finished_run(run: Path) -> FinishedRun:
             were.
         CheckpointError: the run directory is damaged.
     """
-    record = _record(run)
+    record = finished_record(run)
     spec = _spec(run)
-    _verify(run / "student")
+    verify_student(run / "student")
     last = run / "checkpoints" / f"checkpoint-{record['results']['steps']}"
     missing = _missing(spec, record, last)
     if missing is not None:
-        spec = spec.model_copy(update={"losses": ()})
+        spec = spec.model_copy(update={"losses": (), "teachers": (), "codi": None, "logits": None})
     with quiet():
         spec = _with_models(spec, record, run / "student")
         data = make_data(spec)
         _assert_same_data(run, record, data)
         distiller = make_distiller(spec, data, seed=record["seed"])
-    distiller.latents = load_latents(run / "student")
+    assert distiller.latents is not None
+    distiller.latents.load_state_dict(load_latents(run / "student").state_dict())
     if distiller.pipeline is not None:
         _load_aligners(distiller, last)
     return FinishedRun(spec, data, _placed(distiller, spec), missing)
@@ -109,33 +111,40 @@ def _missing(spec: PipelineSpec, record: dict[str, Any], last: Path) -> str | No
     if not last.is_dir():
         return f"{last} is gone, and the trained aligners with it"
     for teacher in used_teachers(spec):
-        if teacher.pretrain is not None and not Path(_origin(record, teacher)).is_dir():
+        if _was_trained(teacher) and not Path(_origin(record, teacher)).is_dir():
             return (
                 f"teacher {teacher.name!r}: its pretrained model is no longer at {_origin(record, teacher)}"
             )
     return None
 
 
+def _was_trained(teacher: TeacherSpec) -> bool:
+    """Whether its weights are a pretraining's, and not the student's."""
+    return teacher.pretrain is not None and teacher.itself is None
+
+
 def _origin(record: dict[str, Any], teacher: TeacherSpec) -> str:
     """The folder that the run loaded a teacher from."""
-    return str(record["models"][teacher.name]["origin"])
+    return str(record.get("models", {}).get(teacher.name, {}).get("origin", "a known place"))
 
 
 def _with_models(spec: PipelineSpec, record: dict[str, Any], student: Path) -> PipelineSpec:
     """The spec with the trained student as it was saved, adapters merged, and the teachers it had."""
-    more = {"revision": None, "lora": None, "gradient_checkpointing": False}
-    teachers = tuple(
-        teacher if teacher.pretrain is None else _from(teacher, _origin(record, teacher))
-        for teacher in used_teachers(spec)
-    )
-    return spec.model_copy(
-        update={"student": _from(spec.student, student).model_copy(update=more), "teachers": teachers}
-    )
+    trained = _from(spec.student, student)
+    more = {"lora": None, "gradient_checkpointing": False}
+    teachers = tuple(_teacher(teacher, record, student) for teacher in used_teachers(spec))
+    return spec.model_copy(update={"student": trained.model_copy(update=more), "teachers": teachers})
+
+
+def _teacher(teacher: TeacherSpec, record: dict[str, Any], student: Path) -> TeacherSpec:
+    if teacher.itself is not None:
+        return _from(teacher, student)
+    return _from(teacher, _origin(record, teacher)) if _was_trained(teacher) else teacher
 
 
 def _from(model: M, folder: Path | str) -> M:
-    where = {"path": str(folder), "tokenizer": str(folder), "config": None, "pretrain": None}
-    return model.model_copy(update=where)
+    where = {"path": str(folder), "tokenizer": str(folder)}
+    return model.model_copy(update=where | {"config": None, "pretrain": None, "revision": None})
 
 
 def _assert_same_data(run: Path, record: dict[str, Any], data: Data) -> None:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from kava_core.data.encode import NO_LABEL
 from kava_core.spec.model import LatentSpec
 
 ALWAYS = -1
@@ -37,12 +38,18 @@ def latents_at(step: int, latent: LatentSpec) -> int:
 
 
 def at_stage(side: Mapping[str, Tensor], latent: LatentSpec, active: int) -> Mapping[str, Tensor]:
-    """The student's side with as many latent tokens as are active, without the steps they stand for."""
+    """The student's side with as many latent tokens as are active, without the steps they stand for.
+
+    What is gone is masked and stands first, so that every token still follows the one it is read from.
+    """
     if latent.curriculum is None:
         return side
-    gone = (side["steps"] != -1) & (side["steps"] < active // latent.curriculum.tokens)
-    return {
-        **side,
+    gone = (side["steps"] != ALWAYS) & (side["steps"] < active // latent.curriculum.tokens)
+    order = gone.logical_not().long().argsort(dim=1, stable=True)
+    changed = {
+        "after": side["after"],
         "after_mask": side["after_mask"].masked_fill(gone, 0),
-        "labels": side["labels"].masked_fill(gone, -100),
+        "labels": side["labels"].masked_fill(gone, NO_LABEL),
+        "steps": side["steps"],
     }
+    return {**side, **{name: tensor.gather(1, order) for name, tensor in changed.items()}}

@@ -65,6 +65,8 @@ class ModelSpec(Strict):
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelSpec:
+        if getattr(self, "itself", None) is not None:
+            return self
         if (self.path is None) == (self.config is None):
             raise ValueError(
                 "give exactly one of 'path' (a folder or hub name) and 'config' (random weights)"
@@ -458,19 +460,10 @@ class PipelineSpec(Strict):
     output: str = "runs"
     """Folder of run directories."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _itself(cls, given: Any) -> Any:
-        """Teachers that are the student have its model."""
-        if not isinstance(given, dict) or not isinstance(given.get("student"), dict):
-            return given
-        teachers = given.get("teachers")
-        if not isinstance(teachers, list | tuple):
-            return given
-        return given | {"teachers": [_as_student(teacher, given["student"]) for teacher in teachers]}
-
     @model_validator(mode="after")
     def _fits_together(self) -> PipelineSpec:
+        # A frozen model's own validator may complete it; copies of it would not be validated.
+        self.__dict__["teachers"] = tuple(_as_student(teacher, self.student) for teacher in self.teachers)
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) != len(names):
             raise ValueError(f"teachers must have different names, not {', '.join(names)}")
@@ -583,15 +576,15 @@ class PipelineSpec(Strict):
                 changed_data(self.data, model.pretrain.data)
 
 
-def _as_student(teacher: Any, student: dict[str, Any]) -> Any:
-    """A teacher's raw fields; those of the model are the student's where it is ``itself``."""
-    if not isinstance(teacher, dict) or teacher.get("itself") is None:
+def _as_student(teacher: TeacherSpec, student: StudentSpec) -> TeacherSpec:
+    """The teacher with the student's model, where it is ``itself``; ValueError where it names another."""
+    if teacher.itself is None:
         return teacher
-    model = {name: value for name, value in student.items() if name in ModelSpec.model_fields}
-    for name in set(teacher) & set(ModelSpec.model_fields):
-        if teacher[name] is not None and teacher[name] != model.get(name, teacher[name]):
-            raise ValueError(f"teacher {teacher.get('name')!r} is the student itself: leave out {name!r}")
-    return {name: value for name, value in teacher.items() if name not in ModelSpec.model_fields} | model
+    model = {name: getattr(student, name) for name in ModelSpec.model_fields}
+    for name in teacher.model_fields_set & set(model):
+        if getattr(teacher, name) != model[name]:
+            raise ValueError(f"teacher {teacher.name!r} is the student itself: leave out {name!r}")
+    return teacher.model_copy(update=model)
 
 
 def changed_data(data: DataSpec, changes: dict[str, Any]) -> DataSpec:

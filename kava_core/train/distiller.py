@@ -78,7 +78,7 @@ class Own:
     beside: Beside
     hinge: Float[Tensor, "layer batch hidden"] | None = None
     """With CODI's term: all layers' states at the token before the answer."""
-    writers: Float[Tensor, "batch time vocab"] | None = None
+    writers: Float[Tensor, "batch _ vocab"] | None = None
     """With latent tokens: the logits where they are written."""
 
 

@@ -69,8 +69,8 @@ def export(run: Path, target: Path) -> None:
         CheckpointError: the run directory is damaged, its student missing or altered.
         KavaError: ``target`` exists and is not an empty folder, or cannot be written.
     """
-    card = _card(run, _record(run))
-    _verify(run / "student")
+    card = _card(run, finished_record(run))
+    verify_student(run / "student")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise KavaError(f"{target}: exists already; give a new folder")
     staging = target.with_name(f"{target.name}.{os.getpid()}.staging")
@@ -93,14 +93,14 @@ def _reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def _verify(student: Path) -> None:
+def verify_student(student: Path) -> None:
     """CheckpointError where the student is not what training saved."""
     if not student.is_dir():
         raise CheckpointError(f"{student}: missing, though the run is complete")
     checkpoint.verify(student)
 
 
-def _record(run: Path) -> dict[str, Any]:
+def finished_record(run: Path) -> dict[str, Any]:
     file = run / RECORD
     if not file.is_file():
         raise SpecError(f"{run}: not a run directory (no {RECORD})")

@@ -46,7 +46,7 @@ def draw_similarity(
     beside = axis.inset_axes((1 + 0.3 / t_layer, 0, 0.4 / t_layer, 1))  # as high as the map
     figure.colorbar(image, cax=beside, label="similarity")
     axis.set(xlabel=f"layer of teacher {teacher}", ylabel="student layer", title=title)
-    axis.set(xticks=ticks(t_layer), yticks=ticks(layer))
+    axis.set(xticks=_ticks(t_layer), yticks=_ticks(layer))
     if max(layer, t_layer) <= WRITTEN:
         write_values(axis, similarity, dark_below=low + 0.6 * (high - low))
     _frame(axis, weights)
@@ -55,8 +55,7 @@ def draw_similarity(
     return True
 
 
-def ticks(count: int) -> list[int]:
-    """Places of a map's cells that are named: all, or every fourth where there are many."""
+def _ticks(count: int) -> list[int]:
     return list(range(0, count, 1 if count <= 32 else 4))
 
 

@@ -38,7 +38,7 @@ def pretraining_spec(spec: PipelineSpec, model: ModelSpec) -> PipelineSpec:
         student=StudentSpec(**fields),
         data=_data(spec, model),
         train=_train(plan, spec.train),
-        evaluate=EvaluateSpec(**spec.evaluate.model_dump() | {"every": plan.steps}),
+        evaluate=EvaluateSpec(**spec.evaluate.model_dump() | {"every": plan.steps, "controls": False}),
         seeds=(plan.seed,),
         output=str(cache_folder()),
     )

@@ -102,7 +102,7 @@ def importance(
     logits = grouped @ (keys * keys.shape[4] ** -0.5).mT
     attention = _softmax(logits, real[:, None, None, None]).unflatten(3, (queries.shape[2] // head, time))
     share = observed.to(attention.dtype) / observed.sum(1, keepdim=True).clamp_min(1)
-    return (attention * share[:, None, None, None, :, None]).sum(4).amax(3)
+    return (share[:, None, None, None, None] @ attention).squeeze(4).amax(3)
 
 
 def redundancy(

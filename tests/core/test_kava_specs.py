@@ -1,22 +1,29 @@
 """The specs of KaVa as published: their numbers against the paper's, and what it takes to train them.
 
-Numbers: arXiv 2510.02312, section 4 and appendix (loss, weights, rate, epochs, λ); sizes of the models as on
+Numbers: arXiv 2510.02312 (loss, weights, rate, epochs, λ of R-KV); sizes of the models as on
 their cards.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from kava_core.data.examples import steps_of
+from kava_core.data.splits import load_splits
+from kava_core.data.tokenizers import load_tokenizer
 from kava_core.spec.load import load
-from kava_core.spec.model import HubData, PipelineSpec
+from kava_core.spec.model import HubData, PipelineSpec, TrainTokenizer
 from kava_core.spec.variants import resolve_variants
 from kava_core.train.models import model_config
+from kava_core.train.run import run as train
+from tests import tiny
 
 SPECS = Path(__file__).parents[2] / "specs"
 ROWS, BATCH = 385_620, 128
@@ -30,7 +37,7 @@ class Published(NamedTuple):
     kv: float
     rate: float
     epochs: int
-    redundancy: float = 0.1
+    importance: float = 0.1
 
 
 RUNS = {
@@ -39,7 +46,7 @@ RUNS = {
     "qwen2.5-0.5b-equations": Published(10, "mse", 1, 5e-4, 10),
     "qwen2.5-0.5b-natural": Published(10, "mse", 1, 8e-4, 10),
     "llama-3.2-3b-equations": Published(20, "smooth_l1", 2, 2e-4, 5),
-    "llama-3.2-3b-natural": Published(20, "smooth_l1", 2, 2e-4, 5, redundancy=0),
+    "llama-3.2-3b-natural": Published(20, "smooth_l1", 2, 2e-4, 5, importance=0),
 }
 PARAMETERS = {
     "llama-3.2-1b": 1_235_814_400,
@@ -64,7 +71,7 @@ def test_the_numbers_are_the_papers(run: str) -> None:
     warper = teacher.align.time_warper
     assert spec.codi is not None
     found = (spec.codi.weight, loss.name, loss.weight, spec.train.learning_rate)
-    assert (*found, warper.weight) == (*RUNS[run][:4], RUNS[run].redundancy)
+    assert (*found, warper.weight) == (*RUNS[run][:4], RUNS[run].importance)
     assert spec.train.steps == round(ROWS * RUNS[run].epochs / BATCH)
     assert (spec.train.clip, spec.train.schedule) == (2.0, "cosine")
     assert spec.train.batch_size * spec.train.accumulate == BATCH
@@ -116,3 +123,50 @@ def test_the_small_spec_has_both_kinds_of_traces() -> None:
     specs = resolve_variants(load(SPECS / "latent_gsm8k.yaml"))
     kinds = {name: (spec.data.format, spec.data.separator) for name, spec in specs.items()}
     assert kinds == {"equations": ("gsm8k_equations", " "), "natural": ("gsm8k", "\n")}
+
+
+def rows(count: int) -> list[dict[str, object]]:
+    """As whynlp/gsm8k-aug has them; every third example has one step."""
+    made = []
+    for a in range(count):
+        steps = [f"<<{a}+3={a + 3}>>", f"<<{a + 3}*2={2 * a + 6}>>"][: 1 if a % 3 == 0 else 2]
+        answer = steps[-1].removesuffix(">>").partition("=")[2]
+        made.append({"question": f"Ann has {a}, Bob {a + 3}. All?", "steps": steps, "answer": answer})
+    return made
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> list[str]:
+    """Overrides that put folders in place of the hub's model and data, and make the run short."""
+    pytest.importorskip("peft")
+    datasets = pytest.importorskip("datasets")
+    for split in ("train", "test"):
+        datasets.Dataset.from_list(rows(12)).to_parquet(tmp_path / f"data/{split}-00000-of-00001.parquet")
+    texts = [json.dumps(row) + "The answer is:\n" for row in rows(12)]
+    tokenizer = load_tokenizer(TrainTokenizer(kind="chars", vocab_size=90), texts=texts, cache=tmp_path)
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = tiny.llama(vocab_size=len(tokenizer), max_position_embeddings=256)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).save_pretrained(tmp_path / "model")
+    model = [f"student.path={tmp_path}/model", "student.config=null", "student.tokenizer=null"]
+    short = ["steps=2", "batch_size=4", "accumulate=2", "warmup_steps=0", "log_every=1", "precision=fp32"]
+    seldom = ["evaluate.every=2", "evaluate.examples=4", f"output={tmp_path}/runs"]
+    return [*model, f"data.path={tmp_path}/data", *(f"train.{field}" for field in short), *seldom]
+
+
+def test_lists_of_steps_become_reasoning(hub: list[str]) -> None:
+    data = spec_of("llama-3.2-1b-equations", *hub).data
+    found = load_splits(data, root=Path()).train
+    assert [steps_of(example.reasoning, data.separator) for example in found] == [
+        row["steps"] for row in rows(12)
+    ]
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-1b-equations", "llama-3.2-3b-natural"])
+def test_it_trains_with_folders_in_place_of_the_hub(name: str, hub: list[str]) -> None:
+    done = train(spec_of(name, *hub), variant="main", seed=0)
+    lines = [json.loads(line) for line in (done.folder / "metrics.jsonl").read_text().splitlines()]
+    terms = {"ce", "codi", "reading_ce", RUNS[name].loss}
+    trained = [line for line in lines if terms <= set(line)]
+    assert [line["step"] for line in trained] == [1, 2]
+    assert all(math.isfinite(line[term]) and line[term] > 0 for line in trained for term in terms)
+    assert (done.folder / "student" / "latent.json").is_file()

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 from kava_core.errors import CheckpointError, SpecError
 from kava_core.latent.collate import with_thought_tokens
 from kava_core.latent.exported import LatentStudent, load_latents
-from kava_core.latent.student import write_answers
 from kava_core.latent.growing_text import GrowingText
+from kava_core.latent.student import write_answers
 from kava_core.plan import make_plan
 from kava_core.train import checkpoint
 from kava_core.train.assemble import make_data, make_distiller

@@ -17,7 +17,7 @@ from kava_core.cli import main
 from kava_core.data.collate import Collator
 from kava_core.kv.timeline import REASONING, Timeline
 from kava_core.latent import finished
-from kava_core.latent.cosine_map import cosine_maps, slot_sums, step_sums
+from kava_core.latent.cosine_map import cosine_maps, slot_sums, step_sums, unaligned
 from kava_core.latent.exported import LatentStudent
 from kava_core.latent.finished import FinishedRun, finished_run
 from kava_core.latent.pictures import decoded
@@ -333,6 +333,49 @@ def test_widths_that_differ_have_no_cosine(tmp_path: Path, capsys: pytest.Captur
     assert (
         "no cosine map: no teacher is brought to the student's heads and width\n" in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize("warper", ["segment", "rkv"])
+def test_the_student_as_its_own_teacher(
+    warper: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where a warper keeps only some written steps, the cross map has all of them."""
+    reads = {"segments": ["reasoning"]} if warper == "segment" else {}
+    teacher = {
+        "name": "itself",
+        "itself": {"cross_entropy": 1.0},
+        "align": ALIGN | {"time_warper": {"name": warper, **reads}},
+    }
+    folder = trained(tmp_path, teachers=[teacher], rotary="strip")
+    assert kava("latents", folder, "--examples", "5") == 0
+    assert "no cosine map" not in capsys.readouterr().out
+    maps = json.loads((folder / "latents" / "cosine.json").read_text())["teachers"]["itself"]
+    assert maps["keys"]["steps"]["examples"] == [5] * 4  # two steps, each a space and a digit
+    distiller, side = (made := finished_run(folder)).distiller, next(made.batches(5))["teachers"]["itself"]
+    found: Any = unaligned(distiller, distiller.pipeline.teachers[0], side)
+    model: Any = LatentStudent.from_pretrained(folder / "student").model
+    for row in range(5):
+        ids = side["input_ids"][row][side["attention_mask"][row].bool()][None]
+        values = pair_of(model(ids, use_cache=True).past_key_values, "values").float()
+        torch.testing.assert_close(found.values[row, :, :, : ids.shape[1]], values, rtol=1e-4, atol=1e-5)
+
+
+def test_pretrained_models_are_those_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Found by the run's record; where the teacher is gone, the map is left out and nothing is trained."""
+    pretrain = {"pretrain": {"steps": 2, "batch_size": 8}}
+    student = {"config": tiny.llama(), "tokenizer": tiny.BPE} | pretrain
+    folder = trained(tmp_path, teachers=[ALIKE | pretrain], student=student)
+    assert kava("latents", folder) == 0
+    assert "cosine.json" in capsys.readouterr().out
+    origin = json.loads((folder / "run.json").read_text())["models"]["alike"]["origin"]
+    (tmp_path / "gone").mkdir()
+    Path(origin).rename(tmp_path / "gone" / "student")
+    shutil.rmtree(folder / "latents")
+    assert kava("latents", folder) == 0
+    printed = capsys.readouterr()
+    assert f"no cosine map: teacher 'alike': its pretrained model is no longer at {origin}\n" in printed.out
+    assert printed.err == ""
+    assert not Path(origin).exists()
 
 
 def test_adapters_are_merged(tmp_path: Path) -> None:
