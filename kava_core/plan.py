@@ -110,7 +110,7 @@ def default_time(spec: PipelineSpec) -> int:
 def make_plan(spec: PipelineSpec, *, time: int, t_time: int, processes: int = 1) -> Plan:
     """Everything about a step with ``train.batch_size`` examples of these lengths in each process.
 
-    With ``trajectory: latent`` every pass counts as one over the whole text, which it is at most.
+    With ``trajectory: latent`` the text before the latent tokens counts as long as it can be.
     """
     batch = spec.train.batch_size
     dry = dry_run(spec, batch=batch, time=time, t_time=t_time)
@@ -123,8 +123,9 @@ def make_plan(spec: PipelineSpec, *, time: int, t_time: int, processes: int = 1)
             head=t.name in heard(spec),
         )
         for t in used_teachers(spec)
+        if t.itself is None
     ]
-    rounds = 1 + spec.latent.passes if spec.trajectory == "latent" else 1
+    rounds = readings(spec, time=time, t_time=t_time)
     student = replace(student, flops=student.flops * rounds)
     steps = spec.train.accumulate
     flops = {cost.name: cost.flops * steps for cost in (student, *teachers)}
@@ -147,6 +148,21 @@ def make_plan(spec: PipelineSpec, *, time: int, t_time: int, processes: int = 1)
         divided,
         _elsewhere(spec, teachers),
     )
+
+
+def readings(spec: PipelineSpec, *, time: int, t_time: int) -> float:
+    """How often the student reads as much as its whole text in a step, forward and backward.
+
+    The first Jacobi pass reads all but the answer, each later one only what is not final yet; as its own
+    teacher it reads ``t_time`` tokens more (which cost less where their cross-entropy has no weight).
+    """
+    if spec.trajectory == "text":
+        return 1.0
+    count, passes = spec.latent.count, min(spec.latent.passes, spec.latent.count)
+    again = time - 1 if spec.student.gradient_checkpointing else None
+    read = [time - 1 if number == 0 else again or count - number for number in range(passes)]
+    own = [t_time for teacher in spec.teachers if teacher.itself is not None]
+    return 1.0 + (sum(read) + sum(own)) / time
 
 
 def _model_cost(name: str, spec: ModelSpec, batch: int, time: int, *, geometry: str, head: bool) -> ModelCost:

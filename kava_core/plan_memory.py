@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -43,13 +44,13 @@ class Kept:
         each = self.copies // len(self.layers)
         return replace(self, layers=tuple(layer - each for layer in self.layers), copies=0)
 
-    def of_passes(self, count: int) -> Kept:
-        """Of so many passes that are all kept; copies of weights are made once in each."""
-        layers = tuple(layer * count for layer in self.layers)
+    def of_passes(self, count: float) -> Kept:
+        """Of so many passes that are all kept, the last perhaps over a part of the text."""
+        layers = tuple(int(layer * count) for layer in self.layers)
         how = {
-            "around": self.around * count,
-            "entering": self.entering * count,
-            "copies": self.copies * count,
+            "around": int(self.around * count),
+            "entering": int(self.entering * count),
+            "copies": self.copies * math.ceil(count),
         }
         return replace(self, layers=layers, **how)
 

@@ -27,6 +27,7 @@ from tests import tiny
 
 ALIGN = {"time_warper": {"name": "segment", "segments": ["reasoning"]}, "dim_projector": "linear"}
 TEACHERS = [one | {"align": ALIGN} for one in tiny.FIELDS["teachers"]]
+OWN = {"name": "own", "itself": {}, "align": ALIGN}
 LATENT: dict[str, Any] = {"trajectory": "latent", "latent": {"count": 3, "passes": 2}}
 
 
@@ -215,11 +216,18 @@ def test_layers_are_not_measured_on_latent_tokens(tmp_path: Path) -> None:
         run(measured, variant="main", seed=0)
 
 
-def test_a_plan_counts_every_pass() -> None:
-    """Two Jacobi passes and the last one; the pipeline sees three positions, whatever the text's length."""
+def test_a_plan_counts_what_every_pass_reads() -> None:
+    """12 tokens at last, 11 in the first Jacobi pass, the 2 slots that are not final in the second.
+
+    The pipeline sees three positions, whatever the text's length.
+    """
     latent, text = (make_plan(spec(trajectory=t), time=12, t_time=14) for t in ("latent", "text"))
-    assert latent.flops["student"] == 3 * text.flops["student"]
-    assert latent.memory["student: activations"] == 3 * text.memory["student: activations"]
+    own = make_plan(spec(teachers=[OWN], losses=[], trajectory="latent"), time=12, t_time=14)
+    assert latent.flops["student"] == pytest.approx(text.flops["student"] * 25 / 12)
+    assert own.flops["student"] == pytest.approx(text.flops["student"] * (25 + 14) / 12)
+    assert list(own.flops) == ["student"]
+    activations = text.memory["student: activations"] * 25 / 12
+    assert latent.memory["student: activations"] == pytest.approx(activations, rel=0.01)
     assert {shape.shape[3] for shape in latent.dry.shapes if "time" in shape.stage} == {3}
 
 
