@@ -61,12 +61,17 @@ class LatentTokens(nn.Module):
         slots = self.slots[: self.active]
         inputs = slots.to(prefix.dtype).expand(len(prefix), -1, -1)
         read, mask = GrowingText(model), extended(mask, max(self.active - 1, 0))
-        for number in range(min(self.passes, self.active)):
+        for number in range(self.rounds):
             text = torch.cat([prefix, inputs[:, :-1]], 1)
             hidden = read(text, mask, final=prefix.shape[1] + number)[:, number - self.active :]
             later = slots[number:] + self.projection(hidden.to(slots.dtype))
             inputs = torch.cat([inputs[:, :number], later.to(prefix.dtype)], 1)
         return inputs + self._idle() if self.active < self.count else inputs
+
+    @property
+    def rounds(self) -> int:
+        """Jacobi passes that are taken: more than there are slots would change nothing."""
+        return min(self.passes, self.active)
 
     def _idle(self) -> Tensor:
         """0, attached to every weight: several processes wait for the gradients of all."""

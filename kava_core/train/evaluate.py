@@ -93,10 +93,10 @@ class Evaluator:
     ) -> dict[str, float]:
         """Of the student as it is, and with latent tokens that know nothing of the example."""
         found = {
-            f"exact_match/{control}": self._exact_match(distiller, mine, accelerator, control)
+            f"exact_match/{control}": self._matches(distiller, mine, accelerator, control)["exact_match"]
             for control in (get_args(Control) if self.spec.controls else ())
         }
-        return {"exact_match": self._exact_match(distiller, mine, accelerator), **found}
+        return self._matches(distiller, mine, accelerator) | found
 
     def _losses(self, distiller: Distiller, mine: list[int], accelerator: Accelerator) -> dict[str, float]:
         sums: dict[str, Tensor] = {}
@@ -110,18 +110,20 @@ class Evaluator:
                 sums[name] = sums.get(name, 0) + value.double()
         return _means(_added({name: value.item() for name, value in sums.items()}))
 
-    def _exact_match(
+    def _matches(
         self,
         distiller: Distiller,
         mine: list[int],
         accelerator: Accelerator,
         control: Control | None = None,
-    ) -> float:
-        right = 0
+    ) -> dict[str, float]:
+        """``exact_match``, and ``passes``: forward passes for an answer, the prompt's included."""
+        right, passes = 0, 0
         written: list[dict[str, Any]] = []
         for start in range(0, len(mine), self.spec.batch_size):
             examples = [self.examples[index] for index in mine[start : start + self.spec.batch_size]]
-            texts = self._write(distiller, examples, accelerator.device, control)
+            texts, taken = self._write(distiller, examples, accelerator.device, control)
+            passes += taken
             for example, text in zip(examples, texts, strict=True):
                 correct = is_correct(text, example, self.template)
                 right += correct
@@ -131,8 +133,9 @@ class Evaluator:
         if accelerator.is_main_process and control is None:
             with self.samples.open("w", encoding="utf-8") as stream:
                 stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in written[:SAMPLES])
-        totals = accelerator.reduce(torch.tensor([right, len(mine)], device=accelerator.device), "sum")
-        return float(totals[0] / totals[1])
+        counted = torch.tensor([right, passes, len(mine)], device=accelerator.device)
+        whole = accelerator.reduce(counted, "sum").double()
+        return {"exact_match": float(whole[0] / whole[2]), "passes": float(whole[1] / whole[2])}
 
     def _write(
         self,
@@ -140,8 +143,8 @@ class Evaluator:
         examples: list[Example],
         device: torch.device,
         control: Control | None = None,
-    ) -> list[str]:
-        """Greedy answers."""
+    ) -> tuple[list[str], int]:
+        """Greedy answers, and how many forward passes they took together."""
         student = distiller.student
         prompts = send_to_device(self.collator.prompts(examples)[0], device)
         if distiller.latents is not None:
@@ -150,7 +153,7 @@ class Evaluator:
                 "max_new_tokens": self.spec.max_new_tokens,
             }
             tokens = write_answers(student, distiller.latents, **prompts, **how, control=control)
-            return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            return self._told(tokens, len(examples) * distiller.latents.rounds)
         with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
             tokens = student.generate(
                 input_ids=prompts["input_ids"],
@@ -158,9 +161,13 @@ class Evaluator:
                 max_new_tokens=self.spec.max_new_tokens,
                 do_sample=False,
             )
-        return self.tokenizer.batch_decode(
-            tokens[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        return self._told(tokens[:, prompts["input_ids"].shape[1] :], 0)
+
+    def _told(self, tokens: Tensor, before: int) -> tuple[list[str], int]:
+        """Each token took a pass, EOS too; what stands after it took none."""
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        ended = tokens.eq(-1 if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id)
+        return texts, before + int((ended.long().cumsum(1) - ended.long()).eq(0).sum())
 
 
 def _added(mine: dict[str, float]) -> dict[str, float]:

@@ -109,7 +109,7 @@ def test_run_directory_says_what_happened(whole: Result) -> None:
     assert record["data"]["duplicates_across"] == 0
     assert record["versions"]["torch"] == torch.__version__
     plain = {name for name in record["results"] if "/" not in name}
-    assert plain == {"ce", "perplexity", "exact_match", "mercator", "relation", "steps"}
+    assert plain == {"ce", "perplexity", "exact_match", "passes", "mercator", "relation", "steps"}
     assert record["models"]["student"] == {"origin": "random weights"}
     assert record["plugins"]["layer_mapper ratio"] == f"kava {version('kava')}"
     lines = read_metrics(whole.folder / "metrics.jsonl")

@@ -17,6 +17,8 @@ from kava_core.latent.collate import thinned
 from kava_core.latent.stages import latents_at, step_of_tokens
 from kava_core.latent.student import Thought
 from kava_core.train.assemble import make_data, make_distiller
+from kava_core.train.collapse import CollapseMonitor
+from kava_core.train.evaluate import Evaluator
 from kava_core.train.latent_terms import codi, step_cross_entropy
 from kava_core.train.run import run
 from tests import tiny
@@ -315,3 +317,32 @@ def test_evaluation_counts_matches_with_controls(tmp_path: Path) -> None:
     result = run(tiny.spec(tmp_path, **LATENT | {"evaluate": evaluate}), variant="main", seed=0)
     for control in ("", "/zeroed", "/shuffled"):
         assert 0 <= result.results[f"exact_match{control}"] <= 1
+
+
+@pytest.mark.parametrize("passes", [0, 2, 7])
+def test_forward_passes_of_an_answer_are_counted(tmp_path: Path, passes: int, monkeypatch: Any) -> None:
+    """Against the calls that the model itself sees, of one example in a batch."""
+    from transformers.models.llama.modeling_llama import LlamaModel
+
+    calls = []
+    plain = LlamaModel.forward
+    monkeypatch.setattr(
+        LlamaModel,
+        "forward",
+        lambda *a, **k: (
+            (calls.append(1), print({n: (x.shape if hasattr(x, "shape") else None) for n, x in k.items()}))[0]
+            or plain(*a, **k)
+        ),
+    )
+    one = tiny.spec(
+        tmp_path, **LATENT | {"latent": {"count": 3, "passes": passes}, "teachers": [], "losses": []}
+    )
+    data = make_data(one)
+    distiller = make_distiller(one, data, seed=0).eval()
+    examples = [item.example for item in data.validation_items.items[:1]]
+    evaluator = Evaluator(
+        *(data.validation_items, data.plain_collator, data.tokenizer, one.data.template),
+        *(one.evaluate, tmp_path / "samples", CollapseMonitor(tmp_path / "before")),
+    )
+    _, counted = evaluator._write(distiller, examples, torch.device("cpu"))
+    assert counted == len(calls)
