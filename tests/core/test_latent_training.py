@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaModel
 
 from kava_core.data.examples import without_last_step
 from kava_core.errors import SpecError
@@ -322,21 +323,8 @@ def test_evaluation_counts_matches_with_controls(tmp_path: Path) -> None:
 @pytest.mark.parametrize("passes", [0, 2, 7])
 def test_forward_passes_of_an_answer_are_counted(tmp_path: Path, passes: int, monkeypatch: Any) -> None:
     """Against the calls that the model itself sees, of one example in a batch."""
-    from transformers.models.llama.modeling_llama import LlamaModel
-
-    calls = []
-    plain = LlamaModel.forward
-    monkeypatch.setattr(
-        LlamaModel,
-        "forward",
-        lambda *a, **k: (
-            (calls.append(1), print({n: (x.shape if hasattr(x, "shape") else None) for n, x in k.items()}))[0]
-            or plain(*a, **k)
-        ),
-    )
-    one = tiny.spec(
-        tmp_path, **LATENT | {"latent": {"count": 3, "passes": passes}, "teachers": [], "losses": []}
-    )
+    changes = LATENT | {"latent": {"count": 3, "passes": passes}, "teachers": [], "losses": []}
+    one = tiny.spec(tmp_path, **changes)
     data = make_data(one)
     distiller = make_distiller(one, data, seed=0).eval()
     examples = [item.example for item in data.validation_items.items[:1]]
@@ -344,5 +332,8 @@ def test_forward_passes_of_an_answer_are_counted(tmp_path: Path, passes: int, mo
         *(data.validation_items, data.plain_collator, data.tokenizer, one.data.template),
         *(one.evaluate, tmp_path / "samples", CollapseMonitor(tmp_path / "before")),
     )
+    calls: list[int] = []
+    plain = LlamaModel.forward
+    monkeypatch.setattr(LlamaModel, "forward", lambda *a, **k: calls.append(1) or plain(*a, **k))
     _, counted = evaluator._write(distiller, examples, torch.device("cpu"))
     assert counted == len(calls)
