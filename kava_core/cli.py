@@ -213,9 +213,10 @@ def export(
 ) -> None:
     """Write a run's student as a plain transformers folder."""
     from kava_core.train.export import export as write
+    from kava_core.train.export import loader
 
     write(run, target)
-    typer.echo(f"{target}: load it with transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})")
+    typer.echo(f"{target}: load it with {loader(target)}.from_pretrained({str(target)!r})")
 
 
 @app.command()

@@ -42,6 +42,12 @@ class ComponentConfig(Strict):
     same_text: ClassVar[bool] = False
     """True for a time warper that is right only where teacher and student read the same text."""
 
+    whole_text: ClassVar[bool] = False
+    """True for a time warper that matches whole texts: latent tokens would meet the teacher's prompt."""
+
+    latent_only: ClassVar[bool] = False
+    """True for a time warper that needs a student of latent tokens."""
+
     @model_validator(mode="after")
     def _rate_of_something_trained(self) -> Self:
         if getattr(self, "learning_rate", None) is not None and not getattr(self, "trainable", True):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -125,18 +125,21 @@ def make_plan(spec: PipelineSpec, *, time: int, t_time: int, processes: int = 1)
         for t in used_teachers(spec)
         if t.itself is None
     ]
-    rounds = readings(spec, time=time, t_time=t_time)
-    student = replace(student, flops=student.flops * rounds)
+    more = readings(spec, time=time, t_time=t_time)
+    body = _forward_flops(sized_config(spec.student, where="student"), time, head=False)
+    jacobi = more.jacobi * body * batch * _passes(spec.student)
+    student = replace(student, flops=student.flops * (1 + more.own) + jacobi)
     steps = spec.train.accumulate
     flops = {cost.name: cost.flops * steps for cost in (student, *teachers)}
     if dry.pipeline is not None:
         flops["alignment"] = _alignment_flops(dry) * steps
     kept = kept_by_student(spec, sized_config(spec.student, where="student"), batch=batch, time=time)
-    kept = kept.of_passes(rounds)
-    memory = _memory(spec, dry, [student, *teachers], kept, time) | _heard(
+    kept = kept.of_passes(1 + more.own + more.jacobi)
+    logits = _logits(spec, student, time, t_time)
+    memory = _memory(spec, dry, [student, *teachers], kept, logits) | _heard(
         spec, student, teachers, time, t_time
     )
-    alive = _alive(spec, kept.without_copies(), _logits(spec, student, time))
+    alive = _alive(spec, kept.without_copies(), logits)
     divided = _divided(memory, alive, [student, *teachers], spec, processes) if processes > 1 else {}
     return Plan(
         dry,
@@ -150,19 +153,29 @@ def make_plan(spec: PipelineSpec, *, time: int, t_time: int, processes: int = 1)
     )
 
 
-def readings(spec: PipelineSpec, *, time: int, t_time: int) -> float:
-    """How often the student reads as much as its whole text in a step, forward and backward.
+class Readings(NamedTuple):
+    """What the student reads in a step beside its whole text, as multiples of it."""
 
-    The first Jacobi pass reads all but the answer, each later one only what is not final yet; as its own
-    teacher it reads ``t_time`` tokens more (which cost less where their cross-entropy has no weight).
+    jacobi: float
+    """In Jacobi passes, whose head does not run."""
+    own: float
+    """As its own teacher."""
+
+
+def readings(spec: PipelineSpec, *, time: int, t_time: int) -> Readings:
+    """The first Jacobi pass reads the prompt, each later one what is neither final nor too far.
+
+    As its own teacher the student reads ``t_time`` tokens (which cost less where their cross-entropy has no
+    weight).
     """
     if spec.trajectory == "text":
-        return 1.0
+        return Readings(0.0, 0.0)
     count, passes = spec.latent.count, min(spec.latent.passes, spec.latent.count)
-    again = time - 1 if spec.student.gradient_checkpointing else None
-    read = [time - 1 if number == 0 else again or count - number for number in range(passes)]
+    prompt, far = time - count, count - passes
+    again = spec.student.gradient_checkpointing
+    read = [prompt + far + number if again or not number else far + 1 for number in range(passes)]
     own = [t_time for teacher in spec.teachers if teacher.itself is not None]
-    return 1.0 + (sum(read) + sum(own)) / time
+    return Readings(sum(read) / time, sum(own) / time)
 
 
 def _model_cost(name: str, spec: ModelSpec, batch: int, time: int, *, geometry: str, head: bool) -> ModelCost:
@@ -288,12 +301,12 @@ WEIGHTS, STATE = "teachers: weights", "student: weights, gradients, optimizer"
 
 
 def _memory(
-    spec: PipelineSpec, dry: DryRun, models: list[ModelCost], kept: Kept, time: int
+    spec: PipelineSpec, dry: DryRun, models: list[ModelCost], kept: Kept, logits: int
 ) -> dict[str, int]:
     held = [cost for cost, teacher in _apart(spec, models[1:]) if not _on(teacher)]
     return {
         STATE: models[0].weights,
-        **_alive(spec, kept, _logits(spec, models[0], time)),
+        **_alive(spec, kept, logits),
         WEIGHTS: sum(cost.weights for cost in held),
         "teachers: captured cache (the largest)": _captured(spec, dry, models[1:]),
         "teachers: aligned caches (fp32)": sum(prod(shape) * 4 for shape in _targets(dry).values()),
@@ -314,8 +327,10 @@ def _heard(
     return {"teachers: logits, and the term's gradient": size} if heard(spec) else {}
 
 
-def _logits(spec: PipelineSpec, student: ModelCost, time: int) -> int:
-    return spec.train.batch_size * time * student.vocabulary * LOGIT_BYTES
+def _logits(spec: PipelineSpec, student: ModelCost, time: int, t_time: int) -> int:
+    """Of the student's text, and of what it reads as its own teacher: both wait for the backward pass."""
+    own = [t_time for t in spec.teachers if t.itself is not None and t.itself.cross_entropy]
+    return spec.train.batch_size * (time + sum(own)) * student.vocabulary * LOGIT_BYTES
 
 
 def _alive(spec: PipelineSpec, kept: Kept, logits: int) -> dict[str, int]:

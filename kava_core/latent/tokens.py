@@ -55,17 +55,19 @@ class LatentTokens(nn.Module):
             prefix: input embeddings of what stands before the slots, padded on the left.
             mask: its real positions.
 
-        After pass t the first t slots are final: they and the prefix are not read again. Mask and positions
-        are given in every pass, so an example alone gives what it gives in a batch.
+        After pass t the first t slots are final: they and the prefix are not read again. Nor are slots that
+        no later pass would look at: what is T − t passes from the end has that many slots less to read.
+        Mask and positions are given in every pass, so an example alone gives what it gives in a batch.
         """
         slots = self.slots[: self.active]
         inputs = slots.to(prefix.dtype).expand(len(prefix), -1, -1)
-        read, mask = GrowingText(model), extended(mask, max(self.active - 1, 0))
+        read, begin = GrowingText(model), prefix.shape[1]
         for number in range(self.rounds):
-            text = torch.cat([prefix, inputs[:, :-1]], 1)
-            hidden = read(text, mask, final=prefix.shape[1] + number)[:, number - self.active :]
-            later = slots[number:] + self.projection(hidden.to(slots.dtype))
-            inputs = torch.cat([inputs[:, :number], later.to(prefix.dtype)], 1)
+            wanted = self.active - self.rounds + number
+            text = torch.cat([prefix, inputs[:, :wanted]], 1)
+            hidden = read(text, extended(mask, wanted), final=begin + number)[:, number - wanted - 1 :]
+            later = slots[number : wanted + 1] + self.projection(hidden.to(slots.dtype))
+            inputs = torch.cat([inputs[:, :number], later.to(prefix.dtype), inputs[:, wanted + 1 :]], 1)
         return inputs + self._idle() if self.active < self.count else inputs
 
     @property

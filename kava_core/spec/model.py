@@ -329,7 +329,8 @@ class LatentSpec(Strict):
 
 class CodiSpec(Strict):
     """CODI's term (arXiv 2502.21074): the hidden states of all layers at the token before the answer are
-    drawn to a teacher's, by smooth L1 divided by the teacher's standard deviation in the layer."""
+    drawn to a teacher's, by smooth L1 divided by the teacher's standard deviation in the layer, over the
+    examples of one forward pass."""
 
     weight: float = Field(1.0, ge=0)
     """The term is multiplied by this and added to cross-entropy; it is a mean over examples and layers."""
@@ -353,7 +354,7 @@ class TrainSpec(Strict):
     warmup_steps: int = Field(0, ge=0)
     """Steps of linear warm-up."""
     weight_decay: float = Field(0.01, ge=0)
-    """Weight decay of AdamW, for the student alone."""
+    """Weight decay of AdamW, for the student and its latent tokens."""
     clip: float = Field(1.0, gt=0)
     """Largest norm of the gradient."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -412,6 +413,14 @@ class EvaluateSpec(Strict):
     controls: bool = False
     """With latent tokens: also count exact matches after latent tokens that are all zero, and after those of
     another example. Answers that stay right did not need them."""
+
+    @model_validator(mode="after")
+    def _controls_write(self) -> EvaluateSpec:
+        if self.controls and not self.generate:
+            raise ValueError("'controls' needs 'generate: true'")
+        if self.controls and min(self.batch_size, self.examples) < 2:
+            raise ValueError("'controls' exchanges examples of a batch: 'batch_size' and 'examples' from 2")
+        return self
 
 
 class PipelineSpec(Strict):
@@ -496,8 +505,13 @@ class PipelineSpec(Strict):
             return
         self._check_codi()
         self._check_stages()
-        if self.latent.count == 0 and self.losses:
-            raise ValueError("'latent.count': 0 leaves no latent tokens for 'losses' to compare")
+        unused = {
+            "losses": bool(self.losses),
+            "latent.step_cross_entropy": self.latent.step_cross_entropy > 0,
+            "evaluate.controls": self.evaluate.controls,
+        }
+        if self.latent.count == 0 and (found := [name for name, given in unused.items() if given]):
+            raise ValueError(f"'latent.count': 0 leaves no latent tokens for {', '.join(found)}")
         clashes = {
             "logits": self.logits is not None,
             "store": self.store is not None,
@@ -557,14 +571,22 @@ class PipelineSpec(Strict):
     def _check_texts(self) -> None:
         for teacher in self.teachers:
             own = [field for field in ("template", "rationale") if getattr(teacher, field)]
+            own += [] if teacher.last_step else ["last_step"]
             for field in ("token_warper", "time_warper"):
                 warper = getattr(teacher.align, field)
-                if own and getattr(warper, "same_text", False):
+                if warper is None:
+                    continue
+                if own and warper.same_text:
                     raise ValueError(
                         f"teacher {teacher.name!r} reads another text than the student ({own[0]}), but "
                         f"{field} {warper.name!r} compares the characters of one text; use segment"
                     )
-                if self.trajectory != "latent" and getattr(warper, "latent_only", False):
+                if self.trajectory == "latent" and warper.whole_text:
+                    raise ValueError(
+                        f"teacher {teacher.name!r}: {field} {warper.name!r} matches whole texts, and latent "
+                        "tokens stand for the reasoning alone; use segment, uniform, crop or rkv"
+                    )
+                if self.trajectory != "latent" and warper.latent_only:
                     raise ValueError(
                         f"teacher {teacher.name!r}: {field} {warper.name!r} chooses tokens for latent ones "
                         "and needs 'trajectory: latent'; uniform, crop and segment do not"
@@ -581,6 +603,9 @@ def _as_student(teacher: TeacherSpec, student: StudentSpec) -> TeacherSpec:
     if teacher.itself is None:
         return teacher
     model = {name: getattr(student, name) for name in ModelSpec.model_fields}
+    for name in ("quantize", "placement"):
+        if name in teacher.model_fields_set and getattr(teacher, name) not in (None, "replicated"):
+            raise ValueError(f"teacher {teacher.name!r} is the student itself: leave out {name!r}")
     for name in teacher.model_fields_set & set(model):
         if getattr(teacher, name) != model[name]:
             raise ValueError(f"teacher {teacher.name!r} is the student itself: leave out {name!r}")

@@ -122,9 +122,9 @@ def make_data(spec: PipelineSpec) -> Data:
     tokenizer = tokenizer_of(spec.student, splits, template, where="student")
     readings = {teacher.name: reading_of(spec, teacher) for teacher in used_teachers(spec)}
     teachers = {
-        teacher.name: tokenizer_of(
-            teacher, splits, readings[teacher.name].template, where=f"teacher {teacher.name!r}"
-        )
+        teacher.name: tokenizer
+        if teacher.itself is not None
+        else tokenizer_of(teacher, splits, readings[teacher.name].template, where=f"teacher {teacher.name!r}")
         for teacher in used_teachers(spec)
     }
     kind: Any = Collator
@@ -202,18 +202,14 @@ def make_teachers(
     evictions = {a.name: eviction_of(spec, a) for a in pipeline.teachers} if pipeline is not None else {}
     how: dict[str, Any] = {"parts": parts_of(spec), "rotary": spec.rotary}
     own = {t.name: t.itself.cross_entropy for t in spec.teachers if t.itself is not None}
-    return [
-        (OwnTeacher if name in own else Teacher)(
-            name,
-            model,
-            layers=layers.get(name, ()),
-            logits=name in heard(spec) or own.get(name, 0) > 0,
-            hidden=name == felt(spec),
-            eviction=evictions.get(name),
-            **how,
-        )
-        for name, model in models.items()
-    ]
+
+    def teacher(name: str, model: Any) -> Teacher:
+        found = {"layers": layers.get(name, ()), "eviction": evictions.get(name)} | how
+        if name in own:
+            return OwnTeacher(name, model, logits=own[name] > 0, hidden=name == felt(spec), **found)
+        return Teacher(name, model, logits=name in heard(spec), hidden=name == felt(spec), **found)
+
+    return [teacher(name, model) for name, model in models.items()]
 
 
 def _assert_same_states(teacher: Any, student: Any, name: str) -> None:
@@ -247,14 +243,24 @@ def _check_rationales(spec: PipelineSpec, data: Data) -> None:
 
 
 def _check_heard(spec: PipelineSpec, pipeline: KVPipeline | None) -> None:
-    """SpecError for a teacher whose logits are distilled but that never runs."""
-    if pipeline is None or pipeline.draws:
+    """SpecError for a teacher that something beside the KV losses needs but that does not run."""
+    if pipeline is None:
         return
+    needed = {name: "codi" for name in [felt(spec)]}
+    needed |= {t.name: "itself" for t in spec.teachers if t.itself is not None and t.itself.cross_entropy}
+    if pipeline.draws and (found := [name for name in pipeline.names if name in needed]):
+        raise SpecError(
+            f"{needed[found[0]]}: the fuser draws teachers, so {found[0]!r} would not run in every step; "
+            "use fixed weights without 'sample'"
+        )
+    if pipeline.draws:
+        return
+    needed = {name: "logits" for name in heard(spec)} | needed
     for name, runs in zip(pipeline.names, pipeline.choose(), strict=True):
-        if name in heard(spec) and not runs:
+        if name in needed and not runs:
             raise SpecError(
-                f"logits: teacher {name!r} has weight 0 in the fuser, so it does not run; name others in "
-                "logits.teachers, or give it a weight"
+                f"{needed[name]}: teacher {name!r} has weight 0 in the fuser, so it does not run; name "
+                "another teacher, or give it a weight"
             )
 
 

@@ -16,7 +16,7 @@ from kava_core.spec.load import LoadedSpec
 from kava_core.spec.model import PipelineSpec, TeacherSpec
 from kava_core.train.assemble import make_data, used_teachers
 from kava_core.train.heatmap import draw_similarity
-from kava_core.train.layer_maps import can_measure, measured_map
+from kava_core.train.layer_maps import assert_measures_text, can_measure, measured_map
 from kava_core.train.map_files import chosen
 from kava_core.train.report import print_whole
 from kava_core.train.run import quiet, with_trained_models
@@ -32,6 +32,7 @@ def calibrate(loaded: LoadedSpec, folder: Path) -> None:
     """
     if not used_teachers(loaded.spec):
         raise SpecError("kava calibrate: no teacher is used; it needs 'teachers' and a loss of weight > 0")
+    assert_measures_text(loaded.spec)
     _make_folder(folder)
     with quiet():
         spec = with_trained_models(loaded.spec)

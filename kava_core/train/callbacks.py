@@ -17,8 +17,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from kava_core.errors import CheckpointError
 from kava_core.kv.pipeline import KVPipeline
-from kava_core.latent.stages import latents_at
-from kava_core.train.distiller import Latent
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -82,26 +80,6 @@ class ScheduleWeights(TrainerCallback):
         """Before the forward pass, after a resume as well."""
         if self.pipeline is not None:
             self.pipeline.progress = state.global_step / max(state.max_steps - 1, 1)
-
-
-class NextStage(TrainerCallback):
-    """Tells a curriculum's latent tokens how many of them the next step uses."""
-
-    def __init__(self, latent: Latent | None) -> None:
-        self.latent = latent
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """After a resume as well."""
-        if self.latent is not None:
-            self.latent.tokens.active = latents_at(state.global_step, self.latent.spec)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Before the step's evaluation, and before the next batches are counted."""
-        self.on_train_begin(args, state, control)
 
 
 class MetricsFile(TrainerCallback):

@@ -120,8 +120,8 @@ class Evaluator:
         """``exact_match``, and ``passes``: forward passes for an answer, the prompt's included."""
         right, passes = 0, 0
         written: list[dict[str, Any]] = []
-        for start in range(0, len(mine), self.spec.batch_size):
-            examples = [self.examples[index] for index in mine[start : start + self.spec.batch_size]]
+        for indices in _nearly_equal(mine, self.spec.batch_size):
+            examples = [self.examples[index] for index in indices]
             texts, taken = self._write(distiller, examples, accelerator.device, control)
             passes += taken
             for example, text in zip(examples, texts, strict=True):
@@ -168,6 +168,12 @@ class Evaluator:
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         ended = tokens.eq(-1 if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id)
         return texts, before + int((ended.long().cumsum(1) - ended.long()).eq(0).sum())
+
+
+def _nearly_equal(indices: list[int], most: int) -> list[list[int]]:
+    """Batches of about one size: a last one of a single example would have no other to be exchanged with."""
+    count = -(-len(indices) // most)
+    return [indices[len(indices) * i // count : len(indices) * (i + 1) // count] for i in range(count)]
 
 
 def _added(mine: dict[str, float]) -> dict[str, float]:

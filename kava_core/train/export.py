@@ -12,11 +12,16 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from kava_core.errors import CheckpointError, KavaError, SpecError
-from kava_core.latent.exported import save_latents
+from kava_core.latent.exported import SHAPE, save_latents
 from kava_core.latent.tokens import LatentTokens
 from kava_core.train import checkpoint
 from kava_core.train.rundir import RECORD, read_record
 
+TEXT, LATENT = "transformers.AutoModelForCausalLM", "kava_core.latent.exported.LatentStudent"
+USES = {
+    TEXT: "kava is not needed",
+    LATENT: "it thinks in latent tokens before it answers, which transformers alone would leave out",
+}
 CARD = """---
 library_name: transformers
 tags: [kava, distillation]
@@ -24,7 +29,7 @@ tags: [kava, distillation]
 # {name}
 
 A student trained with kava {version}: variant `{variant}`, seed {seed}, {steps} steps.
-Load it with `transformers.AutoModelForCausalLM.from_pretrained`; kava is not needed.
+{use}
 
 | metric (validation) | value |
 |---|---|
@@ -100,7 +105,13 @@ def verify_student(student: Path) -> None:
     checkpoint.verify(student)
 
 
+def loader(student: Path) -> str:
+    """The class that loads a saved student."""
+    return LATENT if (student / SHAPE).exists() else TEXT
+
+
 def finished_record(run: Path) -> dict[str, Any]:
+    """The record of a finished run; SpecError where it is none."""
     file = run / RECORD
     if not file.is_file():
         raise SpecError(f"{run}: not a run directory (no {RECORD})")
@@ -115,6 +126,7 @@ def _card(run: Path, record: dict[str, Any]) -> str:
         f"| {name} | {value:.6g} |" for name, value in record["results"].items() if name != "steps"
     )
     return CARD.format(
+        use=f"Load it with `{loader(run / 'student')}.from_pretrained`; {USES[loader(run / 'student')]}.",
         name=record["name"],
         version=record["versions"].get("kava", "from source"),
         variant=record["variant"],

@@ -37,6 +37,15 @@ from kava_core.train.models import load_model, load_student
 Compared = Literal["hidden", "keys", "values"]
 
 
+def assert_measures_text(spec: PipelineSpec) -> None:
+    """SpecError for a student without written steps."""
+    if spec.trajectory == "latent":
+        raise SpecError(
+            "trajectory: latent: layers cannot be measured on latent tokens; measure with trajectory: text "
+            "by `kava calibrate` and give the layer mapper its 'map', or use ratio"
+        )
+
+
 def with_measured_maps(spec: PipelineSpec, folder: Path, data: Data, *, seed: int = 0) -> PipelineSpec:
     """The spec with a map file for every layer mapper that is measured and has none.
 
@@ -59,11 +68,7 @@ def with_measured_maps(spec: PipelineSpec, folder: Path, data: Data, *, seed: in
             assert_same_models(Path(config.map), models_of(spec, teacher, data), teacher=teacher.name)
     if not any(wants_measuring(teacher.align.layer_mapper) for teacher in used_teachers(spec)):
         return spec
-    if spec.trajectory == "latent":
-        raise SpecError(
-            "trajectory: latent: layers cannot be measured on latent tokens; measure with trajectory: text "
-            "by `kava calibrate` and give the layer mapper its 'map', or use ratio"
-        )
+    assert_measures_text(spec)
     with _one_first():
         teachers = tuple(_with_map(spec, teacher, folder, data, seed) for teacher in spec.teachers)
     return spec.model_copy(update={"teachers": teachers})

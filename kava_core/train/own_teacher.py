@@ -13,7 +13,10 @@ from kava_core.train.teacher import Teacher
 
 
 class OwnTeacher(Teacher):
-    """A teacher whose weights are the student's. Its logits have gradient; its cache is a fixed target."""
+    """A teacher whose weights are the student's. Its logits have gradient; its cache is a fixed target.
+
+    Without ``logits`` nothing of it has.
+    """
 
     def prepared(self, model: nn.Module) -> nn.Module:
         """The student as it is: it trains, with its dropout."""
@@ -26,4 +29,10 @@ class OwnTeacher(Teacher):
         return super()._seen(side).map(lambda x, _: x.detach())
 
     def _run(self, side: Mapping[str, Tensor]) -> None:
-        self.forward(side)
+        if self.logits:
+            self.forward(side)
+            return
+        with torch.no_grad():
+            self.forward(side)
+        # Else the student's own pass would be given copies of its weights that were made without gradient.
+        torch.clear_autocast_cache()

@@ -31,7 +31,6 @@ from kava_core.train.assemble import Data, make_data, make_distiller, used_teach
 from kava_core.train.callbacks import (
     EndComplete,
     MetricsFile,
-    NextStage,
     ScheduleWeights,
     ShowProgress,
     StopOnSignal,
@@ -212,7 +211,6 @@ def _trainer(
         callbacks=[
             EndComplete(),
             ScheduleWeights(distiller.pipeline),
-            NextStage(distiller.latent),
             MetricsFile(folder.metrics),
             stop,
             ShowProgress(f"{spec.name}/{folder.variant} seed {folder.seed}"),

@@ -24,6 +24,7 @@ from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 
 from kava_core.errors import CheckpointError, KavaError, NonFiniteError, SpecError
+from kava_core.latent.stages import latents_at
 from kava_core.train import checkpoint
 from kava_core.train.distiller import Distiller
 from kava_core.train.evaluate import Evaluator
@@ -140,6 +141,16 @@ class KavaTrainer(Trainer):
         return found
 
     # counting
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The batches of a step; a curriculum's latent tokens are told their stage before they are counted.
+
+        Evaluation after the step, and after the last one, then looks at the stage that was trained.
+        """
+        latent = self.distiller.latent
+        if latent is not None:
+            latent.tokens.active = latents_at(self.state.global_step, latent.spec)
+        return super().get_batch_samples(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """``counts`` over accumulation and processes."""

@@ -29,6 +29,7 @@ class Identity(ComponentConfig):
 
     name: Literal["identity"] = "identity"
     component = "kava_plugins.time_warpers.identity:Identity"
+    whole_text: ClassVar[bool] = True
 
 
 class Pad(ComponentConfig):
@@ -36,6 +37,7 @@ class Pad(ComponentConfig):
 
     name: Literal["pad"] = "pad"
     component = "kava_plugins.time_warpers.pad:Pad"
+    whole_text: ClassVar[bool] = True
 
 
 class Linear(ComponentConfig):
@@ -43,6 +45,7 @@ class Linear(ComponentConfig):
 
     name: Literal["linear"] = "linear"
     component = "kava_plugins.time_warpers.linear:Linear"
+    whole_text: ClassVar[bool] = True
 
     mode: ResampleMode = "auto"
     """``interpolate``: the weighted mean of the two nearest teacher positions; ``area``: of all that are
@@ -100,6 +103,7 @@ class CharIoU(ComponentConfig):
     name: Literal["char_iou"] = "char_iou"
     component = "kava_plugins.time_warpers.char_iou:CharIoU"
     same_text: ClassVar[bool] = True
+    whole_text: ClassVar[bool] = True
 
     mode: Literal["soft", "hard"] = "soft"
     """Read every overlapping teacher token by its IoU, or only the one with the highest, the first of
@@ -117,6 +121,7 @@ class Streaming(ComponentConfig):
 
     name: Literal["streaming"] = "streaming"
     component = "kava_plugins.time_warpers.streaming:Streaming"
+    whole_text: ClassVar[bool] = True
 
     sinks: int = Field(4, ge=0)
     """Attention sinks: tokens kept at the beginning."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaModel
 
@@ -19,9 +21,10 @@ from kava_core.latent.stages import latents_at, step_of_tokens
 from kava_core.latent.student import Thought
 from kava_core.train.assemble import make_data, make_distiller
 from kava_core.train.collapse import CollapseMonitor
-from kava_core.train.evaluate import Evaluator
+from kava_core.train.evaluate import Evaluator, _nearly_equal
 from kava_core.train.latent_terms import codi, step_cross_entropy
 from kava_core.train.run import run
+from kava_core.train.trainer import KavaTrainer
 from tests import tiny
 
 ALIGN = {"time_warper": {"name": "segment", "segments": ["reasoning"]}, "dim_projector": "identity"}
@@ -31,6 +34,11 @@ LATENT: dict[str, Any] = {
     "latent": {"count": 3, "passes": 2},
     "teachers": [ITSELF],
     "losses": [{"name": "mse", "parts": ["keys", "values"]}],
+}
+OWN_LORA = LATENT | {
+    "student": tiny.FIELDS["student"] | {"lora": {"rank": 4, "dropout": 0.1}},
+    "teachers": [ITSELF | {"last_step": False, "align": ALIGN | {"time_warper": "random"}}],
+    "codi": {"weight": 2.0},
 }
 STAGES = {"count": 2, "passes": 2, "curriculum": {"steps": 2}}
 COCONUT = LATENT | {"latent": STAGES, "teachers": [], "losses": []}
@@ -84,19 +92,54 @@ def test_the_written_steps_train_the_student_but_the_target_has_no_gradient() ->
 
 
 def test_a_run_with_one_lora_backbone_in_two_roles(tmp_path: Path) -> None:
-    """Trained, resumed, exported: the teacher is never saved apart."""
-    one = tiny.spec(
-        tmp_path,
-        **LATENT | {
-            "student": tiny.FIELDS["student"] | {"lora": {"rank": 4, "dropout": 0.1}},
-            "teachers": [ITSELF | {"last_step": False}],
-            "codi": {"weight": 2.0},
-        },
-    )  # fmt: skip
-    result = run(one, variant="main", seed=0)
+    """Every term is there and finite; the teacher is never saved apart."""
+    result = run(tiny.spec(tmp_path, **OWN_LORA), variant="main", seed=0)
     assert {"reading_ce", "codi", "mse"} <= set(result.results)
     assert all(torch.isfinite(torch.tensor(value)) for value in result.results.values())
-    assert (result.folder / "student" / "latent.safetensors").exists()
+    saved = load_file(next((result.folder / "checkpoints").glob("*/*.safetensors")))
+    assert not any("teacher" in name or "own" in name.split(".") for name in saved)
+
+
+def test_a_text_of_its_own_is_read_in_the_students_tokens() -> None:
+    """Though the words of its template are not in the texts that the tokenizer was trained on."""
+    template = {"prompt": "Zq {prompt}?", "reasoning": "{reasoning}", "answer": " #{answer}"}
+    data, _, batch = made(teachers=[ITSELF | {"template": template}])
+    side = batch["teachers"]["own"]
+    for row in range(4):
+        text = data.tokenizer.decode(side["input_ids"][row][side["attention_mask"][row].bool()])
+        assert data.train_items[row].example.prompt in text.replace(" ", "")
+
+
+def test_without_its_cross_entropy_nothing_of_its_reading_has_gradient() -> None:
+    """In autocast as well, where the student's own pass must not meet copies made without gradient."""
+    still = ITSELF | {"itself": {"cross_entropy": 0.0}}
+    _, distiller, batch = made(teachers=[still], codi={})
+    slopes = []
+    for dtype in (torch.float32, torch.bfloat16):
+        distiller.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            found = step_of(distiller, batch)
+        assert "reading_ce" not in found
+        found["loss"].backward()
+        slopes.append(
+            torch.cat([p.grad.flatten() for p in distiller.student.parameters() if p.grad is not None])
+        )
+    assert len(slopes[0]) == len(slopes[1])
+    assert F.cosine_similarity(*slopes, dim=0) > 0.99
+
+
+@pytest.mark.parametrize(
+    ("fuser", "words"),
+    [
+        ({"name": "fixed", "weights": {"own": 0.0, "t": 1.0}}, "itself: teacher 'own' has weight 0"),
+        ({"name": "fixed", "weights": {"own": 1.0, "t": 0.0}}, "codi: teacher 't' has weight 0"),
+        ({"name": "reinforce"}, "codi: the fuser draws teachers|itself: the fuser draws teachers"),
+    ],
+)
+def test_a_teacher_that_is_needed_must_run(fuser: dict[str, Any], words: str) -> None:
+    fields = {"name": "t", "align": ALIGN, "config": tiny.llama(), "tokenizer": tiny.CHARS}
+    with pytest.raises(SpecError, match=words):
+        made(teachers=[ITSELF, fields], codi={"teacher": "t"}, fuser=fuser)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +148,15 @@ def test_a_run_with_one_lora_backbone_in_two_roles(tmp_path: Path) -> None:
         ({"trajectory": "text"}, "own.*itself.*needs 'trajectory: latent'"),
         ({"teachers": [ITSELF, ITSELF | {"name": "twin"}]}, "only one teacher"),
         ({"teachers": [ITSELF | {"dtype": "bfloat16"}]}, "leave out 'dtype'"),
-        ({"latent": {"count": 0}}, "leaves no latent tokens"),
+        ({"latent": {"count": 0}}, "leaves no latent tokens for losses"),
+        ({"losses": [], "latent": {"count": 0, "step_cross_entropy": 1.0}}, "step_cross_entropy"),
+        ({"losses": [], "latent": {"count": 0}, "evaluate": {"controls": True}}, "evaluate.controls"),
+        ({"evaluate": {"controls": True, "batch_size": 1}}, "exchanges examples"),
+        ({"evaluate": {"controls": True, "generate": False}}, "generate: true"),
+        ({"teachers": [ITSELF | {"quantize": "int8"}]}, "leave out 'quantize'"),
+        ({"teachers": [ITSELF | {"placement": "cpu"}]}, "leave out 'placement'"),
+        ({"teachers": [ITSELF | {"align": ALIGN | {"time_warper": "linear"}}]}, "matches whole texts"),
+        ({"teachers": [ITSELF | {"align": ALIGN | {"token_warper": "char_iou"}}]}, "matches whole texts"),
         ({"train": tiny.FIELDS["train"] | {"stream": True}}, "stream"),
         ({"codi": {"teacher": "other"}}, "no teacher 'other'"),
         ({"latent": STAGES}, "does not go .*with losses"),
@@ -279,11 +330,59 @@ def test_every_weight_has_a_gradient_in_every_stage() -> None:
         assert all(p.grad is not None for p in distiller.latents.parameters())
 
 
-def test_stages_follow_the_steps_and_survive_a_resume(tmp_path: Path) -> None:
-    spec = tiny.spec(tmp_path, **COCONUT)
+def test_stages_follow_the_steps() -> None:
+    spec = tiny.spec("runs", **COCONUT)
     assert [latents_at(step, spec.latent) for step in range(7)] == [0, 0, 1, 1, 2, 2, 2]
-    whole = run(spec, variant="main", seed=0)
-    assert whole.results["ce"] > 0
+
+
+def test_a_stage_is_evaluated_where_it_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After steps 3 and 6, of which the last had one latent token and two."""
+    seen = []
+    plain = Evaluator.__call__
+    monkeypatch.setattr(
+        Evaluator, "__call__", lambda self, d: seen.append(d.latents.active) or plain(self, d)
+    )
+    run(tiny.spec(tmp_path, **COCONUT), variant="main", seed=0)
+    assert seen == [1, 2]
+
+
+class Cut(Exception):
+    """The run ends here."""
+
+
+def whole_and_resumed(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[Any]:
+    """Results and saved weights of a run, and of one that was cut in its fourth step."""
+    found = []
+    plain = KavaTrainer._clip_grad_norm
+
+    def cut(self: Any, model: Any) -> Any:
+        if self.state.global_step == 3:
+            raise Cut
+        return plain(self, model)
+
+    for name in ("whole", "resumed"):
+        one = tiny.spec(folder / name, **changes)
+        if name == "resumed":
+            with monkeypatch.context() as patch:
+                patch.setattr(KavaTrainer, "_clip_grad_norm", cut)
+                with pytest.raises(Cut):
+                    run(one, variant="main", seed=0)
+        result = run(one, variant="main", seed=0)
+        files = ("model.safetensors", "latent.safetensors")
+        found.append((result.results, [load_file(result.folder / "student" / file) for file in files]))
+    return found
+
+
+@pytest.mark.parametrize("name", ["stages", "itself"])
+def test_a_cut_run_goes_on_as_if_it_had_not_been(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: the stage, and the LoRA backbone with dropout and tokens drawn at random."""
+    changes = {"stages": COCONUT, "itself": OWN_LORA}[name]
+    (results, weights), (again, others) = whole_and_resumed(tmp_path, monkeypatch, **changes)
+    assert results == again
+    for one, other in zip(weights, others, strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_steps_are_told_from_characters() -> None:
@@ -316,8 +415,16 @@ def test_controls_replace_the_latent_tokens_alone() -> None:
 def test_evaluation_counts_matches_with_controls(tmp_path: Path) -> None:
     evaluate = tiny.FIELDS["evaluate"] | {"controls": True}
     result = run(tiny.spec(tmp_path, **LATENT | {"evaluate": evaluate}), variant="main", seed=0)
-    for control in ("", "/zeroed", "/shuffled"):
-        assert 0 <= result.results[f"exact_match{control}"] <= 1
+    written = [json.loads(line) for line in (result.folder / "samples.jsonl").read_text().splitlines()]
+    assert result.results["exact_match"] == sum(line["correct"] for line in written) / len(written)
+    for control in ("zeroed", "shuffled"):
+        assert 0 <= result.results[f"exact_match/{control}"] <= 1
+
+
+def test_no_batch_of_the_controls_is_left_with_one_example() -> None:
+    assert [len(part) for part in _nearly_equal(list(range(17)), 8)] == [5, 6, 6]
+    assert [index for part in _nearly_equal(list(range(9)), 2) for index in part] == list(range(9))
+    assert _nearly_equal([], 4) == []
 
 
 @pytest.mark.parametrize("passes", [0, 2, 7])
