@@ -211,8 +211,8 @@ def main() -> None:
     runs = {name: read(folder / name) for name in ("latent", "latent_sweeps")}
     (HERE / "results").mkdir(exist_ok=True)
     write_csv(runs, HERE / "results" / "latent.csv")
-    methods_picture(runs["latent"], HERE / "pictures" / "latent_methods.png")
-    sweeps_picture(runs["latent_sweeps"], HERE / "pictures" / "latent_sweeps.png")
+    methods_picture(runs["latent"], HERE / "results" / "latent_methods.png")
+    sweeps_picture(runs["latent_sweeps"], HERE / "results" / "latent_sweeps.png")
     print(methods_table(runs["latent"]), comparisons_table(runs["latent"]), sep="\n\n")
     print("\n" + sweeps_table(runs["latent_sweeps"]))
 

@@ -151,7 +151,7 @@ class Random(ComponentConfig):
     """
 
     name: Literal["random"] = "random"
-    component = "kava_plugins.time_warpers.random_tokens:Random"
+    component = "kava_plugins.time_warpers.random:Random"
     latent_only: ClassVar[bool] = True
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from pydantic import ValidationError
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -280,7 +279,7 @@ def test_calibrating_layers_of_latent_tokens_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "latent.yaml"
-    file.write_text(yaml.safe_dump(tiny.FIELDS | {"teachers": TEACHERS} | LATENT))
+    file.write_text(json.dumps(tiny.FIELDS | {"teachers": TEACHERS} | LATENT))
     with pytest.raises(SystemExit) as left:
         main(["calibrate", str(file), "--output", str(tmp_path / "maps")])
     assert left.value.code == 2
