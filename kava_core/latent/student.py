@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -78,8 +79,15 @@ def writer_logits(
     logits: Float[Tensor, "batch time vocab"], side: Mapping[str, Tensor]
 ) -> Float[Tensor, "batch _ vocab"]:
     """Those of the place before each latent token, whose hidden state it is written from."""
-    columns = latent_columns(side)
-    return logits[:, columns.start - 1 : columns.stop - 1]
+    behind = side["after"].shape[1] + 1
+    return logits[:, -behind - side["segments"].shape[1] : -behind]
+
+
+def last_logits(model: Any, count: int) -> dict[str, int]:
+    """The option by which a model's head reads the last places alone; nothing for one that has none."""
+    causal = model.get_base_model() if hasattr(model, "peft_config") else model
+    takes = "logits_to_keep" in inspect.signature(causal.forward).parameters
+    return {"logits_to_keep": count} if takes else {}
 
 
 def at_hinge(

@@ -34,6 +34,7 @@ from kava_core.latent.student import (
     answer_logits,
     answer_outputs,
     at_hinge,
+    last_logits,
     latent_columns,
     think,
     writer_logits,
@@ -328,7 +329,7 @@ class Distiller(nn.Module):
             return {}
         found = {}
         if self.latent.codi is not None:
-            first = outputs.logits.shape[1] - side["after"].shape[1]
+            first = outputs.hidden_states[0].shape[1] - side["after"].shape[1]
             found["hinge"] = at_hinge(outputs.hidden_states, side["hinge"] + first)
         if self.latent.spec.step_cross_entropy:
             found["writers"] = writer_logits(outputs.logits, side)
@@ -419,7 +420,14 @@ class Distiller(nn.Module):
                 return self.student(**text, use_cache=False, **options)
         thought = think(self.student, self.latents, side["before"], side["before_mask"])
         with captured:
-            return answer_outputs(self.student, thought, side, **options)
+            return answer_outputs(self.student, thought, side, **options, **self._logits_kept(side))
+
+    def _logits_kept(self, side: Mapping[str, Tensor]) -> dict[str, int]:
+        """Of the answer, and where the step tokens are read, of the latent tokens and the place before."""
+        assert self.latent is not None
+        reads_steps = self.latent.spec.step_cross_entropy > 0
+        count = side["after"].shape[1] + (side["segments"].shape[1] + 1 if reads_steps else 0)
+        return last_logits(self.student, count)
 
     def place_teachers(self, device: torch.device, placements: Mapping[str, str] | None = None) -> None:
         """Bring the teachers to where the spec places them, by name: by default the device of the batches."""
