@@ -51,6 +51,10 @@ class GrowingText:
         found: Tensor = outputs.last_hidden_state
         return found
 
+    def kept(self, length: int) -> DynamicCache | None:
+        """Keys and values of what is final among the first ``length`` inputs, for writing on from them."""
+        return None if self._cache is None else _cropped(self._cache, min(length, self._known))
+
 
 def _can_keep(model: Any) -> bool:
     recomputes = model.training and any(module.gradient_checkpointing for module in checkpointed(model))

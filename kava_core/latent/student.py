@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kava_core.latent.growing_text import positions
+from kava_core.latent.growing_text import GrowingText, positions
 from kava_core.latent.tokens import LatentTokens, extended
 
 Control = Literal["zeroed", "shuffled"]
@@ -37,11 +37,12 @@ def think(
     latents: LatentTokens,
     before: Int[Tensor, "batch time"],
     before_mask: Int[Tensor, "batch time"],
+    read: GrowingText | None = None,
 ) -> Thought:
-    """Refine the latent tokens after ``before``, which is padded on the left: ``latents.passes`` passes."""
+    """Refine the latent tokens after ``before``, which is padded on the left: ``latents.rounds`` passes."""
     mask = before_mask.bool()
     prefix = model.get_input_embeddings()(before)
-    inputs = torch.cat([prefix, latents(model, prefix, mask)], 1)
+    inputs = torch.cat([prefix, latents(model, prefix, mask, read)], 1)
     return Thought(inputs, extended(mask, latents.active), latents.active)
 
 
@@ -111,14 +112,18 @@ def write_answers(
 ) -> Int[Tensor, "batch _"]:
     """Greedy answers after the latent tokens and the token ``end``: the new tokens alone.
 
-    Takes ``latents.passes`` passes over prompt and latent tokens, then one for every new token.
+    Takes ``latents.rounds`` passes for the latent tokens, then one for every new token. What is final after
+    the former is not read again.
     """
-    thought = think(model, latents, before, before_mask)
+    read = GrowingText(model)
+    thought = think(model, latents, before, before_mask, read)
+    known = before.shape[1] + (latents.active if control is None else 0)
     thought = thought if control is None else thought.controlled(control)
     last = model.get_input_embeddings()(before.new_full((len(before), 1), end))
     found: Tensor = model.generate(
         inputs_embeds=torch.cat([thought.inputs, last], 1),
         attention_mask=extended(thought.mask, 1).long(),
+        past_key_values=read.kept(known),
         max_new_tokens=max_new_tokens,
         do_sample=False,
     )

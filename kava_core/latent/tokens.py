@@ -46,7 +46,11 @@ class LatentTokens(nn.Module):
         self.projection = _projection(projection if count and passes else "none", hidden)
 
     def forward(
-        self, model: nn.Module, prefix: Float[Tensor, "batch time hidden"], mask: Bool[Tensor, "batch time"]
+        self,
+        model: nn.Module,
+        prefix: Float[Tensor, "batch time hidden"],
+        mask: Bool[Tensor, "batch time"],
+        read: GrowingText | None = None,
     ) -> Float[Tensor, "batch _ hidden"]:
         """The refined inputs of the active slots, with gradients through all passes.
 
@@ -54,6 +58,7 @@ class LatentTokens(nn.Module):
             model: a causal language model of transformers, possibly with adapters.
             prefix: input embeddings of what stands before the slots, padded on the left.
             mask: its real positions.
+            read: reads the text, and keeps what is final.
 
         After pass t the first t slots are final: they and the prefix are not read again. Nor are slots that
         no later pass would look at: what is T − t passes from the end has that many slots less to read.
@@ -61,7 +66,7 @@ class LatentTokens(nn.Module):
         """
         slots = self.slots[: self.active]
         inputs = slots.to(prefix.dtype).expand(len(prefix), -1, -1)
-        read, begin = GrowingText(model), prefix.shape[1]
+        read, begin = read or GrowingText(model), prefix.shape[1]
         for number in range(self.rounds):
             wanted = self.active - self.rounds + number
             text = torch.cat([prefix, inputs[:, :wanted]], 1)

@@ -10,6 +10,7 @@ from tiny_models import WORKS
 from torch import Tensor, nn
 
 from kava_core.latent.growing_text import backbone, positions
+from kava_core.latent.student import think, write_answers
 from kava_core.latent.tokens import LatentTokens
 
 torch.set_num_threads(1)
@@ -123,6 +124,29 @@ def test_a_model_that_recomputes_reads_everything_again() -> None:
     torch.testing.assert_close(again, plain, rtol=1e-7, atol=1e-9)
     again.square().sum().backward()
     assert made.slots.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("control", [None, "zeroed", "shuffled"])
+@pytest.mark.parametrize("passes", [0, 2, COUNT])
+def test_answers_are_those_of_reading_everything_again(name: str, control: Any, passes: int) -> None:
+    """Token by token, of a batch padded on the left, whose first tokens are not read again."""
+    model: Any = model_of(name)
+    ids = torch.randint(3, 64, (2, 5), generator=torch.Generator().manual_seed(2))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    made = latents(passes, model.get_input_embeddings().weight.shape[1])
+    found = write_answers(model, made, ids, mask, end=3, max_new_tokens=4, control=control)
+    thought = think(model, made, ids, mask)
+    thought = thought if control is None else thought.controlled(control)
+    text = torch.cat([thought.inputs, model.get_input_embeddings()(torch.full((2, 1), 3))], 1)
+    real = torch.cat([thought.mask, torch.ones(2, 1, dtype=torch.bool)], 1)
+    for place in range(found.shape[1]):
+        how = {"attention_mask": real.long(), "position_ids": positions(real), "use_cache": False}
+        logits = model(inputs_embeds=text, **how).logits[:, -1]
+        ended = (found[:, :place] == model.generation_config.eos_token_id).any(1)
+        assert torch.equal(logits.argmax(1)[~ended], found[:, place][~ended])
+        text = torch.cat([text, model.get_input_embeddings()(found[:, place : place + 1])], 1)
+        real = torch.cat([real, torch.ones(2, 1, dtype=torch.bool)], 1)
 
 
 def test_bfloat16_stays_finite() -> None:
