@@ -13,6 +13,7 @@ from rich.table import Table
 
 from kava_core.train.callbacks import read_metrics
 from kava_core.train.collapse import PREFIX
+from kava_core.train.latent_terms import CODI, READING, STEPS
 from kava_core.train.run import Result
 
 
@@ -143,7 +144,7 @@ def _draw(axis: Any, name: str, curves: list[Curves], results: Sequence[Result])
         axis.set_yscale("log")
 
 
-NOT_KV = {"eval_ce", "eval_perplexity", "eval_exact_match"}
+NOT_KV = {f"eval_{name}" for name in ("ce", "perplexity", "exact_match", "passes", CODI, STEPS, READING)}
 
 
 def _evaluations(result: Result) -> list[dict[str, Any]]:
