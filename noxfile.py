@@ -132,7 +132,7 @@ def bench(session: nox.Session) -> None:
     session.install(
         "--no-deps", *nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), "peers")
     )
-    for script in ("step", "handwritten", "peers"):
+    for script in ("step", "handwritten", "latent", "peers"):
         session.run("python", f"benchmarks/{script}.py", *session.posargs)
 
 

@@ -13,7 +13,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
+
+from kava_core.experiment.statistics import holm, paired
 
 
 def results(folder: Path, variant: str, metric: str) -> dict[int, float]:
@@ -26,16 +27,6 @@ def results(folder: Path, variant: str, metric: str) -> dict[int, float]:
     if unfinished or not mine:
         raise SystemExit(f"{folder}: variant {variant!r}: {unfinished or 'no runs'} not finished")
     return {record["seed"]: record["results"][metric] for record in mine}
-
-
-def holm(p_values: list[float]) -> list[float]:
-    """Holm's step-down adjusted p-values."""
-    order = np.argsort(p_values)
-    adjusted, worst = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(order):
-        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = worst
-    return adjusted
 
 
 def main() -> None:
@@ -55,14 +46,14 @@ def main() -> None:
         print(f"| {variant} | {np.mean([values[seed] for seed in seeds]):.3f} | {each} |")
     first, *others = options.variants
     rows = [np.array([found[first][s] - found[other][s] for s in seeds]) for other in others]
-    adjusted = holm([float(stats.ttest_1samp(row, 0).pvalue) for row in rows])
+    tests = [paired(row.tolist()) for row in rows]
+    adjusted = holm([test.p for test in tests])
     print(
         f"\n| {first} − | mean | 95 % t-interval | p (Holm) | better / equal / worse |\n|---|---|---|---|---|"
     )
-    for other, row, p in zip(others, rows, adjusted, strict=True):
-        low, high = stats.t.interval(0.95, len(row) - 1, row.mean(), stats.sem(row))
+    for other, row, test, p in zip(others, rows, tests, adjusted, strict=True):
         ways = f"{(row > 0).sum()} / {(row == 0).sum()} / {(row < 0).sum()}"
-        print(f"| {other} | {row.mean():+.3f} | {low:+.3f} … {high:+.3f} | {p:.3f} | {ways} |")
+        print(f"| {other} | {test.mean:+.3f} | {test.low:+.3f} … {test.high:+.3f} | {p:.3f} | {ways} |")
 
 
 if __name__ == "__main__":
