@@ -82,7 +82,7 @@ def make_spec(form: str, size: Size, count: int, passes: int) -> PipelineSpec:
 class ReadAgain(LatentTokens):
     """The same latent tokens; every Jacobi pass reads the prompt and all slots."""
 
-    def forward(self, model: nn.Module, prefix: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, model: nn.Module, prefix: Tensor, mask: Tensor, read: Any = None) -> Tensor:
         """As ``LatentTokens.forward``, without a cache."""
         begin, whole = prefix.shape[1], extended(mask, self.count - 1)
         inputs = self.slots.expand(len(prefix), -1, -1)
