@@ -37,7 +37,7 @@ FAMILY = [(a, "latents") for a in ("no_cot", "codi", "pccot", "kv", "kava")] + [
     ("kava", "kv"),
     ("kava", "codi"),
 ]
-"""Comparisons declared before the runs; Holm's correction is over all of them."""
+"""The family of comparisons; Holm's correction is over all of them."""
 
 PANELS = {
     "Jacobi passes T (M = K = 5)": ["t_0", "t_1", "t_2", "t_3", "t_4", "base"],
@@ -108,7 +108,8 @@ def methods_table(runs: Runs) -> str:
         )
         seeds = " ".join(f"{100 * v:.1f}" for v in values)
         seconds = f"{mean(scores(runs, variant, 'seconds')):.0f}"
-        whole = f"{_percent(values)} ({100 * found.low:.1f} … {100 * found.high:.1f})"
+        known = f" ({100 * found.low:.1f} … {100 * found.high:.1f})" if len(values) > 1 else ""
+        whole = _percent(values) + known
         cells = [title, str(len(values)), whole, seeds, early, controls, seconds]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)

@@ -71,7 +71,8 @@ def test_built_ins_come_by_entry_point() -> None:
     assert registry.names("layer_mapper") == ["cka", "last_aligned", "learned", "ratio"]
     assert registry.names("head_adapter") == ["flat", "structured"]
     assert registry.names("time_warper") == [
-        *("char_iou", "identity", "linear", "pad", "segment", "streaming")
+        *("char_iou", "crop", "identity", "linear", "pad"),
+        *("random", "rkv", "segment", "streaming", "uniform"),
     ]
     assert registry.names("dim_projector") == ["calibrated", "elastic", "identity", "linear"]
     assert {"mercator", "mse", "relation", "smooth_l1"} <= set(registry.names("kv_loss"))
