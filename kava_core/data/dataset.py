@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from torch.utils.data import Dataset
 
 from kava_core.data.collate import Collator, Item
 from kava_core.data.examples import Example
 from kava_core.errors import SpecError
+
+T = TypeVar("T")
 
 CHUNK = 1024
 """Texts handed to a tokenizer at once."""
@@ -42,3 +45,9 @@ class EncodedDataset(Dataset[Item]):
     def examples(self) -> list[Example]:
         """The examples that were kept, in order."""
         return [item.example for item in self.items]
+
+
+def nearly_equal(entries: Sequence[T], most: int) -> list[Sequence[T]]:
+    """Batches of about one size: a last one of a single example would have no other to be exchanged with."""
+    count = -(-len(entries) // most)
+    return [entries[len(entries) * i // count : len(entries) * (i + 1) // count] for i in range(count)]

@@ -7,7 +7,7 @@ import json
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,12 @@ class Splits:
 
     train: Sequence[Example]
     validation: Sequence[Example]
+
+    def same_as(self, report: Mapping[str, Any]) -> bool:
+        """Whether these are the very examples of a ``report``."""
+        return all(
+            split_hash(getattr(self, name)) == report[name]["sha256"] for name in ("train", "validation")
+        )
 
     def report(self) -> dict[str, Any]:
         """What the run's record keeps: counts, hashes, duplicates and contamination.

@@ -10,10 +10,14 @@ from torch import nn
 from kava_core.errors import KavaError, UnsupportedModelError
 
 
+def unwrapped(model: nn.Module) -> Any:
+    """The model that PEFT wraps, with the adapters it put inside; any other as it is."""
+    return getattr(model, "get_base_model", lambda: model)()
+
+
 def model_name(model: nn.Module) -> str:
     """Class name of the model, seen through PEFT."""
-    unwrap: Any = getattr(model, "get_base_model", lambda: model)
-    return type(unwrap()).__name__
+    return type(unwrapped(model)).__name__
 
 
 def attention_layers(model: nn.Module) -> list[nn.Module]:

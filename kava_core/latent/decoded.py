@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kava_core.kv.timeline import REASONING
-from kava_core.latent.student import answer_outputs, latent_columns, think
+from kava_core.latent.student import answer_outputs, logits_kept, think, writer_logits
 from kava_core.latent.tokens import LatentTokens
 
 Likely = list[list[tuple[str, float]]]
@@ -31,11 +31,9 @@ def slot_logits(
     The hidden state at that place is what the slot is written from; place 0 is the last token before the
     first slot. ``side``: the student's side of ``LatentCollator``.
     """
-    columns = latent_columns(side)
-    places = torch.arange(columns.start - 1, columns.stop - 1, device=side["before"].device)
     thought = think(model, latents, side["before"], side["before_mask"])
-    logits: Tensor = answer_outputs(model, thought, side, logits_to_keep=places).logits
-    return logits
+    outputs = answer_outputs(model, thought, side, **logits_kept(model, side, writers=True))
+    return writer_logits(outputs.logits, side)
 
 
 def likely_tokens(

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from kava_core.data.dataset import nearly_equal
 from kava_core.errors import CheckpointError, SpecError
 from kava_core.kv.pipeline import active
 from kava_core.latent.exported import load_latents
@@ -49,8 +50,8 @@ class FinishedRun:
         items = self.data.validation_items.items[:examples]
         collate = PlansTime(self.data.plain_collator, self.distiller.pipeline)
         device = next(self.distiller.parameters()).device
-        for places in torch.arange(len(items)).tensor_split(-(-len(items) // MOST)):
-            made = send_to_device(collate([items[place] for place in places.tolist()]), device)
+        for some in nearly_equal(items, MOST):
+            made = send_to_device(collate(some), device)
             yield made | {"student": self.distiller.staged(made["student"])}
 
 
@@ -72,7 +73,8 @@ def finished_run(run: Path) -> FinishedRun:
     with quiet():
         spec = _with_models(spec, record, run / "student")
         data = make_data(spec)
-        _assert_same_data(run, record, data)
+        if not data.splits.same_as(record["data"]):
+            raise SpecError(f"{run}: the data changed since this run ended")
         distiller = make_distiller(spec, data, seed=record["seed"])
     assert distiller.latents is not None
     distiller.latents.load_state_dict(load_latents(run / "student").state_dict())
@@ -145,12 +147,6 @@ def _teacher(teacher: TeacherSpec, record: dict[str, Any], student: Path) -> Tea
 def _from(model: M, folder: Path | str) -> M:
     where = {"path": str(folder), "tokenizer": str(folder)}
     return model.model_copy(update=where | {"config": None, "pretrain": None, "revision": None})
-
-
-def _assert_same_data(run: Path, record: dict[str, Any], data: Data) -> None:
-    now, then = data.splits.report(), record["data"]
-    if any(now[split]["sha256"] != then[split]["sha256"] for split in ("train", "validation")):
-        raise SpecError(f"{run}: the data changed since this run ended")
 
 
 def _load_aligners(distiller: Distiller, last: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kava_core.errors import UnsupportedModelError
-from kava_core.kv.attention_layers import checkpointed
+from kava_core.kv.attention_layers import checkpointed, unwrapped
 
 
 class GrowingText:
@@ -80,7 +80,7 @@ def positions(mask: Bool[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
 
 def backbone(model: Any) -> nn.Module:
     """The decoder without its head, with the adapters it has; UnsupportedModelError where there is none."""
-    causal = model.get_base_model() if hasattr(model, "peft_config") else model
+    causal = unwrapped(model)
     decoder: nn.Module = causal.base_model
     if decoder is causal:
         raise UnsupportedModelError(f"{type(causal).__name__}: has no decoder apart from its head")

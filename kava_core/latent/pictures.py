@@ -14,11 +14,11 @@ from rich.text import Text
 from torch import Tensor
 
 from kava_core.data.examples import Example
-from kava_core.errors import KavaError
 from kava_core.latent.cosine_map import Maps, Sums, comparable, cosine_maps
 from kava_core.latent.cosine_picture import draw_cosines
 from kava_core.latent.decoded import likely_tokens, slot_logits, written_tokens
 from kava_core.latent.finished import FinishedRun, finished_run
+from kava_core.paths import make_folder
 from kava_core.train.report import print_whole
 from kava_core.train.rundir import write_json
 
@@ -43,20 +43,13 @@ def show_latents(run: Path, folder: Path, *, examples: int, top: int) -> None:
         KavaError: the folder cannot be written.
     """
     made = finished_run(run)
-    _make_folder(folder)
+    make_folder(folder)
     console = Console()
     found = decoded(made, examples=examples, top=top)
     write_json(folder / "latents.json", found)
     print_whole(_table(found[:SHOWN], of=len(found)), console)
     console.print(f"latents: {folder / 'latents.json'}", soft_wrap=True)
     _show_cosines(made, folder, console, examples=len(found))
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise KavaError(f"{folder}: cannot be written: {error.strerror}") from error
 
 
 def decoded(made: FinishedRun, *, examples: int, top: int) -> list[dict[str, Any]]:

@@ -8,8 +8,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
+from kava_core.kv.attention_layers import unwrapped
 from kava_core.latent.growing_text import GrowingText, positions
 from kava_core.latent.tokens import LatentTokens, extended
 
@@ -84,10 +85,13 @@ def writer_logits(
     return logits[:, -behind - side["segments"].shape[1] : -behind]
 
 
-def last_logits(model: Any, count: int) -> dict[str, int]:
-    """The option by which a model's head reads the last places alone; nothing for one that has none."""
-    causal = model.get_base_model() if hasattr(model, "peft_config") else model
-    takes = "logits_to_keep" in inspect.signature(causal.forward).parameters
+def logits_kept(model: nn.Module, side: Mapping[str, Tensor], *, writers: bool) -> dict[str, int]:
+    """The option by which the head reads the answer's places alone; nothing for a model that has none.
+
+    ``writers``: those of ``writer_logits`` as well.
+    """
+    count = side["after"].shape[1] + (side["segments"].shape[1] + 1 if writers else 0)
+    takes = "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters
     return {"logits_to_keep": count} if takes else {}
 
 

@@ -246,7 +246,8 @@ def _check_heard(spec: PipelineSpec, pipeline: KVPipeline | None) -> None:
     """SpecError for a teacher that something beside the KV losses needs but that does not run."""
     if pipeline is None:
         return
-    needed = {name: "codi" for name in [felt(spec)]}
+    hidden = felt(spec)
+    needed = {} if hidden is None else {hidden: "codi"}
     needed |= {t.name: "itself" for t in spec.teachers if t.itself is not None and t.itself.cross_entropy}
     if pipeline.draws and (found := [name for name in pipeline.names if name in needed]):
         raise SpecError(

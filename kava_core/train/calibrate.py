@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kava_core.config import ComponentConfig
-from kava_core.errors import KavaError, SpecError
+from kava_core.errors import SpecError
+from kava_core.paths import make_folder
 from kava_core.spec.load import LoadedSpec
 from kava_core.spec.model import PipelineSpec, TeacherSpec
 from kava_core.train.assemble import make_data, used_teachers
@@ -33,7 +34,7 @@ def calibrate(loaded: LoadedSpec, folder: Path) -> None:
     if not used_teachers(loaded.spec):
         raise SpecError("kava calibrate: no teacher is used; it needs 'teachers' and a loss of weight > 0")
     assert_measures_text(loaded.spec)
-    _make_folder(folder)
+    make_folder(folder)
     with quiet():
         spec = with_trained_models(loaded.spec)
         data = make_data(spec)
@@ -42,13 +43,6 @@ def calibrate(loaded: LoadedSpec, folder: Path) -> None:
             config = _config(loaded, teacher)
             path = measured_map(spec, teacher, config, folder, data, seed=spec.seeds[0])
             _show(console, spec, teacher, config, path)
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise KavaError(f"{folder}: cannot be written: {error.strerror}") from error
 
 
 def _config(loaded: LoadedSpec, teacher: TeacherSpec) -> ComponentConfig:

@@ -34,8 +34,8 @@ from kava_core.latent.student import (
     answer_logits,
     answer_outputs,
     at_hinge,
-    last_logits,
     latent_columns,
+    logits_kept,
     think,
     writer_logits,
 )
@@ -212,11 +212,10 @@ class Distiller(nn.Module):
         return next(own, None)
 
     def _codi_term(self, hinge: Tensor, teachers: Mapping[str, Mapping[str, Any]], items: Tensor) -> Tensor:
-        """0 where the teacher did not run."""
+        """Its teacher always runs: others are refused."""
         teacher = next(teacher for teacher in self.__dict__["teachers"] if teacher.hidden)
         hidden = teacher.take_hidden()
-        if hidden is None:
-            return torch.zeros_like(items[0])
+        assert hidden is not None
         theirs = at_hinge(hidden, teachers[teacher.name]["hinge"].to(hidden[0].device))
         return codi(hinge, theirs.to(hinge.device), items)
 
@@ -418,16 +417,11 @@ class Distiller(nn.Module):
             text = {name: side[name] for name in ("input_ids", "attention_mask")}
             with captured:
                 return self.student(**text, use_cache=False, **options)
+        assert self.latent is not None
+        kept = logits_kept(self.student, side, writers=self.latent.spec.step_cross_entropy > 0)
         thought = think(self.student, self.latents, side["before"], side["before_mask"])
         with captured:
-            return answer_outputs(self.student, thought, side, **options, **self._logits_kept(side))
-
-    def _logits_kept(self, side: Mapping[str, Tensor]) -> dict[str, int]:
-        """Of the answer, and where the step tokens are read, of the latent tokens and the place before."""
-        assert self.latent is not None
-        reads_steps = self.latent.spec.step_cross_entropy > 0
-        count = side["after"].shape[1] + (side["segments"].shape[1] + 1 if reads_steps else 0)
-        return last_logits(self.student, count)
+            return answer_outputs(self.student, thought, side, **options, **kept)
 
     def place_teachers(self, device: torch.device, placements: Mapping[str, str] | None = None) -> None:
         """Bring the teachers to where the spec places them, by name: by default the device of the batches."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from kava_core.data.collate import Collator
-from kava_core.data.dataset import EncodedDataset
+from kava_core.data.dataset import EncodedDataset, nearly_equal
 from kava_core.data.examples import Example, is_correct
 from kava_core.latent.collate import END, token_id
 from kava_core.latent.student import Control, write_answers
@@ -120,7 +120,7 @@ class Evaluator:
         """``exact_match``, and ``passes``: forward passes for an answer, the prompt's included."""
         right, passes = 0, 0
         written: list[dict[str, Any]] = []
-        for indices in _nearly_equal(mine, self.spec.batch_size):
+        for indices in nearly_equal(mine, self.spec.batch_size):
             examples = [self.examples[index] for index in indices]
             texts, taken = self._write(distiller, examples, accelerator.device, control)
             passes += taken
@@ -168,12 +168,6 @@ class Evaluator:
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         ended = tokens.eq(-1 if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id)
         return texts, before + int((ended.long().cumsum(1) - ended.long()).eq(0).sum())
-
-
-def _nearly_equal(indices: list[int], most: int) -> list[list[int]]:
-    """Batches of about one size: a last one of a single example would have no other to be exchanged with."""
-    count = -(-len(indices) // most)
-    return [indices[len(indices) * i // count : len(indices) * (i + 1) // count] for i in range(count)]
 
 
 def _added(mine: dict[str, float]) -> dict[str, float]:

@@ -120,8 +120,7 @@ def with_trained_models(spec: PipelineSpec) -> PipelineSpec:
 
 def _same_data(spec: PipelineSpec, folder: RunDir) -> None:
     """SpecError where a finished run was trained on other examples than the spec's files hold now."""
-    now, then = load_splits(spec.data, root=Path.cwd()).report(), folder.record()["data"]
-    if any(now[split]["sha256"] != then[split]["sha256"] for split in ("train", "validation")):
+    if not load_splits(spec.data, root=Path.cwd()).same_as(folder.record()["data"]):
         raise SpecError(f"{folder.path}: the data changed since this run ended; give the run another name")
 
 

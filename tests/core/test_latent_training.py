@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaModel
 
+from kava_core.data.dataset import nearly_equal
 from kava_core.data.examples import without_last_step
 from kava_core.errors import SpecError
 from kava_core.latent.collate import thinned
@@ -21,7 +22,7 @@ from kava_core.latent.stages import latents_at, step_of_tokens
 from kava_core.latent.student import Thought
 from kava_core.train.assemble import make_data, make_distiller
 from kava_core.train.collapse import CollapseMonitor
-from kava_core.train.evaluate import Evaluator, _nearly_equal
+from kava_core.train.evaluate import Evaluator
 from kava_core.train.latent_terms import codi, step_cross_entropy
 from kava_core.train.run import run
 from kava_core.train.trainer import KavaTrainer
@@ -422,9 +423,9 @@ def test_evaluation_counts_matches_with_controls(tmp_path: Path) -> None:
 
 
 def test_no_batch_of_the_controls_is_left_with_one_example() -> None:
-    assert [len(part) for part in _nearly_equal(list(range(17)), 8)] == [5, 6, 6]
-    assert [index for part in _nearly_equal(list(range(9)), 2) for index in part] == list(range(9))
-    assert _nearly_equal([], 4) == []
+    assert [len(part) for part in nearly_equal(list(range(17)), 8)] == [5, 6, 6]
+    assert [index for part in nearly_equal(list(range(9)), 2) for index in part] == list(range(9))
+    assert nearly_equal([], 4) == []
 
 
 @pytest.mark.parametrize("passes", [0, 2, 7])
