@@ -126,13 +126,13 @@ def make_plan(spec: PipelineSpec, *, time: int, t_time: int, processes: int = 1)
         if t.itself is None
     ]
     more = readings(spec, time=time, t_time=t_time)
-    body = _forward_flops(sized_config(spec.student, where="student"), time, head=False)
-    jacobi = more.jacobi * body * batch * _passes(spec.student)
+    body = forward_flops(sized_config(spec.student, where="student"), time, head=False)
+    jacobi = more.jacobi * body * batch * step_passes(spec.student)
     student = replace(student, flops=student.flops * (1 + more.own) + jacobi)
     steps = spec.train.accumulate
     flops = {cost.name: cost.flops * steps for cost in (student, *teachers)}
     if dry.pipeline is not None:
-        flops["alignment"] = _alignment_flops(dry) * steps
+        flops["alignment"] = alignment_flops(dry) * steps
     kept = kept_by_student(spec, sized_config(spec.student, where="student"), batch=batch, time=time)
     kept = kept.of_passes(1 + more.own + more.jacobi)
     logits = _logits(spec, student, time, t_time)
@@ -181,14 +181,15 @@ def readings(spec: PipelineSpec, *, time: int, t_time: int) -> Readings:
 def _model_cost(name: str, spec: ModelSpec, batch: int, time: int, *, geometry: str, head: bool) -> ModelCost:
     config = sized_config(spec, where=name)
     model = _weightless(spec, config)
-    trained = [p for p in model.parameters() if p.requires_grad and isinstance(spec, StudentSpec)]
+    learns = isinstance(spec, StudentSpec) and not spec.frozen
+    trained = [p for p in model.parameters() if p.requires_grad and learns]
     return ModelCost(
         name,
         geometry,
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in trained),
         weights=_held(model, spec) + TRAINED_COPIES * _bytes(trained),
-        flops=_forward_flops(config, time, head=head) * batch * _passes(spec),
+        flops=forward_flops(config, time, head=head) * batch * step_passes(spec),
         vocabulary=int(config.get_text_config().vocab_size),
         rotary=has_rotary(model),
         note=vocabulary_note(spec),
@@ -210,12 +211,12 @@ def _weightless(spec: ModelSpec, config: PreTrainedConfig) -> nn.Module:
     return model
 
 
-def _passes(spec: ModelSpec) -> int:
+def step_passes(spec: ModelSpec) -> int:
     """A step's work in forward passes: the backward pass costs one for activations and one for weights.
 
     Adapters are too small to count; checkpointing runs the forward pass twice.
     """
-    if not isinstance(spec, StudentSpec):
+    if not isinstance(spec, StudentSpec) or spec.frozen:
         return 1
     return (2 if spec.lora is not None else 3) + spec.gradient_checkpointing
 
@@ -234,7 +235,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def _forward_flops(config: PreTrainedConfig, time: int, *, head: bool) -> float:
+def forward_flops(config: PreTrainedConfig, time: int, *, head: bool) -> float:
     """Of one example, attention's matrix products included (eager attention, so that they are counted).
 
     ``head``: with the language-model head, which a teacher runs only if its logits are distilled.
@@ -247,7 +248,7 @@ def _forward_flops(config: PreTrainedConfig, time: int, *, head: bool) -> float:
     return float(counter.get_total_flops())
 
 
-def _alignment_flops(dry: DryRun) -> float:
+def alignment_flops(dry: DryRun) -> float:
     """Of every teacher's alignment and the student's fold; fuser and losses are not counted."""
     assert dry.pipeline is not None
     total = 0.0

@@ -7,8 +7,8 @@ import json
 
 from kava_core.spec.model import PipelineSpec
 
-ELSEWHERE = {"name", "seeds", "variants", "output"}
-"""Fields that a run directory's path says itself."""
+ELSEWHERE = {"name", "seeds", "variants", "compare", "output"}
+"""Fields that a run directory's path says itself, and what is asked of several runs."""
 
 
 def digest(spec: PipelineSpec) -> str:

@@ -11,9 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, StringConstraints, model_validator
 
 from kava_core.config import ComponentConfig, KVLossConfig, Strict
-
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
-"""A name that is also a folder: letters, digits, ``_ . -``, not starting with a dot."""
+from kava_core.spec.compare import CompareSpec, Name
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -98,6 +96,9 @@ class StudentSpec(ModelSpec):
 
     lora: Lora | None = None
     """Train adapters instead of all weights."""
+    frozen: bool = False
+    """Its weights stay as they are; only aligners and routers are trained. A control: the KV loss falls by
+    what they alone can do."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass (always non-reentrant: the reentrant form detaches keys)."""
 
@@ -466,6 +467,8 @@ class PipelineSpec(Strict):
     variants: dict[Name, dict[str, Any]] = Field(default={})
     """Named changes of this spec: dotted path to new value, as on the command line. One run for each variant
     and seed; none: one variant, ``main``."""
+    compare: CompareSpec | None = None
+    """What ``kava experiment`` asks of the variants."""
     output: str = "runs"
     """Folder of run directories."""
 
@@ -482,6 +485,7 @@ class PipelineSpec(Strict):
         self._check_texts()
         self._check_logits(names)
         self._check_latent()
+        self._check_frozen()
         if self.train.stream and self.store is not None:
             raise ValueError("'train.stream' is about teachers that run; a store needs none")
         if len(set(self.seeds)) != len(self.seeds):
@@ -492,6 +496,16 @@ class PipelineSpec(Strict):
                 "holds; set 'store: null'"
             )
         return self
+
+    def _check_frozen(self) -> None:
+        if not self.student.frozen:
+            return
+        if self.student.lora is not None:
+            raise ValueError("'student.frozen' leaves no use for 'lora'")
+        if any(loss.share is not None for loss in self.losses):
+            raise ValueError(
+                "'share' weighs gradients of the student's weights; with 'frozen' there are none"
+            )
 
     def _check_latent(self) -> None:
         own = [teacher.name for teacher in self.teachers if teacher.itself is not None]
@@ -518,6 +532,7 @@ class PipelineSpec(Strict):
             "rotary: match": self.rotary == "match",
             "train.compile": self.train.compile is not None,
             "train.stream beside a teacher that is the student itself": bool(own) and self.train.stream,
+            "student.frozen": self.student.frozen,
         }
         if found := [name for name, clash in clashes.items() if clash]:
             raise ValueError(f"'trajectory: latent' does not go together with {', '.join(found)} yet")

@@ -4,27 +4,39 @@ from __future__ import annotations
 
 from copy import deepcopy
 
-from kava_core.errors import SpecError
+from kava_core.errors import SpecError, did_you_mean, one_of
+from kava_core.spec.compare import CompareSpec, Control, control_changes
 from kava_core.spec.document import Document
 from kava_core.spec.load import LoadedSpec, validate
 from kava_core.spec.model import PipelineSpec
-from kava_core.spec.places import InvalidSpecError, Place
+from kava_core.spec.places import InvalidSpecError, Path, Place
 
-SHARED = ("name", "seeds", "variants", "output")
+MAIN = "main"
+"""The only variant of a spec that declares none."""
+
+SHARED = ("name", "seeds", "variants", "compare", "output")
 """Fields that belong to all variants together, so that they stay comparable and side by side."""
 
 
 def resolve_variants(loaded: LoadedSpec) -> dict[str, PipelineSpec]:
-    """Each variant as a spec of its own, without variants; ``{"main": spec}`` where there are none.
+    """Each variant as a spec of its own, without variants and comparisons; ``{"main": spec}`` where there are
+    none. Controls that ``compare`` asks for are variants too.
 
     InvalidSpecError with everything wrong in any variant, at the variant's lines.
     """
-    if not loaded.spec.variants:
-        return {"main": loaded.spec}
-    resolved, errors = {}, list[str]()
-    for name in loaded.spec.variants:
+    spec = loaded.spec
+    if not spec.variants and spec.compare is None:
+        return {MAIN: spec}
+    compare = spec.compare or CompareSpec()
+    declared, errors = dict.fromkeys(spec.variants or (MAIN,)), _unknown(loaded, compare)
+    resolved = dict[str, PipelineSpec]()
+    controls = () if errors else compare.controls
+    for name, control in [(name, None) for name in declared] + [(word, word) for word in controls]:
         try:
-            resolved[name] = validate(_changed(loaded.document, name), loaded.model, loaded.registry)
+            document = _changed(loaded.document, treatment(spec) if control else name)
+            if control is not None:
+                _break(document, loaded, control)
+            resolved[name] = validate(document, loaded.model, loaded.registry)
         except InvalidSpecError as error:
             errors += error.lines
     if errors:
@@ -32,11 +44,44 @@ def resolve_variants(loaded: LoadedSpec) -> dict[str, PipelineSpec]:
     return resolved
 
 
+def treatment(spec: PipelineSpec) -> str:
+    """The variant that controls are made of."""
+    named = spec.compare.treatment if spec.compare is not None else None
+    return named or next(iter(spec.variants), MAIN)
+
+
+def _unknown(loaded: LoadedSpec, compare: CompareSpec) -> list[str]:
+    """A line for everything that ``compare`` names and that is not there, or is there twice."""
+    variants = tuple(loaded.spec.variants or (MAIN,))
+    known = (*variants, *compare.controls)
+    named = {("treatment",): compare.treatment} if compare.treatment is not None else {}
+    asked = {
+        ("pairs", row, side): name for row, pair in enumerate(compare.pairs) for side, name in enumerate(pair)
+    }
+    found: list[tuple[Path, str]] = [
+        (path, f"no variant {name!r}; possible: {one_of(possible)}{did_you_mean(name, possible)}")
+        for names, possible in ((named, variants), (asked, known))
+        for path, name in names.items()
+        if name not in possible
+    ]
+    found += [
+        (("controls", place), f"variant {word!r} exists already; rename it")
+        for place, word in enumerate(compare.controls)
+        if word in variants
+    ]
+    document = loaded.document
+    return [
+        document.error(document.places.value(("compare", *path)), message, ("compare", *path))
+        for path, message in found
+    ]
+
+
 def _changed(base: Document, name: str) -> Document:
     """The base with one variant's changes; InvalidSpecError with those that cannot be made."""
     document, errors = base.copy(f"variant {name}: "), list[str]()
-    del document.data["variants"]
-    for key, value in base.data["variants"][name].items():
+    variants = document.data.pop("variants", None) or {}
+    document.data.pop("compare", None)
+    for key, value in (variants.get(name) or {}).items():
         places = base.places.below(("variants", name, key))
         try:
             _refuse_shared(document, key, places.start)
@@ -46,6 +91,17 @@ def _changed(base: Document, name: str) -> Document:
     if errors:
         raise InvalidSpecError(errors)
     return document
+
+
+def _break(document: Document, loaded: LoadedSpec, control: Control) -> None:
+    """Make a treatment's document the control's; InvalidSpecError where there is nothing to break."""
+    place = loaded.document.places.value(("compare", "controls"))
+    document.context = f"variant {control}: "
+    teachers, losses = (document.data.get(field) or [] for field in ("teachers", "losses"))
+    if not losses:
+        raise InvalidSpecError([document.error(place, "the treatment has no KV losses: nothing to control")])
+    for key, value in control_changes(control, len(teachers)).items():
+        document.set(key, value, place)
 
 
 def _refuse_shared(document: Document, key: str, place: Place) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from kava_core.config import Part
 from kava_core.errors import SpecError
@@ -29,6 +30,7 @@ from kava_core.kv.pipeline import ROUTER, Aligned, Beside, KVPipeline, precise
 from kava_core.kv.rope import Rotation
 from kava_core.kv.timeline import Timeline
 from kava_core.kv.timemap import TimeMap
+from kava_core.latent.growing_text import backbone
 from kava_core.latent.stages import at_stage
 from kava_core.latent.student import (
     answer_logits,
@@ -45,6 +47,7 @@ from kava_core.spec.model import CodiSpec, LatentSpec, LogitsSpec
 from kava_core.store.reader import target_of
 from kava_core.train.counts import LABELLED, READ, TOKENS, counts
 from kava_core.train.latent_terms import CODI, READING, STEPS, codi, step_cross_entropy
+from kava_core.train.ledger import STUDENT, Ledger
 from kava_core.train.logits import logit_divergence, same_tokens
 from kava_core.train.own_teacher import OwnTeacher
 from kava_core.train.placement import REPLICATED, SHARDED, processes
@@ -135,6 +138,7 @@ class Distiller(nn.Module):
         self.__dict__["teachers"] = tuple(teachers)
         self.__dict__["aside"] = SideStream(torch.device("cpu"))
         self.parts, self.rotary, self.stream, self.logits = parts, rotary, stream, logits
+        self.dropout_seed: int | None = None
         if stream and pipeline is not None:
             assert_streams(pipeline)
         self.__dict__["capture"] = None if pipeline is None else self._capture(rotary)
@@ -169,6 +173,25 @@ class Distiller(nn.Module):
         terms |= {name: term for name, (_, term) in more.items()}
         self._reward(own.ce.detach() * items[LABELLED], student["labels"])
         return {"loss": own.ce + total, "ce": own.ce.detach(), **{n: t.detach() for n, t in terms.items()}}
+
+    def watched(self, ledger: Ledger) -> None:
+        """Let a ledger count what teachers, and a student of latent tokens, read."""
+        for teacher in self.__dict__["teachers"]:
+            teacher.ledger = ledger
+        if self.latents is not None:
+            ledger.watch(self.student, backbone(self.student))
+
+    def configs(self) -> dict[str, PreTrainedConfig]:
+        """Of the student and of every other model that runs, by name."""
+        apart = (t for t in self.__dict__["teachers"] if not isinstance(t, OwnTeacher))
+        return {STUDENT: self.student.config, **{t.name: t.model.config for t in apart}}
+
+    def note(self, ledger: Ledger, student: Mapping[str, Tensor]) -> None:
+        """Enter the student's side of a batch into the ledger."""
+        mask = self.staged(student)["attention_mask"]
+        ledger.add_tokens(STUDENT, mask)
+        if self.latents is None:
+            ledger.add_text(STUDENT, mask, ledger.backward, head=True)
 
     def counts(self, batch: Mapping[str, Any]) -> Float[Tensor, "4"]:
         """What a batch of the collator's adds to the counts that its terms are divided by."""
@@ -310,7 +333,8 @@ class Distiller(nn.Module):
     def _pass(self, student: Mapping[str, Any], items: Tensor) -> Own:
         """The student's forward pass; its cache is captured where there are KV losses."""
         capture: Capture | None = self.__dict__["capture"]
-        outputs = self._outputs(student, nullcontext() if capture is None else capture)
+        with self._own_dropout(items.device):
+            outputs = self._outputs(student, nullcontext() if capture is None else capture)
         logits = outputs.logits if self.latents is None else answer_logits(outputs.logits, student)
         ce = cross_entropy(logits, student["labels"], items[LABELLED])
         latent = self._latent_part(outputs, student)
@@ -321,6 +345,16 @@ class Distiller(nn.Module):
         rotation = capture.rotation() if self.rotary == "match" else None
         beside = Beside(self._hidden(outputs, student), student.get("tasks"))
         return Own(logits, ce, cache, rotation, beside, **latent)
+
+    @contextmanager
+    def _own_dropout(self, device: torch.device) -> Iterator[None]:
+        """Random numbers that do not depend on how many the teachers' side has drawn."""
+        if self.dropout_seed is None or not self.training:
+            yield
+            return
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self.dropout_seed)
+            yield
 
     def _latent_part(self, outputs: Any, side: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What CODI's and LOTUS's terms look at."""

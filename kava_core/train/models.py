@@ -215,7 +215,7 @@ def load_student(
         if spec.gradient_checkpointing:
             student.enable_input_require_grads()
         student = add_lora(student, spec.lora, seed=seed)
-    return student
+    return student.requires_grad_(False) if spec.frozen else student
 
 
 PROBE_LENGTH = 4

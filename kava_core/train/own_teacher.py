@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kava_core.kv.axes import Cache
+from kava_core.train.ledger import STUDENT, Ledger
 from kava_core.train.placement import REPLICATED
 from kava_core.train.teacher import Teacher
 
@@ -27,6 +28,10 @@ class OwnTeacher(Teacher):
 
     def _seen(self, side: Mapping[str, Tensor]) -> Cache:
         return super()._seen(side).map(lambda x, _: x.detach())
+
+    def note(self, ledger: Ledger, mask: Tensor) -> None:
+        """Its tokens are the student's; the pass is counted where the student's are."""
+        ledger.add_tokens(STUDENT, mask)
 
     def _run(self, side: Mapping[str, Tensor]) -> None:
         if self.logits:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, send_to_device
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from torch.utils.data import DataLoader, Subset
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -24,6 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from kava_core.data.splits import load_splits
 from kava_core.errors import Preempted, SpecError
+from kava_core.plan import step_passes
 from kava_core.protocols import ObservesTeachers
 from kava_core.spec.model import ModelSpec, PipelineSpec
 from kava_core.train import checkpoint
@@ -34,13 +35,16 @@ from kava_core.train.callbacks import (
     ScheduleWeights,
     ShowProgress,
     StopOnSignal,
+    read_metrics,
 )
 from kava_core.train.collapse import CollapseMonitor
+from kava_core.train.cost import compute
 from kava_core.train.distiller import Distiller
 from kava_core.train.evaluate import Evaluator
 from kava_core.train.export import save_student
 from kava_core.train.facts import facts
 from kava_core.train.layer_maps import with_measured_maps
+from kava_core.train.ledger import Ledger
 from kava_core.train.models import compile_forward
 from kava_core.train.pretrain import pretraining_name, pretraining_spec
 from kava_core.train.rundir import RunDir
@@ -156,6 +160,7 @@ def _train_quietly(spec: PipelineSpec, folder: RunDir) -> None:
         resume = _recovered(folder)
         if resume is not None and checkpoint.step_of(resume) >= spec.train.steps:
             load_weights(distiller, resume)
+            trainer.load_ledger(resume)
             trainer.state = TrainerState.load_from_json(str(resume / TRAINER_STATE_NAME))
         else:
             if resume is None:
@@ -167,7 +172,7 @@ def _train_quietly(spec: PipelineSpec, folder: RunDir) -> None:
             if is_main():
                 folder.stop()
             raise Preempted(_stopped(folder, stop, trainer.state.global_step))
-        _finish(trainer, folder, data)
+        _finish(trainer, folder, data, spec)
     if stop.received:
         raise Preempted(f"{folder.path}: finished; {stop.received.name} stops what comes after it")
 
@@ -201,6 +206,8 @@ def _trainer(
         folder.samples,
         CollapseMonitor(folder.path / "before_training.safetensors"),
     )
+    ledger = Ledger(step_passes(spec.student))
+    distiller.watched(ledger)
     trainer = KavaTrainer(
         model=distiller,
         args=arguments(spec, folder, examples=len(data.train_items)),
@@ -215,6 +222,7 @@ def _trainer(
             ShowProgress(f"{spec.name}/{folder.variant} seed {folder.seed}"),
         ],
         evaluator=evaluator,
+        ledger=ledger,
         keep=spec.train.keep_checkpoints,
     )
     trainer.remove_callback(PrinterCallback)
@@ -327,11 +335,18 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _finish(trainer: KavaTrainer, folder: RunDir, data: Data) -> None:
+def _finish(trainer: KavaTrainer, folder: RunDir, data: Data, spec: PipelineSpec) -> None:
     distiller = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    ledger, memory = trainer.ledger, gather_object([trainer.ledger.peak()])
+    counts = gather_object([ledger.state()])
     if is_main():
         save_student(distiller.student, data.tokenizer, folder.student, distiller.latents)
-        folder.finish({"steps": trainer.state.global_step, **_last_evaluation(trainer.state)})
+        seconds = read_metrics(folder.metrics)[-1]["seconds"]
+        cost = compute(
+            spec, distiller.configs(), counts, passes=ledger.passes, seconds=seconds, memory=max(memory)
+        )
+        results = {"steps": trainer.state.global_step, **_last_evaluation(trainer.state)}
+        folder.finish(results, {"compute": cost})
     trainer.accelerator.wait_for_everyone()
 
 

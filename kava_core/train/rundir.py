@@ -104,9 +104,10 @@ class RunDir:
         """Note that the run was asked to stop, and can go on."""
         self.write({**self.record(), "status": "stopped"})
 
-    def finish(self, results: dict[str, Any]) -> None:
-        """Mark the run complete, with its last metrics."""
-        self.write({**self.record(), "finished": _now(), "results": results, "status": "complete"})
+    def finish(self, results: dict[str, Any], facts: dict[str, Any]) -> None:
+        """Mark the run complete, with its last metrics and what else is known of it now."""
+        ended = {"finished": _now(), "results": results, "status": "complete"}
+        self.write({**self.record(), **facts, **ended})
 
     def write(self, record: dict[str, Any]) -> None:
         """Replace ``run.json`` at once."""

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from kava_core.config import Part
+from kava_core.kv.attention_layers import attention_layers
 from kava_core.kv.axes import Cache
 from kava_core.kv.capture import Capture
 from kava_core.kv.eviction import Eviction
+from kava_core.train.ledger import Ledger
 from kava_core.train.placement import REPLICATED, place
 
 
@@ -57,6 +59,9 @@ class Teacher:
             Capture, model, layers=layers, parts=parts, rotary=undo, stop=not (logits or hidden)
         )
         self.capture = self._capture() if layers else None
+        self.ledger: Ledger | None = None
+        whole = logits or hidden or not layers
+        self.depth = 1.0 if whole else (max(layers) + 1) / len(attention_layers(model))
 
     def prepared(self, model: nn.Module) -> nn.Module:
         """The model, frozen."""
@@ -117,9 +122,16 @@ class Teacher:
 
     def forward(self, side: Mapping[str, Tensor]) -> None:
         """Run the model; keep what is wanted and listened for."""
+        if self.ledger is not None:
+            self.note(self.ledger, side["attention_mask"])
         heard, told = self.logits and self.listening, self.hidden and self.listening
         model = self.model if heard else self.model.base_model
         text = {name: side[name] for name in ("input_ids", "attention_mask")}
         outputs = model(**text, use_cache=False, **({"output_hidden_states": True} if told else {}))
         self._logits = outputs.logits if heard else None
         self._hidden = outputs.hidden_states if told else None
+
+    def note(self, ledger: Ledger, mask: Tensor) -> None:
+        """Enter a pass over this batch into the ledger."""
+        ledger.add_tokens(self.name, mask)
+        ledger.add_text(self.name, mask, self.depth, head=self.logits and self.listening)

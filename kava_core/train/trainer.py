@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import save_fsdp_optimizer
+from numpy.random import SeedSequence
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer
@@ -39,6 +40,7 @@ from kava_core.train.fsdp import (
     skeleton,
     whole,
 )
+from kava_core.train.ledger import Ledger
 from kava_core.train.placement import check_even
 from kava_core.train.weights import assert_finite_weights, load_weights, save_weights, under
 
@@ -99,13 +101,15 @@ class KavaTrainer(Trainer):
 
     Args:
         evaluator: called with the distiller; gives the metrics of an evaluation.
+        ledger: counts what training costs.
         keep: complete checkpoints kept.
         Everything else as in ``transformers.Trainer``.
     """
 
-    def __init__(self, *args: Any, evaluator: Evaluator, keep: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, evaluator: Evaluator, ledger: Ledger, keep: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.evaluator = evaluator
+        self.ledger = ledger
         self.keep = keep
         self.loss_is_scaled_for_ga = True
         self._staging = False
@@ -167,10 +171,19 @@ class KavaTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The loss of one forward pass; DDP's mean over processes is undone, as counts are global."""
-        outputs = model(inputs["student"], inputs["teachers"], items=num_items_in_batch)
+        distiller = self.distiller
+        distiller.dropout_seed = self._dropout_seed()
+        with self.ledger.counting():
+            distiller.note(self.ledger, inputs["student"])
+            outputs = model(inputs["student"], inputs["teachers"], items=num_items_in_batch)
         self._means.add(outputs)
         loss = outputs["loss"] * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _dropout_seed(self) -> int:
+        """By the run's seed, the forward pass and the process: the same in every variant of an experiment."""
+        where = (self.args.seed, self.ledger.passes, self.args.process_index)
+        return int(SeedSequence(where).generate_state(1)[0])
 
     # sharding
 
@@ -311,7 +324,8 @@ class KavaTrainer(Trainer):
         self._staging = True
         super()._save_checkpoint(model, trial)
         staged = Path(self._get_output_dir()) / f"checkpoint-{self.state.global_step}"
-        self._means.save(staged / self._means_file)
+        self._means.save(staged / self._of_process("means"))
+        self.ledger.save(staged / self._of_process("ledger"))
         return staged
 
     @property
@@ -319,9 +333,8 @@ class KavaTrainer(Trainer):
         """The folder of checkpoints."""
         return Path(str(self.args.output_dir))
 
-    @property
-    def _means_file(self) -> str:
-        return f"means_{self.args.process_index}.json"
+    def _of_process(self, name: str) -> str:
+        return f"{name}_{self.args.process_index}.json"
 
     def _describe_unwritten(self, error: Exception) -> str:
         said = (str(error).splitlines() or [type(error).__name__])[0]
@@ -361,4 +374,9 @@ class KavaTrainer(Trainer):
         distiller = self.accelerator.unwrap_model(model or self.model)
         if not is_sharded(distiller):
             load_weights(distiller, Path(resume_from_checkpoint))
-        self._means.load(Path(resume_from_checkpoint) / self._means_file, self.args.device)
+        self._means.load(Path(resume_from_checkpoint) / self._of_process("means"), self.args.device)
+        self.load_ledger(Path(resume_from_checkpoint))
+
+    def load_ledger(self, saved: Path) -> None:
+        """Go on counting from a checkpoint."""
+        self.ledger.load(saved / self._of_process("ledger"))

@@ -1,0 +1,77 @@
+"""What an experiment asks: which variants are compared, by which number, at which cost."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints, model_validator
+
+from kava_core.config import Strict
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
+"""A name that is also a folder: letters, digits, ``_ . -``, not starting with a dot."""
+
+Control = Literal["no_kv", "shuffled_teacher", "random_alignment", "frozen_probe"]
+Budget = Literal["student_tokens", "teacher_tokens", "flops"]
+
+STEPS = "steps_to_target"
+"""The metric that is read off a run's curve instead of its last evaluation."""
+
+
+def control_changes(control: Control, teachers: int) -> dict[str, Any]:
+    """What a control changes of its treatment: dotted paths to new values, as in ``variants``."""
+    if control == "no_kv":
+        return {"losses": []}
+    if control == "shuffled_teacher":
+        return {"train.shuffle_teacher": True}
+    if control == "frozen_probe":
+        return {"student.frozen": True}
+    drawn = {"name": "linear", "trainable": False, "init": "random"}
+    return {f"teachers.{place}.align.dim_projector": drawn for place in range(teachers)}
+
+
+class CompareSpec(Strict):
+    """The comparisons of an experiment, declared before it runs: all of them are one family for Holm's
+    correction. ``kava experiment`` runs and judges them; ``kava train`` does not look at this."""
+
+    metric: str = "exact_match"
+    """A number of the last evaluation, as ``run.json`` has it (``exact_match``, ``ce``, ``perplexity`` …), or
+    ``steps_to_target``: the first evaluated step at which ``of`` reaches ``target``."""
+    of: str = "exact_match"
+    """With ``steps_to_target``: the metric that is followed."""
+    target: float | None = None
+    """With ``steps_to_target``: what it has to reach. A run that does not is counted with one evaluation
+    interval more than its last step, so means are lower bounds then."""
+    goal: Literal["higher", "lower"] | None = None
+    """Which way is better; default: lower for ``ce``, ``perplexity`` and ``steps_to_target``."""
+    treatment: Name | None = None
+    """The variant that controls are made of and compared with; default: the first."""
+    controls: tuple[Control, ...] = ()
+    """More variants, each the treatment with one thing broken, and a comparison with each. ``no_kv``: no KV
+    losses; ``shuffled_teacher``: every example meets another example's cache; ``random_alignment``: random
+    matrices in place of width projectors; ``frozen_probe``: the student's weights are fixed, so only the
+    aligner learns."""
+    pairs: tuple[tuple[Name, Name], ...] = ()
+    """Further comparisons: first minus second."""
+    unequal: tuple[Budget, ...] = ()
+    """Budgets in which compared variants may differ, knowingly. A difference in any other forbids to call one
+    of them better."""
+    tolerance: float = Field(0.01, ge=0)
+    """Budgets count as equal up to this share."""
+
+    @model_validator(mode="after")
+    def _asks_something(self) -> CompareSpec:
+        if (self.metric == STEPS) != (self.target is not None):
+            raise ValueError(f"'target' goes with 'metric: {STEPS}', and only with it")
+        if len(set(self.controls)) != len(self.controls):
+            raise ValueError("'controls' must differ from one another")
+        if any(first == second for first, second in self.pairs):
+            raise ValueError("'pairs' compare two different variants")
+        return self
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether a smaller number is the better one."""
+        if self.goal is not None:
+            return self.goal == "lower"
+        return self.metric in ("ce", "perplexity", STEPS)

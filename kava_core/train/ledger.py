@@ -1,0 +1,131 @@
+"""What a run's training costs, counted while it happens: tokens, operations, time, memory.
+
+Evaluation, pretraining and calibration are not counted. Padding is computed, so operations count it; tokens
+do not. Counts go on after a resume.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kava_core.errors import CheckpointError
+from kava_core.kv.attention_layers import unwrapped
+
+STUDENT = "student"
+HEAD = "head"
+
+
+@dataclass
+class Read:
+    """What one model, or its language-model head, has read."""
+
+    positions: float = 0.0
+    """Forward passes times positions, padding included; a backward pass counts as the passes it costs."""
+    pairs: float = 0.0
+    """The same, times the positions that attention looked back on or up to."""
+
+
+class Ledger:
+    """Counts of one process; ``counting`` switches it on around a training pass.
+
+    Args:
+        backward: forward passes that a pass of the student with gradient is worth.
+    """
+
+    def __init__(self, backward: int) -> None:
+        self.backward = float(backward)
+        self.passes = 0
+        """Forward passes of training, all batches of a step counted."""
+        self.on = False
+        self.before = 0
+        """Peak memory of the processes that went before this one."""
+        self.read: dict[str, Read] = {}
+        self.tokens: dict[str, Tensor | int] = {}
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """While a training batch is read."""
+        self.on = True
+        try:
+            yield
+        finally:
+            self.on = False
+            self.passes += 1
+
+    def add(self, name: str, rows: int, queries: int, keys: int, times: float = 1.0) -> None:
+        """A pass over ``rows`` texts of ``queries`` positions that see ``keys`` positions."""
+        if self.on:
+            found = self.read.setdefault(name, Read())
+            found.positions += rows * queries * times
+            found.pairs += rows * queries * keys * times
+
+    def add_text(self, name: str, mask: Tensor, times: float = 1.0, *, head: bool = False) -> None:
+        """A pass over a whole padded batch; ``head``: its head read all of it."""
+        rows, time = mask.shape
+        self.add(name, rows, time, time, times)
+        if head:
+            self.add(f"{name} {HEAD}", rows, time, 1, times)
+
+    def add_tokens(self, name: str, mask: Tensor) -> None:
+        """Real tokens; summed where they are, so that no device is waited for."""
+        if self.on:
+            self.tokens[name] = self.tokens.get(name, 0) + mask.detach().sum()
+
+    def watch(self, student: nn.Module, decoder: nn.Module) -> None:
+        """Count a student that is read in pieces (latent tokens) at every call of its decoder and head."""
+        decoder.register_forward_pre_hook(self._decoder_called, with_kwargs=True)
+        unwrapped(student).get_output_embeddings().register_forward_pre_hook(self._head_called)
+
+    def _times(self) -> float:
+        return self.backward if torch.is_grad_enabled() else 1.0
+
+    def _decoder_called(self, _: nn.Module, args: tuple[Any, ...], given: Mapping[str, Any]) -> None:
+        text = next(x for x in (*args, given.get("inputs_embeds"), given.get("input_ids")) if x is not None)
+        mask = given.get("attention_mask")
+        rows, queries = text.shape[:2]
+        self.add(STUDENT, rows, queries, queries if mask is None else mask.shape[-1], self._times())
+
+    def _head_called(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        self.add(f"{STUDENT} {HEAD}", args[0].shape[0], args[0].shape[1], 1, self._times())
+
+    def save(self, file: Path) -> None:
+        """As JSON."""
+        tokens = {name: int(count) for name, count in self.tokens.items()}
+        read = {name: asdict(found) for name, found in self.read.items()}
+        record = {"passes": self.passes, "read": read, "tokens": tokens, "memory": self.peak()}
+        file.write_text(json.dumps(record), encoding="utf-8")
+
+    def load(self, file: Path) -> None:
+        """Go on from what ``save`` wrote; CheckpointError where there is nothing to read."""
+        try:
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            self.passes, self.before = saved["passes"], saved["memory"]
+            self.tokens = dict(saved["tokens"])
+            self.read = {name: Read(**found) for name, found in saved["read"].items()}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{file}: unreadable: {error}") from error
+
+    def peak(self) -> int:
+        """Peak memory of the run, whoever had a part in it."""
+        return max(self.before, peak_memory())
+
+    def state(self) -> dict[str, Any]:
+        """Numbers by name, to be added up over processes."""
+        read = {f"{field} {name}": x for name, r in self.read.items() for field, x in asdict(r).items()}
+        return {**read, **{f"tokens {name}": int(count) for name, count in self.tokens.items()}}
+
+
+def peak_memory() -> int:
+    """Bytes: of the GPU where there is one, else of this process, with all that it did before."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
