@@ -93,21 +93,108 @@ def check(spec: Spec, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def train(spec: Spec, overrides: Overrides = None) -> None:
+def train(
+    spec: Spec,
+    overrides: Overrides = None,
+    variant: Annotated[
+        str | None, typer.Option("--variant", metavar="NAME", show_default=False, help="Only this variant.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="N", show_default=False, help="Only this seed.")
+    ] = None,
+) -> None:
     """Train, or go on with, every variant and seed of a spec."""
     from kava_core.spec.load import load
-    from kava_core.spec.variants import resolve_variants
+    from kava_core.spec.variants import chosen_runs, resolve_variants
 
-    variants = resolve_variants(load(spec, overrides or ()))
+    runs = chosen_runs(resolve_variants(load(spec, overrides or ())), variant, seed)
     from kava_core.train import report
     from kava_core.train.run import is_main, processes, run
 
-    runs = [(name, seed, resolved) for name, resolved in variants.items() for seed in resolved.seeds]
-    results = [run(resolved, variant=name, seed=seed) for name, seed, resolved in runs]
+    results = [run(resolved, variant=name, seed=number) for name, number, resolved in runs]
     if is_main():
         report.show(results)
     if processes() > 1:
         _leave(0)
+
+
+@app.command()
+def experiment(
+    spec: Spec,
+    overrides: Overrides = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, show_default=False, help="Runs at a time; default: one a GPU, or one."),
+    ] = None,
+) -> None:
+    """Run what is missing of a spec's variants and seeds, and judge the declared comparisons."""
+    from kava_core.spec.load import load
+
+    loaded = load(spec, overrides or ())
+    from kava_core.experiment.command import carry_out
+
+    failed = carry_out(loaded, spec, overrides or (), jobs=jobs)
+    if failed:
+        sys.exit(KavaError.exit_code)
+
+
+@app.command()
+def launch(
+    spec: Spec,
+    overrides: Overrides = None,
+    partition: Annotated[str | None, typer.Option("--partition", help="Of the cluster.")] = None,
+    account: Annotated[str | None, typer.Option("--account", help="Who pays.")] = None,
+    time: Annotated[
+        str | None, typer.Option("--time", metavar="TIME", help="Limit of a run, such as 4:00:00.")
+    ] = None,
+    gpus: Annotated[int, typer.Option("--gpus", min=0, help="On each node, a process each.")] = 1,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="For each run.")] = 1,
+    cpus: Annotated[int | None, typer.Option("--cpus", min=1, help="For each process.")] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", metavar="SIZE", help="Of each node, such as 64G.")
+    ] = None,
+    array_limit: Annotated[
+        int | None, typer.Option("--array-limit", min=1, help="Runs at the same time.")
+    ] = None,
+    gpu_memory: Annotated[
+        float | None,
+        typer.Option("--gpu-memory", metavar="GIB", min=0.1, help="Compare the plan with this much."),
+    ] = None,
+    extra: Annotated[
+        str, typer.Option("--extra", metavar="OPTIONS", help="Further options of sbatch.", show_default=False)
+    ] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script; touch nothing.")] = False,
+) -> None:
+    """Check and submit what is not complete as one SLURM array."""
+    from kava_core.cluster.launch import launch as submit
+    from kava_core.cluster.resources import Resources
+
+    resources = Resources(partition, account, time, gpus, nodes, cpus, memory, array_limit, extra)
+    submit(spec, overrides or (), resources, typer.echo, gpu_memory=gpu_memory, dry_run=dry_run)
+
+
+@app.command()
+def status(
+    spec: Spec,
+    overrides: Overrides = None,
+    watch: Annotated[
+        float | None,
+        typer.Option(
+            "--watch", metavar="SECONDS", min=0.5, help="Show it again and again.", show_default=False
+        ),
+    ] = None,
+    format: Annotated[Literal["table", "json"], typer.Option("--format", help="How to print.")] = "table",
+) -> None:
+    """Show how far every run of a spec has come."""
+    from kava_core.cluster.status import runs_of, table_of
+
+    runs = runs_of(spec, overrides or ())
+    if format == "json":
+        typer.echo(json.dumps([row.json() for row in table_of(runs)], indent=2, ensure_ascii=False))
+        return
+    from kava_core.cluster import status_text
+
+    status_text.show(lambda: table_of(runs), watch)
 
 
 @app.command()

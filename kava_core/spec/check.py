@@ -25,7 +25,7 @@ def check(file: str | File, overrides: Sequence[str] = ()) -> Iterator[Level]:
     variants = resolve_variants(loaded)
     yield "schema", _counted(loaded, variants)
     yield "plugins", _imported(loaded, variants)
-    yield "shapes", _dry_runs(variants)
+    yield "shapes", dry_runs(variants)
 
 
 def used_components(spec: PipelineSpec) -> Iterator[tuple[str, ComponentConfig]]:
@@ -40,7 +40,7 @@ def used_components(spec: PipelineSpec) -> Iterator[tuple[str, ComponentConfig]]
         yield "kv_loss", loss
 
 
-def _dry_runs(variants: dict[str, PipelineSpec]) -> str:
+def dry_runs(variants: dict[str, PipelineSpec]) -> str:
     """Align, fuse and compare meta tensors for every variant."""
     from kava_core.dry_run import dry_run
     from kava_core.kv.stages import blame

@@ -18,10 +18,11 @@ STEPS = "steps_to_target"
 """The metric that is read off a run's curve instead of its last evaluation."""
 
 
-def control_changes(control: Control, teachers: int) -> dict[str, Any]:
+def control_changes(control: Control, compare: CompareSpec, teachers: int) -> dict[str, Any]:
     """What a control changes of its treatment: dotted paths to new values, as in ``variants``."""
     if control == "no_kv":
-        return {"losses": []}
+        steps = {} if compare.no_kv_steps is None else {"train.steps": compare.no_kv_steps}
+        return {"losses": [], **steps}
     if control == "shuffled_teacher":
         return {"train.shuffle_teacher": True}
     if control == "frozen_probe":
@@ -51,6 +52,9 @@ class CompareSpec(Strict):
     losses; ``shuffled_teacher``: every example meets another example's cache; ``random_alignment``: random
     matrices in place of width projectors; ``frozen_probe``: the student's weights are fixed, so only the
     aligner learns."""
+    no_kv_steps: Annotated[int, Field(gt=0)] | None = None
+    """Optimizer steps of the control ``no_kv``, where it may train longer to spend the operations that
+    teachers cost (``kava experiment`` says how many); null: as many as the treatment."""
     pairs: tuple[tuple[Name, Name], ...] = ()
     """Further comparisons: first minus second."""
     unequal: tuple[Budget, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 
 from kava_core.errors import SpecError, did_you_mean, one_of
@@ -42,6 +43,24 @@ def resolve_variants(loaded: LoadedSpec) -> dict[str, PipelineSpec]:
     if errors:
         raise InvalidSpecError(errors)
     return resolved
+
+
+def chosen_runs(
+    variants: Mapping[str, PipelineSpec], variant: str | None = None, seed: int | None = None
+) -> list[tuple[str, int, PipelineSpec]]:
+    """Variant, seed and spec of every run, or of those asked for; SpecError for what there is not."""
+    if variant is not None and variant not in variants:
+        possible = f"possible: {one_of(variants)}{did_you_mean(variant, variants)}"
+        raise SpecError(f"--variant: no variant {variant!r}; {possible}")
+    seeds = next(iter(variants.values())).seeds
+    if seed is not None and seed not in seeds:
+        raise SpecError(f"--seed: the spec has no seed {seed}; possible: {', '.join(map(str, seeds))}")
+    return [
+        (name, number, spec)
+        for name, spec in variants.items()
+        for number in spec.seeds
+        if variant in (None, name) and seed in (None, number)
+    ]
 
 
 def treatment(spec: PipelineSpec) -> str:
@@ -97,10 +116,11 @@ def _break(document: Document, loaded: LoadedSpec, control: Control) -> None:
     """Make a treatment's document the control's; InvalidSpecError where there is nothing to break."""
     place = loaded.document.places.value(("compare", "controls"))
     document.context = f"variant {control}: "
+    asked = loaded.spec.compare or CompareSpec()
     teachers, losses = (document.data.get(field) or [] for field in ("teachers", "losses"))
     if not losses:
         raise InvalidSpecError([document.error(place, "the treatment has no KV losses: nothing to control")])
-    for key, value in control_changes(control, len(teachers)).items():
+    for key, value in control_changes(control, asked, len(teachers)).items():
         document.set(key, value, place)
 
 

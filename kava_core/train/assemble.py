@@ -162,14 +162,15 @@ def make_distiller(spec: PipelineSpec, data: Data, *, seed: int) -> Distiller:
     if spec.evaluate.generate:
         assert_room_to_write(student.config, data.longest_prompt(), spec.evaluate.max_new_tokens)
     if not used_teachers(spec):
-        return _learning(Distiller(student, **how))
+        assert_learns(spec, None)
+        return Distiller(student, **how)
     if data.store is not None:
         return _reading_distiller(spec, data, data.store, student, seed)
     models = _checked_teachers(spec, data, student)
     geometries = {name: geometry_of(model) for name, model in models.items()} if active(spec) else {}
     pipeline = make_pipeline(spec, geometries, geometry_of(student), seed=seed) if geometries else None
     _check_heard(spec, pipeline)
-    distiller = Distiller(
+    return Distiller(
         student,
         pipeline,
         make_teachers(spec, models, pipeline),
@@ -179,16 +180,13 @@ def make_distiller(spec: PipelineSpec, data: Data, *, seed: int) -> Distiller:
         stream=spec.train.stream,
         logits=spec.logits if heard(spec) else None,
     )
-    return _learning(distiller)
 
 
-def _learning(distiller: Distiller) -> Distiller:
-    """The same; SpecError where nothing of it is trained."""
-    if not any(parameter.requires_grad for parameter in distiller.parameters()):
-        raise SpecError(
-            "student.frozen: no aligner or router is trained either, so there is nothing to train"
-        )
-    return distiller
+def assert_learns(spec: PipelineSpec, pipeline: KVPipeline | None) -> None:
+    """SpecError where nothing would be trained."""
+    learns = pipeline is not None and any(p.requires_grad for p in pipeline.parameters())
+    if spec.student.frozen and not learns:
+        raise SpecError("student.frozen: no aligner or router is trained either, so nothing would learn")
 
 
 def _checked_teachers(spec: PipelineSpec, data: Data, student: Any) -> dict[str, Any]:
@@ -316,7 +314,7 @@ def _reading_distiller(
     """Without teachers: their geometry is known from their configs, their targets lie in the store."""
     pipeline = make_pipeline(spec, config_geometries(spec, data), geometry_of(student), seed=seed)
     load_projectors(pipeline, store.folder / PROJECTORS)
-    return _learning(Distiller(student, pipeline, parts=parts_of(spec), rotary=spec.rotary))
+    return Distiller(student, pipeline, parts=parts_of(spec), rotary=spec.rotary)
 
 
 def config_geometries(spec: PipelineSpec, data: Data) -> dict[str, Geometry]:
@@ -363,4 +361,5 @@ def make_pipeline(
         torch.manual_seed(seed)
         pipeline = KVPipeline(spec, teachers=teachers, student=student)
     freeze_unused(pipeline, parts=parts_of(spec), student=student)
+    assert_learns(spec, pipeline)
     return pipeline

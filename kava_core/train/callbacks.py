@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from kava_core.errors import CheckpointError
 from kava_core.kv.pipeline import KVPipeline
+from kava_core.train.metrics import read_metrics
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -122,32 +121,6 @@ class MetricsFile(TrainerCallback):
             line = {"step": state.global_step, "seconds": round(time.monotonic() - self.begin, 3), **logs}
             with self.path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``; a last line cut off by a kill is left out.
-
-    Raises:
-        CheckpointError: there is no such file, or another line is damaged.
-    """
-    try:
-        *whole, cut = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    lines = [_metrics_line(line, f"{path}:{number}") for number, line in enumerate(whole, 1)]
-    with suppress(CheckpointError):
-        lines.append(_metrics_line(cut, str(path)))
-    return lines
-
-
-def _metrics_line(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        found = json.loads(line.decode("utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{where}: unreadable: {error}; restore or delete the file") from error
-    if not isinstance(found, dict) or not isinstance(found.get("step"), int):
-        raise CheckpointError(f"{where}: not an object with a 'step'; restore or delete the file")
-    return found
 
 
 class ShowProgress(TrainerCallback):

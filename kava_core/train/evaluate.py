@@ -26,6 +26,7 @@ from kava_core.train.collapse import CollapseMonitor
 from kava_core.train.counts import EXAMPLES, LABELLED, READ, TOKENS
 from kava_core.train.distiller import LOGITS, Distiller
 from kava_core.train.latent_terms import CODI, READING, STEPS
+from kava_core.train.rundir import write_json
 from kava_core.train.shares import shares
 from kava_core.train.spreads import spreads
 from kava_core.train.time_plans import PlansTime
@@ -36,6 +37,10 @@ DIVISORS = {"ce": LABELLED, LOGITS: LABELLED, CODI: EXAMPLES, STEPS: EXAMPLES, R
 
 SAMPLES = 8
 """Written answers of the newest evaluation that are kept."""
+
+
+CORRECT = "correct.json"
+"""Beside them: which examples were right."""
 
 
 class Evaluator:
@@ -118,7 +123,7 @@ class Evaluator:
         control: Control | None = None,
     ) -> dict[str, float]:
         """``exact_match``, and ``passes``: forward passes for an answer, the prompt's included."""
-        right, passes = 0, 0
+        marks, passes = list[bool](), 0
         written: list[dict[str, Any]] = []
         for indices in nearly_equal(mine, self.spec.batch_size):
             examples = [self.examples[index] for index in indices]
@@ -126,16 +131,24 @@ class Evaluator:
             passes += taken
             for example, text in zip(examples, texts, strict=True):
                 correct = is_correct(text, example, self.template)
-                right += correct
+                marks.append(correct)
                 written.append(
                     {"prompt": example.prompt, "gold": example.answer, "wrote": text, "correct": correct}
                 )
         if accelerator.is_main_process and control is None:
             with self.samples.open("w", encoding="utf-8") as stream:
                 stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in written[:SAMPLES])
-        counted = torch.tensor([right, passes, len(mine)], device=accelerator.device)
+        if control is None:
+            self._keep_each(mine, marks, accelerator)
+        counted = torch.tensor([sum(marks), passes, len(mine)], device=accelerator.device)
         whole = accelerator.reduce(counted, "sum").double()
         return {"exact_match": float(whole[0] / whole[2]), "passes": float(whole[1] / whole[2])}
+
+    def _keep_each(self, mine: list[int], marks: list[bool], accelerator: Accelerator) -> None:
+        """Which examples the newest evaluation found right, for resampling; 1 or 0 in their order."""
+        everyones: list[tuple[int, bool]] = gather_object(list(zip(mine, marks, strict=True)))
+        if accelerator.is_main_process:
+            write_json(self.samples.with_name(CORRECT), [int(mark) for _, mark in sorted(everyones)])
 
     def _write(
         self,

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from kava_core.train.callbacks import read_metrics
 from kava_core.train.collapse import PREFIX
 from kava_core.train.latent_terms import CODI, READING, STEPS
+from kava_core.train.metrics import read_metrics
 from kava_core.train.run import Result
 
 

@@ -35,7 +35,6 @@ from kava_core.train.callbacks import (
     ScheduleWeights,
     ShowProgress,
     StopOnSignal,
-    read_metrics,
 )
 from kava_core.train.collapse import CollapseMonitor
 from kava_core.train.cost import compute
@@ -45,9 +44,10 @@ from kava_core.train.export import save_student
 from kava_core.train.facts import facts
 from kava_core.train.layer_maps import with_measured_maps
 from kava_core.train.ledger import Ledger
+from kava_core.train.metrics import read_metrics
 from kava_core.train.models import compile_forward
 from kava_core.train.pretrain import pretraining_name, pretraining_spec
-from kava_core.train.rundir import RunDir
+from kava_core.train.rundir import FAILURE, RunDir
 from kava_core.train.shares import set_weights
 from kava_core.train.stored import with_store
 from kava_core.train.time_plans import PlansTime
@@ -105,8 +105,24 @@ def run(spec: PipelineSpec, *, variant: str, seed: int, wait: bool = False) -> R
         if folder.complete:
             _same_data(spec, folder)
         else:
-            _train(with_trained_models(spec), folder)
+            with _failure_noted(folder):
+                _train(with_trained_models(spec), folder)
     return Result(variant, seed, folder.path, folder.record()["results"])
+
+
+@contextmanager
+def _failure_noted(folder: RunDir) -> Iterator[None]:
+    """What ends the run, other than a request to stop, is written down beside it."""
+    if is_main():
+        (folder.path / FAILURE).unlink(missing_ok=True)
+    try:
+        yield
+    except Preempted:
+        raise
+    except Exception as error:
+        if is_main():
+            folder.fail(error)
+        raise
 
 
 def _meet() -> None:

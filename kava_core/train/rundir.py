@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -23,6 +24,9 @@ from kava_core.spec.model import PipelineSpec
 from kava_core.versions import versions
 
 RECORD = "run.json"
+FAILURE = "failure.json"
+LOOKS = 4
+"""Attempts to lock a directory."""
 ALWAYS = ("name", "variant", "seed", "spec_digest", "status", "data", "versions", "world_size")
 """What every ``run.json`` holds."""
 
@@ -43,11 +47,20 @@ class RunDir:
     def lock(self, *, wait: bool = False) -> Iterator[None]:
         """Hold the directory; where another process does, wait for it or raise KavaError."""
         with self._lock_file() as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise KavaError(f"{self.path}: another process is training here") from error
+            if wait:
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            else:
+                self._take_at_once(stream)
             yield
+
+    def _take_at_once(self, stream: TextIO) -> None:
+        """KavaError where another process trains; one that only looks holds the lock for a moment."""
+        for _ in range(LOOKS):
+            try:
+                return fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.05)
+        raise KavaError(f"{self.path}: another process is training here")
 
     def _lock_file(self) -> TextIO:
         try:
@@ -60,6 +73,12 @@ class RunDir:
         """What ``run.json`` says; empty where there is none yet."""
         file = self.path / RECORD
         return read_record(file) if file.exists() else {}
+
+    def fail(self, error: Exception) -> None:
+        """Note what ended a run that did not reach its end; a new attempt takes the note away."""
+        known = isinstance(error, KavaError)
+        said = str(error) if known else f"{type(error).__name__}: {error}"
+        note_failure(self.path, error.exit_code if known else 1, said)
 
     @property
     def complete(self) -> bool:
@@ -118,6 +137,12 @@ class RunDir:
             "spec_digest": self.digest,
         }
         write_json(self.path / RECORD, head | record)
+
+
+def note_failure(run: Path, code: int, said: str) -> None:
+    """Write ``failure.json``: the exit code and the first line of what was said."""
+    first = (said.strip().splitlines() or ["no message"])[0]
+    write_json(run / FAILURE, {"exit_code": code, "error": first, "when": _now()})
 
 
 def read_record(file: Path) -> dict[str, Any]:

@@ -27,8 +27,8 @@ from kava_core.errors import CheckpointError, KavaError, Preempted
 from kava_core.train import checkpoint
 from kava_core.train import run as run_module
 from kava_core.train.assemble import make_data
-from kava_core.train.callbacks import read_metrics
 from kava_core.train.checkpoint import MANIFEST, STAGING
+from kava_core.train.metrics import read_metrics
 from kava_core.train.run import Result, run
 from kava_core.train.rundir import RunDir
 from kava_core.train.weights import ALIGNER_FILE

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kava_core.errors import SpecError
 from kava_core.train import checkpoint
-from kava_core.train.callbacks import read_metrics
+from kava_core.train.metrics import read_metrics
 from kava_core.train.pretrain import pretraining_name, pretraining_spec
 from kava_core.train.run import run
 from kava_core.train.rundir import RunDir

@@ -19,9 +19,9 @@ from kava_core.spec.model import ModelSpec
 from kava_core.train import checkpoint
 from kava_core.train import run as run_module
 from kava_core.train.assemble import make_data, make_distiller
-from kava_core.train.callbacks import read_metrics
 from kava_core.train.export import export
 from kava_core.train.facts import model_facts
+from kava_core.train.metrics import read_metrics
 from kava_core.train.run import Result, run
 from kava_core.train.rundir import RunDir
 from kava_core.train.teacher import Teacher

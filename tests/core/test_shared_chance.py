@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kava_core.train.callbacks import read_metrics
+from kava_core.train.metrics import read_metrics
 from kava_core.train.run import run
 from tests import tiny
 

@@ -21,7 +21,7 @@ from kava_core.train import assemble, checkpoint
 from kava_core.train import run as run_module
 from kava_core.train.assemble import make_data
 from kava_core.train.cache import cache, cache_all
-from kava_core.train.callbacks import read_metrics
+from kava_core.train.metrics import read_metrics
 from kava_core.train.run import run
 from kava_core.train.stored import ingredients, partial_of
 from tests import tiny

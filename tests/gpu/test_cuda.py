@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kava_core.train.assemble import make_data, make_distiller
-from kava_core.train.callbacks import read_metrics
+from kava_core.train.metrics import read_metrics
 from kava_core.train.run import run
 from tests import tiny
 

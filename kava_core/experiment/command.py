@@ -1,0 +1,70 @@
+"""``kava experiment``: declare, run what is missing, judge, show."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from kava_core.experiment.conduct import LOG, conduct, train_command
+from kava_core.experiment.declared import declare
+from kava_core.experiment.gather import gather
+from kava_core.experiment.progress import Watch
+from kava_core.experiment.runs import Planned, failure_of, planned
+from kava_core.experiment.tables import means, told
+from kava_core.spec.check import dry_runs
+from kava_core.spec.compare import CompareSpec
+from kava_core.spec.load import LoadedSpec
+from kava_core.spec.variants import resolve_variants, treatment
+
+
+def carry_out(loaded: LoadedSpec, spec: Path, overrides: Sequence[str], *, jobs: int | None) -> list[Planned]:
+    """Run and judge; returns the runs that failed.
+
+    Raises:
+        SpecError: a variant's shapes do not fit; nothing has run then.
+        Preempted: a signal stopped it; the same command goes on.
+        CheckpointError: a run's files are damaged.
+    """
+    variants = resolve_variants(loaded)
+    dry_runs(variants)
+    runs = planned(variants)
+    folder = runs[0].folder.parent
+    declare(folder, loaded.spec.compare or CompareSpec(), treatment(loaded.spec), runs)
+    devices = _devices()
+    watch = Watch(loaded.spec.name)
+    try:
+        failed = conduct(
+            train_command(spec, overrides), runs, watch, jobs=jobs or max(1, devices), devices=devices
+        )
+    finally:
+        watch.close()
+    _show(folder, failed)
+    return failed
+
+
+def _devices() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _show(folder: Path, failed: Sequence[Planned]) -> None:
+    from kava_core.train.report import print_whole
+
+    console = Console()
+    experiment = gather(folder)
+    print_whole(means(experiment), console)
+    for line in told(experiment):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    console.print(f"runs:   {folder}", soft_wrap=True, highlight=False, markup=False)
+    reasons: dict[tuple[str, str], list[Planned]] = {}
+    for run in failed:
+        said = (failure_of(run.folder) or {}).get("error", "")
+        reasons.setdefault((run.variant, said), []).append(run)
+    for (variant, said), those in reasons.items():
+        seeds = ", ".join(str(run.seed) for run in those)
+        which = f"{variant} seed{'s' if len(those) > 1 else ''} {seeds}"
+        print(f"{which} failed: {said} ({those[0].folder / LOG})", file=sys.stderr)

@@ -1,0 +1,147 @@
+"""Runs what is missing of an experiment, each run in a process of its own, several at a time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kava_core.errors import Preempted
+from kava_core.experiment.progress import Watch
+from kava_core.experiment.runs import Planned, failure_of, state_of
+from kava_core.train.rundir import note_failure
+
+LOG = "log.txt"
+POLL = 0.2
+STOPPED = Preempted.exit_code
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@dataclass
+class Job:
+    """A run at work."""
+
+    run: Planned
+    process: subprocess.Popen[bytes]
+    slot: int
+    told: bool = False
+    """Whether a signal was passed on to it."""
+
+
+def conduct(
+    command: Sequence[str], runs: Sequence[Planned], watch: Watch, *, jobs: int, devices: int = 0
+) -> list[Planned]:
+    """Start every run that is not complete, ``jobs`` at a time; what fails does not stop the others.
+
+    Args:
+        command: ``kava train SPEC KEY=VALUE …``, as a list; variant and seed are added.
+        runs: what is planned.
+        watch: told of every beginning and end.
+        jobs: processes at a time.
+        devices: GPUs, given to the processes in turn; 0: none.
+
+    Returns:
+        The runs that failed, whose folders hold ``failure.json`` and ``log.txt``.
+
+    Raises:
+        Preempted: a signal was passed on to all processes, which have saved.
+    """
+    waiting = [run for run in runs if state_of(run.folder) != "complete"]
+    watch.begin(total=len(runs), complete=len(runs) - len(waiting))
+    active, failed = list[Job](), list[Planned]()
+    with _signals() as received:
+        while waiting or active:
+            while waiting and len(active) < jobs and not received:
+                slot = min(set(range(jobs)) - {job.slot for job in active})
+                active.append(_start(command, waiting.pop(0), slot, jobs, devices))
+                watch.started(active[-1].run)
+            ended = [job for job in active if job.process.poll() is not None]
+            for job in ended:
+                failed += _ended(job, watch)
+            active = [job for job in active if job not in ended]
+            if received and not active:
+                raise Preempted(f"stopped by {received[0].name}; run the same command again to go on")
+            _pass_on(received, active)
+            watch.look([job.run for job in active])
+            time.sleep(0 if ended else POLL)
+    return failed
+
+
+def _start(command: Sequence[str], run: Planned, slot: int, jobs: int, devices: int) -> Job:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ)
+    if devices:
+        environment["CUDA_VISIBLE_DEVICES"] = _device(slot, devices)
+    else:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    own = [*command, "--variant", run.variant, "--seed", str(run.seed)]
+    with (run.folder / LOG).open("ab") as log:
+        # A session of its own: the terminal's Ctrl-C comes from here alone, as a request to save.
+        process = subprocess.Popen(
+            own, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+    return Job(run, process, slot)
+
+
+def _device(slot: int, devices: int) -> str:
+    """The GPU of a slot, by the name that the environment gives it."""
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return visible[slot % len(visible)] if visible else str(slot % devices)
+
+
+def _ended(job: Job, watch: Watch) -> list[Planned]:
+    code, run = job.process.returncode, job.run
+    if code == 0 or code == STOPPED:
+        watch.ended(run, "complete" if code == 0 else "stopped")
+        return []
+    if failure_of(run.folder) is None:
+        note_failure(run.folder, code, f"{_cause(code)}; its last words: {_last_line(run.folder / LOG)}")
+    watch.ended(run, f"failed: {(failure_of(run.folder) or {}).get('error')}")
+    return [run]
+
+
+def _cause(code: int) -> str:
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _last_line(log: Path) -> str:
+    with log.open("rb") as stream:
+        stream.seek(max(0, log.stat().st_size - 4096))
+        lines = stream.read().decode("utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else "nothing"
+
+
+@contextmanager
+def _signals() -> Iterator[list[signal.Signals]]:
+    """Collects the signals that arrive; the handlers are put back afterwards."""
+    received: list[signal.Signals] = []
+
+    def receive(number: int, _: Any) -> None:
+        received.append(signal.Signals(number))
+
+    before = {number: signal.signal(number, receive) for number in SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _pass_on(received: list[signal.Signals], active: Sequence[Job]) -> None:
+    """Once for every process: it finishes its step, saves and leaves."""
+    for job in active if received else ():
+        if not job.told:
+            job.process.send_signal(signal.SIGTERM)
+            job.told = True
+
+
+def train_command(spec: Path, overrides: Sequence[str]) -> list[str]:
+    """What trains one run."""
+    return [sys.executable, "-m", "kava_core", "train", str(spec), *overrides]

@@ -1,0 +1,171 @@
+"""Everything that finished, failed and missing runs of an experiment have left on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kava_core.errors import CheckpointError, KavaError, SpecError
+from kava_core.experiment import declared
+from kava_core.experiment.runs import State, failure_of, state_of
+from kava_core.spec.compare import STEPS, CompareSpec
+from kava_core.train.metrics import read_metrics
+from kava_core.train.rundir import RECORD, read_record
+
+BUDGETS = ("student_tokens", "teacher_tokens", "flops")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One variant and seed as it lies on disk."""
+
+    variant: str
+    seed: int
+    folder: Path
+    state: State
+    record: dict[str, Any] = field(default_factory=dict)
+    """``run.json``; empty where there is none."""
+
+    @property
+    def failure(self) -> dict[str, Any] | None:
+        """Exit code and reason of a failed run."""
+        return failure_of(self.folder) if self.state == "failed" else None
+
+    @property
+    def results(self) -> dict[str, float]:
+        """The numbers of the last evaluation; none where the run is not complete."""
+        return dict(self.record["results"]) if self.state == "complete" else {}
+
+    @property
+    def compute(self) -> dict[str, Any]:
+        """What training cost; empty for runs of a version that did not count."""
+        return dict(self.record.get("compute", {}))
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl`` with validation metrics, without the prefix ``eval_``."""
+        return [
+            {name.removeprefix("eval_"): value for name, value in line.items()}
+            for line in self.lines
+            if "eval_ce" in line
+        ]
+
+    @cached_property
+    def lines(self) -> list[dict[str, Any]]:
+        """All lines of ``metrics.jsonl``; none where there is no such file."""
+
+        file = self.folder / "metrics.jsonl"
+        return read_metrics(file) if file.exists() else []
+
+    @cached_property
+    def correct(self) -> list[int] | None:
+        """1 or 0 for every validation example of the last evaluation; None where none wrote answers."""
+        file = self.folder / "correct.json"
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file}: unreadable: {error}") from error
+        return list(found)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Runs side by side, and what was asked of them."""
+
+    name: str
+    folder: Path
+    runs: list[Run]
+    compare: CompareSpec | None = None
+    """None where nobody declared a comparison."""
+    treatment: str = ""
+    earlier: list[dict[str, Any]] = field(default_factory=list)
+    """Comparisons that were declared before these."""
+
+    @property
+    def variants(self) -> list[str]:
+        """In the order of the spec."""
+        return list(dict.fromkeys(run.variant for run in self.runs))
+
+    @property
+    def seeds(self) -> list[int]:
+        """All that any variant has."""
+        return sorted({run.seed for run in self.runs})
+
+    def of(self, variant: str) -> dict[int, Run]:
+        """A variant's runs by seed."""
+        return {run.seed: run for run in self.runs if run.variant == variant}
+
+    def count(self, state: State) -> int:
+        """Runs in a state."""
+        return sum(run.state == state for run in self.runs)
+
+
+def gather(folder: Path) -> Experiment:
+    """All runs of an experiment's folder (``runs/NAME``), planned ones that are missing too.
+
+    Raises:
+        SpecError: there is no run.
+        CheckpointError: a file of a run is damaged.
+    """
+    if not folder.is_dir():
+        raise SpecError(f"{folder}: no such folder; give one that kava train or kava experiment wrote")
+    if (folder / declared.FILE).exists():
+        asked = declared.read(folder)
+        runs = [_run(folder / one["folder"], one["variant"], one["seed"]) for one in asked["runs"]]
+        compare = CompareSpec.model_validate(asked["compare"])
+        return Experiment(folder.name, folder, runs, compare, asked["treatment"], asked["earlier"])
+    found = [read_record(file) | {"folder": file.parent} for file in sorted(folder.glob(f"*/{RECORD}"))]
+    if not found:
+        raise SpecError(f"{folder}: holds no runs; give a folder such as runs/NAME")
+    runs = [_run(one["folder"], one["variant"], one["seed"]) for one in found]
+    _assert_one_spec_each(runs)
+    return Experiment(folder.name, folder, sorted(runs, key=lambda run: (run.variant, run.seed)))
+
+
+def _run(folder: Path, variant: str, seed: int) -> Run:
+    record = read_record(folder / RECORD) if (folder / RECORD).exists() else {}
+    return Run(variant, seed, folder, state_of(folder), record)
+
+
+def _assert_one_spec_each(runs: Iterable[Run]) -> None:
+    """SpecError where a variant's name stands for several specs: its seeds would not be comparable."""
+    digests: dict[str, str] = {}
+    for run in runs:
+        known = digests.setdefault(run.variant, run.record["spec_digest"])
+        if known != run.record["spec_digest"]:
+            raise SpecError(
+                f"{run.folder.parent}: variant {run.variant!r} has runs of two specs ({known} and "
+                f"{run.record['spec_digest']}); run kava experiment, which says which belong together"
+            )
+
+
+def value_of(run: Run, compare: CompareSpec) -> float:
+    """The number that is compared; KavaError where a complete run has none: it is never taken for 0."""
+    if compare.metric == STEPS:
+        return steps_to_target(run, compare)
+    found = run.results.get(compare.metric)
+    if found is None or not math.isfinite(found):
+        there = ", ".join(sorted(name for name in run.results if "/" not in name))
+        raise KavaError(f"{run.folder}: its results have no finite {compare.metric!r}; there are {there}")
+    return float(found)
+
+
+def steps_to_target(run: Run, compare: CompareSpec) -> float:
+    """The first evaluated step at which the target is reached; one interval past the end where none is."""
+    assert compare.target is not None
+    curve = [(line["step"], line[compare.of]) for line in run.evaluations if compare.of in line]
+    if not curve:
+        raise KavaError(f"{run.folder}: its evaluations have no {compare.of!r}")
+    lower = compare.of in ("ce", "perplexity")
+    for step, value in curve:
+        if value <= compare.target if lower else value >= compare.target:
+            return float(step)
+    steps = [step for step, _ in curve]
+    return float(steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else steps[-1]))

@@ -1,0 +1,229 @@
+"""What the declared comparisons say: one verdict and one sentence for each, over one family."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Literal
+
+from kava_core.experiment.gather import BUDGETS, Experiment, Run, value_of
+from kava_core.experiment.statistics import FEW, Paired, bonferroni, bootstrap, holm, paired
+from kava_core.spec.compare import CompareSpec, Control
+
+SIGNIFICANT = 0.05
+
+Outcome = Literal["better", "worse", "not shown", "descriptive", "unequal budgets", "incomplete"]
+"""``not shown``: tested, and no difference found; ``descriptive``: too few seeds to test; ``unequal
+budgets``: tested, but one variant was given more; ``incomplete``: runs are missing or have failed."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """First minus second, over the seeds that both have finished."""
+
+    first: str
+    second: str
+    outcome: Outcome
+    reason: str
+    """Why it is not more than that; empty for a plain result."""
+    differences: Mapping[int, float]
+    """By seed."""
+    means: tuple[float, float]
+    """Of both variants over these seeds."""
+    test: Paired
+    holm: float
+    bonferroni: float
+    family: int
+    """How many comparisons the corrections are for."""
+    resampled: tuple[float, float] | None
+    """Interval of the bootstrap over seeds and examples; None where examples were not kept."""
+    budgets: Mapping[str, float]
+    """First over second, for every budget that both recorded."""
+
+    def sentence(self, compare: CompareSpec) -> str:
+        """Difference, interval, test, n, corrected p, family, budgets, in one line."""
+        test, unit = self.test, compare.metric.replace("_", " ")
+        parts = [f"{self.first} − {self.second}: {test.mean:+.4g} {unit}"]
+        if not math.isnan(test.low):
+            parts.append(f"95 % t-interval {test.low:+.4g} … {test.high:+.4g}")
+        if self.resampled is not None:
+            low, high = self.resampled
+            parts.append(f"bootstrap over seeds and examples {low:+.4g} … {high:+.4g}")
+        parts.append(f"{test.n} shared {'seed' if test.n == 1 else 'seeds'}")
+        if not math.isnan(test.p):
+            parts.append(f"paired t-test p {test.p:.3g}, Holm {self.holm:.3g} of {self.family}")
+        parts.append(f"budgets {_ratios(self.budgets)}")
+        told = f" ({self.reason})" if self.reason else ""
+        return "; ".join(parts) + f": {self.outcome}{told}"
+
+
+def comparisons(experiment: Experiment) -> list[tuple[str, str]]:
+    """The family: the treatment against each control, then the declared pairs."""
+    compare = experiment.compare
+    if compare is None:
+        return []
+    own = [(experiment.treatment, control) for control in compare.controls]
+    return list(dict.fromkeys([*own, *compare.pairs]))
+
+
+def judge(experiment: Experiment) -> list[Verdict]:
+    """A verdict for every declared comparison that has a seed to go by, corrected over the whole family.
+
+    Raises:
+        KavaError: a complete run lacks the metric.
+    """
+    compare = experiment.compare
+    if compare is None:
+        return []
+    family = comparisons(experiment)
+    there = [(pair, _differences(experiment, pair, compare)) for pair in family]
+    tests = [paired(list(found.values())) if found else None for _, found in there]
+    p = [math.nan if test is None else test.p for test in tests]
+    corrected = list(zip(holm(p), bonferroni(p), strict=True))
+    return [
+        _verdict(experiment, compare, pair, found, test, both)
+        for (pair, found), test, both in zip(there, tests, corrected, strict=True)
+        if test is not None
+    ]
+
+
+def _differences(experiment: Experiment, pair: tuple[str, str], compare: CompareSpec) -> dict[int, float]:
+    first, second = (
+        {seed: value_of(run, compare) for seed, run in experiment.of(name).items() if run.state == "complete"}
+        for name in pair
+    )
+    return {seed: first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())}
+
+
+def _verdict(
+    experiment: Experiment,
+    compare: CompareSpec,
+    pair: tuple[str, str],
+    found: dict[int, float],
+    test: Paired,
+    corrected: tuple[float, float],
+) -> Verdict:
+    sides = [[experiment.of(name)[seed] for seed in found] for name in pair]
+    budgets = _budgets(*sides)
+    missing = _missing(experiment, pair)
+    outcome, reason = _outcome(compare, test, corrected[0], budgets, missing)
+    means = tuple(mean(value_of(run, compare) for run in side) for side in sides)
+    return Verdict(
+        *pair,
+        outcome,
+        reason,
+        found,
+        (means[0], means[1]),
+        test,
+        *corrected,
+        len(comparisons(experiment)),
+        _resampled(compare, *sides),
+        budgets,
+    )
+
+
+def _outcome(
+    compare: CompareSpec, test: Paired, p: float, budgets: Mapping[str, float], missing: str
+) -> tuple[Outcome, str]:
+    if missing:
+        return "incomplete", missing
+    if test.n < FEW:
+        return "descriptive", f"{test.n} of the {FEW} seeds that a verdict needs"
+    if math.isnan(p):
+        return "descriptive", test.note
+    if p > SIGNIFICANT:
+        found = f"a true difference of {test.detectable:.3g} would be found 4 times of 5"
+        return "not shown", test.note or found
+    if uneven := _uneven(compare, budgets):
+        return "unequal budgets", f"{uneven}; not declared in compare.unequal"
+    return ("better" if (test.mean < 0) == compare.lower_is_better else "worse"), ""
+
+
+def _missing(experiment: Experiment, pair: tuple[str, str]) -> str:
+    """Runs of the pair that are not complete, failed ones first; empty where there are none."""
+    open_runs = [run for name in pair for run in experiment.of(name).values() if run.state != "complete"]
+    open_runs.sort(key=lambda run: run.state != "failed")
+    return ", ".join(f"{run.variant} seed {run.seed} {run.state}" for run in open_runs)
+
+
+def _budgets(first: Sequence[Run], second: Sequence[Run]) -> dict[str, float]:
+    """Mean of the first over mean of the second; 0 / 0 is equal."""
+    if not all(run.compute for run in (*first, *second)):
+        return {}
+    spent = [{name: mean(run.compute[name] for run in side) for name in BUDGETS} for side in (first, second)]
+    return {name: _ratio(spent[0][name], spent[1][name]) for name in BUDGETS}
+
+
+def _ratio(first: float, second: float) -> float:
+    if first == second:
+        return 1.0
+    return first / second if second else math.inf
+
+
+def _uneven(compare: CompareSpec, budgets: Mapping[str, float]) -> str:
+    """The budgets that differ though nobody declared it; empty where all is fair."""
+    if not budgets:
+        return "no record of what the runs cost"
+    off = {
+        name: ratio
+        for name, ratio in budgets.items()
+        if name not in compare.unequal and abs(math.log(max(ratio, 1e-9))) > math.log1p(compare.tolerance)
+    }
+    return _ratios(off) if off else ""
+
+
+def _ratios(budgets: Mapping[str, float]) -> str:
+    told = (f"{name.replace('_', ' ')} {_times(ratio)}" for name, ratio in budgets.items())
+    return ", ".join(told) or "unknown"
+
+
+def _times(ratio: float) -> str:
+    return f"×{ratio:.3g}" if math.isfinite(ratio) and ratio else "of one alone"
+
+
+def _resampled(
+    compare: CompareSpec, first: Sequence[Run], second: Sequence[Run]
+) -> tuple[float, float] | None:
+    """Only what is a mean over examples can be resampled: exact match."""
+    if compare.metric != "exact_match":
+        return None
+    rows = [
+        [a - b for a, b in zip(x.correct, y.correct, strict=True)]
+        for x, y in zip(first, second, strict=True)
+        if x.correct is not None and y.correct is not None
+    ]
+    return bootstrap(rows) if rows and len(rows) == len(first) and all(rows) else None
+
+
+NEEDED: tuple[Control, ...] = ("no_kv", "shuffled_teacher")
+"""What KV distillation has to beat before it is said to help."""
+
+
+def helps(experiment: Experiment, verdicts: Sequence[Verdict]) -> str:
+    """One sentence on whether KV distillation helped: only where it beats both controls that could tell."""
+    compare = experiment.compare
+    if compare is None or not compare.controls:
+        return ""
+    known = {v.second: v for v in verdicts if v.first == experiment.treatment}
+    asked = [name for name in NEEDED if name in compare.controls]
+    if len(asked) < len(NEEDED):
+        lacking = ", ".join(name for name in NEEDED if name not in asked)
+        return f"Whether KV distillation helps is not asked: declare the controls {lacking}."
+    beaten = [name for name in NEEDED if name in known and known[name].outcome == "better"]
+    if len(beaten) == len(NEEDED):
+        return f"KV distillation helps here: {experiment.treatment} beats no_kv and shuffled_teacher."
+    open_ = ", ".join(
+        f"{name} ({known[name].outcome if name in known else 'no shared seed'})"
+        for name in NEEDED
+        if name not in beaten
+    )
+    return f"Not shown that KV distillation helps here: {experiment.treatment} does not beat {open_}."
+
+
+def steps_for_equal_flops(experiment: Experiment, verdict: Verdict) -> int | None:
+    """How many steps the second variant could have trained for the first one's operations."""
+    ratio = verdict.budgets.get("flops", 1.0)
+    steps = {run.results["steps"] for run in experiment.of(verdict.second).values() if run.results}
+    return round(max(steps) * ratio) if steps and math.isfinite(ratio) else None
