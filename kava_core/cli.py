@@ -139,6 +139,26 @@ def experiment(
 
 
 @app.command()
+def report(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="FOLDER...", help="Of an experiment's runs, runs/NAME.", show_default=False),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", metavar="FOLDER", help="Where files go; default: FOLDER/report.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Write what experiments say: a page, figures, tables."""
+    from kava_core.report.command import report as write
+
+    for line in write(folders, output):
+        typer.echo(line)
+
+
+@app.command()
 def launch(
     spec: Spec,
     overrides: Overrides = None,

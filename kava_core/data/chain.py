@@ -23,7 +23,7 @@ def chain_examples(data: ChainData) -> tuple[list[Example], list[Example]]:
     _check_space(data)
     seen: set[str] = set()
     validation = _distinct(data, "validation", data.validation, seen)
-    train = _distinct(data, "train", data.train, seen)
+    train = _distinct(data, "train", data.train_skip + data.train, seen)[data.train_skip :]
     return train, validation
 
 
@@ -40,10 +40,11 @@ def operands(operation: str, modulus: int) -> list[int]:
 def _check_space(data: ChainData) -> None:
     """Chains of two groups may be the same, so the largest group is what is sure to be there."""
     possible = max(_possible(data, group) for group in data.groups or (data.operations,))
-    asked = data.train + data.validation
+    train = data.train_skip + data.train
+    asked = train + data.validation
     if asked > possible:
         raise SpecError(
-            f"data: {data.train} training and {data.validation} validation chains were asked for, but only "
+            f"data: {train} training and {data.validation} validation chains were asked for, but only "
             f"{possible} different ones exist with steps={data.steps}, modulus={data.modulus}, "
             + (f"groups={list(data.groups)}" if data.groups else f"operations={data.operations!r}")
         )

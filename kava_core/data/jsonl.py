@@ -26,18 +26,26 @@ READERS: dict[str, Callable[..., Example]] = {
 def jsonl_examples(data: JsonlData, root: Path) -> tuple[list[Example], list[Example]]:
     """Training and validation examples; relative paths are relative to ``root``."""
     read = partial(read_examples, format=data.format, separator=data.separator)
-    train = read(root / data.train, limit=data.train_limit)
+    train = read(root / data.train, limit=data.train_limit, skip=data.train_skip)
     return train, read(root / data.validation, limit=data.validation_limit)
 
 
 def read_examples(
-    path: Path, format: str = "fields", limit: int | None = None, *, separator: str = "\n"
+    path: Path,
+    format: str = "fields",
+    limit: int | None = None,
+    *,
+    separator: str = "\n",
+    skip: int = 0,
 ) -> list[Example]:
-    """The first ``limit`` examples of a file, or all. SpecError ``file:line: …`` at the first bad line."""
-    read = partial(READERS[format], separator=separator)
-    examples = [read(record, where) for record, where in islice(_records(path), limit)]
+    """``limit`` examples of a file after ``skip``, or all.
+
+    SpecError ``file:line: …`` at the first bad line.
+    """
+    read, stop = partial(READERS[format], separator=separator), None if limit is None else skip + limit
+    examples = [read(record, where) for record, where in islice(_records(path), skip, stop)]
     if not examples:
-        raise SpecError(f"{path}: no examples: the file is empty")
+        raise SpecError(f"{path}: no examples: the file is empty" + (f" after {skip}" if skip else ""))
     return examples
 
 

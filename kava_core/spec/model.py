@@ -206,8 +206,11 @@ class ChainData(Strict):
     looked at then. For teachers (or a fuser) that are good at some tasks."""
     train: Positive = 8192
     """Training examples."""
+    train_skip: int = Field(0, ge=0)
+    """Training examples left out before the first. A teacher with ``pretrain: {data: {train_skip: 8192}}``
+    learns from others than a student of 8192, and both are judged by the same validation examples."""
     validation: Positive = 512
-    """Validation examples, disjoint from the training examples."""
+    """Validation examples, disjoint from all training examples."""
     seed: int = 0
     """Seed of the examples; the same for every variant and training seed."""
     template: Template = Template(prompt="{prompt}?", reasoning="{reasoning}", answer=" #{answer}")
@@ -232,6 +235,9 @@ class JsonlData(Strict):
     it. A step of a list must not hold it."""
     train_limit: Positive | None = None
     """Use only the first examples of the training file."""
+    train_skip: int = Field(0, ge=0)
+    """Leave out the first examples of the training file, so that a teacher and its student may learn from
+    different ones; ``train_limit`` counts from there."""
     validation_limit: Positive | None = None
     """Use only the first examples of the validation file."""
     template: Template = Template()

@@ -5,9 +5,12 @@ Pretraining is an ordinary run with cross-entropy alone: one training loop for e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from kava_core.data.splits import load_splits, split_hash
+from kava_core.data.examples import Example
+from kava_core.data.splits import Splits, fingerprint, load_splits, split_hash
 from kava_core.paths import cache_folder
 from kava_core.spec.model import (
     DataSpec,
@@ -48,6 +51,29 @@ def pretraining_name(spec: PipelineSpec, model: ModelSpec) -> str:
     """The run's variant: architecture and hash of the training examples, which a path does not hold."""
     examples = load_splits(_data(spec, model), root=Path.cwd()).train
     return f"{(model.config or {})['model_type']}-{split_hash(examples)[:8]}"
+
+
+def pretraining_report(spec: PipelineSpec) -> dict[str, dict[str, Any]]:
+    """What every model that is trained on the spot learns from, by name, and how much of it the run also has.
+
+    ``shared_with_train``, ``shared_with_validation``: examples of the run whose prompt is among them. Of
+    models from a folder or hub nothing is known.
+    """
+    splits = load_splits(spec.data, root=Path.cwd())
+    models = {"student": spec.student} | {teacher.name: teacher for teacher in spec.teachers}
+    return {
+        name: _shared(load_splits(_data(spec, model), root=Path.cwd()).train, splits)
+        for name, model in models.items()
+        if model.pretrain is not None
+    }
+
+
+def _shared(learnt: Sequence[Example], splits: Splits) -> dict[str, Any]:
+    prompts = {fingerprint(example.prompt) for example in learnt}
+    found: dict[str, Any] = {"examples": len(learnt), "sha256": split_hash(learnt)}
+    for name, split in (("train", splits.train), ("validation", splits.validation)):
+        found[f"shared_with_{name}"] = sum(fingerprint(example.prompt) in prompts for example in split)
+    return found
 
 
 def _data(spec: PipelineSpec, model: ModelSpec) -> DataSpec:

@@ -46,7 +46,7 @@ from kava_core.train.layer_maps import with_measured_maps
 from kava_core.train.ledger import Ledger
 from kava_core.train.metrics import read_metrics
 from kava_core.train.models import compile_forward
-from kava_core.train.pretrain import pretraining_name, pretraining_spec
+from kava_core.train.pretrain import pretraining_name, pretraining_report, pretraining_spec
 from kava_core.train.rundir import FAILURE, RunDir
 from kava_core.train.shares import set_weights
 from kava_core.train.stored import with_store
@@ -167,7 +167,8 @@ def _train_quietly(spec: PipelineSpec, folder: RunDir) -> None:
         spec = with_measured_maps(spec, folder.path / "layer_maps", data, seed=folder.seed)
         if is_main():
             store = {} if data.store is None else {"store": str(data.store.folder)}
-            folder.begin({"data": data.report(), **facts(spec), **store})
+            learnt = {"pretraining_data": pretraining_report(folder.spec)}
+            folder.begin({"data": data.report(), **facts(spec), **store, **learnt})
         distiller = make_distiller(spec, data, seed=folder.seed)
         if spec.train.compile is not None:
             compile_forward(distiller.student, spec.train.compile)

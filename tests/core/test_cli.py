@@ -42,6 +42,7 @@ BROKEN = str(Path(__file__).parent / "broken_specs" / "two_places.yaml")
 
 
 LIGHT = [["--help"], ["check", "--help"], ["check", BROKEN], ["plugins"], ["schema"], ["env"]]
+LIGHT += [["launch", "--help"], ["status", "--help"]]
 
 
 @pytest.mark.parametrize("arguments", LIGHT)
@@ -58,18 +59,21 @@ Options:
   -h, --help      Show this message and exit.
 
 Commands:
-  check      Check a spec: syntax, schema, plugins, shapes at every stage.
-  train      Train, or go on with, every variant and seed of a spec.
-  cache      Run the teachers once and store what training needs of them.
-  sample     Let a teacher write several rationales for every example.
-  plan       Show shapes, parameters, memory and cost of a step.
-  calibrate  Measure which layers resemble each other, and draw it.
-  export     Write a run's student as a plain transformers folder.
-  latents    Show what a run's latent tokens say, and what they resemble.
-  plugins    List the installed components and who registered them.
-  schema     Print the JSON Schema of specs with what is installed.
-  env        Print the versions a run depends on.
-  new        Write a new plugin package or spec.
+  check       Check a spec: syntax, schema, plugins, shapes at every stage.
+  train       Train, or go on with, every variant and seed of a spec.
+  experiment  Run what is missing of a spec's variants and seeds, and...
+  launch      Check and submit what is not complete as one SLURM array.
+  status      Show how far every run of a spec has come.
+  cache       Run the teachers once and store what training needs of them.
+  sample      Let a teacher write several rationales for every example.
+  plan        Show shapes, parameters, memory and cost of a step.
+  calibrate   Measure which layers resemble each other, and draw it.
+  export      Write a run's student as a plain transformers folder.
+  latents     Show what a run's latent tokens say, and what they resemble.
+  plugins     List the installed components and who registered them.
+  schema      Print the JSON Schema of specs with what is installed.
+  env         Print the versions a run depends on.
+  new         Write a new plugin package or spec.
 """
 
 

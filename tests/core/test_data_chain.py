@@ -97,3 +97,17 @@ def test_the_same_examples_in_another_process():
     ]
     here = map(split_hash, chain_examples(ChainData(train=30, validation=20)))
     assert printed == [" ".join(here) + " False\n"] * 2
+
+
+def test_a_teachers_examples_can_be_others_than_its_students() -> None:
+    data = ChainData(steps=3, train=40, validation=10)
+    train, validation = chain_examples(data)
+    later, same = chain_examples(data.model_copy(update={"train_skip": 40, "train": 20}))
+    longer, _ = chain_examples(data.model_copy(update={"train": 60}))
+    assert (later, same) == (longer[40:], validation)
+    assert not {e.prompt for e in train} & {e.prompt for e in later}
+
+
+def test_skipped_examples_count_as_asked_for() -> None:
+    with pytest.raises(SpecError, match="2060 training and 10 validation chains were asked for"):
+        chain_examples(ChainData(steps=1, modulus=5, train=60, train_skip=2000, validation=10))

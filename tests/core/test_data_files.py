@@ -259,3 +259,14 @@ def test_hub_without_datasets(monkeypatch):
     with pytest.raises(SpecError) as caught:
         hub_examples(HubData(path="x"))
     assert str(caught.value) == "data: 'hub' needs the package datasets: pip install 'kava[hub]'"
+
+
+def test_a_teacher_may_read_later_lines_than_its_student(tmp_path):
+    lines = [json.dumps({"prompt": f"p{n}", "answer": str(n)}) for n in range(6)]
+    file = write(tmp_path / "all.jsonl", *lines)
+    data = JsonlData(train=str(file), validation=str(file), train_limit=2)
+    later = data.model_copy(update={"train_skip": 2, "train_limit": 3})
+    assert [e.prompt for e in load_splits(data, root=tmp_path).train] == ["p0", "p1"]
+    assert [e.prompt for e in load_splits(later, root=tmp_path).train] == ["p2", "p3", "p4"]
+    with pytest.raises(SpecError, match=r"all\.jsonl: no examples: the file is empty after 6"):
+        read_examples(file, skip=6)

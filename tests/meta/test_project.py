@@ -16,7 +16,8 @@ from tests.meta.source import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SPECS = sorted(file for folder in (".", "scale", "kava") for file in (ROOT / "specs" / folder).glob("*.yaml"))
+FOLDERS = (".", "scale", "kava", "experiments")
+SPECS = sorted(file for folder in FOLDERS for file in (ROOT / "specs" / folder).glob("*.yaml"))
 
 
 def requirements() -> list[Requirement]:
