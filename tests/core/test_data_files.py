@@ -262,7 +262,7 @@ def test_hub_without_datasets(monkeypatch):
 
 
 def test_a_teacher_may_read_later_lines_than_its_student(tmp_path):
-    lines = [json.dumps({"prompt": f"p{n}", "answer": str(n)}) for n in range(6)]
+    lines = [json.dumps({"prompt": f"p{n}", "reasoning": "r", "answer": str(n)}) for n in range(6)]
     file = write(tmp_path / "all.jsonl", *lines)
     data = JsonlData(train=str(file), validation=str(file), train_limit=2)
     later = data.model_copy(update={"train_skip": 2, "train_limit": 3})

@@ -30,8 +30,9 @@ def test_shared_examples_are_counted(data: dict[str, Any], train: int, validatio
 
 
 def test_a_teacher_of_another_seed_may_know_the_validation_examples() -> None:
-    found = pretraining_report(spec(seed=1, train=20_000))["wide"]
-    assert (found["examples"], found["shared_with_validation"]) == (20_000, 16)
+    found = pretraining_report(spec(seed=1, train=5_000))["wide"]
+    assert found["examples"] == 5_000
+    assert found["shared_with_validation"] >= 12  # 5,000 of the 5,290 chains there are
 
 
 def test_models_from_elsewhere_are_not_reported() -> None:
