@@ -60,6 +60,13 @@ def declarative(session: nox.Session) -> None:
 
 
 @nox.session(python="3.11")
+def harness(session: nox.Session) -> None:
+    """An exported student, judged by the real lm-evaluation-harness: the same score as ``kava eval``."""
+    install(session, "-e", ".[dev,eval]")
+    session.run("pytest", "tests/core/test_evaluation.py", "-k", "harness", env={"HF_HUB_OFFLINE": "1"})
+
+
+@nox.session(python="3.11")
 def minimums(session: nox.Session) -> None:
     """The suite against the oldest versions pyproject allows (torch as pinned: older wheels need CUDA)."""
     install(session, "-e", ".[dev]")

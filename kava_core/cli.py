@@ -127,7 +127,7 @@ def experiment(
         typer.Option(min=1, show_default=False, help="Runs at a time; default: one a GPU, or one."),
     ] = None,
 ) -> None:
-    """Run what is missing of a spec's variants and seeds, and judge the declared comparisons."""
+    """Run all variants and seeds; judge what they show."""
     from kava_core.spec.load import load
 
     loaded = load(spec, overrides or ())
@@ -312,6 +312,33 @@ def calibrate(
 
 
 @app.command()
+def profile(
+    spec: Spec,
+    overrides: Overrides = None,
+    batches: Annotated[int, typer.Option("--batches", min=1, help="Validation batches.")] = 1,
+    gate: Annotated[
+        bool, typer.Option("--gate", help="Also compare attention outputs with two controls.")
+    ] = False,
+    gate_examples: Annotated[
+        int, typer.Option("--gate-examples", min=2, help="Validation examples of the gate.")
+    ] = 64,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="FOLDER", help="Also write files.", show_default=False),
+    ] = None,
+    format: Annotated[Literal["table", "json"], typer.Option("--format", help="How to print.")] = "table",
+) -> None:
+    """Run a batch through every stage of every variant and show what is there."""
+    from kava_core.spec.load import load
+
+    loaded = load(spec, overrides or ())
+    from kava_core.profile.command import profile_all
+    from kava_core.profile.profile import Wanted
+
+    profile_all(loaded, output, Wanted(batches, gate_examples if gate else None), format)
+
+
+@app.command()
 def export(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="A finished run's directory.", show_default=False)
@@ -324,6 +351,40 @@ def export(
 
     write(run, target)
     typer.echo(f"{target}: load it with {loader(target)}.from_pretrained({str(target)!r})")
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A finished run's directory.", show_default=False)
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", show_default=False, help="JSON lines; default: the run's validation examples."
+        ),
+    ] = None,
+    format: Annotated[
+        Literal["fields", "gsm8k", "pal"], typer.Option(help="Of the file; pal: SVAMP, MultiArith.")
+    ] = "gsm8k",
+    limit: Annotated[
+        int | None, typer.Option(min=1, show_default=False, help="Only the first examples.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers written at a time.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", show_default=False, help="Default: RUN/evals/…")
+    ] = None,
+    lm_eval: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", show_default=False, help="Also write an lm-evaluation-harness task."),
+    ] = None,
+) -> None:
+    """Let a run's student answer a file of tasks, and count what is right."""
+    from kava_core.evaluation.command import Settings, evaluate_run
+
+    settings = Settings(format, limit, batch_size, max_new_tokens)
+    evaluate_run(run, data, output, lm_eval, settings)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from typing import Any
 
 from kava_core.data.examples import Example, from_fields
 from kava_core.data.gsm8k import from_gsm8k
+from kava_core.data.pal import from_pal
 from kava_core.errors import SpecError
 from kava_core.spec.model import JsonlData
 
@@ -18,6 +19,7 @@ READERS: dict[str, Callable[..., Example]] = {
     "fields": from_fields,
     "gsm8k": from_gsm8k,
     "gsm8k_equations": partial(from_gsm8k, equations=True),
+    "pal": from_pal,
 }
 """``format`` to the function that makes an example of a record, the words for where it stands, and
 ``separator``."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -17,18 +16,15 @@ from kava_core.data.dataset import nearly_equal
 from kava_core.errors import CheckpointError, SpecError
 from kava_core.kv.pipeline import active
 from kava_core.latent.exported import load_latents
-from kava_core.registry import Registry
-from kava_core.spec.bind import bind
-from kava_core.spec.model import ModelSpec, PipelineSpec, TeacherSpec
+from kava_core.spec.model import PipelineSpec, TeacherSpec
 from kava_core.train import checkpoint
 from kava_core.train.assemble import Data, make_data, make_distiller, used_teachers
 from kava_core.train.distiller import Distiller
 from kava_core.train.export import finished_record, verify_student
+from kava_core.train.finished import finished_spec, from_folder, trained_student
 from kava_core.train.run import quiet
 from kava_core.train.time_plans import PlansTime
 from kava_core.train.weights import ALIGNER_FILE
-
-M = TypeVar("M", bound=ModelSpec)
 
 MOST = 64
 """Examples in a forward pass."""
@@ -71,7 +67,7 @@ def finished_run(run: Path) -> FinishedRun:
     if missing is not None:
         spec = spec.model_copy(update={"losses": (), "teachers": (), "codi": None, "logits": None})
     with quiet():
-        spec = _with_models(spec, record, run / "student")
+        spec = _with_models(spec, record, run)
         data = make_data(spec)
         if not data.splits.same_as(record["data"]):
             raise SpecError(f"{run}: the data changed since this run ended")
@@ -84,14 +80,7 @@ def finished_run(run: Path) -> FinishedRun:
 
 
 def _spec(run: Path) -> PipelineSpec:
-    file = run / "spec.json"
-    try:
-        text = file.read_text(encoding="utf-8")
-        spec = bind(Registry.build()).model_validate_json(text, strict=True)
-    except ValidationError as error:
-        raise CheckpointError(f"{file}: {_first(error)}") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: unreadable: {error}") from error
+    spec = finished_spec(run)
     if spec.trajectory != "latent":
         raise SpecError(
             f"{run}: a run with trajectory: {spec.trajectory}; only a latent one has latent tokens"
@@ -99,12 +88,6 @@ def _spec(run: Path) -> PipelineSpec:
     if spec.latent.count == 0:
         raise SpecError(f"{run}: a run with latent.count: 0; there are no latent tokens to look at")
     return spec
-
-
-def _first(error: ValidationError) -> str:
-    """One line of what is wrong, and where."""
-    found = error.errors()[0]
-    return f"{'.'.join(map(str, found['loc']))}: {found['msg']}".removeprefix(": ")
 
 
 def _missing(spec: PipelineSpec, record: dict[str, Any], last: Path) -> str | None:
@@ -130,23 +113,16 @@ def _origin(record: dict[str, Any], teacher: TeacherSpec) -> str:
     return str(record.get("models", {}).get(teacher.name, {}).get("origin", "a known place"))
 
 
-def _with_models(spec: PipelineSpec, record: dict[str, Any], student: Path) -> PipelineSpec:
-    """The spec with the trained student as it was saved, adapters merged, and the teachers it had."""
-    trained = _from(spec.student, student)
-    more = {"lora": None, "gradient_checkpointing": False}
-    teachers = tuple(_teacher(teacher, record, student) for teacher in used_teachers(spec))
-    return spec.model_copy(update={"student": trained.model_copy(update=more), "teachers": teachers})
+def _with_models(spec: PipelineSpec, record: dict[str, Any], run: Path) -> PipelineSpec:
+    """The spec with the trained student as it was saved, and the teachers it had."""
+    teachers = tuple(_teacher(teacher, record, run / "student") for teacher in used_teachers(spec))
+    return spec.model_copy(update={"student": trained_student(spec, run), "teachers": teachers})
 
 
 def _teacher(teacher: TeacherSpec, record: dict[str, Any], student: Path) -> TeacherSpec:
     if teacher.itself is not None:
-        return _from(teacher, student)
-    return _from(teacher, _origin(record, teacher)) if _was_trained(teacher) else teacher
-
-
-def _from(model: M, folder: Path | str) -> M:
-    where = {"path": str(folder), "tokenizer": str(folder)}
-    return model.model_copy(update=where | {"config": None, "pretrain": None, "revision": None})
+        return from_folder(teacher, student)
+    return from_folder(teacher, _origin(record, teacher)) if _was_trained(teacher) else teacher
 
 
 def _load_aligners(distiller: Distiller, last: Path) -> None:

@@ -189,6 +189,9 @@ class TeacherSpec(ModelSpec):
 Operations = Annotated[str, StringConstraints(pattern=r"^[-+*]+$")]
 
 
+Format = Literal["fields", "gsm8k", "gsm8k_equations", "pal"]
+
+
 class ChainData(Strict):
     """Generated chain arithmetic: ``7+3*2-5?`` modulo m, one written step per operation."""
 
@@ -225,11 +228,12 @@ class JsonlData(Strict):
     """File of training examples."""
     validation: str
     """File of validation examples."""
-    format: Literal["fields", "gsm8k", "gsm8k_equations"] = "fields"
+    format: Format = "fields"
     """``fields``: objects with prompt, reasoning (a text or a list of steps), answer; ``gsm8k``: question and
     answer, where the answer ends in ``#### number``, its lines are the steps, and calculations stand in
     ``<<…>>`` (removed); ``gsm8k_equations``: the same files, the calculations ``<<48/2=24>>`` alone as steps
-    (1.3 % of GSM8K's examples have none, and so no reasoning)."""
+    (1.3 % of GSM8K's examples have none, and so no reasoning); ``pal``: objects with ``input`` and a number
+    ``target``, as PAL keeps SVAMP and MultiArith, without reasoning: to be judged by, not to learn from."""
     separator: str = Field("\n", min_length=1)
     """Text between two steps of the reasoning: a list of steps is joined by it, and the last step is found by
     it. A step of a list must not hold it."""
@@ -258,7 +262,7 @@ class HubData(Strict):
     """Split of training examples (slices such as ``train[:1000]`` work)."""
     validation: str = "test"
     """Split of validation examples."""
-    format: Literal["fields", "gsm8k", "gsm8k_equations"] = "fields"
+    format: Format = "fields"
     """As for jsonl."""
     separator: str = Field("\n", min_length=1)
     """As for jsonl."""

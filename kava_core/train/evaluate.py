@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, Subset
 
 from kava_core.data.collate import Collator
 from kava_core.data.dataset import EncodedDataset, nearly_equal
-from kava_core.data.examples import Example, is_correct
-from kava_core.latent.collate import END, token_id
-from kava_core.latent.student import Control, write_answers
+from kava_core.data.examples import is_correct
+from kava_core.latent.student import Control
 from kava_core.spec.model import EvaluateSpec, Template
+from kava_core.train.answers import Answers
 from kava_core.train.collapse import EXAMPLES as WATCHED
 from kava_core.train.collapse import CollapseMonitor
 from kava_core.train.counts import EXAMPLES, LABELLED, READ, TOKENS
@@ -69,6 +69,7 @@ class Evaluator:
         self.items, self.examples, self.collator = items, items.examples, collator
         self.tokenizer, self.template, self.spec, self.samples = tokenizer, template, spec, samples
         self.monitor = monitor
+        self.answers = Answers(collator, tokenizer, spec.max_new_tokens)
 
     def begin(self, distiller: Distiller, device: torch.device) -> None:
         """Let the monitor keep the state before the first step."""
@@ -127,7 +128,7 @@ class Evaluator:
         written: list[dict[str, Any]] = []
         for indices in nearly_equal(mine, self.spec.batch_size):
             examples = [self.examples[index] for index in indices]
-            texts, taken = self._write(distiller, examples, accelerator.device, control)
+            texts, taken = self.answers(distiller, examples, accelerator.device, control)
             passes += taken
             for example, text in zip(examples, texts, strict=True):
                 correct = is_correct(text, example, self.template)
@@ -149,38 +150,6 @@ class Evaluator:
         everyones: list[tuple[int, bool]] = gather_object(list(zip(mine, marks, strict=True)))
         if accelerator.is_main_process:
             write_json(self.samples.with_name(CORRECT), [int(mark) for _, mark in sorted(everyones)])
-
-    def _write(
-        self,
-        distiller: Distiller,
-        examples: list[Example],
-        device: torch.device,
-        control: Control | None = None,
-    ) -> tuple[list[str], int]:
-        """Greedy answers, and how many forward passes they took together."""
-        student = distiller.student
-        prompts = send_to_device(self.collator.prompts(examples)[0], device)
-        if distiller.latents is not None:
-            how: dict[str, Any] = {
-                "end": token_id(self.tokenizer, END),
-                "max_new_tokens": self.spec.max_new_tokens,
-            }
-            tokens = write_answers(student, distiller.latents, **prompts, **how, control=control)
-            return self._told(tokens, len(examples) * distiller.latents.rounds)
-        with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
-            tokens = student.generate(
-                input_ids=prompts["input_ids"],
-                attention_mask=prompts["attention_mask"],
-                max_new_tokens=self.spec.max_new_tokens,
-                do_sample=False,
-            )
-        return self._told(tokens[:, prompts["input_ids"].shape[1] :], 0)
-
-    def _told(self, tokens: Tensor, before: int) -> tuple[list[str], int]:
-        """Each token took a pass, EOS too; what stands after it took none."""
-        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        ended = tokens.eq(-1 if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id)
-        return texts, before + int((ended.long().cumsum(1) - ended.long()).eq(0).sum())
 
 
 def _added(mine: dict[str, float]) -> dict[str, float]:

@@ -18,11 +18,13 @@ def assert_room(config: PreTrainedConfig, longest: int, *, who: str) -> None:
         )
 
 
-def assert_room_to_write(config: PreTrainedConfig, prompt: int, new_tokens: int) -> None:
+def assert_room_to_write(
+    config: PreTrainedConfig, prompt: int, new_tokens: int, *, field: str = "evaluate.max_new_tokens"
+) -> None:
     """SpecError where prompt and written answer together may leave the student's positions."""
     room = positions(config)
     if room is not None and prompt + new_tokens > room:
         raise SpecError(
-            f"evaluate.max_new_tokens: the longest prompt and {new_tokens} new tokens are "
+            f"{field}: the longest prompt and {new_tokens} new tokens are "
             f"{prompt + new_tokens} tokens but the student has {room} positions"
         )

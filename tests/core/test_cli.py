@@ -41,7 +41,7 @@ main(sys.argv[1:])
 BROKEN = str(Path(__file__).parent / "broken_specs" / "two_places.yaml")
 
 
-LIGHT = [["--help"], ["check", "--help"], ["check", BROKEN], ["plugins"], ["schema"], ["env"]]
+LIGHT = [["--help"], ["check", "--help"], ["report", "--help"], ["check", BROKEN], ["plugins"], ["schema"], ["env"]]
 LIGHT += [["launch", "--help"], ["status", "--help"]]
 
 
@@ -61,14 +61,17 @@ Options:
 Commands:
   check       Check a spec: syntax, schema, plugins, shapes at every stage.
   train       Train, or go on with, every variant and seed of a spec.
-  experiment  Run what is missing of a spec's variants and seeds, and...
+  experiment  Run all variants and seeds; judge what they show.
+  report      Write what experiments say: a page, figures, tables.
   launch      Check and submit what is not complete as one SLURM array.
   status      Show how far every run of a spec has come.
   cache       Run the teachers once and store what training needs of them.
   sample      Let a teacher write several rationales for every example.
   plan        Show shapes, parameters, memory and cost of a step.
   calibrate   Measure which layers resemble each other, and draw it.
+  profile     Run a batch through every stage of every variant and show...
   export      Write a run's student as a plain transformers folder.
+  eval        Let a run's student answer a file of tasks, and count what...
   latents     Show what a run's latent tokens say, and what they resemble.
   plugins     List the installed components and who registered them.
   schema      Print the JSON Schema of specs with what is installed.

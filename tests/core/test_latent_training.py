@@ -20,8 +20,8 @@ from kava_core.errors import SpecError
 from kava_core.latent.collate import thinned
 from kava_core.latent.stages import latents_at, step_of_tokens
 from kava_core.latent.student import Thought
+from kava_core.train.answers import Answers
 from kava_core.train.assemble import make_data, make_distiller
-from kava_core.train.collapse import CollapseMonitor
 from kava_core.train.evaluate import Evaluator
 from kava_core.train.latent_terms import codi, step_cross_entropy
 from kava_core.train.run import run
@@ -436,12 +436,9 @@ def test_forward_passes_of_an_answer_are_counted(tmp_path: Path, passes: int, mo
     data = make_data(one)
     distiller = make_distiller(one, data, seed=0).eval()
     examples = [item.example for item in data.validation_items.items[:1]]
-    evaluator = Evaluator(
-        *(data.validation_items, data.plain_collator, data.tokenizer, one.data.template),
-        *(one.evaluate, tmp_path / "samples", CollapseMonitor(tmp_path / "before")),
-    )
+    answers = Answers(data.plain_collator, data.tokenizer, one.evaluate.max_new_tokens)
     calls: list[int] = []
     plain = LlamaModel.forward
     monkeypatch.setattr(LlamaModel, "forward", lambda *a, **k: calls.append(1) or plain(*a, **k))
-    _, counted = evaluator._write(distiller, examples, torch.device("cpu"))
+    _, counted = answers(distiller, examples, torch.device("cpu"))
     assert counted == len(calls)

@@ -32,6 +32,7 @@ DECLARATIVE = [
     ),
     "kava_core/spec",
     "kava_core/scaffold",
+    "kava_core/cluster",
     *(
         f"kava_plugins/{folder.name}/__init__.py"
         for folder in (ROOT / "kava_plugins").iterdir()

@@ -1,0 +1,98 @@
+"""Whether the files a run reads are on this disk, for nodes without a network."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from kava_core.errors import KavaError
+from kava_core.spec.model import HubData, ModelSpec, PipelineSpec
+
+YES = {"1", "ON", "YES", "TRUE"}
+
+
+def offline() -> bool:
+    """Whether the hub is out of bounds, as huggingface_hub and transformers read it."""
+    return any(os.environ.get(name, "").upper() in YES for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+
+
+def missing_models(specs: Iterable[PipelineSpec]) -> list[str]:
+    """A line for every model and tokenizer that is named and not whole on this disk."""
+    wanted = {key: None for spec in specs for model in _models(spec) for key in _wanted(model)}
+    return [fault for name, revision, what in wanted if (fault := _fault(name, revision, what))]
+
+
+def missing_data(specs: Iterable[PipelineSpec], root: Path) -> list[str]:
+    """A line for all data that cannot be read. Hub names are left alone where the hub can be asked."""
+    from kava_core.data.splits import load_splits
+
+    faults: dict[str, None] = {}
+    for data in {spec.data.model_dump_json(): spec.data for spec in specs}.values():
+        if isinstance(data, HubData) and not offline() and not Path(data.path).exists():
+            continue
+        try:
+            load_splits(data, root=root)
+        except KavaError as error:
+            faults[str(error)] = None
+    return list(faults)
+
+
+def _models(spec: PipelineSpec) -> tuple[ModelSpec, ...]:
+    from kava_core.train.assemble import used_teachers
+
+    return (spec.student, *used_teachers(spec))
+
+
+def _wanted(model: ModelSpec) -> Iterator[tuple[str, str | None, str]]:
+    """Names or folders, with revision, and what is read of them."""
+    if model.path is not None:
+        yield model.path, model.revision, "model"
+    tokenizer = model.tokenizer or model.path
+    if isinstance(tokenizer, str):
+        yield tokenizer, model.revision if tokenizer == model.path else None, "tokenizer"
+
+
+def _fault(name: str, revision: str | None, what: str) -> str | None:
+    folder = Path(name)
+    if not folder.is_dir():
+        if not offline():
+            return None
+        found = _snapshot(name, revision, "config.json" if what == "model" else "tokenizer_config.json")
+        if found is None:
+            return f"{name}: {what} not in the hub's cache, and HF_HUB_OFFLINE is set"
+        folder = found
+    wrong = _model_fault(folder) if what == "model" else _tokenizer_fault(folder)
+    return wrong and f"{name}: {wrong}"
+
+
+def _snapshot(name: str, revision: str | None, file: str) -> Path | None:
+    """The cached folder of a hub name, if it holds this file."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, file, revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _model_fault(folder: Path) -> str | None:
+    if not (folder / "config.json").exists():
+        return "no config.json"
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return None if any(folder.glob("*.safetensors")) else "no safetensors file"
+    try:
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError) as error:
+        return f"{index.name}: unreadable: {error}"
+    absent = sorted(file for file in files if not (folder / file).exists())
+    return f"no {', '.join(absent)}" if absent else None
+
+
+def _tokenizer_fault(folder: Path) -> str | None:
+    names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model", "vocab.txt")
+    return None if any((folder / name).exists() for name in names) else "no tokenizer"

@@ -1,0 +1,71 @@
+"""The same items as a task of lm-evaluation-harness, which judges an exported student without kava."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kava_core.data.examples import Example, render
+from kava_core.errors import SpecError
+from kava_core.evaluation.student import Student
+from kava_core.paths import make_folder
+
+NUMBER = r"([-+]?\$?[0-9][0-9,]*(?:\.[0-9]+)?)"
+IGNORED = [",", r"\$", r"^\+", r"\.0+$"]
+"""What two equal numbers may differ in."""
+
+
+def write_task(folder: Path, student: Student, examples: Sequence[Example], max_new_tokens: int) -> str:
+    """Write ``items.jsonl`` and ``task.yaml``; returns the task's name.
+
+    Prompts are written as the student reads them; an answer is the number behind the template's marker.
+
+    Raises:
+        SpecError: the student thinks in latent tokens, which the harness would leave out; or an answer is no
+            number.
+    """
+    if student.spec.trajectory == "latent":
+        raise SpecError(f"{student.run}: thinks in latent tokens, which lm-evaluation-harness leaves out")
+    if wrong := [example.answer for example in examples if not re.fullmatch(NUMBER, example.answer)]:
+        raise SpecError(f"--lm-eval: the answer {wrong[0]!r} is no number, and the task looks for numbers")
+    make_folder(folder)
+    template = student.spec.data.template
+    items = ({"prompt": render(e, template).prompt, "answer": e.answer} for e in examples)
+    file = folder / "items.jsonl"
+    file.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
+    name = "kava_" + re.sub(r"\W", "_", student.spec.name)
+    task = yaml.safe_dump(_task(name, file.resolve(), template.answer, max_new_tokens), sort_keys=False)
+    (folder / "task.yaml").write_text(task, encoding="utf-8")
+    return name
+
+
+def _task(name: str, file: Path, answer: str, max_new_tokens: int) -> dict[str, Any]:
+    marker = answer.partition("{answer}")[0].strip()
+    found = {"function": "regex", "regex_pattern": re.escape(marker) + r"\s*" + NUMBER}
+    return {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(file)}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_target": "{{answer}}",
+        "target_delimiter": "",
+        "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": max_new_tokens},
+        "filter_list": [{"name": "marker", "filter": [found, {"function": "take_first"}]}],
+        "metric_list": [
+            {
+                "metric": "exact_match",
+                "aggregation": "mean",
+                "higher_is_better": True,
+                "regexes_to_ignore": IGNORED,
+            }
+        ],
+        "num_fewshot": 0,
+        "metadata": {"version": 1.0},
+    }

@@ -1,0 +1,58 @@
+"""A finished run's student, ready to answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from kava_core.data.collate import Collator
+from kava_core.latent.collate import LatentCollator
+from kava_core.latent.exported import load_latents
+from kava_core.spec.model import PipelineSpec
+from kava_core.train.assemble import make_latent
+from kava_core.train.distiller import Distiller
+from kava_core.train.export import finished_record, verify_student
+from kava_core.train.finished import finished_spec, trained_student
+from kava_core.train.models import load_student
+from kava_core.train.run import quiet
+
+
+@dataclass(frozen=True)
+class Student:
+    """What answers, and how its prompts are made."""
+
+    run: Path
+    spec: PipelineSpec
+    record: dict[str, Any]
+    distiller: Distiller
+    tokenizer: Any
+    collator: Collator
+
+
+def load_answering(run: Path) -> Student:
+    """Load a finished run's student in evaluation mode, on a GPU if there is one.
+
+    Raises:
+        SpecError: the run is not finished.
+        CheckpointError: its directory is damaged.
+    """
+    record, spec = finished_record(run), finished_spec(run)
+    verify_student(run / "student")
+    with quiet():
+        tokenizer = AutoTokenizer.from_pretrained(run / "student")
+        own = trained_student(spec, run)
+        student = load_student(own, tokenizer, seed=0)
+    latent = None
+    collator = Collator(tokenizer, {}, spec.data.template)
+    if spec.trajectory == "latent":
+        alone = spec.model_copy(update={"codi": None, "teachers": ()})
+        latent = make_latent(alone, student, seed=0)
+        latent.tokens.load_state_dict(load_latents(run / "student").state_dict())
+        collator = LatentCollator(tokenizer, {}, spec.data.template, latent=spec.latent)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    distiller = Distiller(student, latent=latent).to(device).eval()
+    return Student(run, spec, record, distiller, tokenizer, collator)
