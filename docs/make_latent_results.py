@@ -1,7 +1,7 @@
 """Tables and figures of docs/latent.md from finished runs: ``python docs/make_latent_results.py RUNS``.
 
-RUNS holds the folders ``latent`` and ``latent_sweeps`` that ``kava train specs/latent.yaml`` and
-``kava train specs/latent_sweeps.yaml`` write. Needs the extra ``stats`` (scipy).
+RUNS holds what ``kava train specs/latent.yaml`` and ``kava train specs/latent_sweeps.yaml`` write, and the longer runs
+with ``name=latent600 train.steps=600`` and ``name=latent_sweeps_long train.steps=1000``. Needs the extra ``stats``.
 """
 
 from __future__ import annotations
@@ -196,7 +196,8 @@ def _number(value: float | None) -> str:
 def sweeps_table(runs: Runs) -> str:
     """Exact match of every variant that was varied alone."""
     rows = ["| variant | n | exact match | latents zeroed, shuffled |", "|---|---|---|---|"]
-    for variant in dict.fromkeys(v for variants in PANELS.values() for v in variants):
+    named = [v for variants in PANELS.values() for v in variants]
+    for variant in dict.fromkeys([*named, *sorted(runs)]):
         values = scores(runs, variant)
         controls = ", ".join(
             _percent(scores(runs, variant, f"exact_match/{c}")) for c in ("zeroed", "shuffled")
@@ -209,13 +210,15 @@ def sweeps_table(runs: Runs) -> str:
 def main() -> None:
     """Write the figures and the CSV; print the tables."""
     folder = Path(sys.argv[1])
-    runs = {name: read(folder / name) for name in ("latent", "latent_sweeps")}
+    folders = ("latent", "latent600", "latent_sweeps", "latent_sweeps_long")
+    runs = {name: read(folder / name) for name in folders}
     (HERE / "results").mkdir(exist_ok=True)
     write_csv(runs, HERE / "results" / "latent.csv")
     methods_picture(runs["latent"], HERE / "results" / "latent_methods.png")
     sweeps_picture(runs["latent_sweeps"], HERE / "results" / "latent_sweeps.png")
     print(methods_table(runs["latent"]), comparisons_table(runs["latent"]), sep="\n\n")
-    print("\n" + sweeps_table(runs["latent_sweeps"]))
+    for name in folders[1:]:
+        print(f"\n{name}\n\n{sweeps_table(runs[name])}")
 
 
 if __name__ == "__main__":
