@@ -42,7 +42,7 @@ BROKEN = str(Path(__file__).parent / "broken_specs" / "two_places.yaml")
 
 
 LIGHT = [["--help"], ["check", "--help"], ["report", "--help"], ["check", BROKEN], ["plugins"], ["schema"], ["env"]]
-LIGHT += [["launch", "--help"], ["status", "--help"]]
+LIGHT += [["launch", "--help"], ["status", "--help"], ["profile", "--help"]]
 
 
 @pytest.mark.parametrize("arguments", LIGHT)
