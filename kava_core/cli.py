@@ -142,7 +142,7 @@ def experiment(
 def report(
     folders: Annotated[
         list[Path],
-        typer.Argument(metavar="FOLDER...", help="Of an experiment's runs, runs/NAME.", show_default=False),
+        typer.Argument(metavar="FOLDER", help="An experiment's runs: runs/NAME.", show_default=False),
     ],
     output: Annotated[
         Path | None,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Literal
 
+from kava_core.errors import KavaError
 from kava_core.experiment.gather import BUDGETS, Experiment, Run, value_of
 from kava_core.experiment.statistics import FEW, Paired, bonferroni, bootstrap, holm, paired
 from kava_core.spec.compare import CompareSpec, Control
@@ -150,7 +151,7 @@ def _missing(experiment: Experiment, pair: tuple[str, str]) -> str:
 
 def _budgets(first: Sequence[Run], second: Sequence[Run]) -> dict[str, float]:
     """Mean of the first over mean of the second; 0 / 0 is equal."""
-    if not all(run.compute for run in (*first, *second)):
+    if any(run.compute.get(name) is None for run in (*first, *second) for name in BUDGETS):
         return {}
     spent = [{name: mean(run.compute[name] for run in side) for name in BUDGETS} for side in (first, second)]
     return {name: _ratio(spent[0][name], spent[1][name]) for name in BUDGETS}
@@ -189,12 +190,24 @@ def _resampled(
     """Only what is a mean over examples can be resampled: exact match."""
     if compare.metric != "exact_match":
         return None
-    rows = [
-        [a - b for a, b in zip(x.correct, y.correct, strict=True)]
-        for x, y in zip(first, second, strict=True)
-        if x.correct is not None and y.correct is not None
-    ]
-    return bootstrap(rows) if rows and len(rows) == len(first) and all(rows) else None
+    rows = [_by_example(x, y) for x, y in zip(first, second, strict=True)]
+    kept = [row for row in rows if row]
+    return bootstrap(kept) if len(kept) == len(rows) else None
+
+
+def _by_example(first: Run, second: Run) -> list[int]:
+    """Differences of two runs of a seed; none where one kept no examples.
+
+    KavaError where they answered different numbers of them.
+    """
+    if first.correct is None or second.correct is None:
+        return []
+    if len(first.correct) != len(second.correct):
+        raise KavaError(
+            f"{first.folder} answered {len(first.correct)} examples, {second.folder} {len(second.correct)}: "
+            "variants are compared on the same ones"
+        )
+    return [a - b for a, b in zip(first.correct, second.correct, strict=True)]
 
 
 NEEDED: tuple[Control, ...] = ("no_kv", "shuffled_teacher")

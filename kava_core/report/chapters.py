@@ -1,0 +1,37 @@
+"""The parts of a report in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kava_core.report.answers import answers
+from kava_core.report.blocks import Chapter
+from kava_core.report.collapse import collapse
+from kava_core.report.compared import compared
+from kava_core.report.cost import cost
+from kava_core.report.curves import curves
+from kava_core.report.differences import differences
+from kava_core.report.found import Found
+from kava_core.report.layer_maps import layer_maps
+from kava_core.report.reading import reading
+from kava_core.report.routing import routing
+from kava_core.report.summary import summary
+from kava_core.report.text import plain
+
+SECTIONS = (summary, compared, curves, differences, cost, routing, collapse, layer_maps, answers)
+
+
+def chapters_of(founds: Sequence[Found]) -> list[Chapter]:
+    """A chapter for every experiment; how to read them stands in the last."""
+    chapters = [_chapter(found) for found in founds]
+    last = chapters[-1]
+    chapters[-1] = Chapter(last.key, last.title, last.under, [*last.sections, reading()])
+    return chapters
+
+
+def _chapter(found: Found) -> Chapter:
+    experiment = found.experiment
+    finished = max((str(run.record.get("finished", "")) for run in experiment.runs), default="")
+    under = f"{experiment.folder}" + (f" · last run finished {finished}" if finished else "")
+    sections = [make(found) for make in SECTIONS]
+    return Chapter(f"e{found.place}", plain(experiment.name), plain(under), sections)
