@@ -248,16 +248,21 @@ def forward_flops(config: PreTrainedConfig, time: int, *, head: bool) -> float:
     return float(counter.get_total_flops())
 
 
-def alignment_flops(dry: DryRun) -> float:
-    """Of every teacher's alignment and the student's fold; fuser and losses are not counted."""
+def alignment_flops(dry: DryRun, teacher: str | None = None) -> float:
+    """Of one teacher's alignment, or all, and the student's fold; fuser and losses are not counted."""
     assert dry.pipeline is not None
     total = 0.0
-    for aligner in dry.pipeline.teachers:
+    for aligner in dry.pipeline.teachers if teacher is None else (_named(dry, teacher),):
         time_map = dry.maps[aligner.name]
         for part, x in dry.caches[aligner.name].items():
             total += _part_flops(aligner, x, part, time_map)
         total += sum(_fold_flops(aligner, x, part) for part, x in dry.own.items())
     return total
+
+
+def _named(dry: DryRun, teacher: str) -> TeacherAligner:
+    assert dry.pipeline is not None
+    return next(aligner for aligner in dry.pipeline.teachers if aligner.name == teacher)
 
 
 def _fold_flops(aligner: TeacherAligner, x: Tensor, part: Part) -> float:
@@ -425,7 +430,7 @@ def _captured(spec: PipelineSpec, dry: DryRun, teachers: list[ModelCost]) -> int
 def _read_at_once(spec: PipelineSpec, dry: DryRun, teacher: str) -> int:
     """Teacher layers whose raw caches are alive together."""
     assert dry.pipeline is not None
-    aligner = next(a for a in dry.pipeline.teachers if a.name == teacher)
+    aligner = _named(dry, teacher)
     if not spec.train.stream:
         return len(aligner.sources)
     return most_alive(aligner.layer_map.reads)

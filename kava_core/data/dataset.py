@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from torch.utils.data import Dataset
@@ -20,14 +21,22 @@ CHUNK = 1024
 class EncodedDataset(Dataset[Item]):
     """The examples that fit ``collator.max_length`` on every side; pass the collator its batches of items."""
 
-    def __init__(self, examples: Sequence[Example], collator: Collator) -> None:
+    def __init__(
+        self, examples: Sequence[Example], collator: Collator, teachers: Collection[str] | None = None
+    ) -> None:
         """Encode all examples.
+
+        Args:
+            examples: what there is.
+            collator: encodes every side that an example has to fit.
+            teachers: sides that are kept; default: all.
 
         Raises:
             SpecError: no example is left.
         """
         chunks = (examples[start : start + CHUNK] for start in range(0, len(examples), CHUNK))
-        self.items = [item for chunk in chunks for item in collator.encode(chunk) if item is not None]
+        fitting = (item for chunk in chunks for item in collator.encode(chunk) if item is not None)
+        self.items = [item if teachers is None else _with(item, teachers) for item in fitting]
         self.dropped = len(examples) - len(self.items)
         """Examples left out because they are too long on some side."""
         if not self.items:
@@ -45,6 +54,10 @@ class EncodedDataset(Dataset[Item]):
     def examples(self) -> list[Example]:
         """The examples that were kept, in order."""
         return [item.example for item in self.items]
+
+
+def _with(item: Item, teachers: Collection[str]) -> Item:
+    return replace(item, teachers={name: side for name, side in item.teachers.items() if name in teachers})
 
 
 def nearly_equal(entries: Sequence[T], most: int) -> list[Sequence[T]]:

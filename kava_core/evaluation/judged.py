@@ -28,7 +28,7 @@ LEVEL = 1.959963984540054
 
 
 def examples_of(student: Student, file: Path | None, format: str, limit: int | None) -> list[Example]:
-    """Those of a file, or the validation examples of the run's own data.
+    """Those of a file, or the validation examples that the run itself was judged by.
 
     Raises:
         SpecError: the file is no such file; or the run's own data changed since it was trained.
@@ -38,7 +38,7 @@ def examples_of(student: Student, file: Path | None, format: str, limit: int | N
     splits = load_splits(student.spec.data, root=Path.cwd())
     if not splits.same_as(student.record["data"]):
         raise SpecError(f"{student.run}: the data changed since this run ended")
-    return list(splits.validation[:limit])
+    return list(splits.validation[: student.spec.evaluate.examples][:limit])
 
 
 @torch.no_grad()
@@ -106,10 +106,12 @@ def summary(
 def _overlap(student: Student, examples: Sequence[Example]) -> dict[str, Any]:
     """How many of the examples the student has met in training; why that is not known, where it is not."""
     try:
-        train = load_splits(student.spec.data, root=Path.cwd()).train
+        splits = load_splits(student.spec.data, root=Path.cwd())
     except SpecError as error:
         return {"training_data": f"not looked at: {error}"}
-    found = Splits(train, examples).report()
+    if not splits.same_as(student.record["data"]):
+        return {"training_data": "not looked at: the files are no longer those it was trained on"}
+    found = Splits(splits.train, examples).report()
     return {name: found[name] for name in ("duplicates_across", "contaminated")}
 
 

@@ -8,23 +8,26 @@ from pathlib import Path
 
 from rich.console import Console
 
+from kava_core.data.splits import Splits, load_splits
+from kava_core.errors import SpecError
 from kava_core.experiment.conduct import LOG, conduct, train_command
 from kava_core.experiment.declared import declare
 from kava_core.experiment.gather import gather
 from kava_core.experiment.progress import Watch
-from kava_core.experiment.runs import Planned, failure_of, planned
+from kava_core.experiment.runs import Planned, failure_of, planned, state_of
 from kava_core.experiment.tables import means, told
 from kava_core.spec.check import dry_runs
 from kava_core.spec.compare import CompareSpec
 from kava_core.spec.load import LoadedSpec
 from kava_core.spec.variants import resolve_variants, treatment
+from kava_core.train.rundir import RECORD, read_record
 
 
 def carry_out(loaded: LoadedSpec, spec: Path, overrides: Sequence[str], *, jobs: int | None) -> list[Planned]:
     """Run and judge; returns the runs that failed.
 
     Raises:
-        SpecError: a variant's shapes do not fit; nothing has run then.
+        SpecError: a variant's shapes do not fit, or the data changed; nothing has run then.
         Preempted: a signal stopped it; the same command goes on.
         CheckpointError: a run's files are damaged.
     """
@@ -32,6 +35,7 @@ def carry_out(loaded: LoadedSpec, spec: Path, overrides: Sequence[str], *, jobs:
     dry_runs(variants)
     runs = planned(variants)
     folder = runs[0].folder.parent
+    _check_data(runs)
     declare(folder, loaded.spec.compare or CompareSpec(), treatment(loaded.spec), runs)
     devices = _devices()
     watch = Watch(loaded.spec.name)
@@ -43,6 +47,20 @@ def carry_out(loaded: LoadedSpec, spec: Path, overrides: Sequence[str], *, jobs:
         watch.close()
     _show(folder, failed)
     return failed
+
+
+def _check_data(runs: Sequence[Planned]) -> None:
+    """SpecError where a complete run was trained on other examples than the spec's files hold now."""
+    known: dict[str, Splits] = {}
+    for run in runs:
+        if state_of(run.folder) != "complete":
+            continue
+        key = run.spec.data.model_dump_json()
+        splits = known.setdefault(key, load_splits(run.spec.data, root=Path.cwd()))
+        if not splits.same_as(read_record(run.folder / RECORD)["data"]):
+            raise SpecError(
+                f"{run.folder}: the data changed since this run ended; give the spec another name"
+            )
 
 
 def _devices() -> int:

@@ -16,12 +16,14 @@ from typing import Any
 from kava_core.errors import Preempted
 from kava_core.experiment.progress import Watch
 from kava_core.experiment.runs import Planned, failure_of, state_of
-from kava_core.train.rundir import note_failure
+from kava_core.train.rundir import FAILURE, note_failure
 
 LOG = "log.txt"
 POLL = 0.2
+IMPATIENT = 3
+"""Signals after which nothing is waited for."""
 STOPPED = Preempted.exit_code
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass
@@ -51,12 +53,12 @@ def conduct(
         The runs that failed, whose folders hold ``failure.json`` and ``log.txt``.
 
     Raises:
-        Preempted: a signal was passed on to all processes, which have saved.
+        Preempted: a signal was passed on to all processes, which have saved; or one of them got its own.
     """
     waiting = [run for run in runs if state_of(run.folder) != "complete"]
     watch.begin(total=len(runs), complete=len(runs) - len(waiting))
-    active, failed = list[Job](), list[Planned]()
-    with _signals() as received:
+    active, ends = list[Job](), dict[str, list[Planned]]()
+    with _signals() as received, _nobody_left(active):
         while waiting or active:
             while waiting and len(active) < jobs and not received:
                 slot = min(set(range(jobs)) - {job.slot for job in active})
@@ -64,18 +66,34 @@ def conduct(
                 watch.started(active[-1].run)
             ended = [job for job in active if job.process.poll() is not None]
             for job in ended:
-                failed += _ended(job, watch)
-            active = [job for job in active if job not in ended]
+                active.remove(job)
+                ends.setdefault(_ended(job, watch), []).append(job.run)
             if received and not active:
-                raise Preempted(f"stopped by {received[0].name}; run the same command again to go on")
+                break
             _pass_on(received, active)
             watch.look([job.run for job in active])
             time.sleep(0 if ended else POLL)
-    return failed
+    if received or "stopped" in ends:
+        by = f"stopped by {received[0].name}" if received else f"{ends['stopped'][0].name} was stopped"
+        raise Preempted(f"{by}; run the same command again to go on")
+    return ends.get("failed", [])
+
+
+@contextmanager
+def _nobody_left(active: list[Job]) -> Iterator[None]:
+    """Whatever happens here, no process goes on by itself: it is asked to save, and waited for."""
+    try:
+        yield
+    finally:
+        for job in active:
+            job.process.terminate()
+        for job in active:
+            job.process.wait()
 
 
 def _start(command: Sequence[str], run: Planned, slot: int, jobs: int, devices: int) -> Job:
     run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / FAILURE).unlink(missing_ok=True)
     environment = dict(os.environ)
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = _device(slot, devices)
@@ -96,18 +114,24 @@ def _device(slot: int, devices: int) -> str:
     return visible[slot % len(visible)] if visible else str(slot % devices)
 
 
-def _ended(job: Job, watch: Watch) -> list[Planned]:
+def _ended(job: Job, watch: Watch) -> str:
+    """``complete``, ``stopped`` or ``failed``, which is noted in the run's folder."""
     code, run = job.process.returncode, job.run
-    if code == 0 or code == STOPPED:
-        watch.ended(run, "complete" if code == 0 else "stopped")
-        return []
+    if code == 0 and state_of(run.folder) == "complete":
+        watch.ended(run, "complete")
+        return "complete"
+    if code == STOPPED or (job.told and code == -signal.SIGTERM):  # the latter before it could listen
+        watch.ended(run, "stopped")
+        return "stopped"
     if failure_of(run.folder) is None:
         note_failure(run.folder, code, f"{_cause(code)}; its last words: {_last_line(run.folder / LOG)}")
     watch.ended(run, f"failed: {(failure_of(run.folder) or {}).get('error')}")
-    return [run]
+    return "failed"
 
 
 def _cause(code: int) -> str:
+    if code == 0:
+        return "it ended well, but not this run: was the spec edited meanwhile?"
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
@@ -135,13 +159,15 @@ def _signals() -> Iterator[list[signal.Signals]]:
 
 
 def _pass_on(received: list[signal.Signals], active: Sequence[Job]) -> None:
-    """Once for every process: it finishes its step, saves and leaves."""
+    """Every process finishes its step, saves and leaves; asked a third time, it is killed."""
     for job in active if received else ():
         if not job.told:
-            job.process.send_signal(signal.SIGTERM)
+            job.process.terminate()
             job.told = True
+        elif len(received) >= IMPATIENT:
+            job.process.kill()
 
 
 def train_command(spec: Path, overrides: Sequence[str]) -> list[str]:
     """What trains one run."""
-    return [sys.executable, "-m", "kava_core", "train", str(spec), *overrides]
+    return [sys.executable, "-P", "-m", "kava_core", "train", str(spec), *overrides]

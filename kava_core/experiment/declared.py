@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,29 +21,26 @@ FILE = "experiment.json"
 def declare(folder: Path, compare: CompareSpec, treatment: str, runs: Sequence[Planned]) -> None:
     """Write, or bring up to date, what will be run and compared.
 
-    Comparisons that change once runs are complete are kept beside the new ones, with how many runs could
-    have been seen by then.
+    What was declared before stays beside it, with how many of its runs were complete, and so could have been
+    seen, when comparisons, variants, their settings or seeds were changed.
     """
+    now = {
+        "compare": compare.model_dump(mode="json"),
+        "treatment": treatment,
+        "runs": [{"variant": r.variant, "seed": r.seed, "folder": r.folder.name} for r in runs],
+    }
     before = read(folder) if (folder / FILE).exists() else {}
-    asked = compare.model_dump(mode="json")
+    changed = [name for name, value in now.items() if before.get(name) != value]
     earlier = before.get("earlier", [])
-    if before and (before["compare"], before["treatment"]) != (asked, treatment):
-        earlier = [*earlier, {name: before[name] for name in ("compare", "treatment", "declared")}]
-        earlier[-1]["complete"] = sum(
-            state_of(folder / run["folder"]) == "complete" for run in before["runs"]
-        )
-    same = before and len(earlier) == len(before.get("earlier", []))
+    if before and changed and (complete := _complete(folder, before["runs"])):
+        earlier = [*earlier, {n: before[n] for n in (*now, "declared")} | {"complete": complete}]
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(
-        folder / FILE,
-        {
-            "declared": before["declared"] if same else datetime.now(UTC).isoformat(timespec="seconds"),
-            "compare": asked,
-            "treatment": treatment,
-            "runs": [{"variant": r.variant, "seed": r.seed, "folder": r.folder.name} for r in runs],
-            "earlier": earlier,
-        },
-    )
+    when = datetime.now(UTC).isoformat(timespec="seconds") if changed else before["declared"]
+    write_json(folder / FILE, now | {"declared": when, "earlier": earlier})
+
+
+def _complete(folder: Path, runs: Sequence[Mapping[str, Any]]) -> int:
+    return sum(state_of(folder / run["folder"]) == "complete" for run in runs)
 
 
 def read(folder: Path) -> dict[str, Any]:

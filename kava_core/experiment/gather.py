@@ -13,7 +13,7 @@ from typing import Any
 from kava_core.errors import CheckpointError, KavaError, SpecError
 from kava_core.experiment import declared
 from kava_core.experiment.runs import State, failure_of, state_of
-from kava_core.spec.compare import STEPS, CompareSpec
+from kava_core.spec.compare import DIRECTIONS, STEPS, CompareSpec
 from kava_core.train.metrics import read_metrics
 from kava_core.train.rundir import RECORD, read_record
 
@@ -146,10 +146,10 @@ def _assert_one_spec_each(runs: Iterable[Run]) -> None:
             )
 
 
-def value_of(run: Run, compare: CompareSpec) -> float:
+def value_of(run: Run, compare: CompareSpec, horizon: float = math.inf) -> float:
     """The number that is compared; KavaError where a complete run has none: it is never taken for 0."""
     if compare.metric == STEPS:
-        return steps_to_target(run, compare)
+        return steps_to_target(run, compare, horizon)
     found = run.results.get(compare.metric)
     if found is None or not math.isfinite(found):
         there = ", ".join(sorted(name for name in run.results if "/" not in name))
@@ -157,15 +157,29 @@ def value_of(run: Run, compare: CompareSpec) -> float:
     return float(found)
 
 
-def steps_to_target(run: Run, compare: CompareSpec) -> float:
-    """The first evaluated step at which the target is reached; one interval past the end where none is."""
+def steps_to_target(run: Run, compare: CompareSpec, horizon: float = math.inf) -> float:
+    """The first evaluated step at which the target is reached, or one interval past the ``horizon``.
+
+    The horizon is the last step that all compared runs have: what one of them reaches later, when others are
+    no longer looked at, does not count.
+    """
     assert compare.target is not None
+    curve = _curve(run, compare)
+    lower = DIRECTIONS[compare.of] == "lower"
+    horizon = min(horizon, curve[-1][0])
+    for step, value in curve:
+        if step <= horizon and (value <= compare.target if lower else value >= compare.target):
+            return float(step)
+    return float(horizon + curve[0][0])
+
+
+def last_evaluated(run: Run, compare: CompareSpec) -> float:
+    """The last step at which the followed metric was evaluated."""
+    return float(_curve(run, compare)[-1][0])
+
+
+def _curve(run: Run, compare: CompareSpec) -> list[tuple[int, float]]:
     curve = [(line["step"], line[compare.of]) for line in run.evaluations if compare.of in line]
     if not curve:
         raise KavaError(f"{run.folder}: its evaluations have no {compare.of!r}")
-    lower = compare.of in ("ce", "perplexity")
-    for step, value in curve:
-        if value <= compare.target if lower else value >= compare.target:
-            return float(step)
-    steps = [step for step, _ in curve]
-    return float(steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else steps[-1]))
+    return curve

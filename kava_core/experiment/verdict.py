@@ -6,12 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
-from typing import Literal
+from typing import Any, Literal
 
-from kava_core.errors import KavaError
-from kava_core.experiment.gather import BUDGETS, Experiment, Run, value_of
+from kava_core.experiment.gather import BUDGETS, Experiment, Run, last_evaluated, value_of
 from kava_core.experiment.statistics import FEW, Paired, bonferroni, bootstrap, holm, paired
-from kava_core.spec.compare import CompareSpec, Control
+from kava_core.spec.compare import STEPS, CompareSpec, Control
 
 SIGNIFICANT = 0.05
 
@@ -91,11 +90,24 @@ def judge(experiment: Experiment) -> list[Verdict]:
 
 
 def _differences(experiment: Experiment, pair: tuple[str, str], compare: CompareSpec) -> dict[int, float]:
-    first, second = (
-        {seed: value_of(run, compare) for seed, run in experiment.of(name).items() if run.state == "complete"}
-        for name in pair
-    )
+    first, second = (_values(experiment, name, compare, _horizon(experiment, pair, compare)) for name in pair)
     return {seed: first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())}
+
+
+def _values(experiment: Experiment, name: str, compare: CompareSpec, horizon: float) -> dict[int, float]:
+    return {seed: value_of(run, compare, horizon) for seed, run in _complete(experiment, name).items()}
+
+
+def _complete(experiment: Experiment, name: str) -> dict[int, Run]:
+    return {seed: run for seed, run in experiment.of(name).items() if run.state == "complete"}
+
+
+def _horizon(experiment: Experiment, pair: tuple[str, str], compare: CompareSpec) -> float:
+    """With ``steps_to_target``: the last step that every run of the pair has evaluated."""
+    runs = [run for name in pair for run in _complete(experiment, name).values()]
+    if compare.metric != STEPS or not runs:
+        return math.inf
+    return min(last_evaluated(run, compare) for run in runs)
 
 
 def _verdict(
@@ -108,9 +120,10 @@ def _verdict(
 ) -> Verdict:
     sides = [[experiment.of(name)[seed] for seed in found] for name in pair]
     budgets = _budgets(*sides)
-    missing = _missing(experiment, pair)
+    missing = _missing(experiment, pair) or _other_data(*sides)
     outcome, reason = _outcome(compare, test, corrected[0], budgets, missing)
-    means = tuple(mean(value_of(run, compare) for run in side) for side in sides)
+    horizon = _horizon(experiment, pair, compare)
+    means = tuple(mean(value_of(run, compare, horizon) for run in side) for side in sides)
     return Verdict(
         *pair,
         outcome,
@@ -147,6 +160,21 @@ def _missing(experiment: Experiment, pair: tuple[str, str]) -> str:
     open_runs = [run for name in pair for run in experiment.of(name).values() if run.state != "complete"]
     open_runs.sort(key=lambda run: run.state != "failed")
     return ", ".join(f"{run.variant} seed {run.seed} {run.state}" for run in open_runs)
+
+
+def _other_data(first: Sequence[Run], second: Sequence[Run]) -> str:
+    """Why two runs of a seed did not see and answer the same examples; empty where all did."""
+    for one, other in zip(first, second, strict=True):
+        for split in ("train", "validation"):
+            if _hashes(one, split) != _hashes(other, split):
+                return f"seed {one.seed}: {one.variant} and {other.variant} have other {split} examples"
+    return ""
+
+
+def _hashes(run: Run, split: str) -> tuple[Any, ...]:
+    """Of the examples that were given, and of those that were short enough."""
+    data = run.record.get("data", {})
+    return data.get(split, {}).get("sha256"), data.get("kept", {}).get(split)
 
 
 def _budgets(first: Sequence[Run], second: Sequence[Run]) -> dict[str, float]:
@@ -196,17 +224,9 @@ def _resampled(
 
 
 def _by_example(first: Run, second: Run) -> list[int]:
-    """Differences of two runs of a seed; none where one kept no examples.
-
-    KavaError where they answered different numbers of them.
-    """
-    if first.correct is None or second.correct is None:
+    """Differences of two runs of a seed; none where one kept no examples, or they answered others."""
+    if first.correct is None or second.correct is None or len(first.correct) != len(second.correct):
         return []
-    if len(first.correct) != len(second.correct):
-        raise KavaError(
-            f"{first.folder} answered {len(first.correct)} examples, {second.folder} {len(second.correct)}: "
-            "variants are compared on the same ones"
-        )
     return [a - b for a, b in zip(first.correct, second.correct, strict=True)]
 
 

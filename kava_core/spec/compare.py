@@ -17,6 +17,9 @@ Budget = Literal["student_tokens", "teacher_tokens", "flops"]
 STEPS = "steps_to_target"
 """The metric that is read off a run's curve instead of its last evaluation."""
 
+DIRECTIONS = {"exact_match": "higher", "ce": "lower", "perplexity": "lower", STEPS: "lower"}
+"""Which way is better."""
+
 
 def control_changes(control: Control, compare: CompareSpec, teachers: int) -> dict[str, Any]:
     """What a control changes of its treatment: dotted paths to new values, as in ``variants``."""
@@ -38,13 +41,14 @@ class CompareSpec(Strict):
     metric: str = "exact_match"
     """A number of the last evaluation, as ``run.json`` has it (``exact_match``, ``ce``, ``perplexity`` …), or
     ``steps_to_target``: the first evaluated step at which ``of`` reaches ``target``."""
-    of: str = "exact_match"
+    of: Literal["exact_match", "ce", "perplexity"] = "exact_match"
     """With ``steps_to_target``: the metric that is followed."""
     target: float | None = None
-    """With ``steps_to_target``: what it has to reach. A run that does not is counted with one evaluation
-    interval more than its last step, so means are lower bounds then."""
+    """With ``steps_to_target``: what it has to reach. A run that does not, within the steps that both
+    compared variants have, counts one evaluation interval more, so means are lower bounds then."""
     goal: Literal["higher", "lower"] | None = None
-    """Which way is better; default: lower for ``ce``, ``perplexity`` and ``steps_to_target``."""
+    """Which way is better. Known for ``exact_match``, ``ce``, ``perplexity`` and ``steps_to_target``; any
+    other metric needs it."""
     treatment: Name | None = None
     """The variant that controls are made of and compared with; default: the first."""
     controls: tuple[Control, ...] = ()
@@ -67,6 +71,8 @@ class CompareSpec(Strict):
     def _asks_something(self) -> CompareSpec:
         if (self.metric == STEPS) != (self.target is not None):
             raise ValueError(f"'target' goes with 'metric: {STEPS}', and only with it")
+        if self.metric not in DIRECTIONS and self.goal is None:
+            raise ValueError(f"'metric: {self.metric}' needs 'goal': higher or lower")
         if len(set(self.controls)) != len(self.controls):
             raise ValueError("'controls' must differ from one another")
         if any(first == second for first, second in self.pairs):
@@ -76,6 +82,4 @@ class CompareSpec(Strict):
     @property
     def lower_is_better(self) -> bool:
         """Whether a smaller number is the better one."""
-        if self.goal is not None:
-            return self.goal == "lower"
-        return self.metric in ("ce", "perplexity", STEPS)
+        return (self.goal or DIRECTIONS[self.metric]) == "lower"

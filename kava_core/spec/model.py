@@ -434,6 +434,10 @@ class EvaluateSpec(Strict):
         return self
 
 
+RESERVED = ("student", "alignment")
+"""What records and tables call something else than a teacher."""
+
+
 class PipelineSpec(Strict):
     """A student, its teachers, how their caches are aligned, fused and compared, and the run."""
 
@@ -489,6 +493,8 @@ class PipelineSpec(Strict):
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) != len(names):
             raise ValueError(f"teachers must have different names, not {', '.join(names)}")
+        if taken := [name for name in names if name in RESERVED]:
+            raise ValueError(f"a teacher cannot be called {taken[0]!r}: records use that name")
         if self.losses and not self.teachers:
             raise ValueError("'losses' need at least one teacher")
         self._check_pretraining_data()
@@ -500,12 +506,22 @@ class PipelineSpec(Strict):
             raise ValueError("'train.stream' is about teachers that run; a store needs none")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("'seeds' must differ from one another")
-        if self.store is not None and self.train.shuffle_teacher:
+        self._check_shuffled()
+        return self
+
+    def _check_shuffled(self) -> None:
+        if not self.train.shuffle_teacher:
+            return
+        if self.store is not None:
             raise ValueError(
                 "'train.shuffle_teacher' aligns every teacher's cache to another example, which no store "
                 "holds; set 'store: null'"
             )
-        return self
+        if self.codi is not None and self.codi.weight:
+            raise ValueError(
+                "'train.shuffle_teacher' would give CODI's term another example's states as well; set "
+                "'codi: null'"
+            )
 
     def _check_frozen(self) -> None:
         if not self.student.frozen:

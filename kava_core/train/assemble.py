@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from kava_core.data.collate import Collator, Reading
 from kava_core.data.dataset import EncodedDataset
 from kava_core.data.encode import prefix_mismatch
 from kava_core.data.examples import render
-from kava_core.data.splits import Splits, load_splits
+from kava_core.data.splits import Splits, load_splits, split_hash
 from kava_core.data.tokenizers import load_tokenizer
 from kava_core.errors import CheckpointError, SpecError
 from kava_core.kv.aligner import TeacherAligner
@@ -76,7 +76,10 @@ class Data:
         mismatches = prefix_mismatch(
             self.validation_items.examples, self.tokenizer, self.plain_collator.template
         )
-        return self.splits.report() | {"too_long": dropped, "prompt_prefix_mismatches": mismatches}
+        sides = {"train": self.train_items, "validation": self.validation_items}
+        kept = {name: split_hash(items.examples) for name, items in sides.items()}
+        more = {"too_long": dropped, "kept": kept, "prompt_prefix_mismatches": mismatches}
+        return self.splits.report() | more
 
 
 def used_teachers(spec: PipelineSpec) -> tuple[Any, ...]:
@@ -115,18 +118,25 @@ def reading_of(spec: PipelineSpec, teacher: TeacherSpec) -> Reading:
     return Reading(teacher.template or spec.data.template, teacher.rationale, teacher.last_step)
 
 
-def make_data(spec: PipelineSpec) -> Data:
-    """Load, split, tokenize."""
+def make_data(spec: PipelineSpec, idle: Sequence[TeacherSpec] = ()) -> Data:
+    """Load, split, tokenize.
+
+    ``idle``: teachers that may not run, but whose ``max_length`` counts too: variants with and without them
+    then learn from the same examples.
+    """
     splits = load_splits(spec.data, root=Path.cwd())
     template = spec.data.template
     tokenizer = tokenizer_of(spec.student, splits, template, where="student")
-    readings = {teacher.name: reading_of(spec, teacher) for teacher in used_teachers(spec)}
-    teachers = {
-        teacher.name: tokenizer
+    used = {teacher.name: teacher for teacher in used_teachers(spec)}
+    declared = {teacher.name: teacher for teacher in idle} | used
+    readings = {name: reading_of(spec, teacher) for name, teacher in declared.items()}
+    tokenizers = {
+        name: tokenizer
         if teacher.itself is not None
-        else tokenizer_of(teacher, splits, readings[teacher.name].template, where=f"teacher {teacher.name!r}")
-        for teacher in used_teachers(spec)
+        else tokenizer_of(teacher, splits, readings[name].template, where=f"teacher {name!r}")
+        for name, teacher in declared.items()
     }
+    teachers = {name: tokenizers[name] for name in used}
     kind: Any = Collator
     if spec.trajectory == "latent":
         tokenizer = with_thought_tokens(tokenizer)
@@ -134,22 +144,22 @@ def make_data(spec: PipelineSpec) -> Data:
     make = partial(
         kind,
         tokenizer,
-        teachers,
-        template,
+        template=template,
         loss_on=spec.train.loss_on,
         max_length=spec.train.max_length,
         readings=readings,
         separator=spec.data.separator,
     )
-    plain = make()
+    plain, every = make(teacher_tokenizers=teachers), make(teacher_tokenizers=tokenizers)
+    encoded = partial(EncodedDataset, collator=every, teachers=teachers)
     return Data(
         splits,
         tokenizer,
         teachers,
-        collator=make(shuffle_teacher=spec.train.shuffle_teacher),
+        collator=make(teacher_tokenizers=teachers, shuffle_teacher=spec.train.shuffle_teacher),
         plain_collator=plain,
-        train_items=EncodedDataset(splits.train, plain),
-        validation_items=EncodedDataset(splits.validation[: spec.evaluate.examples], plain),
+        train_items=encoded(splits.train),
+        validation_items=encoded(splits.validation[: spec.evaluate.examples]),
     )
 
 

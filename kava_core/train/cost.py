@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -12,6 +13,7 @@ from kava_core.kv.pipeline import active
 from kava_core.plan import alignment_flops, forward_flops
 from kava_core.spec.model import PipelineSpec
 from kava_core.train.ledger import HEAD, STUDENT
+from kava_core.train.metrics import read_metrics
 
 SHORT = 8
 """A pass costs a · time + b · time²; both follow from its cost at this length and at twice that."""
@@ -22,36 +24,44 @@ def compute(
     configs: Mapping[str, PreTrainedConfig],
     counts: Sequence[Mapping[str, float]],
     *,
-    passes: int,
-    seconds: float,
+    metrics: Path,
     memory: int,
 ) -> dict[str, Any]:
     """Tokens, floating-point operations, seconds and bytes of a run.
 
     Operations are those of matrix products, attention's included, as ``kava plan`` counts them, at the
-    lengths that were read; of fuser and losses none.
+    lengths that were read; of fuser and losses none. What cannot be told is left out, and ``unknown`` says
+    why: a run that has been trained is not lost for that.
 
     Args:
         spec: the run's, with every model's folder or config.
         configs: of the student and of every teacher that ran, by name.
         counts: ``Ledger.state`` of every process.
-        passes: forward passes of one process.
-        seconds: of training, evaluations included.
+        metrics: the run's ``metrics.jsonl``; its last line has the seconds, evaluations included.
         memory: the most bytes that a process held.
     """
     total = {name: sum(one.get(name, 0) for one in counts) for one in counts for name in one}
     tokens = {n.removeprefix("tokens "): int(x) for n, x in total.items() if n.startswith("tokens ")}
-    flops = {name: _flops(config, name, total) for name, config in configs.items()}
-    if active(spec) and spec.store is None:
-        flops["alignment"] = _alignment(spec, total, passes * len(counts))
-    return {
+    found: dict[str, Any] = {
         "student_tokens": tokens.pop(STUDENT, 0),
         "teacher_tokens": sum(tokens.values()),
-        "flops": sum(flops.values()),
-        "flops_of": flops,
-        "seconds": seconds,
         "peak_memory": memory,
     }
+    try:
+        found |= _operations(spec, configs, total)
+        found["seconds"] = read_metrics(metrics)[-1]["seconds"]
+    except Exception as error:  # models and components of others can raise anything
+        found["unknown"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return found
+
+
+def _operations(
+    spec: PipelineSpec, configs: Mapping[str, PreTrainedConfig], total: Mapping[str, float]
+) -> dict[str, Any]:
+    flops = {name: _flops(config, name, total) for name, config in configs.items()}
+    if active(spec) and spec.store is None:
+        flops["alignment"] = sum(_alignment(spec, teacher.name, total) for teacher in spec.teachers)
+    return {"flops": sum(flops.values()), "flops_of": flops}
 
 
 def _flops(config: PreTrainedConfig, name: str, total: Mapping[str, float]) -> float:
@@ -59,19 +69,17 @@ def _flops(config: PreTrainedConfig, name: str, total: Mapping[str, float]) -> f
     squared = (twice - 2 * once) / (2 * SHORT**2)
     linear = (once - squared * SHORT**2) / SHORT
     head = (forward_flops(config, SHORT, head=True) - once) / SHORT
-    read = (total.get(f"{field} {name}", 0.0) for field in ("positions", "pairs"))
-    positions, pairs = read
+    positions, pairs = (total.get(f"{field} {name}", 0.0) for field in ("positions", "pairs"))
     return linear * positions + squared * pairs + head * total.get(f"positions {name} {HEAD}", 0.0)
 
 
-def _alignment(spec: PipelineSpec, total: Mapping[str, float], passes: int) -> float:
-    """At the mean lengths of all batches."""
-    batch = spec.train.batch_size
-    lengths = [
-        pairs / total[f"positions {name}"]
-        for name in (STUDENT, *(t.name for t in spec.teachers))
-        if (pairs := total.get(f"pairs {name}"))
-    ]
-    time, *theirs = (max(SHORT, round(length)) for length in lengths)
-    dry = dry_run(spec, batch=batch, time=time, t_time=round(sum(theirs) / max(len(theirs), 1)) or time)
-    return alignment_flops(dry) * passes
+def _alignment(spec: PipelineSpec, teacher: str, total: Mapping[str, float]) -> float:
+    """Of every time the teacher ran, at the mean lengths of its batches and of the student's."""
+    passes = total.get(f"passes {teacher}", 0)
+    if not passes:
+        return 0.0
+    time, t_time = (
+        max(SHORT, round(total[f"pairs {name}"] / total[f"positions {name}"])) for name in (STUDENT, teacher)
+    )
+    dry = dry_run(spec, batch=spec.train.batch_size, time=time, t_time=t_time)
+    return alignment_flops(dry, teacher) * passes

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import resource
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ class Read:
     """Forward passes times positions, padding included; a backward pass counts as the passes it costs."""
     pairs: float = 0.0
     """The same, times the positions that attention looked back on or up to."""
+    passes: int = 0
+    """Forward passes."""
 
 
 class Ledger:
@@ -65,6 +67,7 @@ class Ledger:
         """A pass over ``rows`` texts of ``queries`` positions that see ``keys`` positions."""
         if self.on:
             found = self.read.setdefault(name, Read())
+            found.passes += 1
             found.positions += rows * queries * times
             found.pairs += rows * queries * keys * times
 
@@ -125,7 +128,18 @@ class Ledger:
 
 
 def peak_memory() -> int:
-    """Bytes: of the GPU where there is one, else of this process, with all that it did before."""
+    """Bytes since ``forget_peak``: of all GPUs where there is one, else of this process."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+        return sum(torch.cuda.max_memory_allocated(place) for place in range(torch.cuda.device_count()))
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def forget_peak() -> None:
+    """What this process held before (a pretraining, another run) is not this run's."""
+    for place in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(place)
+    with suppress(OSError):  # Linux: sets the high-water mark back to what is held now
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")

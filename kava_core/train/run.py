@@ -43,8 +43,7 @@ from kava_core.train.evaluate import Evaluator
 from kava_core.train.export import save_student
 from kava_core.train.facts import facts
 from kava_core.train.layer_maps import with_measured_maps
-from kava_core.train.ledger import Ledger
-from kava_core.train.metrics import read_metrics
+from kava_core.train.ledger import Ledger, forget_peak
 from kava_core.train.models import compile_forward
 from kava_core.train.pretrain import pretraining_name, pretraining_report, pretraining_spec
 from kava_core.train.rundir import FAILURE, RunDir
@@ -161,7 +160,7 @@ def _train(spec: PipelineSpec, folder: RunDir) -> None:
 
 def _train_quietly(spec: PipelineSpec, folder: RunDir) -> None:
     with StopOnSignal() as stop:
-        spec, data = with_store(spec, make_data(spec), seed=folder.seed)
+        spec, data = with_store(spec, make_data(spec, folder.spec.teachers), seed=folder.seed)
         if is_main():
             folder.check_data(data.report())
         spec = with_measured_maps(spec, folder.path / "layer_maps", data, seed=folder.seed)
@@ -180,6 +179,7 @@ def _train_quietly(spec: PipelineSpec, folder: RunDir) -> None:
             trainer.load_ledger(resume)
             trainer.state = TrainerState.load_from_json(str(resume / TRAINER_STATE_NAME))
         else:
+            forget_peak()
             if resume is None:
                 calibrate(distiller, data, spec, trainer.args.device)
                 weigh(distiller, data, spec, trainer.args.device)
@@ -358,10 +358,8 @@ def _finish(trainer: KavaTrainer, folder: RunDir, data: Data, spec: PipelineSpec
     counts = gather_object([ledger.state()])
     if is_main():
         save_student(distiller.student, data.tokenizer, folder.student, distiller.latents)
-        seconds = read_metrics(folder.metrics)[-1]["seconds"]
-        cost = compute(
-            spec, distiller.configs(), counts, passes=ledger.passes, seconds=seconds, memory=max(memory)
-        )
+        how: dict[str, Any] = {"metrics": folder.metrics, "memory": max(memory)}
+        cost = compute(spec, distiller.configs(), counts, **how)
         results = {"steps": trainer.state.global_step, **_last_evaluation(trainer.state)}
         folder.finish(results, {"compute": cost})
     trainer.accelerator.wait_for_everyone()

@@ -30,7 +30,7 @@ def gradient_norms(distiller: Distiller, batch: Mapping[str, Any]) -> dict[str, 
 
 
 def _norm(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    if not value.requires_grad:
+    if not value.requires_grad or not parameters:
         return value.new_zeros(())
     found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
     return torch.stack([gradient.float().norm() for gradient in found if gradient is not None]).norm()

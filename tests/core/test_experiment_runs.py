@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -47,6 +46,10 @@ if name == "bad":
     sys.exit("the last word")
 if name == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
+if name == "preempted":
+    sys.exit(75)
+if name == "elsewhere":
+    sys.exit(0)
 def stop(*_):
     (folder / "stopped").touch()
     sys.exit(75)
@@ -151,6 +154,36 @@ def test_a_signal_is_passed_on_and_the_rest_can_go_on(fake: Any, tmp_path: Path)
     assert fake("slow", seeds=(0,))[0] == []
 
 
+def test_a_run_that_was_stopped_by_another_is_no_success(fake: Any) -> None:
+    with pytest.raises(Preempted, match="preempted seed 0 was stopped; run the same command again"):
+        fake("preempted", "a", seeds=(0,))
+
+
+def test_a_run_that_ended_elsewhere_has_failed(fake: Any) -> None:
+    """As when the spec was edited meanwhile: its folder has another name then."""
+    (failed,), _ = fake("elsewhere", seeds=(0,))
+    assert failure_of(failed.folder)["error"].startswith("it ended well, but not this run")
+
+
+def test_an_old_failure_is_not_told_again(fake: Any, tmp_path: Path) -> None:
+    (failed,), _ = fake("bad", seeds=(0,))
+    note_failure(failed.folder, 4, "an older reason")
+    (failed,), _ = fake("bad", seeds=(0,))
+    assert failure_of(failed.folder)["exit_code"] == 1
+
+
+def test_no_process_is_left_behind(fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Watch, active: Any) -> None:
+        if (tmp_path / "runs" / "tiny" / "ready").exists():
+            raise BrokenPipeError("nobody reads")
+
+    monkeypatch.setattr(Watch, "look", broken)
+    with pytest.raises(BrokenPipeError):
+        fake("slow", seeds=(0,))
+    (folder,) = (tmp_path / "runs" / "tiny").glob("slow-*")
+    assert (folder / "stopped").exists()
+
+
 def test_states_of_a_run(tmp_path: Path) -> None:
     folder = RunDir(tiny.spec(tmp_path), "main", 0)
     assert state_of(folder.path) == "missing"
@@ -191,7 +224,6 @@ def test_looking_does_not_keep_a_run_from_starting(tmp_path: Path) -> None:
                 pass
         other.kill()
         other.wait()
-    assert fcntl.LOCK_EX
 
 
 def runs_of(folder: Path, *variants: str) -> list[Planned]:
@@ -217,6 +249,9 @@ def test_comparisons_changed_on_the_way_are_kept(tmp_path: Path) -> None:
     (earlier,) = read(folder)["earlier"]
     assert (earlier["complete"], earlier["compare"]["metric"]) == (1, "exact_match")
     assert gather(folder).compare == second
+    declare(folder, second, "a", runs[:3])
+    later = read(folder)["earlier"][1]
+    assert (later["complete"], len(later["runs"])) == (1, 4)
     (folder / "experiment.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"experiment\.json: unreadable"):
         gather(folder)

@@ -113,7 +113,7 @@ def test_runs_that_counted_nothing_are_not_equal() -> None:
 
 
 def test_a_missing_metric_is_an_error_and_never_zero() -> None:
-    one = experiment({"kv": HIGH, "a": LOW}, pairs=[("kv", "a")], metric="relation")
+    one = experiment({"kv": HIGH, "a": LOW}, pairs=[("kv", "a")], metric="relation", goal="lower")
     with pytest.raises(
         KavaError, match=r"kv-0: its results have no finite 'relation'; there are exact_match"
     ):
@@ -174,7 +174,7 @@ def test_changed_comparisons_are_told() -> None:
     changed = Experiment(
         "x", Path("x"), one.runs, one.compare, "kv", [{"declared": "2026-11-22", "complete": 7}]
     )
-    assert any("replaced when 7 runs were complete" in line for line in told(changed))
+    assert any("replaced when 7 of its runs were complete" in line for line in told(changed))
 
 
 @pytest.mark.parametrize("family", [1, 4])
@@ -192,3 +192,43 @@ def test_verdicts_are_wrong_in_at_most_six_of_a_hundred_families(n: int, family:
     allowed = 0.06 + 1.645 * math.sqrt(0.05 * 0.95 / draws)
     assert false / draws <= allowed
     assert family > 1 or false / draws >= 0.03
+
+
+def test_other_examples_are_no_comparison() -> None:
+    one = experiment({"kv": HIGH, "a": LOW}, pairs=[("kv", "a")])
+    for name in ({"train": {"sha256": "1"}}, {"kept": {"validation": "1"}}):
+        runs = [
+            Run(r.variant, r.seed, r.folder, r.state, r.record | ({"data": name} if r.variant == "a" else {}))
+            for r in one.runs
+        ]
+        (found,) = judge(Experiment("x", Path("x"), runs, one.compare, "kv"))
+        assert found.outcome == "incomplete"
+        assert found.reason.startswith("seed 0: kv and a have other")
+
+
+def test_a_variant_that_never_arrives_is_not_faster(tmp_path: Path) -> None:
+    """Steps count up to what all compared runs have; the longer ones are not looked at beyond it."""
+    runs = []
+    for variant, steps, reached in (("kv", 100, 0), ("longer", 300, 200)):
+        for seed in range(5):
+            folder = tmp_path / f"{variant}-{seed}"
+            folder.mkdir()
+            lines = (
+                {
+                    "step": step,
+                    "eval_ce": 1,
+                    "eval_exact_match": float(bool(reached) and reached + 10 * seed <= step),
+                }
+                for step in range(50, steps + 1, 50)
+            )
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            runs.append(run(variant, seed, 0.5, tmp_path))
+    compare = CompareSpec(metric="steps_to_target", target=0.9, pairs=[("kv", "longer")])
+    (found,) = judge(Experiment("x", tmp_path, runs, compare, "kv"))
+    assert found.means == (150.0, 150.0)
+    assert found.outcome == "not shown"
+
+
+def test_a_comparison_without_a_shared_seed_is_told() -> None:
+    one = experiment({"kv": HIGH, "a": [None] * 5}, pairs=[("kv", "a")])
+    assert "kv − a: incomplete: no seed is complete in both" in list(told(one))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +22,7 @@ from kava_core.train import run as run_module
 from kava_core.train.assemble import make_data
 from kava_core.train.cost import compute
 from kava_core.train.distiller import Distiller
-from kava_core.train.ledger import Ledger, Read
+from kava_core.train.ledger import Ledger, Read, forget_peak, peak_memory
 from kava_core.train.run import run
 from kava_core.train.teacher import Teacher
 from tests import tiny
@@ -50,7 +51,7 @@ def test_tokens_are_those_of_the_data(tmp_path: Path) -> None:
     assert cost["teacher_tokens"] == 4 * sum(map(sum, teachers.values()))
     assert cost["flops"] == pytest.approx(sum(cost["flops_of"].values()))
     assert cost["seconds"] > 0
-    assert cost["peak_memory"] > 10_000_000
+    assert 10_000_000 < cost["peak_memory"] < 1.2 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def test_operations_are_those_torch_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,14 +159,14 @@ def test_what_was_saved_is_read_back(tmp_path: Path) -> None:
     ledger.save(tmp_path / "ledger.json")
     again.load(tmp_path / "ledger.json")
     assert again.state() == ledger.state()
-    assert (again.passes, again.read["student"]) == (1, Read(30.0, 150.0))
+    assert (again.passes, again.read["student"]) == (1, Read(30.0, 150.0, 1))
     (tmp_path / "ledger.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"ledger\.json: unreadable"):
         again.load(tmp_path / "ledger.json")
 
 
 @pytest.mark.parametrize("fields", [tiny.llama(), tiny.gpt2()], ids=["llama", "gpt2"])
-def test_operations_at_any_length(fields: dict[str, Any]) -> None:
+def test_operations_at_any_length(fields: dict[str, Any], tmp_path: Path) -> None:
     """Two lengths tell linear and squared parts: a third one must follow."""
     spec = tiny.spec(student={"config": fields, "tokenizer": tiny.CHARS}, teachers=[], losses=[])
     ledger = Ledger(step_passes(spec.student))
@@ -173,6 +174,36 @@ def test_operations_at_any_length(fields: dict[str, Any]) -> None:
     with ledger.counting():
         ledger.add_text("student", mask, ledger.backward, head=True)
     config = sized_config(spec.student, where="student")
-    cost = compute(spec, {"student": config}, [ledger.state()], passes=1, seconds=1.0, memory=1)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "seconds": 2.5}\n')
+    cost = compute(spec, {"student": config}, [ledger.state()], metrics=tmp_path / "metrics.jsonl", memory=1)
+    assert cost["seconds"] == 2.5
     whole = forward_flops(config, 57, head=True)
     assert cost["flops"] == pytest.approx(3 * 2 * whole, rel=1e-12)
+
+
+def test_a_cost_that_cannot_be_told_loses_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> float:
+        raise RuntimeError("Tensor.item() cannot be called\non meta tensors")
+
+    monkeypatch.setattr("kava_core.train.cost.alignment_flops", broken)
+    cost = ran(tmp_path)
+    assert cost["unknown"] == "RuntimeError: Tensor.item() cannot be called on meta tensors"
+    assert cost["student_tokens"] > 0
+    assert "flops" not in cost
+
+
+def test_teachers_that_do_not_run_cost_nothing(tmp_path: Path) -> None:
+    """One of weight 0 is not aligned either: as if it were not declared."""
+    weights = {"name": "fixed", "weights": {"wide": 1, "gpt": 0}}
+    idle = ran(tmp_path, fuser=weights)["flops_of"]
+    alone = ran(tmp_path, teachers=[tiny.FIELDS["teachers"][0]])["flops_of"]
+    assert idle["gpt"] == 0
+    assert idle["alignment"] == alone["alignment"]
+
+
+def test_memory_held_before_is_not_the_runs() -> None:
+    held = torch.ones(80_000_000)
+    high = peak_memory()
+    del held
+    forget_peak()
+    assert peak_memory() < high - 200_000_000

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from kava_core.errors import SpecError
+from kava_core.train.assemble import make_data
 from kava_core.train.metrics import read_metrics
 from kava_core.train.run import run
 from tests import tiny
@@ -64,3 +69,53 @@ def test_dropout_differs_between_passes_and_steps(tmp_path: Path) -> None:
     lines = read_metrics(run(spec, variant="main", seed=0).folder / "metrics.jsonl")
     seen = [line["ce"] for line in lines if "ce" in line]
     assert len(set(seen)) == len(seen) == 4
+
+
+def mixed(folder: Path, **changes: Any) -> Any:
+    """A teacher of characters needs more tokens than its student."""
+    train = {"max_length": 14, "steps": 2, "save_every": 2}
+    student = {"config": tiny.llama(), "tokenizer": tiny.BPE}
+    data = {"name": "chain", "steps": 2, "modulus": 12, "train": 64, "validation": 16}
+    return tiny.spec(folder, student=student, train=train, data=data, **changes)
+
+
+def test_all_variants_see_the_same_examples_whichever_teachers_run(tmp_path: Path) -> None:
+    """A teacher that runs in one variant alone leaves out what is too long for it in all of them."""
+    kept = []
+    for losses in ([], tiny.FIELDS["losses"]):
+        spec = mixed(tmp_path, losses=losses)
+        record = json.loads((run(spec, variant="main", seed=0).folder / "run.json").read_text())
+        kept.append((record["data"]["kept"], record["data"]["too_long"], record["compute"]["student_tokens"]))
+    assert kept[0] == kept[1]
+    assert kept[0][1]["train"] > 0
+    fewer = make_data(mixed(tmp_path, losses=[])).train_items
+    assert fewer.dropped < kept[0][1]["train"]
+
+
+def test_a_frozen_probe_trains_its_aligner_alone(tmp_path: Path) -> None:
+    align = {"dim_projector": "linear", "time_warper": "segment"}
+    teacher = tiny.FIELDS["teachers"][0] | {"align": align}
+    folders = [
+        run(
+            tiny.spec(
+                tmp_path,
+                student=tiny.FIELDS["student"] | {"frozen": True},
+                teachers=[teacher],
+                train={"steps": steps, "save_every": steps, "learning_rate": 1e-2},
+            ),
+            variant="main",
+            seed=0,
+        ).folder
+        for steps in (1, 6)
+    ]
+    weights = [load_file(folder / "student" / "model.safetensors") for folder in folders]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    results = [json.loads((folder / "run.json").read_text())["results"] for folder in folders]
+    assert results[0]["ce"] == results[1]["ce"]
+    assert results[1]["mercator"] < results[0]["mercator"]
+
+
+def test_a_frozen_student_without_an_aligner_to_train_is_refused(tmp_path: Path) -> None:
+    spec = tiny.spec(tmp_path, student=tiny.FIELDS["student"] | {"frozen": True})
+    with pytest.raises(SpecError, match=r"student\.frozen: no aligner or router is trained either"):
+        run(spec, variant="main", seed=0)

@@ -104,6 +104,11 @@ def test_unknown_names_are_told_at_their_lines(resolve: Any) -> None:
         ("compare: {controls: [no_kv, no_kv]}\n", "'controls' must differ"),
         ("compare: {pairs: [[main, main]]}\n", "compare two different variants"),
         ("compare: {metric: steps_to_target}\n", "'target' goes with 'metric: steps_to_target'"),
+        ("compare: {metric: relation}\n", "'metric: relation' needs 'goal'"),
+        (
+            "compare: {metric: steps_to_target, target: 1, of: relation}\n",
+            "possible: exact_match, ce, perplexity",
+        ),
         ("compare: {target: 0.9}\n", "'target' goes with 'metric: steps_to_target'"),
         ("compare: {controls: [shuffled]}\n", "did you mean 'shuffled_teacher'?"),
         ("compare: {unequal: [time]}\n", "flops"),
