@@ -9,6 +9,7 @@ from typing import Any
 from kava_core.spec.check import used_components
 from kava_core.spec.model import ModelSpec, PipelineSpec
 from kava_core.train.models import model_config
+from kava_core.train.rundir import RECORD, read_record
 from kava_core.versions import distributor
 
 
@@ -23,7 +24,10 @@ def facts(spec: PipelineSpec) -> dict[str, Any]:
 
 
 def model_facts(model: ModelSpec) -> dict[str, Any]:
-    """sha256 of a folder's configs and weights; the commit of a hub model; nothing for random weights."""
+    """sha256 of a folder's configs and weights; the commit of a hub model; nothing for random weights.
+
+    Of a student that kava trained also its last ``results``: how good a teacher it can be.
+    """
     if model.path is None:
         return {"origin": "random weights"}
     folder = Path(model.path)
@@ -31,7 +35,14 @@ def model_facts(model: ModelSpec) -> dict[str, Any]:
         commit = getattr(model_config(model, where=model.path), "_commit_hash", None)
         return {"origin": model.path, "commit": commit}
     files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json"))
-    return {"origin": model.path, "sha256": {file.name: file_hash(file) for file in files}}
+    hashes = {file.name: file_hash(file) for file in files}
+    return {"origin": model.path, "sha256": hashes, **_results(folder.parent)}
+
+
+def _results(run: Path) -> dict[str, Any]:
+    """Of a finished run of kava's."""
+    record = read_record(run / RECORD) if (run / RECORD).is_file() else {}
+    return {"results": record["results"]} if record.get("status") == "complete" else {}
 
 
 def map_facts(spec: PipelineSpec) -> dict[str, str]:

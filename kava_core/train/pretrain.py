@@ -41,7 +41,7 @@ def pretraining_spec(spec: PipelineSpec, model: ModelSpec) -> PipelineSpec:
         student=StudentSpec(**fields),
         data=_data(spec, model),
         train=_train(plan, spec.train),
-        evaluate=EvaluateSpec(**spec.evaluate.model_dump() | {"every": plan.steps, "controls": False}),
+        evaluate=_evaluate(spec, plan),
         seeds=(plan.seed,),
         output=str(cache_folder()),
     )
@@ -86,6 +86,13 @@ def _tokenizer_of_all(spec: PipelineSpec, model: ModelSpec) -> str:
     """The folder of the tokenizer trained on all of the spec's texts: others may lack its words."""
     splits = load_splits(spec.data, root=Path.cwd())
     return str(tokenizer_of(model, splits, _data(spec, model).template, where="pretrain").name_or_path)
+
+
+def _evaluate(spec: PipelineSpec, plan: Pretrain) -> EvaluateSpec:
+    """Of a student of latent tokens without answers: ``max_new_tokens`` has no room for written steps."""
+    changes = {"every": plan.steps, "controls": False}
+    changes |= {"generate": False} if spec.trajectory == "latent" else {}
+    return EvaluateSpec(**spec.evaluate.model_dump() | changes)
 
 
 def _train(plan: Pretrain, train: TrainSpec) -> TrainSpec:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -15,6 +15,7 @@ from kava_core.train.collapse import PREFIX
 from kava_core.train.latent_terms import CODI, READING, STEPS
 from kava_core.train.metrics import read_metrics
 from kava_core.train.run import Result
+from kava_core.train.rundir import RECORD, read_record
 
 
 def show(results: Sequence[Result]) -> None:
@@ -28,8 +29,27 @@ def show(results: Sequence[Result]) -> None:
     else:
         console.print("no plot: matplotlib is not installed (pip install 'kava[plots]')")
     console.print(f"runs:   {folder}", soft_wrap=True)
+    for line in skills(results):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     for line in warnings(results):
         console.print(line, style="yellow", soft_wrap=True)
+
+
+def skills(results: Sequence[Result]) -> list[str]:
+    """A line for every model that was trained on the spot: a student is not better than what it is shown."""
+    models = [read_record(one.folder / RECORD).get("models", {}) for one in results]
+    found = {
+        f"{name}: trained on the spot; validation {_skill(facts['results'])}": None
+        for one in models
+        for name, facts in one.items()
+        if "results" in facts
+    }
+    return list(found)
+
+
+def _skill(results: Mapping[str, Any]) -> str:
+    names = {"ce": "cross-entropy", "exact_match": "exact match"}
+    return ", ".join(f"{title} {results[name]:.3g}" for name, title in names.items() if name in results)
 
 
 ABSORBED = 0.5

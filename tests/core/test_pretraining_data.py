@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from kava_core.train.pretrain import pretraining_report
+from kava_core.train.report import skills
 from kava_core.train.run import run
 from tests import tiny
 
@@ -45,3 +46,7 @@ def test_the_run_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     record = json.loads((result.folder / "run.json").read_text())
     assert record["pretraining_data"]["wide"]["shared_with_train"] == 0
     assert record["pretraining_data"]["wide"]["examples"] == 32
+    skill = record["models"]["wide"]["results"]
+    assert skill["ce"] > 0
+    (told,) = skills([result])
+    assert told.startswith(f"wide: trained on the spot; validation cross-entropy {skill['ce']:.3g}, exact")
