@@ -1,7 +1,7 @@
 """Tables and figures of docs/latent.md from finished runs: ``python docs/make_latent_results.py RUNS``.
 
-RUNS holds what ``kava train specs/latent.yaml`` and ``kava train specs/latent_sweeps.yaml`` write, and the longer runs
-with ``name=latent600 train.steps=600`` and ``name=latent_sweeps_long train.steps=1000``. Needs the extra ``stats``.
+RUNS holds what ``kava train specs/latent.yaml`` and ``kava train specs/latent_sweeps.yaml`` write, and the
+longer runs named ``latent600`` and ``latent_sweeps_long`` (docs/latent.md). Needs the extra ``stats``.
 """
 
 from __future__ import annotations

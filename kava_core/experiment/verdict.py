@@ -168,6 +168,11 @@ def _other_data(first: Sequence[Run], second: Sequence[Run]) -> str:
         for split in ("train", "validation"):
             if _hashes(one, split) != _hashes(other, split):
                 return f"seed {one.seed}: {one.variant} and {other.variant} have other {split} examples"
+        counts = [len(run.correct) for run in (one, other) if run.correct is not None]
+        if len(set(counts)) > 1:
+            return (
+                f"seed {one.seed}: {one.variant} answered {counts[0]} examples, {other.variant} {counts[1]}"
+            )
     return ""
 
 

@@ -43,8 +43,6 @@ class Found:
             raise
         except KavaError as error:
             return [], str(error)
-        except ValueError as error:
-            return [], f"{self.experiment.folder}: the runs' correct.json do not fit together: {error}"
 
     @property
     def verdicts(self) -> list[Verdict]:

@@ -327,7 +327,7 @@ def test_a_signal_while_the_data_are_made_saves_after_one_step(
     spec = tiny.spec(tmp_path)
     with monkeypatch.context() as patched:
         patched.setattr(
-            run_module, "make_data", lambda spec: (signal.raise_signal(signal.SIGUSR2), make_data(spec))[1]
+            run_module, "make_data", lambda *spec: (signal.raise_signal(signal.SIGUSR2), make_data(*spec))[1]
         )
         with pytest.raises(Preempted, match="stopped by SIGUSR2 at step 1, saved"):
             run(spec, variant="main", seed=0)

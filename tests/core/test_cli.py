@@ -41,7 +41,15 @@ main(sys.argv[1:])
 BROKEN = str(Path(__file__).parent / "broken_specs" / "two_places.yaml")
 
 
-LIGHT = [["--help"], ["check", "--help"], ["report", "--help"], ["check", BROKEN], ["plugins"], ["schema"], ["env"]]
+LIGHT = [
+    ["--help"],
+    ["check", "--help"],
+    ["report", "--help"],
+    ["check", BROKEN],
+    ["plugins"],
+    ["schema"],
+    ["env"],
+]
 LIGHT += [["launch", "--help"], ["status", "--help"], ["profile", "--help"]]
 
 

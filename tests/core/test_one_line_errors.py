@@ -25,8 +25,8 @@ from kava_core.data.tokenizers import train_tokenizer
 from kava_core.errors import CheckpointError, KavaError, SpecError
 from kava_core.spec.model import ModelSpec, StudentSpec, TrainTokenizer
 from kava_core.train.callbacks import MetricsFile
-from kava_core.train.metrics import read_metrics
 from kava_core.train.export import export
+from kava_core.train.metrics import read_metrics
 from kava_core.train.models import load_model, load_student, model_config, positions
 from kava_core.train.report import PANELS, _panels, plot, print_whole, table
 from kava_core.train.run import Result, run

@@ -312,7 +312,7 @@ def test_runs_judged_on_different_examples_get_no_verdict(tmp_path: Path) -> Non
         write_run(tmp_path / "x", "no_kv", seed, falling(1.0), correct=[1, 0, 1])
     declare(tmp_path / "x", {"controls": ["no_kv"]}, "kv")
     text = written_page(tmp_path / "x", tmp_path / "out").text
-    assert f"No verdicts: {tmp_path / 'x'}: the runs' correct.json do not fit together" in text
+    assert "incomplete (seed 0: kv answered 2 examples, no_kv 3)" in text
 
 
 def test_figures_of_like_names_have_files_of_their_own() -> None:
