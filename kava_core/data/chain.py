@@ -20,7 +20,7 @@ def chain_examples(data: ChainData) -> tuple[list[Example], list[Example]]:
     The validation examples depend on nothing but the task, their number and the seed; a longer training
     split begins with the shorter one. SpecError where fewer different chains exist than are asked for.
     """
-    _check_space(data)
+    check_space(data)
     seen: set[str] = set()
     validation = _distinct(data, "validation", data.validation, seen)
     train = _distinct(data, "train", data.train_skip + data.train, seen)[data.train_skip :]
@@ -37,8 +37,11 @@ def operands(operation: str, modulus: int) -> list[int]:
     return [a for a in range(1, modulus) if a == 2 or math.gcd(a, modulus) == 1]
 
 
-def _check_space(data: ChainData) -> None:
-    """Chains of two groups may be the same, so the largest group is what is sure to be there."""
+def check_space(data: ChainData) -> None:
+    """SpecError where fewer different chains exist than are asked for.
+
+    Chains of two groups may be the same, so the largest group is what is sure to be there.
+    """
     possible = max(_possible(data, group) for group in data.groups or (data.operations,))
     train = data.train_skip + data.train
     asked = train + data.validation

@@ -16,7 +16,7 @@ from kava_core.experiment.gather import gather
 from kava_core.experiment.progress import Watch
 from kava_core.experiment.runs import Planned, failure_of, planned, state_of
 from kava_core.experiment.tables import means, told
-from kava_core.spec.check import dry_runs
+from kava_core.spec.check import check_chains, dry_runs
 from kava_core.spec.compare import CompareSpec
 from kava_core.spec.load import LoadedSpec
 from kava_core.spec.variants import resolve_variants, treatment
@@ -32,6 +32,7 @@ def carry_out(loaded: LoadedSpec, spec: Path, overrides: Sequence[str], *, jobs:
         CheckpointError: a run's files are damaged.
     """
     variants = resolve_variants(loaded)
+    check_chains(variants)
     dry_runs(variants)
     runs = planned(variants)
     folder = runs[0].folder.parent

@@ -10,7 +10,7 @@ from kava_core.config import ComponentConfig
 from kava_core.errors import KavaError, PluginError
 from kava_core.hookspecs import KINDS
 from kava_core.spec.load import LoadedSpec, load, read_document
-from kava_core.spec.model import PipelineSpec
+from kava_core.spec.model import ChainData, PipelineSpec, changed_data
 from kava_core.spec.variants import resolve_variants
 
 Level = tuple[str, str]
@@ -23,9 +23,21 @@ def check(file: str | File, overrides: Sequence[str] = ()) -> Iterator[Level]:
     yield "syntax", "strict YAML"
     loaded = load(file, overrides)
     variants = resolve_variants(loaded)
+    check_chains(variants)
     yield "schema", _counted(loaded, variants)
     yield "plugins", _imported(loaded, variants)
     yield "shapes", dry_runs(variants)
+
+
+def check_chains(variants: dict[str, PipelineSpec]) -> None:
+    """SpecError where fewer chains exist than the run, or a model to be pretrained, asks for."""
+    from kava_core.data.chain import check_space
+
+    for spec in variants.values():
+        plans = (m.pretrain for m in (spec.student, *spec.teachers))
+        for data in (spec.data, *(changed_data(spec.data, plan.data) for plan in plans if plan is not None)):
+            if isinstance(data, ChainData):
+                check_space(data)
 
 
 def used_components(spec: PipelineSpec) -> Iterator[tuple[str, ComponentConfig]]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from kava_core.errors import SpecError
+from kava_core.spec.check import check
 from kava_core.spec.compare import CompareSpec
 from kava_core.spec.digest import digest
 from kava_core.spec.load import load
@@ -125,3 +126,11 @@ def test_single_runs_are_chosen_by_name(resolve: Any) -> None:
         chosen_runs(specs, "c")
     with pytest.raises(SpecError, match=r"--seed: the spec has no seed 4; possible: 3, 5"):
         chosen_runs(specs, "a", 4)
+
+
+def test_check_counts_the_chains_that_pretraining_asks_for(tmp_path: Path) -> None:
+    plan = "    pretrain: {steps: 2, data: {train_skip: 8192, train: 3000000}}\n"
+    text = TEXT.replace("losses:", plan + "losses:")
+    (tmp_path / "s.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(SpecError, match=r"3008192 training and 512 validation chains were asked for"):
+        list(check(tmp_path / "s.yaml"))
