@@ -129,8 +129,8 @@ def test_single_runs_are_chosen_by_name(resolve: Any) -> None:
 
 
 def test_check_counts_the_chains_that_pretraining_asks_for(tmp_path: Path) -> None:
-    plan = "    pretrain: {steps: 2, data: {train_skip: 8192, train: 3000000}}\n"
+    plan = "    pretrain: {steps: 2, data: {train_skip: 8192, train: 100000000}}\n"
     text = TEXT.replace("losses:", plan + "losses:")
     (tmp_path / "s.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(SpecError, match=r"3008192 training and 512 validation chains were asked for"):
+    with pytest.raises(SpecError, match=r"100008192 training and 512 validation chains were asked for"):
         list(check(tmp_path / "s.yaml"))
