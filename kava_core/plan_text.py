@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kava_core.plan import Plan
+from kava_core.sizes import size_text
 from kava_core.spec.load import LoadedSpec
 
 
@@ -92,11 +93,11 @@ def _memory(plan: Plan) -> Table:
     table = _table("memory at the peak of a step (about)", "what", *ways, numbers=len(ways))
     rows = dict.fromkeys(what for memory in ways.values() for what in memory)
     for what in rows:
-        table.add_row(what, *(_size(memory[what]) if what in memory else "" for memory in ways.values()))
+        table.add_row(what, *(size_text(memory[what]) if what in memory else "" for memory in ways.values()))
     table.add_section()
-    table.add_row("together", *(_size(sum(memory.values())) for memory in ways.values()), style="bold")
+    table.add_row("together", *(size_text(sum(memory.values())) for memory in ways.values()), style="bold")
     for device, size in plan.elsewhere.items():
-        table.add_row(f"beside them on {device}: teachers", *[_size(size)] * len(ways))
+        table.add_row(f"beside them on {device}: teachers", *[size_text(size)] * len(ways))
     return table
 
 
@@ -113,20 +114,13 @@ def _store(plan: Plan) -> Table:
     if plan.store is None:
         return table
     one = plan.store.token * plan.store.time
-    table.add_row("one student token, all teachers", _size(plan.store.token))
-    table.add_row(f"one example of {plan.store.time} tokens (the longest; see --time)", _size(one))
+    table.add_row("one student token, all teachers", size_text(plan.store.token))
+    table.add_row(f"one example of {plan.store.time} tokens (the longest; see --time)", size_text(one))
     if plan.store.examples is None:
         table.add_row("all examples", "not known without the data")
     else:
         table.add_row(
-            f"all {plan.store.examples:,} examples if each were that long", _size(one * plan.store.examples)
+            f"all {plan.store.examples:,} examples if each were that long",
+            size_text(one * plan.store.examples),
         )
     return table
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.4g} TiB"

@@ -15,6 +15,7 @@ from kava_core.cluster.scheduler import ask
 from kava_core.cluster.size import Size, size_of
 from kava_core.errors import KavaError
 from kava_core.experiment.runs import Planned
+from kava_core.sizes import size_text
 from kava_core.spec.model import PipelineSpec
 from kava_core.train.rundir import RECORD, read_record
 
@@ -104,14 +105,14 @@ class Preflight:
     def _disk(self) -> Check:
         needed = sum(self._sizes[run.variant].disk for run in self.runs)
         free, kind = disk.room(self._output)
-        told = f"{disk.shown(free)} {kind}, checkpoints of {len(self.runs)} runs need {disk.shown(needed)}"
+        told = f"{size_text(free)} {kind}, checkpoints of {len(self.runs)} runs need {size_text(needed)}"
         return Check("disk", [] if needed <= free else [told], told)
 
     def _memory(self) -> Check:
         """The largest variant, by the estimate of ``kava plan`` at the longest text."""
         assert self.gpu_memory is not None
         name, size = max(self._sizes.items(), key=lambda item: item[1].memory)
-        told = f"{name} needs about {disk.shown(size.memory)} of {self.gpu_memory:g} GiB"
+        told = f"{name} needs about {size_text(size.memory)} of {self.gpu_memory:g} GiB"
         return Check("memory", [] if size.memory <= self.gpu_memory * GIB else [told], told)
 
     def _sbatch(self) -> Check:

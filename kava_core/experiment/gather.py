@@ -58,7 +58,6 @@ class Run:
     @cached_property
     def lines(self) -> list[dict[str, Any]]:
         """All lines of ``metrics.jsonl``; none where there is no such file."""
-
         file = self.folder / "metrics.jsonl"
         return read_metrics(file) if file.exists() else []
 

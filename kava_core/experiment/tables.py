@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from rich.table import Table
 
 from kava_core.experiment.gather import BUDGETS, Experiment, Run, value_of
-from kava_core.experiment.verdict import comparisons, helps, judge, steps_for_equal_flops
+from kava_core.experiment.verdict import helps, judge, steps_for_equal_flops, unjudged
 from kava_core.spec.compare import CompareSpec
 
 
@@ -59,10 +59,8 @@ def told(experiment: Experiment) -> Iterator[str]:
         yield verdict.sentence(compare)
         if verdict.outcome == "unequal budgets" and (steps := steps_for_equal_flops(experiment, verdict)):
             yield f"  for the same FLOPs, {verdict.second} could train {steps} steps"
-    told_of = {(verdict.first, verdict.second) for verdict in verdicts}
-    for first, second in comparisons(experiment):
-        if (first, second) not in told_of:
-            yield f"{first} − {second}: incomplete: no seed is complete in both"
+    for first, second in unjudged(experiment, verdicts):
+        yield f"{first} − {second}: incomplete: no seed is complete in both"
     if sentence := helps(experiment, verdicts):
         yield sentence
     for before in experiment.earlier:

@@ -77,25 +77,33 @@ def judge(experiment: Experiment) -> list[Verdict]:
     compare = experiment.compare
     if compare is None:
         return []
-    family = comparisons(experiment)
-    there = [(pair, _differences(experiment, pair, compare)) for pair in family]
-    tests = [paired(list(found.values())) if found else None for _, found in there]
+    there = {pair: _values(experiment, pair, compare) for pair in comparisons(experiment)}
+    tests = [paired([a - b for a, b in values.values()]) if values else None for values in there.values()]
     p = [math.nan if test is None else test.p for test in tests]
-    corrected = list(zip(holm(p), bonferroni(p), strict=True))
+    corrected = zip(holm(p), bonferroni(p), strict=True)
     return [
-        _verdict(experiment, compare, pair, found, test, both)
-        for (pair, found), test, both in zip(there, tests, corrected, strict=True)
+        _verdict(experiment, compare, pair, values, test, both, family=len(there))
+        for (pair, values), test, both in zip(there.items(), tests, corrected, strict=True)
         if test is not None
     ]
 
 
-def _differences(experiment: Experiment, pair: tuple[str, str], compare: CompareSpec) -> dict[int, float]:
-    first, second = (_values(experiment, name, compare, _horizon(experiment, pair, compare)) for name in pair)
-    return {seed: first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())}
+def unjudged(experiment: Experiment, verdicts: Sequence[Verdict]) -> list[tuple[str, str]]:
+    """Comparisons that were declared and have no verdict: no seed is complete in both variants."""
+    judged = {(verdict.first, verdict.second) for verdict in verdicts}
+    return [pair for pair in comparisons(experiment) if pair not in judged]
 
 
-def _values(experiment: Experiment, name: str, compare: CompareSpec, horizon: float) -> dict[int, float]:
-    return {seed: value_of(run, compare, horizon) for seed, run in _complete(experiment, name).items()}
+def _values(
+    experiment: Experiment, pair: tuple[str, str], compare: CompareSpec
+) -> dict[int, tuple[float, float]]:
+    """What both variants reached, by the seeds that both have finished."""
+    horizon = _horizon(experiment, pair, compare)
+    first, second = (
+        {seed: value_of(run, compare, horizon) for seed, run in _complete(experiment, name).items()}
+        for name in pair
+    )
+    return {seed: (first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())}
 
 
 def _complete(experiment: Experiment, name: str) -> dict[int, Run]:
@@ -114,25 +122,26 @@ def _verdict(
     experiment: Experiment,
     compare: CompareSpec,
     pair: tuple[str, str],
-    found: dict[int, float],
+    values: dict[int, tuple[float, float]],
     test: Paired,
     corrected: tuple[float, float],
+    *,
+    family: int,
 ) -> Verdict:
-    sides = [[experiment.of(name)[seed] for seed in found] for name in pair]
+    sides = [[experiment.of(name)[seed] for seed in values] for name in pair]
     budgets = _budgets(*sides)
     missing = _missing(experiment, pair) or _other_data(*sides)
     outcome, reason = _outcome(compare, test, corrected[0], budgets, missing)
-    horizon = _horizon(experiment, pair, compare)
-    means = tuple(mean(value_of(run, compare, horizon) for run in side) for side in sides)
+    first, second = zip(*values.values(), strict=True)
     return Verdict(
         *pair,
         outcome,
         reason,
-        found,
-        (means[0], means[1]),
+        {seed: a - b for seed, (a, b) in values.items()},
+        (mean(first), mean(second)),
         test,
         *corrected,
-        len(comparisons(experiment)),
+        family,
         _resampled(compare, *sides),
         budgets,
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import get_args
 
 from kava_core.experiment.runs import State
-from kava_core.experiment.verdict import Verdict, helps, steps_for_equal_flops
+from kava_core.experiment.verdict import Verdict, helps, steps_for_equal_flops, unjudged
 from kava_core.report.blocks import Block, Card, Cards, Paragraph, Section, Tiles, Tone
 from kava_core.report.compared import uneven
 from kava_core.report.found import Found
@@ -81,8 +81,7 @@ def _open_ends(found: Found) -> Iterator[str]:
     if found.problem:
         yield plain(f"No verdicts: {found.problem}.")
     else:
-        judged = {(verdict.first, verdict.second) for verdict in found.verdicts}
-        for first, second in (pair for pair in found.declared if pair not in judged):
+        for first, second in unjudged(experiment, found.verdicts):
             yield plain(f"{first} − {second} was declared, and no seed is complete in both.")
     if found.declared == [] or found.problem:
         for text in (one for one in found.lacking() if one != found.problem):
@@ -118,8 +117,9 @@ def _changes(found: Found) -> Iterator[str]:
         asked += [f"{first} − {second}" for first, second in compare.get("pairs", ())]
         done = counted(before["complete"], "run")
         yield plain(
-            f"The comparisons were changed after they were declared: until then ({before['declared']}, "
-            f"{done} complete at the change) they were {', '.join(asked) or 'none'}, by "
+            "Comparisons, variants, settings or seeds were changed after they were declared. As to the "
+            f"comparisons, until then ({before['declared']}, {done} complete at the change) they were "
+            f"{', '.join(asked) or 'none'}, by "
             f"{words(compare.get('metric', 'exact_match'))}. Results could have been seen before the change."
             if before["complete"]
             else f"The comparisons of {before['declared']} were changed before any run was complete."
