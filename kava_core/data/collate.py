@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -89,6 +89,18 @@ class Collator:
     def encode_student(self, examples: Sequence[Example]) -> list[Any]:
         """The student's side of every example; None where it is too long."""
         return list(encode_all(self._texts(examples, None), self.student_tokenizer, **self._rules))
+
+    def encode_written(self, examples: Sequence[Example], texts: Sequence[Text]) -> list[Item | None]:
+        """Texts that someone wrote for these examples, read by every side; None where one is too long."""
+        tokenizers = (self.student_tokenizer, *self.teacher_tokenizers.values())
+        sides = [encode_all(texts, tokenizer, **self._rules) for tokenizer in tokenizers]
+        return [self._item(*row) for row in zip(examples, *sides, strict=True)]
+
+    @staticmethod
+    def unlabelled(item: Item) -> Item:
+        """The item without cross-entropy."""
+        student = item.student
+        return replace(item, student=replace(student, labels=torch.full_like(student.labels, NO_LABEL)))
 
     @property
     def _rules(self) -> dict[str, Any]:

@@ -62,6 +62,29 @@ def render(example: Example, template: Template) -> Text:
     return Text(text, (0, len(prompt), len(prompt) + len(reasoning), len(text)), value)
 
 
+def split_written(example: Example, written: str, template: Template) -> Text:
+    """A completion that was written for an example, with its answer's part found by the marker.
+
+    Without a marker all of it is reasoning.
+    """
+    prompt = template.prompt.replace("{prompt}", example.prompt)
+    start, end = (len(prompt) + place for place in marker_in(written, template) or (len(written),) * 2)
+    text = prompt + written
+    return Text(text, (0, len(prompt), start, len(text)), end)
+
+
+def marker_in(written: str, template: Template) -> tuple[int, int] | None:
+    """Where the answer's marker begins and ends; None where it is missing.
+
+    White space around it counts if it is there, but many tokenizers do not give it back.
+    """
+    whole = template.answer.partition("{answer}")[0]
+    for marker in (whole, whole.strip()):
+        if marker and (place := written.find(marker)) >= 0:
+            return place, place + len(marker)
+    return None
+
+
 def steps_of(reasoning: str, separator: str) -> list[str]:
     """The steps between the separators, blank ones left out."""
     return [step for step in reasoning.split(separator) if step.strip()]

@@ -185,6 +185,12 @@ class TeacherSpec(ModelSpec):
     ``replicated``); ``cpu``, ``cuda:1``: on a device of its own, from which its cache comes to the
     student's."""
 
+    @property
+    def own_text(self) -> list[str]:
+        """The fields that make it read another text than the student."""
+        found = [field for field in ("template", "rationale") if getattr(self, field)]
+        return found if self.last_step else [*found, "last_step"]
+
 
 Operations = Annotated[str, StringConstraints(pattern=r"^[-+*]+$")]
 
@@ -434,6 +440,19 @@ class EvaluateSpec(Strict):
         return self
 
 
+class OnlineSpec(Strict):
+    """Online distillation: the student writes a part of what it and its teachers read. Teachers then judge
+    texts it would write, mistakes included, and not only the data's (on-policy, arXiv 2306.13649)."""
+
+    share: float = Field(0.5, gt=0, le=1)
+    """Share of every batch whose completions the student writes anew at every step. They have no
+    cross-entropy (nor divergence of ``logits``): caches alone are compared there."""
+    temperature: float = Field(1.0, gt=0)
+    """Of the sampling."""
+    max_new_tokens: Positive = 64
+    """Longest completion."""
+
+
 RESERVED = ("student", "alignment")
 """What records and tables call something else than a teacher."""
 
@@ -474,6 +493,8 @@ class PipelineSpec(Strict):
     """The optimisation."""
     evaluate: EvaluateSpec = EvaluateSpec()
     """Validation during training."""
+    online: OnlineSpec | None = None
+    """Let the student write a part of the texts; null: all are the data's."""
     store: StoreSpec | None = None
     """Train from aligned caches written before by ``kava cache``; null: run the teachers at every step."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field((0,), min_length=1)
@@ -502,6 +523,7 @@ class PipelineSpec(Strict):
         self._check_logits(names)
         self._check_latent()
         self._check_frozen()
+        self._check_online()
         if self.train.stream and self.store is not None:
             raise ValueError("'train.stream' is about teachers that run; a store needs none")
         if len(set(self.seeds)) != len(self.seeds):
@@ -532,6 +554,23 @@ class PipelineSpec(Strict):
             raise ValueError(
                 "'share' weighs gradients of the student's weights; with 'frozen' there are none"
             )
+
+    def _check_online(self) -> None:
+        if self.online is None:
+            return
+        clashes = {"trajectory: latent": self.trajectory == "latent", "store": self.store is not None}
+        if found := [name for name, clash in clashes.items() if clash]:
+            raise ValueError(f"'online' does not go together with {', '.join(found)}")
+        if self.data.template.answer.startswith("{answer}"):
+            raise ValueError(
+                "'online' needs a marker before {answer} in 'data.template.answer' to find it by"
+            )
+        for teacher in self.teachers:
+            if teacher.own_text:
+                raise ValueError(
+                    f"'online': teacher {teacher.name!r} reads another text than the student "
+                    f"({teacher.own_text[0]}), but all are to read what the student writes"
+                )
 
     def _check_latent(self) -> None:
         own = [teacher.name for teacher in self.teachers if teacher.itself is not None]
@@ -611,8 +650,7 @@ class PipelineSpec(Strict):
 
     def _check_texts(self) -> None:
         for teacher in self.teachers:
-            own = [field for field in ("template", "rationale") if getattr(teacher, field)]
-            own += [] if teacher.last_step else ["last_step"]
+            own = teacher.own_text
             for field in ("token_warper", "time_warper"):
                 warper = getattr(teacher.align, field)
                 if warper is None:

@@ -171,6 +171,10 @@ def make_distiller(spec: PipelineSpec, data: Data, *, seed: int) -> Distiller:
     assert_room(student.config, data.longest()[None], who="student")
     if spec.evaluate.generate:
         assert_room_to_write(student.config, data.longest_prompt(), spec.evaluate.max_new_tokens)
+    if spec.online is not None:
+        most = max(item.student.prompt_length for item in data.train_items.items)
+        field = "online.max_new_tokens"
+        assert_room_to_write(student.config, most, spec.online.max_new_tokens, field=field)
     if not used_teachers(spec):
         assert_learns(spec, None)
         return Distiller(student, **how)

@@ -56,12 +56,20 @@ class Ledger:
     @contextmanager
     def counting(self) -> Iterator[None]:
         """While a training batch is read."""
+        try:
+            with self.noting():
+                yield
+        finally:
+            self.passes += 1
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """While something is done for a training batch that is not yet its pass."""
         self.on = True
         try:
             yield
         finally:
             self.on = False
-            self.passes += 1
 
     def add(self, name: str, rows: int, queries: int, keys: int, times: float = 1.0) -> None:
         """A pass over ``rows`` texts of ``queries`` positions that see ``keys`` positions."""

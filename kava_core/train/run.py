@@ -45,6 +45,7 @@ from kava_core.train.facts import facts
 from kava_core.train.layer_maps import with_measured_maps
 from kava_core.train.ledger import Ledger, forget_peak
 from kava_core.train.models import compile_forward
+from kava_core.train.own_texts import KeepsItems, OwnTexts
 from kava_core.train.pretrain import pretraining_name, pretraining_report, pretraining_spec
 from kava_core.train.rundir import FAILURE, RunDir
 from kava_core.train.shares import set_weights
@@ -225,12 +226,17 @@ def _trainer(
     )
     ledger = Ledger(step_passes(spec.student))
     distiller.watched(ledger)
+    collate: Any = PlansTime(data.collator, distiller.pipeline)
+    own_texts = None
+    if spec.online is not None:
+        own_texts = OwnTexts(spec.online, data.collator, collate, seed=folder.seed)
+        collate = KeepsItems(collate)
     trainer = KavaTrainer(
         model=distiller,
         args=arguments(spec, folder, examples=len(data.train_items)),
         train_dataset=data.train_items,
         eval_dataset=data.validation_items,
-        data_collator=PlansTime(data.collator, distiller.pipeline),
+        data_collator=collate,
         callbacks=[
             EndComplete(),
             ScheduleWeights(distiller.pipeline),
@@ -240,6 +246,7 @@ def _trainer(
         ],
         evaluator=evaluator,
         ledger=ledger,
+        own_texts=own_texts,
         keep=spec.train.keep_checkpoints,
     )
     trainer.remove_callback(PrinterCallback)

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import send_to_device
 
 from kava_core.data.collate import Collator
-from kava_core.data.examples import Example, is_correct
+from kava_core.data.examples import Example, is_correct, marker_in
 from kava_core.errors import KavaError, SpecError, did_you_mean
 from kava_core.spec.model import LogitsSpec, PipelineSpec, TeacherSpec, Template
 from kava_core.train.assemble import make_data, reading_of
@@ -165,11 +165,9 @@ class _Writer:
 
 def rationale_of(written: str, template: Template) -> str | None:
     """What stands for ``{reasoning}`` in a written text; None where the answer's marker is missing."""
-    marker = template.answer.partition("{answer}")[0]
-    marker = marker if marker in written else marker.strip()
-    reasoning, found, _ = written.partition(marker)
+    found = marker_in(written, template)
     before, _, after = template.reasoning.partition("{reasoning}")
-    return reasoning.removeprefix(before).removesuffix(after) if found else None
+    return written[: found[0]].removeprefix(before).removesuffix(after) if found else None
 
 
 def _line(example: Example, rationales: list[str]) -> str:

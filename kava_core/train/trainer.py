@@ -41,6 +41,7 @@ from kava_core.train.fsdp import (
     whole,
 )
 from kava_core.train.ledger import Ledger
+from kava_core.train.own_texts import OwnTexts
 from kava_core.train.placement import check_even
 from kava_core.train.weights import assert_finite_weights, load_weights, save_weights, under
 
@@ -102,14 +103,24 @@ class KavaTrainer(Trainer):
     Args:
         evaluator: called with the distiller; gives the metrics of an evaluation.
         ledger: counts what training costs.
+        own_texts: lets the student write a part of every batch; the collator is then a ``KeepsItems``.
         keep: complete checkpoints kept.
         Everything else as in ``transformers.Trainer``.
     """
 
-    def __init__(self, *args: Any, evaluator: Evaluator, ledger: Ledger, keep: int, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        evaluator: Evaluator,
+        ledger: Ledger,
+        keep: int,
+        own_texts: OwnTexts | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.evaluator = evaluator
         self.ledger = ledger
+        self.own_texts = own_texts
         self.keep = keep
         self.loss_is_scaled_for_ga = True
         self._staging = False
@@ -126,6 +137,8 @@ class KavaTrainer(Trainer):
         check_launch(self._plugin)
         if self._plugin is not None and self.distiller.latents is not None:
             raise SpecError("trajectory: latent: not with FSDP yet; use DDP or one process")
+        if self._plugin is not None and self.own_texts is not None:
+            raise SpecError("online: not with FSDP yet; use DDP or one process")
         if self._plugin is not None:
             self.distiller.to(args.device)
 
@@ -146,15 +159,23 @@ class KavaTrainer(Trainer):
 
     # counting
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The batches of a step; a curriculum's latent tokens are told their stage before they are counted.
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        """The batches of a step; before they are counted, the student writes its part of them, and a
+        curriculum's latent tokens are told their stage.
 
         Evaluation after the step, and after the last one, then looks at the stage that was trained.
         """
         latent = self.distiller.latent
         if latent is not None:
             latent.tokens.active = latents_at(self.state.global_step, latent.spec)
-        return super().get_batch_samples(*args, **kwargs)
+        if self.own_texts is not None:
+            epoch_iterator = (self._with_own_texts(*entry) for entry in enumerate(epoch_iterator))
+        return super().get_batch_samples(epoch_iterator, *args, **kwargs)
+
+    def _with_own_texts(self, number: int, batch: Mapping[str, Any]) -> dict[str, Any]:
+        assert self.own_texts is not None
+        place = (self.state.global_step, number, self.args.process_index)
+        return self.own_texts(batch, self.distiller, self.ledger, place, self._autocast)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """``counts`` over accumulation and processes."""
