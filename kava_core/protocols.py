@@ -257,3 +257,19 @@ class KVLoss(Protocol):
         all, whatever it holds, and no gradient. Layers do not look at one another.
         """
         ...
+
+
+@runtime_checkable
+class ObservesCaches(Protocol):
+    """What a loss offers if it wants to see data before training, after projectors are calibrated.
+
+    Not with ``rotary: match``, unless it compares values alone.
+    """
+
+    def observe(self, student: Cache, target: Cache, valid: Bool[Tensor, "batch time"]) -> None:
+        """Take in one batch of what will be compared."""
+        ...
+
+    def finish(self) -> None:
+        """Compute what it needs from everything observed."""
+        ...

@@ -23,7 +23,7 @@ from kava_core.kv.rope import Rotation
 from kava_core.kv.stages import blame, fuse, measure, weigh
 from kava_core.kv.timeline import Timeline
 from kava_core.kv.timemap import TimeMap
-from kava_core.protocols import Chooses, FusionContext, Regularised
+from kava_core.protocols import Chooses, FusionContext, ObservesCaches, Regularised
 from kava_core.spec.model import PipelineSpec
 
 ROUTER = "router"
@@ -126,6 +126,7 @@ class KVPipeline(nn.Module):
             nn.ModuleList(self._loss(config, a, len(r)) for config, r in zip(self.configs, rows, strict=True))
             for a in self._compared
         )
+        self._check_observing()
         self.progress = 0.0
         first = [config.weight for config in self.configs]
         self.register_buffer("weights", torch.tensor(first, dtype=torch.float64))
@@ -181,6 +182,16 @@ class KVPipeline(nn.Module):
                     f"student's {own}; use head_adapter structured, direction: to_student and a projector, "
                     "or rotary: strip"
                 )
+
+    def _check_observing(self) -> None:
+        """What a loss learns of unrotated keys does not hold for keys that are rotated again."""
+        for row in self._loss_rows if self.matches else ():
+            for loss, config in zip(row, self.configs, strict=True):
+                if isinstance(loss, ObservesCaches) and set(config.parts) != {"values"}:
+                    raise SpecError(
+                        f"loss {config.name!r} looks at unrotated caches before training: with rotary: match "
+                        "it can compare values alone; use rotary: strip"
+                    )
 
     def _check_calibration(self, parts: tuple[Part, ...]) -> None:
         """Where queries are projected by the keys' calibration, keys must be compared as well."""
@@ -336,6 +347,33 @@ class KVPipeline(nn.Module):
         return self._ran
 
     @property
+    def observing_losses(self) -> list[ObservesCaches]:
+        """The losses that want to see data before training."""
+        return [loss for row in self._loss_rows for loss in row if isinstance(loss, ObservesCaches)]
+
+    @property
+    def _loss_rows(self) -> list[list[nn.Module]]:
+        """For every compared teacher its losses, in the order of ``configs``."""
+        return [list(row) for row in self.losses if isinstance(row, nn.ModuleList)]
+
+    @torch.no_grad()
+    def show_losses(self, student: Cache, aligned: list[Aligned]) -> None:
+        """Show one batch to the losses that want to see data; where targets are fused, fused evenly."""
+        views = [aligner.view_of(student) for aligner in self.teachers]
+        targets, valid = [one.target for one in aligned], [one.valid for one in aligned]
+        if not self.separate:
+            where = torch.stack(valid)
+            even = where.to(views[0].any.dtype)[:, :, None].expand(-1, -1, views[0].any.shape[1], -1)
+            targets, valid = [_fuse_caches(targets, even)], [where.any(0)]
+        for row, view, target, where in zip(self._loss_rows, views, targets, valid, strict=False):
+            for index, (loss, config) in enumerate(zip(row, self.configs, strict=True)):
+                if isinstance(loss, ObservesCaches):
+                    rows = getattr(self, f"rows_{index}")
+                    mine, theirs = (_layers(side, rows, config.parts) for side in (view, target))
+                    with blame(f"kv_loss {config.name!r}", config):
+                        loss.observe(mine, theirs, where)
+
+    @property
     def trains_aligners(self) -> bool:
         """Whether something between a teacher's cache and the losses is trained."""
         return any(p.requires_grad for aligner in self.teachers for p in aligner.parameters())
@@ -433,6 +471,10 @@ def _fuse_caches(targets: list[Cache], weights: Tensor) -> Cache:
         return targets[0]
     share = weights / weights.sum(0, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     return targets[0].map(lambda x, part: fuse(torch.stack([getattr(t, part) for t in targets]), share))
+
+
+def _layers(cache: Cache, rows: Tensor, parts: tuple[Part, ...]) -> Cache:
+    return cache.pick(parts).map(lambda x, _: x.index_select(1, rows))
 
 
 def _rows(

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from kava_core.kv.axes import Cache
 from kava_core.kv.per_layer import at_layer
+from kava_core.protocols import ObservesCaches
 from kava_core.testing.component import MetaTests
 from kava_core.testing.geometries import EXTENTS, GEOMETRIES, Sides
 from kava_core.testing.require import gradient_of, require, require_finite, require_same, require_tensor
 from kava_core.testing.tensors import draw, draw_cache
 
 BATCH, TIME = 3, 5
+WATCHED = 40
 
 
 class Compared(NamedTuple):
@@ -27,7 +29,7 @@ class Compared(NamedTuple):
 
 
 class KVLossTests(MetaTests):
-    """The contract of ``kava_core.protocols.KVLoss``."""
+    """The contract of ``kava_core.protocols.KVLoss``, and of ``ObservesCaches`` where it is offered."""
 
     kind: ClassVar[str] = "kv_loss"
 
@@ -51,6 +53,16 @@ class KVLossTests(MetaTests):
             draw_cache(teacher, config.parts, seed=2, **how),
             weight,
         )
+
+    def prepare(self, component: Any, config: Any, sides: Sides) -> None:
+        """A loss that wants to see data sees as many positions as make its sums sound."""
+        self._show(component, self.compared(config, sides, time=WATCHED))
+
+    def _show(self, component: Any, compared: Compared) -> None:
+        if isinstance(component, ObservesCaches):
+            student, target, weight = compared
+            component.observe(student, target, (weight != 0).all(1))
+            component.finish()
 
     def inputs(self, config: Any, sides: Sides) -> Compared:
         """One batch."""
@@ -169,7 +181,7 @@ class KVLossTests(MetaTests):
         component, perfect = self._perfect(config)
         none = float(component(*perfect).detach())
         require(abs(none) < 1e-4, "a student equal to its target must have loss 0", f"it has {none:.3g}")
-        some = float(self.build(config, self.usual)(*self.inputs(config, self.usual)))
+        some = float(self.build(config, self.usual)(*self.inputs(config, self.usual)).detach())
         require(some > 1e-3, "a student unlike its target must have a loss above 0", f"it has {some:.3g}")
 
     def _perfect(self, config: Any) -> tuple[Any, Compared]:
@@ -177,7 +189,10 @@ class KVLossTests(MetaTests):
         sides = Sides(self.usual.student, self.usual.student)
         student, _, weight = self.inputs(config, sides)
         attached = _each(student, lambda x: x.clone().requires_grad_())
-        return self.build(config, sides), Compared(attached, student, weight)
+        component = self.build(config, sides)
+        seen = self.compared(config, sides, time=WATCHED)
+        self._show(component, Compared(seen.student, seen.student, seen.weight))
+        return component, Compared(attached, student, weight)
 
     def _require_gradient(self, component: Any, compared: Compared) -> Tensor:
         """Backward; every compared part must have got a finite gradient."""

@@ -497,6 +497,13 @@ class Distiller(nn.Module):
         self.pipeline.fuser.observe(self.pipeline.context(view, aligned, Beside()))
 
     @torch.no_grad()
+    def show_losses(self, batch: Mapping[str, Any]) -> None:
+        """Show one batch to the losses that want to see data."""
+        assert self.pipeline is not None
+        student, timeline = self.still_cache(batch["student"]), Timeline.from_batch(batch["student"])
+        self.pipeline.show_losses(student, self.aligned(batch["teachers"], timeline, self.pipeline))
+
+    @torch.no_grad()
     def still_cache(self, side: Mapping[str, Tensor]) -> Cache:
         """The student's cache in evaluation mode, in float32; unrotated with ``rotary: match``."""
         here, training = next(self.student.parameters()).device, self.training

@@ -302,7 +302,7 @@ def _assert_installed(trackers: tuple[str, ...]) -> None:
 
 
 def calibrate(distiller: Distiller, data: Data, spec: PipelineSpec, device: torch.device) -> None:
-    """Show the first training examples to projectors, then to the fuser, where they want to see data.
+    """Show the first training examples to projectors, then to losses and fuser, where they want to see data.
 
     The random state is left as it was. A store holds its projectors calibrated.
     """
@@ -313,6 +313,11 @@ def calibrate(distiller: Distiller, data: Data, spec: PipelineSpec, device: torc
         for batch in _calibration_batches(distiller, data, spec, device):
             distiller.calibrate(batch)
         distiller.finish_calibration()
+    if losses := pipeline.observing_losses:
+        for batch in _calibration_batches(distiller, data, spec, device):
+            distiller.show_losses(batch)
+        for loss in losses:
+            loss.finish()
     if isinstance(pipeline.fuser, ObservesTeachers):
         for batch in _calibration_batches(distiller, data, spec, device):
             distiller.show_fuser(batch)

@@ -16,7 +16,7 @@ from kava_core.kv.axes import Geometry
 from kava_plugins.dim_projectors import Calibrated as Config
 from kava_plugins.dim_projectors.closed_form import principal_components, procrustes, ridge
 from kava_plugins.dim_projectors.matrices import project
-from kava_plugins.dim_projectors.moments import Moments, rows_of
+from kava_plugins.moments import Moments, rows_of
 
 
 class Calibrated(nn.Module):

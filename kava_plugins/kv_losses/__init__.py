@@ -67,6 +67,33 @@ class Relation(KVLossConfig):
     divide the full width (heads × width) of both sides."""
 
 
+class SharedSpace(KVLossConfig):
+    """Distance in a space both caches are mapped to by canonical correlations (Hotelling 1936), measured
+    before training: for models that share neither widths nor architecture (an encoder's cache, say).
+
+    All heads of a layer stand side by side, so neither head counts nor widths need agree, and
+    ``dim_projector: none`` is enough. Directions in which the two correlate count by their correlation.
+    """
+
+    name: Literal["shared_space"] = "shared_space"
+    component = "kava_plugins.kv_losses.shared_space:SharedSpace"
+    basis_free: ClassVar[bool] = True
+
+    parts: tuple[Part, ...] = Field(("values",), min_length=1)
+    """Which tensors are compared."""
+    dim: int = Field(32, ge=1)
+    """Directions of the space, at most as many as the narrower side has (heads × width)."""
+    ridge: float = Field(1e-2, gt=0)
+    """Added to each side's covariance, as a multiple of its mean variance: few examples show correlations
+    that are none."""
+    trainable: bool = False
+    """Train the directions of both sides, which begin at the canonical ones. They stay orthonormal in the
+    whitened caches, so the loss cannot be lowered by shrinking the space, but it can by turning to what
+    agrees already."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Peak rate of the directions; null: ``train.learning_rate``."""
+
+
 class AttentionKL(KVLossConfig):
     """KL divergence of attention rows, without attention maps: memory is linear in time.
 
@@ -155,4 +182,4 @@ class Structural(KVLossConfig):
 @hookimpl
 def kava_kv_losses() -> Sequence[type[KVLossConfig]]:
     """Register this package's losses."""
-    return [MSE, SmoothL1, Mercator, Relation, AttentionKL, AttentionOutput, Structural]
+    return [MSE, SmoothL1, Mercator, Relation, SharedSpace, AttentionKL, AttentionOutput, Structural]

@@ -107,6 +107,11 @@ RUNS: dict[tuple[str, str], list[Run]] = {
         Run({"parts": ("keys", "values"), "center": False}),
         Run({"form": "softmax", "heads": 2}, {"refuses": ("odd",)}),
     ],
+    ("kv_loss", "shared_space"): [
+        Run(),
+        Run({"parts": ("keys", "values"), "dim": 3}),
+        Run({"trainable": True, "dim": 5}),
+    ],
     ("kv_loss", "attention_kl"): [
         Run(kit=EQUAL_QUERY_HEADS),
         Run({"causal": False, "kind": "jeffreys", "temperature": 2.0}, EQUAL_QUERY_HEADS),
