@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForTextEncoding, PretrainedConfig
 
 from kava_core.errors import UnsupportedModelError
 from kava_core.kv.attention_layers import model_name
@@ -19,9 +19,17 @@ from kava_core.kv.capture import Capture
 
 PROBE_LENGTH = 4
 
+ENCODER = "kava_encoder"
+"""Attribute of the configuration of a model of which the encoder alone is wanted."""
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """What makes and loads the model of a configuration."""
+    return AutoModelForTextEncoding if getattr(config, ENCODER, False) else AutoModelForCausalLM
+
 
 def probe_geometry(config: PretrainedConfig) -> Geometry:
-    """Geometry of the causal language model a configuration describes; no weights are allocated.
+    """Geometry of the model a configuration describes; no weights are allocated.
 
     The model is made of fake tensors and runs with plain rotary angles: some frequency schemes look at
     position values, which fake tensors do not have, and none changes an extent. Bare meta tensors do not
@@ -41,8 +49,7 @@ def fake_model(config: PretrainedConfig, **options: Any) -> nn.Module:
     text = plain.get_text_config()
     if getattr(text, "rope_parameters", None):
         text.rope_parameters = _plain_angles(text.rope_parameters)
-    build: Any = AutoModelForCausalLM.from_config
-    model: nn.Module = build(plain, experts_implementation="batched_mm", **options)
+    model: nn.Module = auto_class(plain).from_config(plain, experts_implementation="batched_mm", **options)
     return model
 
 

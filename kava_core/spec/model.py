@@ -43,7 +43,8 @@ class Pretrain(Strict):
 
 
 class ModelSpec(Strict):
-    """A causal language model: from a folder or hub name, or with random weights from a config."""
+    """A causal language model (or an encoder): from a folder or hub name, or with random weights from a
+    config."""
 
     path: str | None = None
     """Folder or hub name, as for ``AutoModelForCausalLM.from_pretrained``. Safetensors only."""
@@ -60,6 +61,10 @@ class ModelSpec(Strict):
     """Dtype of the weights. For mixed precision keep a student in float32 and set ``train.precision``."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers."""
+    encoder: bool = False
+    """Of a teacher: an encoder (BERT, RoBERTa, ELECTRA, or that of T5), as ``AutoModelForTextEncoding`` loads
+    it. Its positions see the whole text, later ones too. With ``pretrain`` it learns to restore corrupted
+    texts. As a student it can only do that, without teachers."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelSpec:
@@ -524,6 +529,7 @@ class PipelineSpec(Strict):
         self._check_latent()
         self._check_frozen()
         self._check_online()
+        self._check_encoders()
         if self.train.stream and self.store is not None:
             raise ValueError("'train.stream' is about teachers that run; a store needs none")
         if len(set(self.seeds)) != len(self.seeds):
@@ -571,6 +577,25 @@ class PipelineSpec(Strict):
                     f"'online': teacher {teacher.name!r} reads another text than the student "
                     f"({teacher.own_text[0]}), but all are to read what the student writes"
                 )
+
+    def _check_encoders(self) -> None:
+        if self.student.encoder:
+            clashes = {
+                "teachers": bool(self.teachers),
+                "trajectory: latent": self.trajectory == "latent",
+                "evaluate.generate: true": self.evaluate.generate,
+                "student.lora": self.student.lora is not None,
+            }
+            if found := [name for name, clash in clashes.items() if clash]:
+                raise ValueError(f"'student.encoder': an encoder writes nothing; not with {', '.join(found)}")
+        encoders = {teacher.name for teacher in self.teachers if teacher.encoder}
+        asked: dict[str, str | None] = {"codi.teacher": self.codi.teacher if self.codi is not None else None}
+        asked |= {f"logits.teachers: {name}": name for name in (self.logits and self.logits.teachers) or ()}
+        if encoders and self.logits is not None and self.logits.teachers is None:
+            raise ValueError("'logits.teachers': name teachers that are no encoders, which predict no tokens")
+        for where, name in asked.items():
+            if name in encoders:
+                raise ValueError(f"'{where}': teacher {name!r} is an encoder: it has caches alone")
 
     def _check_latent(self) -> None:
         own = [teacher.name for teacher in self.teachers if teacher.itself is not None]

@@ -15,6 +15,7 @@ from kava_core.errors import CheckpointError, KavaError, SpecError
 from kava_core.latent.exported import SHAPE, save_latents
 from kava_core.latent.tokens import LatentTokens
 from kava_core.train import checkpoint
+from kava_core.train.denoise import Denoiser
 from kava_core.train.rundir import RECORD, read_record
 
 TEXT, LATENT = "transformers.AutoModelForCausalLM", "kava_core.latent.exported.LatentStudent"
@@ -51,12 +52,13 @@ def save_student(
     folder: Path,
     latents: LatentTokens | None = None,
 ) -> None:
-    """Weights (adapters merged), tokenizer and their manifest; the folder is complete or absent.
+    """Weights (adapters merged, an encoder without its head), tokenizer and manifest; complete or absent.
 
     With ``latents`` their weights as well: ``kava_core.latent.exported.LatentStudent`` reads the folder.
     """
     if hasattr(student, "merge_and_unload"):
         student = student.merge_and_unload()
+    student = student.encoder if isinstance(student, Denoiser) else student
     staging = folder.with_name(folder.name + ".staging")
     shutil.rmtree(staging, ignore_errors=True)
     student.save_pretrained(staging)

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
 from kava_core import shapecheck
 from kava_core.errors import SpecError, did_you_mean
+from kava_core.kv.probe import ENCODER, auto_class
 from kava_core.spec.model import Lora, ModelSpec, StudentSpec, TeacherSpec
+from kava_core.train.denoise import Denoiser
 from kava_core.train.quantize import check_quantised, explained, loading_options
 
 
@@ -35,18 +36,27 @@ def model_config(
     """
     try:
         if spec.path is not None:
-            return AutoConfig.from_pretrained(spec.path, revision=spec.revision, trust_remote_code=False)
+            return _for(
+                spec, AutoConfig.from_pretrained(spec.path, revision=spec.revision, trust_remote_code=False)
+            )
         fields = dict(spec.config or {})
         if tokenizer is not None:
             fields = _from_tokenizer(tokenizer) | fields
         _check_model_type(fields["model_type"], where)
         _check_keys(spec.config or {}, where)
-        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        config = _for(spec, AutoConfig.for_model(fields.pop("model_type"), **fields))
     except SpecError:
         raise
     except Exception as error:
         raise SpecError(f"{where}: cannot make a model config: {_told(error)}") from error
     _check_heads(config, where)
+    return config
+
+
+def _for(spec: ModelSpec, config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config, which says that the encoder alone is wanted, if it is."""
+    if spec.encoder:
+        setattr(config, ENCODER, True)
     return config
 
 
@@ -122,7 +132,7 @@ def _from_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def load_model(
     spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int, where: str, grow: bool = False
 ) -> nn.Module:
-    """The causal language model of a spec; ``seed`` fixes random weights.
+    """The causal language model of a spec, or the encoder; ``seed`` fixes random weights.
 
     ``grow``: embeddings are added for tokens the model has none for.
 
@@ -139,7 +149,8 @@ def load_model(
         torch.manual_seed(seed)
         model.resize_token_embeddings(len(tokenizer))
     _check_vocabulary(model, tokenizer, where)
-    model.generation_config.pad_token_id = _pad_id(tokenizer)
+    if not spec.encoder:
+        model.generation_config.pad_token_id = _pad_id(tokenizer)
     return model
 
 
@@ -157,7 +168,7 @@ def _made(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, seed: int, where:
 def _random(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, seed: int, where: str) -> nn.Module:
     config = model_config(spec, tokenizer, where=where)
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(copy.deepcopy(config), **_options(spec))
+    return auto_class(config).from_config(copy.deepcopy(config), **_options(spec))
 
 
 def _quantized(spec: Any, where: str) -> nn.Module:
@@ -171,9 +182,10 @@ def _quantized(spec: Any, where: str) -> nn.Module:
 
 def _stored(spec: ModelSpec, where: str, **more: Any) -> nn.Module:
     """Weights from safetensors only; transformers would fill missing ones with random numbers."""
-    load: Any = AutoModelForCausalLM.from_pretrained
-    model, found = load(
+    config = model_config(spec, where=where)
+    model, found = auto_class(config).from_pretrained(
         spec.path,
+        config=config,
         revision=spec.revision,
         use_safetensors=True,
         trust_remote_code=False,
@@ -181,7 +193,8 @@ def _stored(spec: ModelSpec, where: str, **more: Any) -> nn.Module:
         **_options(spec),
         **more,
     )
-    if missing := sorted(found["missing_keys"]):
+    wanted = (name for name in found["missing_keys"] if not (spec.encoder and "pooler" in name))
+    if missing := sorted(wanted):
         raise SpecError(f"{where}: {spec.path}: {len(missing)} weights are missing, such as {missing[0]}")
     return model
 
@@ -208,6 +221,8 @@ def load_student(
     ``grow``: with embeddings for tokens that were added to its tokenizer.
     """
     student = load_model(spec, tokenizer, seed=seed, where="student", grow=grow)
+    if spec.encoder:
+        return Denoiser(student, len(tokenizer), tokenizer.mask_token_id)
     _check_causal(student)
     if spec.gradient_checkpointing:
         checkpoint_activations(student)

@@ -1,6 +1,7 @@
 """Models that are trained on the spot before they teach (or are taught), and kept in the cache.
 
-Pretraining is an ordinary run with cross-entropy alone: one training loop for everything.
+Pretraining is an ordinary run with cross-entropy alone: one training loop for everything. An encoder learns
+to restore corrupted texts.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def pretraining_spec(spec: PipelineSpec, model: ModelSpec) -> PipelineSpec:
         name="pretrained",
         student=StudentSpec(**fields),
         data=_data(spec, model),
-        train=_train(plan, spec.train),
-        evaluate=_evaluate(spec, plan),
+        train=_train(plan, spec.train, all_tokens=model.encoder),
+        evaluate=_evaluate(spec, model, plan),
         seeds=(plan.seed,),
         output=str(cache_folder()),
     )
@@ -88,21 +89,22 @@ def _tokenizer_of_all(spec: PipelineSpec, model: ModelSpec) -> str:
     return str(tokenizer_of(model, splits, _data(spec, model).template, where="pretrain").name_or_path)
 
 
-def _evaluate(spec: PipelineSpec, plan: Pretrain) -> EvaluateSpec:
-    """Of a student of latent tokens without answers: ``max_new_tokens`` has no room for written steps."""
+def _evaluate(spec: PipelineSpec, model: ModelSpec, plan: Pretrain) -> EvaluateSpec:
+    """Without answers for a student of latent tokens, as ``max_new_tokens`` has no room for written steps,
+    and of an encoder, which writes none."""
     changes = {"every": plan.steps, "controls": False}
-    changes |= {"generate": False} if spec.trajectory == "latent" else {}
+    changes |= {"generate": False} if model.encoder or spec.trajectory == "latent" else {}
     return EvaluateSpec(**spec.evaluate.model_dump() | changes)
 
 
-def _train(plan: Pretrain, train: TrainSpec) -> TrainSpec:
+def _train(plan: Pretrain, train: TrainSpec, *, all_tokens: bool) -> TrainSpec:
     return TrainSpec(
         steps=plan.steps,
         batch_size=plan.batch_size,
         learning_rate=plan.learning_rate,
         warmup_steps=max(1, plan.steps // 20),
         max_length=train.max_length,
-        loss_on=train.loss_on,
+        loss_on="all" if all_tokens else train.loss_on,
         precision=train.precision,
         log_every=max(1, plan.steps // 10),
         save_every=max(100, plan.steps // 4),

@@ -54,6 +54,8 @@ def sample(spec: PipelineSpec, teacher: str, output: Path, drawing: Drawing) -> 
         SpecError: no such teacher.
         KavaError: the file is there already or cannot be written.
     """
+    if _declared(spec, teacher).encoder:
+        raise SpecError(f"teacher {teacher!r} is an encoder: it writes nothing")
     if output.exists():
         raise KavaError(f"{output}: is there already; choose another file or delete it")
     # The one teacher, reading text, with nothing but its logits wanted.

@@ -72,7 +72,7 @@ class SharedSpace(KVLossConfig):
     before training: for models that share neither widths nor architecture (an encoder's cache, say).
 
     All heads of a layer stand side by side, so neither head counts nor widths need agree, and
-    ``dim_projector: none`` is enough. Directions in which the two correlate count by their correlation.
+    ``dim_projector: identity`` is enough. Directions in which the two correlate count by their correlation.
     """
 
     name: Literal["shared_space"] = "shared_space"
