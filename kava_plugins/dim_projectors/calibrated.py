@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from kava_core.config import Part
 from kava_core.errors import KavaError
 from kava_core.kv.axes import Geometry
+from kava_core.kv.moments import Moments, rows_of
 from kava_plugins.dim_projectors import Calibrated as Config
 from kava_plugins.dim_projectors.closed_form import principal_components, procrustes, ridge
 from kava_plugins.dim_projectors.matrices import project
-from kava_plugins.moments import Moments, rows_of
 
 
 class Calibrated(nn.Module):

@@ -16,8 +16,8 @@ from kava_core.config import Part
 from kava_core.errors import KavaError
 from kava_core.kv.axes import Cache, Geometry
 from kava_core.kv.masks import live, select, widen, without_autocast
+from kava_core.kv.moments import Moments, rows_of
 from kava_plugins.kv_losses import SharedSpace as Config
-from kava_plugins.moments import Moments, rows_of
 
 SIDES = ("student", "target")
 
