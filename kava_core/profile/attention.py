@@ -1,8 +1,8 @@
 """Attention computed again from captured queries and keys: its entropy, and what it hands on.
 
-Plain causal softmax attention with the layer's own scale and sliding window; attention sinks and caps on the
-scores are not looked at. One layer and a block of query positions at a time, so that no map of all positions
-against all has to be held.
+Plain softmax attention with the layer's own scale and sliding window, causal except in an encoder; attention
+sinks, caps on the scores and T5's position biases are not looked at. One layer and a block of query positions
+at a time, so that no map of all positions against all has to be held.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kava_core.kv.attention_layers import attention_layers
 from kava_core.kv.masks import widen
+from kava_core.kv.probe import ENCODER
 
 BLOCK = 128
 """Query positions at a time."""
@@ -32,6 +33,8 @@ class Rule:
     """Scores are multiplied by this."""
     window: int | None = None
     """A query sees so many positions, its own included; None: all up to its own."""
+    causal: bool = True
+    """Whether a query sees no later positions."""
 
 
 def rules(model: nn.Module, layers: tuple[int, ...], dim: int) -> list[Rule]:
@@ -43,7 +46,11 @@ def rules(model: nn.Module, layers: tuple[int, ...], dim: int) -> list[Rule]:
 def _rule(module: Any, dim: int) -> Rule:
     scale = 1.0 if _scales_queries(module) else getattr(module, "scaling", None)
     window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
-    return Rule(dim**-0.5 if scale is None else float(scale), window if isinstance(window, int) else None)
+    return Rule(
+        dim**-0.5 if scale is None else float(scale),
+        window if isinstance(window, int) else None,
+        causal=not getattr(module.config, ENCODER, False),
+    )
 
 
 def _scales_queries(module: nn.Module) -> bool:
@@ -73,7 +80,7 @@ def attend(
     for begin in range(0, len(place), BLOCK):
         now = slice(begin, begin + BLOCK)
         behind = place[now, None] - place
-        seen = (behind >= 0) & (behind < (rule.window or len(place))) & live[:, None]
+        seen = ((behind >= 0) | (not rule.causal)) & (behind < (rule.window or len(place))) & live[:, None]
         scores = (queries[:, :, :, now] @ keys.mT) * rule.scale
         yield now, scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1), seen
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kava_core.report.answers import answers
+from kava_core.report.attention_maps import attention
 from kava_core.report.blocks import Chapter
 from kava_core.report.collapse import collapse
 from kava_core.report.compared import compared
@@ -18,7 +19,7 @@ from kava_core.report.routing import routing
 from kava_core.report.summary import summary
 from kava_core.report.text import plain
 
-SECTIONS = (summary, compared, curves, differences, cost, routing, collapse, layer_maps, answers)
+SECTIONS = (summary, compared, curves, differences, cost, routing, collapse, layer_maps, attention, answers)
 
 
 def chapters_of(founds: Sequence[Found]) -> list[Chapter]:

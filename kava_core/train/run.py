@@ -22,6 +22,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
+from kava_core.data.collate import Collator
 from kava_core.data.splits import load_splits
 from kava_core.errors import Preempted, SpecError
 from kava_core.plan import step_passes
@@ -29,6 +30,7 @@ from kava_core.protocols import ObservesTeachers
 from kava_core.spec.model import ModelSpec, PipelineSpec
 from kava_core.train import checkpoint
 from kava_core.train.assemble import Data, make_data, make_distiller, used_teachers
+from kava_core.train.attention_maps import keep_attention
 from kava_core.train.callbacks import (
     EndComplete,
     MetricsFile,
@@ -46,6 +48,7 @@ from kava_core.train.layer_maps import with_measured_maps
 from kava_core.train.ledger import Ledger, forget_peak
 from kava_core.train.models import compile_forward
 from kava_core.train.own_texts import KeepsItems, OwnTexts
+from kava_core.train.placement import SHARDED
 from kava_core.train.pretrain import pretraining_name, pretraining_report, pretraining_spec
 from kava_core.train.rundir import FAILURE, RunDir
 from kava_core.train.shares import set_weights
@@ -369,12 +372,25 @@ def _finish(trainer: KavaTrainer, folder: RunDir, data: Data, spec: PipelineSpec
     ledger, memory = trainer.ledger, gather_object([trainer.ledger.peak()])
     counts = gather_object([ledger.state()])
     if is_main():
+        _keep_attention(distiller, folder, data, spec)
         save_student(distiller.student, data.tokenizer, folder.student, distiller.latents)
         how: dict[str, Any] = {"metrics": folder.metrics, "memory": max(memory)}
         cost = compute(spec, distiller.configs(), counts, **how)
         results = {"steps": trainer.state.global_step, **_last_evaluation(trainer.state)}
         folder.finish(results, {"compute": cost})
     trainer.accelerator.wait_for_everyone()
+
+
+def _keep_attention(distiller: Distiller, folder: RunDir, data: Data, spec: PipelineSpec) -> None:
+    """Not of latent tokens, which stand for no text, nor of teachers that all processes would have to run."""
+    if spec.trajectory == "latent" or spec.student.encoder:
+        return
+    whole = {teacher.name for teacher in spec.teachers if teacher.placement != SHARDED}
+    teachers = {t.name: t.model for t in distiller.__dict__["teachers"] if t.name in whole}
+    tokenizers = {"student": data.tokenizer, **data.teacher_tokenizers}
+    batch = Collator.__call__(data.plain_collator, [data.validation_items[0]])
+    with torch.compiler.set_stance("force_eager"):
+        keep_attention(folder.path, {"student": distiller.student, **teachers}, batch, tokenizers)
 
 
 def _last_evaluation(state: TrainerState) -> dict[str, float]:

@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from transformers import BertConfig, BertModel
 
 from kava_core.kv.aligner import TeacherAligner
 from kava_core.kv.axes import Cache
 from kava_core.kv.capture import Capture
+from kava_core.kv.probe import ENCODER
 from kava_core.profile import attention
 from kava_core.profile.attention import Rule, entropy, handed_on, rules
 from kava_core.profile.gate import agreement, judged
@@ -266,3 +268,18 @@ def test_targets_of_other_extents_cannot_stand_in() -> None:
     assert unfolded(lifted, cache(WIDE, 5), own) is None
     wide = aligner({}, teacher=WIDE.with_(dim=6))
     assert unfolded(wide, cache(STUDENT.with_(dim=6), 5), own) is None
+
+
+def test_an_encoder_s_queries_see_later_keys() -> None:
+    queries, keys, live = draw(1, 2, 4, 3), draw(1, 1, 4, 3, seed=1), mask(3, time=4)
+    nats, _ = entropy(queries, keys, live, Rule(scale=0.5, causal=False))
+    weights = (queries @ keys.mT * 0.5)[..., :3].softmax(-1)
+    wanted = -(weights * weights.log()).sum(-1).mean(1)
+    torch.testing.assert_close(nats[:, :3], wanted[:, :3])
+
+
+def test_the_configuration_says_which_model_is_an_encoder() -> None:
+    config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    assert rules(BertModel(config), (0,), 4) == [Rule(0.5)]
+    setattr(config, ENCODER, True)
+    assert rules(BertModel(config), (0,), 4) == [Rule(0.5, causal=False)]

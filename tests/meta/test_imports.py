@@ -23,6 +23,7 @@ ALLOWED_IN_PLUGINS = (
     "kava_core.kv.resample",
     "kava_core.kv.cka",
     "kava_core.kv.masks",
+    "kava_core.kv.moments",
 )
 TENSORS = {"torch", "transformers", "jaxtyping", "numpy", "einops", "accelerate", "safetensors", "tokenizers"}
 DECLARATIVE = [
