@@ -1,0 +1,55 @@
+"""Small copies of reports for docs/results: ``python docs/make_experiment_results.py RUNS/NAME …``.
+
+Of a report (``kava report``) the text, the comparisons and the runs are kept, and the figures that carry the
+answer, with fewer colours; the page and the curves of every metric are left out.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+from kava_core.report.command import FIGURES, report
+
+RESULTS = Path(__file__).parent / "results"
+PICTURES = ("differences", "curve-exact-match", "curve-ce", "cost")
+TEXTS = ("report.md", "comparisons.csv", "runs.csv")
+COLOURS = 48
+
+
+def shortened(text: str) -> str:
+    """The report without the figures that are not kept."""
+    lines = text.splitlines(keepends=True)
+    figure = re.compile(rf"^!\[.*\]\({FIGURES}/(.+)\.png\)$")
+    return "".join(
+        line for line in lines if not (found := figure.match(line.rstrip())) or found[1] in PICTURES
+    )
+
+
+def keep(runs: Path) -> Path:
+    """Report on one experiment and copy what is kept; the folder."""
+    target = RESULTS / runs.name
+    shutil.rmtree(target, ignore_errors=True)
+    (target / FIGURES).mkdir(parents=True)
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder)
+        list(report([runs], whole))
+        for name in TEXTS:
+            text = (whole / name).read_text(encoding="utf-8")
+            (target / name).write_text(shortened(text) if name.endswith(".md") else text, encoding="utf-8")
+        for name in PICTURES:
+            picture = whole / FIGURES / f"{name}.png"
+            if picture.exists():
+                small = Image.open(picture).convert("RGB").quantize(COLOURS)
+                small.save(target / FIGURES / picture.name, optimize=True)
+    return target
+
+
+if __name__ == "__main__":
+    for given in sys.argv[1:]:
+        print(keep(Path(given)))
