@@ -22,7 +22,8 @@ GIB = 2**30
 
 HOW = (
     "Training alone is counted, without evaluation, pretraining and calibration. FLOPs are computed from the "
-    "shapes that were read, padding included; seconds and memory are this machine's."
+    "shapes that were read, padding included; seconds and memory are this machine's. FLOPs to the target are "
+    "those of the steps until it was reached: what is faster in steps may be slower in compute."
 )
 
 
@@ -40,23 +41,40 @@ def cost(found: Found) -> Section:
 def _table(found: Found) -> Table:
     metric = words(found.compare.metric)
     head = ["variant", "complete", "failed", f"{metric}, mean", "± SD", "student tokens", "teacher tokens"]
-    head += ["FLOPs", "seconds", "peak memory, GiB", "each seed"]
+    head += [
+        "FLOPs",
+        *(["FLOPs to the target"] if found.compare.target is not None else []),
+        "seconds",
+        "peak memory, GiB",
+        "each seed",
+    ]
     rows = [[plain(name), *_cells(found, name)] for name in found.experiment.variants]
     return Table("Means of complete runs", head, rows, texts=(len(head) - 1,))
 
 
 def _cells(found: Found, variant: str) -> Iterator[str]:
-    runs, done = found.experiment.of(variant).values(), list(found.complete(variant).values())
+    runs, those = found.experiment.of(variant).values(), found.complete(variant)
+    done = list(those.values())
     values = list(found.values(variant).values())
     whole = len(values) == len(done)
     yield f"{len(done)} of {len(runs)}"
     yield str(sum(run.state == "failed" for run in runs))
     yield amount(mean(values)) if values and whole else "–"
     yield number(stdev(values)) if len(values) > 1 and whole else "–"
-    for budget in (*BUDGETS, "seconds"):
+    for budget in BUDGETS:
         yield amount(average(run.compute.get(budget) for run in done))
+    if found.compare.target is not None:
+        spent = [_to_target(run, found.values(variant).get(seed)) for seed, run in those.items()]
+        yield amount(average(spent))
+    yield amount(average(run.compute.get("seconds") for run in done))
     yield number(average(_memory(run) for run in done))
     yield ", ".join(map(amount, values)) or "–"
+
+
+def _to_target(run: Run, steps: float | None) -> float | None:
+    """A step costs as much as the mean of all: equal compute for variants of unequal teachers."""
+    flops, trained = run.compute.get("flops"), run.results.get("steps")
+    return None if steps is None or flops is None or not trained else flops * steps / trained
 
 
 def _memory(run: Run) -> float | None:

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from report_runs import HOSTILE, SPEC, declare, fail, falling, hostile, write_run
+from report_runs import COMPUTE, HOSTILE, SPEC, declare, fail, falling, hostile, write_run
 from safetensors.numpy import save_file
 from scipy import stats
 
@@ -496,3 +496,21 @@ def test_a_run_cut_off_while_writing_is_read(tmp_path: Path) -> None:
         with (run / name).open("a") as stream:
             stream.write(json.dumps({"step": 60})[:-3])
     assert "0 right, 1 wrong" in written_page(tmp_path / "x", tmp_path / "out").text
+
+
+def test_what_is_faster_in_steps_may_be_slower_in_compute(tmp_path: Path) -> None:
+    """Target 0.5: reached at step 40 of 60 for 3e9 operations, and at step 60 of 60 for a tenth of them."""
+    folder = tmp_path / "x"
+    cheap = COMPUTE | {"flops": 3.0e8}
+    for seed in range(2):
+        write_run(folder, "kv", seed, [{"ce": 0.9}, {"ce": 0.4}, {"ce": 0.3}])
+        write_run(folder, "no_kv", seed, [{"ce": 0.9}, {"ce": 0.8}, {"ce": 0.5}], compute=cheap)
+    compare = {"metric": "steps_to_target", "of": "ce", "target": 0.5, "controls": ["no_kv"]}
+    declare(folder, compare, "kv")
+    list(report([folder], tmp_path / "out"))
+    table = (
+        (tmp_path / "out" / "report.md").read_text(encoding="utf-8").partition("Means of complete runs")[2]
+    )
+    head, _, *rows = [line.split(" | ") for line in table.splitlines() if line.startswith("|")][:4]
+    place = head.index("FLOPs to the target")
+    assert [row[place] for row in rows] == ["2e9", "3e8"]
