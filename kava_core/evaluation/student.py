@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from kava_core.data.collate import Collator
+from kava_core.errors import SpecError
 from kava_core.latent.collate import LatentCollator
 from kava_core.latent.exported import load_latents
 from kava_core.spec.model import PipelineSpec
@@ -41,6 +42,8 @@ def load_answering(run: Path) -> Student:
         CheckpointError: its directory is damaged.
     """
     record, spec = finished_record(run), finished_spec(run)
+    if spec.student.encoder:
+        raise SpecError(f"{run}: its student is an encoder, which writes no answers")
     verify_student(run / "student")
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(run / "student")

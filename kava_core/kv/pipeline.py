@@ -358,11 +358,15 @@ class KVPipeline(nn.Module):
 
     @torch.no_grad()
     def show_losses(self, student: Cache, aligned: list[Aligned]) -> None:
-        """Show one batch to the losses that want to see data; where targets are fused, fused evenly."""
+        """Show one batch to the losses that want to see data.
+
+        Where targets are fused, they are fused evenly over the teachers that run.
+        """
         views = [aligner.view_of(student) for aligner in self.teachers]
         targets, valid = [one.target for one in aligned], [one.valid for one in aligned]
         if not self.separate:
-            where = torch.stack(valid)
+            runs = (True,) * len(aligned) if self.draws else self.choose()
+            where = torch.stack(valid) & torch.tensor(runs, device=valid[0].device)[:, None, None]
             even = where.to(views[0].any.dtype)[:, :, None].expand(-1, -1, views[0].any.shape[1], -1)
             targets, valid = [_fuse_caches(targets, even)], [where.any(0)]
         for row, view, target, where in zip(self._loss_rows, views, targets, valid, strict=False):

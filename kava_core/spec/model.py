@@ -567,10 +567,22 @@ class PipelineSpec(Strict):
         clashes = {"trajectory: latent": self.trajectory == "latent", "store": self.store is not None}
         if found := [name for name, clash in clashes.items() if clash]:
             raise ValueError(f"'online' does not go together with {', '.join(found)}")
-        if self.data.template.answer.startswith("{answer}"):
+        if not self.data.template.answer.partition("{answer}")[0].strip():
             raise ValueError(
                 "'online' needs a marker before {answer} in 'data.template.answer' to find it by"
             )
+        size, share = self.train.batch_size, self.online.share
+        if round(share * size) == 0 or (share < 1 and round(share * size) == size):
+            raise ValueError(
+                f"'online.share': {share} of 'train.batch_size' {size} is none or all of it: use a larger "
+                "batch (and less 'accumulate') or another share"
+            )
+        without_labels = {
+            "logits": self.logits is not None,
+            "losses with 'share'": any(loss.share is not None for loss in self.losses),
+        }
+        if share == 1 and (found := [name for name, given in without_labels.items() if given]):
+            raise ValueError(f"'online.share': 1 leaves no labels for {', '.join(found)}")
         for teacher in self.teachers:
             if teacher.own_text:
                 raise ValueError(
@@ -585,6 +597,7 @@ class PipelineSpec(Strict):
                 "trajectory: latent": self.trajectory == "latent",
                 "evaluate.generate: true": self.evaluate.generate,
                 "student.lora": self.student.lora is not None,
+                "student.gradient_checkpointing": self.student.gradient_checkpointing,
             }
             if found := [name for name, clash in clashes.items() if clash]:
                 raise ValueError(f"'student.encoder': an encoder writes nothing; not with {', '.join(found)}")

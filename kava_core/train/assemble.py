@@ -30,6 +30,7 @@ from kava_core.kv.unused import freeze_unused
 from kava_core.latent.collate import LatentCollator, with_thought_tokens
 from kava_core.latent.tokens import LatentTokens
 from kava_core.paths import cache_folder
+from kava_core.protocols import Rewarded
 from kava_core.spec.model import ModelSpec, PipelineSpec, TeacherSpec
 from kava_core.store.index import PROJECTORS
 from kava_core.store.reader import Store
@@ -184,6 +185,12 @@ def make_distiller(spec: PipelineSpec, data: Data, *, seed: int) -> Distiller:
     geometries = {name: geometry_of(model) for name, model in models.items()} if active(spec) else {}
     pipeline = make_pipeline(spec, geometries, geometry_of(student), seed=seed) if geometries else None
     _check_heard(spec, pipeline)
+    if (
+        spec.online is not None
+        and spec.online.share == 1
+        and isinstance(pipeline and pipeline.fuser, Rewarded)
+    ):
+        raise SpecError("online.share: 1 leaves no labels, and the fuser learns from their cross-entropy")
     return Distiller(
         student,
         pipeline,

@@ -77,11 +77,11 @@ def keep_attention(
         ids = sides[name]["input_ids"][0][sides[name]["attention_mask"][0].bool()]
         ids = ids.to(next(model.parameters()).device)
         try:
-            layers, kept[name] = attention_maps(model, ids)
+            layers, maps = attention_maps(model, ids)
+            words = [tokenizers[name].decode([token]) for token in ids[:LONGEST].tolist()]
         except Exception as error:  # models of others can raise anything
             told[name] = {"unknown": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
             continue
-        words = [tokenizers[name].decode([token]) for token in ids[:LONGEST].tolist()]
-        told[name] = {"layers": layers, "tokens": words}
+        kept[name], told[name] = maps, {"layers": layers, "tokens": words}
     save_file({name: x.half().contiguous() for name, x in kept.items()}, folder / MAPS)
     write_json(folder / TOKENS, told)

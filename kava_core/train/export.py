@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from kava_core.errors import CheckpointError, KavaError, SpecError
+from kava_core.kv.probe import ENCODER
 from kava_core.latent.exported import SHAPE, save_latents
 from kava_core.latent.tokens import LatentTokens
 from kava_core.train import checkpoint
@@ -19,8 +20,10 @@ from kava_core.train.denoise import Denoiser
 from kava_core.train.rundir import RECORD, read_record
 
 TEXT, LATENT = "transformers.AutoModelForCausalLM", "kava_core.latent.exported.LatentStudent"
+ENCODERS = "transformers.AutoModelForTextEncoding"
 USES = {
     TEXT: "kava is not needed",
+    ENCODERS: "kava is not needed",
     LATENT: "it thinks in latent tokens before it answers, which transformers alone would leave out",
 }
 CARD = """---
@@ -109,7 +112,11 @@ def verify_student(student: Path) -> None:
 
 def loader(student: Path) -> str:
     """The class that loads a saved student."""
-    return LATENT if (student / SHAPE).exists() else TEXT
+    if (student / SHAPE).exists():
+        return LATENT
+    return (
+        ENCODERS if json.loads((student / "config.json").read_text(encoding="utf-8")).get(ENCODER) else TEXT
+    )
 
 
 def finished_record(run: Path) -> dict[str, Any]:

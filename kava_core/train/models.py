@@ -55,8 +55,8 @@ def model_config(
 
 def _for(spec: ModelSpec, config: PreTrainedConfig) -> PreTrainedConfig:
     """The config, which says that the encoder alone is wanted, if it is."""
-    if spec.encoder:
-        setattr(config, ENCODER, True)
+    if spec.encoder or hasattr(config, ENCODER):
+        setattr(config, ENCODER, spec.encoder)
     return config
 
 
@@ -103,11 +103,28 @@ def _check_heads(config: PreTrainedConfig, where: str) -> None:
         )
 
 
+RELATIVE = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
+"""Relative positions have no end, whatever ``n_positions`` says."""
+
+AFTER_PADDING = (
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "roberta-prelayernorm",
+    "camembert",
+    "data2vec-text",
+)
+"""They count positions from the padding token's number on."""
+
+
 def positions(config: PreTrainedConfig) -> int | None:
     """The longest text a model is made for, in tokens; None where its config names no limit."""
     text = config.get_text_config()
+    if text.model_type in RELATIVE:
+        return None
     found = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions"))
-    return next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
+    most = next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
+    return most if most is None or text.model_type not in AFTER_PADDING else most - text.pad_token_id - 1
 
 
 def _told(error: Exception) -> str:

@@ -20,40 +20,51 @@ from kava_core.spec.model import OnlineSpec
 from kava_core.train.distiller import Distiller
 from kava_core.train.ledger import HEAD, STUDENT, Ledger
 from kava_core.train.time_plans import Collate
+from kava_core.train.writing import told, write, written
 
-ITEMS = "items"
+EXAMPLES = "examples"
 """Where a batch keeps what it was made of."""
 
 SALT = 0x6F776E
 """Keeps the random numbers of writing apart from those of dropout."""
 
 
-class KeepsItems:
-    """A collator whose batches bring along the items they were made of."""
+class KeepsExamples:
+    """A collator whose batches bring along their examples, not its tensors, which workers share as files."""
 
     def __init__(self, collate: Collate) -> None:
         self.collate = collate
 
     def __call__(self, batch: Sequence[Item]) -> dict[str, Any]:
-        """The collator's batch with its items."""
-        return {**self.collate(batch), ITEMS: tuple(batch)}
+        """The collator's batch with its examples."""
+        return {**self.collate(batch), EXAMPLES: tuple(item.example for item in batch)}
 
 
 class OwnTexts:
     """Puts texts of the student's own in the place of a batch's first ones.
 
-    These rows have no cross-entropy: only caches are compared. A text that is too long for some side is not
-    used; the example then keeps its own.
+    These rows have no cross-entropy: only caches are compared. A text that is too long for ``max_length`` or
+    for a model's positions is not used; the example then keeps its own.
 
     Args:
         spec: how much, and how it is drawn.
         collator: encodes, and makes prompts.
         collate: makes batches of items, as in training.
         seed: the run's.
+        rooms: positions of the student, under None, and of every teacher, by name; None: without limit.
     """
 
-    def __init__(self, spec: OnlineSpec, collator: Collator, collate: Collate, *, seed: int) -> None:
+    def __init__(
+        self,
+        spec: OnlineSpec,
+        collator: Collator,
+        collate: Collate,
+        *,
+        seed: int,
+        rooms: Mapping[str | None, int | None],
+    ) -> None:
         self.spec, self.collator, self.collate, self.seed = spec, collator, collate, seed
+        self.rooms = rooms
 
     def __call__(
         self,
@@ -66,25 +77,35 @@ class OwnTexts:
         """The batch with the student's texts in its first rows.
 
         Args:
-            batch: of ``KeepsItems``.
+            batch: of ``KeepsExamples``.
             distiller: its student writes. Without KV losses nobody would read that: the rows only lose their
                 labels.
             ledger: counts what writing costs.
             place: step, forward pass and process; fixes the random numbers.
             autocast: dtype of the student's passes.
         """
-        items, device = list(batch[ITEMS]), batch["student"]["input_ids"].device
+        examples, device = list(batch[EXAMPLES]), batch["student"]["input_ids"].device
+        items = [item for item in self.collator.encode(examples) if item is not None]
         count = round(self.spec.share * len(items))
-        mine, others = items[:count], items[count:]
-        written: list[Item | None] = [None] * count
+        new: list[Item | None] = [None] * count
         if count and distiller.pipeline is not None:
-            texts = self._written(distiller, [item.example for item in mine], device, ledger, place, autocast)
-            written = self.collator.encode_written([item.example for item in mine], texts)
-        kept = [new or old for new, old in zip(written, mine, strict=True)]
-        made = self.collate([*map(self.collator.unlabelled, kept), *others])
-        return send_to_device(made, device)
+            texts = self._written(distiller, examples[:count], device, ledger, place, autocast)
+            new = [self._fitting(item) for item in self.collator.encode_written(examples[:count], texts)]
+        kept = [one or old for one, old in zip(new, items[:count], strict=True)]
+        made: dict[str, Any] = send_to_device(
+            self.collate([*map(self.collator.unlabelled, kept), *items[count:]]), device
+        )
+        return made
 
-    @torch.no_grad()
+    def _fitting(self, item: Item | None) -> Item | None:
+        """None where a side has more tokens than its model positions."""
+        if item is None:
+            return None
+        lengths: dict[str | None, int] = {name: len(side) for name, side in item.teachers.items()}
+        lengths[None] = len(item.student)
+        fits = all((room := self.rooms.get(name)) is None or n <= room for name, n in lengths.items())
+        return item if fits else None
+
     def _written(
         self,
         distiller: Distiller,
@@ -95,36 +116,30 @@ class OwnTexts:
         autocast: torch.dtype | None,
     ) -> list[Text]:
         prompts = send_to_device(self.collator.prompts(examples)[0], device)
-        length = prompts["input_ids"].shape[1]
+        seed = int(SeedSequence((self.seed, SALT, *place)).generate_state(1)[0])
+        how: dict[str, Any] = {
+            "temperature": self.spec.temperature,
+            "max_new_tokens": self.spec.max_new_tokens,
+        }
         training, student = distiller.training, distiller.student.eval()
-        devices = [device] if device.type == "cuda" else []
         with (
-            torch.random.fork_rng(devices=devices),
             torch.autocast(device.type, autocast, enabled=autocast is not None),
             torch.compiler.set_stance("force_eager"),
         ):
-            torch.manual_seed(int(SeedSequence((self.seed, SALT, *place)).generate_state(1)[0]))
-            tokens = student.generate(
-                **prompts,
-                do_sample=True,
-                temperature=self.spec.temperature,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=self.spec.max_new_tokens,
-            )
+            tokens = write(student, prompts, seed=seed, **how)
         student.train(training)
-        self._note(ledger, prompts["attention_mask"], tokens[:, length:])
-        texts = self.collator.student_tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True)
-        template = self.collator.template
+        length, tokenizer = prompts["input_ids"].shape[1], self.collator.student_tokenizer
+        real = written(tokens[:, length:], tokenizer.eos_token_id)
+        self._note(ledger, prompts["attention_mask"], real)
+        texts, template = told(tokenizer, tokens, length), self.collator.template
         return [split_written(e, text, template) for e, text in zip(examples, texts, strict=True)]
 
-    def _note(self, ledger: Ledger, mask: Tensor, new: Tensor) -> None:
-        """A pass over the prompts, and one over each new token with all before it in the cache."""
-        rows, length = mask.shape
-        count = new.shape[1]
+    def _note(self, ledger: Ledger, mask: Tensor, real: Tensor) -> None:
+        """A pass over the prompts, and one over each new token but the last, which reads those before it."""
+        (rows, length), count = mask.shape, real.shape[1]
         with ledger.noting():
             ledger.add_tokens(STUDENT, mask)
-            ledger.add_tokens(STUDENT, torch.ones_like(new))
+            ledger.add_tokens(STUDENT, real)
             ledger.add(STUDENT, rows, length, length)
-            ledger.add(STUDENT, rows, count, length + count // 2)
+            ledger.add(STUDENT, rows, count - 1, length + count // 2)
             ledger.add(f"{STUDENT} {HEAD}", rows, count, 1)

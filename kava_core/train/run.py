@@ -45,9 +45,9 @@ from kava_core.train.evaluate import Evaluator
 from kava_core.train.export import save_student
 from kava_core.train.facts import facts
 from kava_core.train.layer_maps import with_measured_maps
-from kava_core.train.ledger import Ledger, forget_peak
-from kava_core.train.models import compile_forward
-from kava_core.train.own_texts import KeepsItems, OwnTexts
+from kava_core.train.ledger import STUDENT, Ledger, forget_peak
+from kava_core.train.models import compile_forward, positions
+from kava_core.train.own_texts import KeepsExamples, OwnTexts
 from kava_core.train.placement import SHARDED
 from kava_core.train.pretrain import pretraining_name, pretraining_report, pretraining_spec
 from kava_core.train.rundir import FAILURE, RunDir
@@ -232,8 +232,10 @@ def _trainer(
     collate: Any = PlansTime(data.collator, distiller.pipeline)
     own_texts = None
     if spec.online is not None:
-        own_texts = OwnTexts(spec.online, data.collator, collate, seed=folder.seed)
-        collate = KeepsItems(collate)
+        rooms = {name: positions(config) for name, config in distiller.configs().items()}
+        how: dict[str, Any] = {"seed": folder.seed, "rooms": rooms | {None: rooms[STUDENT]}}
+        own_texts = OwnTexts(spec.online, data.collator, collate, **how)
+        collate = KeepsExamples(collate)
     trainer = KavaTrainer(
         model=distiller,
         args=arguments(spec, folder, examples=len(data.train_items)),
@@ -305,7 +307,7 @@ def _assert_installed(trackers: tuple[str, ...]) -> None:
 
 
 def calibrate(distiller: Distiller, data: Data, spec: PipelineSpec, device: torch.device) -> None:
-    """Show the first training examples to projectors, then to losses and fuser, where they want to see data.
+    """Show the first training examples to projectors, then to fuser and losses, where they want to see data.
 
     The random state is left as it was. A store holds its projectors calibrated.
     """
@@ -316,15 +318,15 @@ def calibrate(distiller: Distiller, data: Data, spec: PipelineSpec, device: torc
         for batch in _calibration_batches(distiller, data, spec, device):
             distiller.calibrate(batch)
         distiller.finish_calibration()
+    if isinstance(pipeline.fuser, ObservesTeachers):
+        for batch in _calibration_batches(distiller, data, spec, device):
+            distiller.show_fuser(batch)
+        pipeline.fuser.finish()
     if losses := pipeline.observing_losses:
         for batch in _calibration_batches(distiller, data, spec, device):
             distiller.show_losses(batch)
         for loss in losses:
             loss.finish()
-    if isinstance(pipeline.fuser, ObservesTeachers):
-        for batch in _calibration_batches(distiller, data, spec, device):
-            distiller.show_fuser(batch)
-        pipeline.fuser.finish()
 
 
 WEIGHING_BATCHES = 4
@@ -372,8 +374,8 @@ def _finish(trainer: KavaTrainer, folder: RunDir, data: Data, spec: PipelineSpec
     ledger, memory = trainer.ledger, gather_object([trainer.ledger.peak()])
     counts = gather_object([ledger.state()])
     if is_main():
-        _keep_attention(distiller, folder, data, spec)
         save_student(distiller.student, data.tokenizer, folder.student, distiller.latents)
+        _keep_attention(distiller, folder, data, spec)
         how: dict[str, Any] = {"metrics": folder.metrics, "memory": max(memory)}
         cost = compute(spec, distiller.configs(), counts, **how)
         results = {"steps": trainer.state.global_step, **_last_evaluation(trainer.state)}

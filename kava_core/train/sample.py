@@ -22,6 +22,7 @@ from kava_core.train.models import load_model
 from kava_core.train.progress import progress
 from kava_core.train.room import assert_room_to_write
 from kava_core.train.run import quiet, with_trained_models
+from kava_core.train.writing import told, write
 
 
 @dataclass(frozen=True)
@@ -137,25 +138,15 @@ class _Writer:
                 for example, texts in zip(examples, self._written(examples, begin), strict=True)
             ]
 
-    @torch.no_grad()
     def _written(self, examples: list[Example], begin: int) -> list[list[str]]:
         prompts = send_to_device(self.collator.prompts(examples)[0], self.device)
         length = prompts["input_ids"].shape[1]
         assert_room_to_write(self.model.config, length, self.drawing.max_new_tokens)
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self.drawing.seed * 1_000_003 + begin)
-            tokens = self.model.generate(
-                **prompts,
-                do_sample=True,
-                temperature=self.drawing.temperature,
-                top_k=0,
-                top_p=1.0,
-                num_return_sequences=self.drawing.count,
-                max_new_tokens=self.drawing.max_new_tokens,
-            )
-        texts = self.tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True)
-        count = self.drawing.count
+        drawing = self.drawing
+        count, seed = drawing.count, drawing.seed * 1_000_003 + begin
+        how: dict[str, Any] = {"temperature": drawing.temperature, "max_new_tokens": drawing.max_new_tokens}
+        tokens = write(self.model, prompts, seed=seed, count=count, **how)
+        texts = told(self.tokenizer, tokens, length)
         return [texts[place * count : (place + 1) * count] for place in range(len(examples))]
 
     def _kept(self, example: Example, texts: list[str]) -> list[str]:

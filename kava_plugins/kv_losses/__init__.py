@@ -72,7 +72,9 @@ class SharedSpace(KVLossConfig):
     before training: for models that share neither widths nor architecture (an encoder's cache, say).
 
     All heads of a layer stand side by side, so neither head counts nor widths need agree, and
-    ``dim_projector: identity`` is enough. Directions in which the two correlate count by their correlation.
+    ``dim_projector: identity`` is enough. Directions count by how the two correlate in them, on examples that
+    they were not computed from. Maps that can be undone change nothing before it, so the control
+    ``random_alignment`` is none here.
     """
 
     name: Literal["shared_space"] = "shared_space"

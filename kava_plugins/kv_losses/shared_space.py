@@ -22,16 +22,31 @@ from kava_plugins.kv_losses import SharedSpace as Config
 SIDES = ("student", "target")
 
 
+FEWEST = 0.01
+"""Correlation that every direction counts with at least."""
+
+
 class Seen(NamedTuple):
     """Moments of both sides; each is the other's ``like``."""
 
     student: Moments
     target: Moments
 
+    @classmethod
+    def empty(cls, own: Tensor, other: Tensor) -> Seen:
+        """Nothing seen yet."""
+        return cls(Moments.empty(own, other), Moments.empty(other, own))
+
+    def plus(self, own: Tensor, other: Tensor, positions: int) -> Seen:
+        """These rows as well."""
+        return Seen(self.student.plus(own, other, positions), self.target.plus(other, own, positions))
+
 
 class SharedSpace(nn.Module):
     """Mean squared distance in the shared space, whose directions count by their correlation.
 
+    Directions are computed from every second example and their correlation is measured on the others: among
+    few positions, directions that correlate can always be found.
     Both sides are whitened by their covariances before training, then turned to ``dim`` orthonormal
     directions. Training these (``trainable``) cannot shrink the space to a point, as the whitening is fixed.
     """
@@ -49,7 +64,8 @@ class SharedSpace(nn.Module):
                 self._attach(f"{part}_{side}", student.layer, width, dim)
         self.layered: tuple[str, ...] = tuple(name for name in self.state_dict())
         self.register_buffer("ready", torch.zeros((), dtype=torch.bool))
-        self._seen: dict[Part, Seen] = {}
+        self._seen: dict[tuple[Part, bool], Seen] = {}
+        self._examples = 0
         self._checked = False
 
     def _attach(self, name: str, layer: int, width: int, dim: int) -> None:
@@ -62,52 +78,57 @@ class SharedSpace(nn.Module):
 
     def observe(self, student: Cache, target: Cache, valid: Bool[Tensor, "batch time"]) -> None:
         """Add the valid positions of a batch to the sums of every part."""
-        positions = int(valid.sum())
-        if not positions:
-            return
+        number = torch.arange(len(valid), device=valid.device)[:, None] + self._examples
+        self._examples += len(valid)
+        for held in (False, True):
+            where = valid & (number % 2 == held)
+            if where.any():
+                self._add(student, target, where, held)
+
+    def _add(self, student: Cache, target: Cache, where: Tensor, held: bool) -> None:
         for part in self.parts:
             own, other = (
-                rows_of(merged(getattr(cache, part))[:, :, None], valid, per_head=True)
+                rows_of(merged(getattr(cache, part))[:, :, None], where, per_head=True)
                 for cache in (student, target)
             )
-            seen = self._seen.get(part) or Seen(Moments.empty(own, other), Moments.empty(other, own))
-            self._seen[part] = Seen(
-                seen.student.plus(own, other, positions), seen.target.plus(other, own, positions)
-            )
+            seen = self._seen.get((part, held)) or Seen.empty(own, other)
+            self._seen[part, held] = seen.plus(own, other, int(where.sum()))
 
     @torch.no_grad()
     def finish(self) -> None:
         """Compute the space from everything observed, and forget the sums.
 
-        KavaError with fewer than 2 valid positions.
+        KavaError with fewer than 2 valid positions in either half of the examples.
         """
-        fewest = min((seen.student.positions for seen in self._seen.values()), default=0)
+        halves = [self._seen.get((part, held)) for part in self.parts for held in (False, True)]
+        fewest = min(0 if one is None else one.student.positions for one in halves)
         if fewest < 2:
             raise KavaError(
-                f"kv_loss shared_space: {fewest} valid positions were observed, at least 2 are needed; "
-                "check train.calibration_examples and the time warper"
+                f"kv_loss shared_space: {fewest} valid positions in a half of the observed examples, at "
+                "least 2 are needed; check train.calibration_examples and the time warper"
             )
-        for part, seen in self._seen.items():
-            self._set(part, seen)
+        for part in self.parts:
+            self._set(part, self._seen[part, False], self._seen[part, True])
         self.ready.fill_(True)
         self._seen = {}
 
-    def _set(self, part: Part, seen: Seen) -> None:
-        correlation: Tensor = getattr(self, f"{part}_correlation")
-        dim = correlation.shape[-1]
+    def _set(self, part: Part, seen: Seen, held: Seen) -> None:
+        kept: Tensor = getattr(self, f"{part}_correlation")
+        dim = kept.shape[-1]
         whitening = [whiten(one.covariance[:, 0], self.config.ridge) for one in seen]
         crossed = whitening[0] @ seen.target.cross_covariance[:, 0] @ whitening[1]
-        left, singular, right = torch.linalg.svd(crossed, full_matrices=False)
-        correlation.copy_(singular[:, :dim])
+        left, _, right = torch.linalg.svd(crossed, full_matrices=False)
         directions = (left[..., :dim], right.mT[..., :dim])
-        for side, one, white, turned in zip(SIDES, seen, whitening, directions, strict=True):
+        maps = [turned.mT @ white for turned, white in zip(directions, whitening, strict=True)]
+        kept.copy_(correlation(maps[0], maps[1], held).clamp_min(FEWEST))
+        for side, one, white, turned, whole in zip(SIDES, seen, whitening, directions, maps, strict=True):
             name = f"{part}_{side}"
             getattr(self, f"{name}_mean").copy_(one.mean[:, 0])
             if self.config.trainable:
                 getattr(self, f"{name}_whitening").copy_(white)
                 getattr(self, f"{name}_directions").copy_(turned)
             else:
-                getattr(self, f"{name}_map").copy_(turned.mT @ white)
+                getattr(self, f"{name}_map").copy_(whole)
 
     def forward(
         self, student: Cache, target: Cache, weight: Float[Tensor, "batch layer time"]
@@ -125,8 +146,8 @@ class SharedSpace(nn.Module):
             self._mapped(select(widen(getattr(cache, part)), where), f"{part}_{side}")
             for cache, side in ((student, SIDES[0]), (target, SIDES[1]))
         )
-        correlation = getattr(self, f"{part}_correlation").to(mine.dtype)
-        share = correlation / correlation.sum(-1, keepdim=True).clamp_min(torch.finfo(mine.dtype).tiny)
+        counts = getattr(self, f"{part}_correlation").to(mine.dtype)
+        share = counts / counts.sum(-1, keepdim=True).clamp_min(torch.finfo(mine.dtype).tiny)
         each = ((mine - theirs).square() * share[:, None]).sum(-1)
         return torch.where(where[:, :, 0, :, 0], each * weight.to(each.dtype), 0).sum()
 
@@ -147,6 +168,19 @@ class SharedSpace(nn.Module):
         if not self._checked and not self.ready:
             raise KavaError("kv_loss shared_space: used before it has seen data; call observe() and finish()")
         self._checked = True
+
+
+def correlation(
+    mine: Float[Tensor, "layer tap dim"], theirs: Float[Tensor, "layer tap t_dim"], seen: Seen
+) -> Float[Tensor, "layer tap"]:
+    """Of what two maps make of the rows that were seen, direction by direction; 0 where one does not vary."""
+    own, other = (
+        (one @ moments.covariance[:, 0] * one).sum(-1)
+        for one, moments in ((mine, seen.student), (theirs, seen.target))
+    )
+    crossed = (mine @ seen.target.cross_covariance[:, 0] * theirs).sum(-1)
+    spread = (own * other).clamp_min(0).sqrt()
+    return torch.where(spread > 0, crossed / spread, 0)
 
 
 def merged(x: Float[Tensor, "batch layer head time dim"]) -> Float[Tensor, "batch layer time _"]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from transformers import (
+    AutoConfig,
     AutoModelForMaskedLM,
     AutoModelForTextEncoding,
     BertConfig,
@@ -21,11 +22,13 @@ from transformers import (
 import kava_core.train.run as run_module
 from kava_core.data.splits import load_splits
 from kava_core.errors import Preempted, SpecError
+from kava_core.evaluation.student import load_answering
 from kava_core.kv.capture import Capture
 from kava_core.spec.model import PipelineSpec
 from kava_core.train.assemble import make_data, make_distiller, tokenizer_of
 from kava_core.train.denoise import Denoiser
-from kava_core.train.models import load_model
+from kava_core.train.export import export
+from kava_core.train.models import load_model, positions
 from kava_core.train.run import calibrate, run
 from kava_core.train.sample import Drawing, sample
 from tests import tiny
@@ -231,3 +234,54 @@ def test_unrotated_keys_are_not_compared_with_rotated_ones(tmp_path: Path) -> No
     )
     with pytest.raises(SpecError, match="with rotary: match it can compare values alone"):
         make_distiller(made, make_data(made), seed=0)
+
+
+def test_a_denoiser_s_pooler_waits_for_no_gradient(tmp_path: Path) -> None:
+    """Data parallel training waits for every weight that asks for one."""
+    denoiser = Denoiser(teacher_model(spec(tmp_path)).requires_grad_(True), 30, mask=None)
+    ids = torch.randint(0, 30, (2, 5))
+    denoiser(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.sum().backward()
+    assert [name for name, p in denoiser.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize(("kind", "most"), [("roberta", 32), ("xlm-roberta", 32), ("bert", 34)])
+def test_positions_are_those_a_model_can_read(kind: str, most: int) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(kind, max_position_embeddings=34, vocab_size=50, pad_token_id=1, **sizes)
+    model = AutoModelForTextEncoding.from_config(config)
+    assert positions(config) == most
+    model(input_ids=torch.full((1, most), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, most + 1), 5))
+
+
+def test_t5_reads_any_length() -> None:
+    assert positions(AutoConfig.for_model("t5")) is None
+
+
+def test_an_encoder_s_run_is_not_judged_and_its_card_names_its_loader(tmp_path: Path) -> None:
+    student = {"config": BERT, "tokenizer": tiny.CHARS, "encoder": True}
+    made = tiny.spec(tmp_path, student=student, teachers=[], losses=[], evaluate={"generate": False})
+    folder = run(made, variant="main", seed=0).folder
+    with pytest.raises(SpecError, match="its student is an encoder, which writes no answers"):
+        load_answering(folder)
+    export(folder, tmp_path / "out")
+    assert (
+        "`transformers.AutoModelForTextEncoding.from_pretrained`"
+        in (tmp_path / "out" / "README.md").read_text()
+    )
+
+
+def test_fused_spaces_look_at_the_teachers_that_run(tmp_path: Path) -> None:
+    align = {"head_adapter": "structured", "dim_projector": "calibrated", "time_warper": "segment"}
+    teachers = [encoder("bert", BERT, align=align), encoder("t5", T5, align=align)]
+    found = []
+    for weights in ({"bert": 1, "t5": 0}, {"bert": 0, "t5": 1}):
+        fuser = {"name": "fixed", "weights": weights}
+        made = spec(tmp_path, teachers=teachers, target="fused", fuser=fuser)
+        distiller = make_distiller(made, data := make_data(made), seed=0)
+        assert distiller.pipeline is not None
+        calibrate(distiller, data, made, torch.device("cpu"))
+        losses: Any = distiller.pipeline.observing_losses
+        found.append(losses[0].values_correlation)
+    assert not torch.allclose(found[0], found[1])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import TrainerCallback
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 import kava_core.train.run as run_module
 from kava_core.data.encode import NO_LABEL
@@ -21,12 +23,14 @@ from kava_core.train.assemble import Data, make_data, make_distiller
 from kava_core.train.distiller import Distiller
 from kava_core.train.ledger import Ledger
 from kava_core.train.metrics import read_metrics
-from kava_core.train.own_texts import KeepsItems, OwnTexts
+from kava_core.train.own_texts import KeepsExamples, OwnTexts
 from kava_core.train.run import run
 from kava_core.train.time_plans import PlansTime
+from kava_core.train.writing import told, write, written
 from tests import tiny
 
 SHORT = Template(prompt="{prompt}=", reasoning="{reasoning}", answer=" #{answer}")
+EXAMPLE = Example("1+2", " 3", "3")
 ONLINE = {"share": 0.5, "max_new_tokens": 7}
 
 
@@ -53,13 +57,15 @@ def prepared(tmp_path: Path, **online: Any) -> tuple[PipelineSpec, Data, Distill
     spec = tiny.spec(tmp_path, online=ONLINE | online)
     data = make_data(spec)
     distiller = make_distiller(spec, data, seed=0)
-    collate = KeepsItems(PlansTime(data.collator, distiller.pipeline))
+    collate = KeepsExamples(PlansTime(data.collator, distiller.pipeline))
     return spec, data, distiller, collate([data.train_items[i] for i in range(8)])
 
 
-def own_texts(spec: PipelineSpec, data: Data, distiller: Distiller, seed: int = 0) -> OwnTexts:
+def own_texts(spec: PipelineSpec, data: Data, distiller: Distiller) -> OwnTexts:
     assert spec.online is not None
-    return OwnTexts(spec.online, data.collator, PlansTime(data.collator, distiller.pipeline), seed=seed)
+    return OwnTexts(
+        spec.online, data.collator, PlansTime(data.collator, distiller.pipeline), seed=0, rooms={}
+    )
 
 
 def texts(side: dict[str, Any], tokenizer: Any) -> list[str]:
@@ -75,7 +81,7 @@ def test_the_first_rows_are_the_student_s_and_have_no_labels(tmp_path: Path) -> 
     before, after = (texts(one["student"], data.tokenizer) for one in (batch, made))
     assert before[4:] == after[4:]
     assert all(a != b for a, b in zip(before[:4], after[:4], strict=True))
-    prompts = [item.example.prompt for item in batch["items"]]
+    prompts = [example.prompt for example in batch["examples"]]
     assert all(text.startswith(prompt) for text, prompt in zip(after, prompts, strict=True))
 
 
@@ -104,7 +110,7 @@ def test_the_same_place_writes_the_same_and_another_another(tmp_path: Path) -> N
 
 def test_what_is_written_depends_on_the_student_alone_not_on_other_rows(tmp_path: Path) -> None:
     spec, data, distiller, batch = prepared(tmp_path, temperature=1e-4)  # as good as greedy
-    writer, prompts = own_texts(spec, data, distiller), data.collator.prompts(batch["items"][:4])[0]
+    writer, prompts = own_texts(spec, data, distiller), data.collator.prompts(batch["examples"][:4])[0]
     made = writer(batch, distiller, Ledger(3), (0, 0, 0))
     student: Any = distiller.student.eval()
     greedy = student.generate(**prompts, do_sample=False, max_new_tokens=7)
@@ -112,24 +118,32 @@ def test_what_is_written_depends_on_the_student_alone_not_on_other_rows(tmp_path
     assert texts(made["student"], data.tokenizer)[:4] == expected
 
 
-def test_writing_is_entered_in_the_ledger(tmp_path: Path) -> None:
-    spec, data, distiller, batch = prepared(tmp_path)
+def test_writing_is_entered_in_the_ledger_up_to_eos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two prompts of 4 tokens, 5 written: one ends at the second, the other does not."""
+    spec, data, distiller, _ = prepared(tmp_path)
+    eos = data.tokenizer.eos_token_id
+    items: list[Any] = data.collator.encode([EXAMPLE] * 4)
+    batch = KeepsExamples(data.collator)(items)
+
+    def fixed(model: Any, prompts: Any, **_: Any) -> torch.Tensor:
+        new = torch.tensor([[5, eos, 0, 0, 0], [5, 6, 5, 6, 5]])
+        return torch.cat([prompts["input_ids"], new], 1)
+
+    monkeypatch.setattr("kava_core.train.own_texts.write", fixed)
     ledger = Ledger(3)
     own_texts(spec, data, distiller)(batch, distiller, ledger, (0, 0, 0))
-    prompts = data.collator.prompts(batch["items"][:4])[0]["attention_mask"]
-    read = ledger.read["student"]
-    new = ledger.read["student head"].positions / 4
+    read, prompt = ledger.read["student"], data.collator.prompts([EXAMPLE])[0]["input_ids"].shape[1]
     assert ledger.passes == 0
-    assert 1 <= new <= 7
-    assert read.positions == prompts.numel() + 4 * new
-    assert int(ledger.tokens["student"]) == int(prompts.sum()) + 4 * new
+    assert int(ledger.tokens["student"]) == 2 * prompt + 2 + 5
+    assert read.positions == 2 * (prompt + 4)  # the last written token is not read
+    assert ledger.read["student head"].positions == 2 * 5
 
 
 def test_without_kv_losses_rows_only_lose_their_labels(tmp_path: Path) -> None:
     spec = tiny.spec(tmp_path, online=ONLINE, losses=[])
     data = make_data(spec)
     distiller = make_distiller(spec, data, seed=0)
-    batch = KeepsItems(PlansTime(data.collator, None))([data.train_items[i] for i in range(8)])
+    batch = KeepsExamples(PlansTime(data.collator, None))([data.train_items[i] for i in range(8)])
     ledger = Ledger(3)
     made = own_texts(spec, data, distiller)(batch, distiller, ledger, (0, 0, 0))
     assert not ledger.read
@@ -146,6 +160,74 @@ def test_a_text_too_long_for_a_teacher_is_not_used(tmp_path: Path) -> None:
     assert lengths.max() <= 20
     assert any(a == b for a, b in zip(before, after, strict=True))
     assert not made["student"]["labels"][:4].ne(NO_LABEL).any()
+
+
+@pytest.mark.parametrize("side", ["student", "wide", "gpt"])
+def test_a_text_too_long_for_a_model_s_positions_is_not_used(tmp_path: Path, side: str) -> None:
+    spec, data, distiller, batch = prepared(tmp_path, max_new_tokens=40)
+    writer = own_texts(spec, data, distiller)
+    writer.rooms = {None if side == "student" else side: 20}
+    made = writer(batch, distiller, Ledger(3), (0, 0, 0))
+    there = made["student"] if side == "student" else made["teachers"][side]
+    assert there["attention_mask"].sum(1).max() <= 20
+    assert not made["student"]["labels"][:4].ne(NO_LABEL).any()
+
+
+def test_a_batch_brings_no_tensors_of_its_examples(tmp_path: Path) -> None:
+    """A worker hands every tensor over as an open file."""
+    *_, batch = prepared(tmp_path)
+    assert {type(example) for example in batch["examples"]} == {Example}
+    assert all(
+        isinstance(getattr(one, f.name), str | tuple | None) for one in batch["examples"] for f in fields(one)
+    )
+
+
+def test_a_model_s_own_generation_settings_do_not_reach_the_sampling(tmp_path: Path) -> None:
+    _spec, data, distiller, batch = prepared(tmp_path)
+    student: Any = distiller.student
+    prompts = data.collator.prompts(batch["examples"])[0]
+    how: dict[str, Any] = {"seed": 3, "temperature": 1.0, "max_new_tokens": 7}
+    plain = write(student, prompts, **how)
+    before = student.generation_config
+    settings = {"repetition_penalty": 5.0, "min_p": 0.5, "num_beams": 3, "no_repeat_ngram_size": 1}
+    student.generation_config.update(**settings, return_dict_in_generate=True)
+    assert torch.equal(write(student, prompts, **how), plain)
+    assert student.generation_config is before
+    assert before.num_beams == 3
+
+
+def test_tokens_are_drawn_from_the_model_s_own_probabilities(tmp_path: Path) -> None:
+    *_, distiller, _batch = prepared(tmp_path)
+    student: Any = distiller.student.eval()
+    prompt = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3).long()}
+    drawn = write(student, prompt, seed=0, temperature=2.0, max_new_tokens=1, count=20_000)[:, -1]
+    with torch.no_grad():
+        wanted = (student(**prompt).logits[0, -1] / 2).softmax(-1)
+    found = torch.bincount(drawn, minlength=len(wanted)) / len(drawn)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0.01)
+
+
+def test_the_space_after_the_prompt_is_kept() -> None:
+    """SentencePiece's tokenizers drop it from the first word of what they decode."""
+    tokenizer = Tokenizer(
+        models.BPE(vocab={"▁": 0, "▁a": 1, "▁b": 2, "a": 3, "b": 4}, merges=[("▁", "a"), ("▁", "b")])
+    )
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    assert fast.decode([2]) == "b"
+    assert told(fast, torch.tensor([[1, 2, 1], [1, 4, 1]]), 1) == [" b a", "b a"]
+
+
+def test_what_stands_after_eos_is_padding() -> None:
+    tokens = torch.tensor([[4, 9, 9, 4], [4, 4, 4, 4], [9, 4, 4, 4]])
+    assert written(tokens, 9).sum(1).tolist() == [2, 4, 1]
+    assert written(tokens, None).all()
+
+
+def test_a_router_that_learns_from_cross_entropy_needs_labels(tmp_path: Path) -> None:
+    spec = tiny.spec(tmp_path, online=ONLINE | {"share": 1.0}, fuser={"name": "reinforce"})
+    with pytest.raises(SpecError, match=r"online\.share: 1 leaves no labels, and the fuser learns from"):
+        make_distiller(spec, make_data(spec), seed=0)
 
 
 class Stop(TrainerCallback):
@@ -187,6 +269,8 @@ def test_writing_costs_tokens_and_operations(tmp_path: Path) -> None:
         ({"trajectory": "latent", "losses": []}, "does not go together with trajectory: latent"),
         ({"store": {"folder": "x"}}, "does not go together with store"),
         ({"data": {"template": {"answer": "{answer}"}}}, "needs a marker"),
+        ({"data": {"template": {"answer": "  {answer}"}}}, "needs a marker"),
+        ({"train": {"batch_size": 1}}, "0.5 of 'train.batch_size' 1 is none or all of it"),
         (
             {"teachers": [tiny.FIELDS["teachers"][0] | {"last_step": False}], "losses": []},
             "reads another text than the student \\(last_step\\)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import scipy.linalg
 import torch
@@ -35,25 +36,41 @@ def sides() -> tuple[Cache, Cache, Tensor]:
 def fitted(**fields: object) -> tuple[torch.nn.Module, Cache, Cache, Tensor]:
     student, target, valid = sides()
     loss = SharedSpace(**fields).build(teacher=TARGET, student=STUDENT).double()
-    for rows in (slice(0, 2), slice(2, BATCH)):
-        loss.observe(*(c.map(lambda x, _: x[rows]) for c in (student, target)), valid[rows])  # noqa: B023
+    for some in (slice(0, 3), slice(3, BATCH)):
+        loss.observe(*(c.map(lambda x, _: x[some]) for c in (student, target)), valid[some])  # noqa: B023
     loss.finish()
     return loss, student, target, valid
 
 
+def rows(cache: Cache, layer: int, where: Tensor) -> np.ndarray:
+    return cache.any[:, layer].movedim(1, 2).flatten(2)[where].numpy()
+
+
+def halves(valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Directions are computed from even examples, correlations from odd ones."""
+    odd = (torch.arange(len(valid)) % 2 == 1)[:, None]
+    return valid & ~odd, valid & odd
+
+
 def reference(layer: int, ridge: float, student: Cache, target: Cache, valid: Tensor) -> tuple[Tensor, ...]:
-    """Canonical correlations and maps from a generalised eigenproblem, which the loss does not use."""
-    x = student.values[:, layer].movedim(1, 2).flatten(2)[valid].numpy()
-    y = target.values[:, layer, 0][valid].numpy()
-    x, y = x - x.mean(0), y - y.mean(0)
+    """Correlations and mapped rows from a generalised eigenproblem, which the loss does not use."""
+    fit, held = halves(valid)
+    x, y = rows(student, layer, fit), rows(target, layer, fit)
+    means = x.mean(0), y.mean(0)
+    x, y = x - means[0], y - means[1]
     cxx, cyy, cxy = x.T @ x / len(x), y.T @ y / len(y), x.T @ y / len(x)
     for c in (cxx, cyy):
         c.flat[:: len(c) + 1] += ridge * c.trace() / len(c)
     squared, a = scipy.linalg.eigh(cxy @ scipy.linalg.solve(cyy, cxy.T), cxx)
     order = squared.argsort()[::-1][: y.shape[1]]
-    rho, a = squared[order].clip(0) ** 0.5, a[:, order]
-    b = scipy.linalg.solve(cyy, cxy.T @ a) / rho
-    return torch.tensor(rho), torch.tensor(x @ a), torch.tensor(y @ b)
+    a = a[:, order]
+    b = scipy.linalg.solve(cyy, cxy.T @ a) / squared[order].clip(0) ** 0.5
+    rho = [
+        np.corrcoef(rows(student, layer, held) @ a[:, k], rows(target, layer, held) @ b[:, k])[0, 1]
+        for k in range(len(order))
+    ]
+    mapped = (rows(student, layer, valid) - means[0]) @ a, (rows(target, layer, valid) - means[1]) @ b
+    return torch.tensor(rho).clamp_min(0.01), torch.tensor(mapped[0]), torch.tensor(mapped[1])
 
 
 @pytest.mark.parametrize("ridge", [1e-6, 0.05])
@@ -68,6 +85,17 @@ def test_value_is_the_eigenproblem_s(ridge: float, trainable: bool) -> None:
         each = ((mine - theirs) ** 2 * rho).sum(1) / rho.sum()
         wanted = wanted + (each * weight[:, layer][valid]).sum()
     torch.testing.assert_close(loss(student, target, weight), wanted, rtol=1e-6, atol=1e-9)
+
+
+def test_few_positions_of_noise_do_not_correlate() -> None:
+    """The directions that correlate best in 12 positions reach 0.9 there; on others they do not."""
+    student, target = (
+        Cache(values=draw(seed, 4, 2, heads, 6, dim)) for seed, heads, dim in ((1, 2, 3), (2, 1, 4))
+    )
+    loss = SharedSpace(dim=4, ridge=1e-9).build(teacher=TARGET, student=STUDENT).double()
+    loss.observe(student, target, torch.ones(4, 6).bool())
+    loss.finish()
+    assert loss.values_correlation.mean() < 0.4
 
 
 def test_correlations_find_the_common_cause() -> None:
@@ -123,7 +151,7 @@ def test_use_before_data_and_too_little_data_are_said() -> None:
     with pytest.raises(KavaError, match="used before it has seen data"):
         loss(student, target, torch.ones(BATCH, 2, TIME))
     loss.observe(student, target, torch.zeros_like(valid))
-    with pytest.raises(KavaError, match="0 valid positions"):
+    with pytest.raises(KavaError, match="0 valid positions in a half"):
         loss.finish()
 
 

@@ -1,0 +1,86 @@
+"""Texts a model writes by plain sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from kava_core.kv.attention_layers import unwrapped
+
+
+@torch.no_grad()
+def write(
+    model: nn.Module,
+    prompts: Mapping[str, Tensor],
+    *,
+    seed: int,
+    temperature: float,
+    max_new_tokens: int,
+    count: int = 1,
+) -> Tensor:
+    """``count`` texts for every prompt, prompts included: nothing but the temperature changes the model's
+    probabilities, whatever its own generation settings say. The random state is left as it was.
+
+    Args:
+        model: a causal language model, in the mode it is to write in.
+        prompts: ``input_ids`` and ``attention_mask``, padded left.
+        seed: fixes what is drawn.
+        temperature: of the sampling.
+        max_new_tokens: longest text.
+        count: texts for a prompt.
+    """
+    device = prompts["input_ids"].device
+    generate: Any = model.generate
+    with _plain(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        tokens: Tensor = generate(
+            **prompts,
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            num_return_sequences=count,
+            max_new_tokens=max_new_tokens,
+        )
+    return tokens
+
+
+@contextmanager
+def _plain(model: Any) -> Iterator[None]:
+    """Of the model's generation settings only the special tokens; PEFT hands its own copy on."""
+    places = list({id(one): one for one in (model, unwrapped(model))}.values())
+    before = [one.generation_config for one in places]
+    tokens = {name: getattr(before[0], name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    try:
+        for one in places:
+            one.generation_config = GenerationConfig(**tokens)
+        yield
+    finally:
+        for one, settings in zip(places, before, strict=True):
+            one.generation_config = settings
+
+
+def told(tokenizer: Any, tokens: Tensor, length: int) -> list[str]:
+    """What was written after the first ``length`` tokens.
+
+    Decoded together with the prompt: many tokenizers drop the space before the first word they decode.
+    """
+    whole, prompts = (
+        tokenizer.batch_decode(one, skip_special_tokens=True) for one in (tokens, tokens[:, :length])
+    )
+    alone = tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True)
+    return [
+        text[len(prompt) :] if text.startswith(prompt) else rest
+        for text, prompt, rest in zip(whole, prompts, alone, strict=True)
+    ]
+
+
+def written(tokens: Tensor, eos: int | None) -> Tensor:
+    """Which tokens were written, up to the first EOS and with it; what stands after it is padding."""
+    ended = tokens.eq(-1 if eos is None else eos).long()
+    return (ended.cumsum(1) - ended).eq(0)
