@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from kava_core.errors import CheckpointError
-from kava_core.report.blocks import Block, Gallery, Paragraph, Picture, Section
+from kava_core.report.blocks import Picture, Section
 from kava_core.report.drawing import Style, picture
 from kava_core.report.found import Found, read_object
-from kava_core.report.lines import MOST, left_out
+from kava_core.report.gallery import gallery
 from kava_core.report.text import shorten, written
 
 MAPS, TOKENS = "attention.safetensors", "attention.json"
@@ -49,16 +49,13 @@ class Attention:
 def attention(found: Found) -> Section:
     """The maps of every variant's first seed that has them."""
     maps = [one for variant in found.experiment.variants for one in _first(found, variant)]
-    if not maps:
-        return Section("attention", TITLE, absent="No run has kept what its models attend to.")
     how = (
         "Where each token of the first validation example looks, at most three layers of every model, after "
         "training: queries downwards, keys to the right, the mean of the heads; darker is more, on a scale "
         "of square roots. Of every variant, the first seed that has maps."
     )
-    pictures = [_picture(found, one) for one in maps[:MOST]]
-    blocks: list[Block] = [Paragraph(how), Gallery(pictures), *left_out(len(maps))]
-    return Section("attention", TITLE, blocks)
+    absent = "No run has kept what its models attend to."
+    return gallery("attention", TITLE, maps, partial(_picture, found), how=how, absent=absent)
 
 
 def _first(found: Found, variant: str) -> Iterator[Attention]:

@@ -14,10 +14,10 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from kava_core.errors import CheckpointError
-from kava_core.report.blocks import Block, Gallery, Paragraph, Picture, Section
+from kava_core.report.blocks import Picture, Section
 from kava_core.report.drawing import Style, picture
 from kava_core.report.found import Found, read_object
-from kava_core.report.lines import MOST, left_out
+from kava_core.report.gallery import gallery
 from kava_core.report.text import shorten, written
 
 FOLDER = "layer_maps"
@@ -43,15 +43,12 @@ class LayerMap:
 def layer_maps(found: Found) -> Section:
     """The map of every variant's first seed that has one, for every teacher."""
     maps = [one for variant in found.experiment.variants for one in _maps(found, variant)]
-    if not maps:
-        return Section("layer-maps", TITLE, absent="No run has measured a layer map.")
     how = (
         "Student layers upwards, teacher layers to the right; a frame marks the teacher layers that a "
         "student layer reads. Of every variant, the first seed that has a map."
     )
-    pictures = [_picture(found, one) for one in maps[:MOST]]
-    blocks: list[Block] = [Paragraph(how), Gallery(pictures), *left_out(len(maps))]
-    return Section("layer-maps", TITLE, blocks)
+    absent = "No run has measured a layer map."
+    return gallery("layer-maps", TITLE, maps, partial(_picture, found), how=how, absent=absent)
 
 
 def _maps(found: Found, variant: str) -> Iterator[LayerMap]:
