@@ -1,7 +1,8 @@
 """Tables and figures of docs/latent.md from finished runs: ``python docs/make_latent_results.py RUNS``.
 
-RUNS holds what ``kava train specs/latent.yaml`` and ``kava train specs/latent_sweeps.yaml`` write, and the
-longer runs named ``latent600`` and ``latent_sweeps_long`` (docs/latent.md). Needs the extra ``stats``.
+RUNS holds what ``kava train specs/latent.yaml`` and ``kava train specs/latent_sweeps.yaml`` write, the
+longer runs named ``latent600``, and in ``latent_sweeps_taught`` what was run anew once the teachers of
+``k_…`` and ``m_…`` had their 2,400 steps (docs/latent.md). Needs the extra ``stats``.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ PANELS = {
     ],
 }
 BASE = {
-    "Jacobi passes T (M = K = 5)": "t_5",
-    "operations K = M = T": "k_5",
+    "Jacobi passes T (M = K = 5)": "5",
+    "operations K = M = T": "5",
     "loss": "smooth L1 K, V",
     "weight": "1",
 }
@@ -79,6 +80,13 @@ def read(folder: Path) -> Runs:
                 record["results"] | more | {"seconds": curve[-1]["seconds"]}
             )
     return runs
+
+
+def taught(folder: Path) -> Runs:
+    """The sweeps, with the runs of taught teachers in the place of those of others; ``base`` is ``kv``."""
+    first, anew = read(folder / "latent_sweeps"), read(folder / "latent_sweeps_taught")
+    kept = {name: seeds for name, seeds in first.items() if not name.startswith(("k_", "m_"))}
+    return kept | anew | {"base": read(folder / "latent")["kv"]}
 
 
 def scores(runs: Runs, variant: str, name: str = "exact_match") -> list[float]:
@@ -210,8 +218,8 @@ def sweeps_table(runs: Runs) -> str:
 def main() -> None:
     """Write the figures and the CSV; print the tables."""
     folder = Path(sys.argv[1])
-    folders = ("latent", "latent600", "latent_sweeps", "latent_sweeps_long")
-    runs = {name: read(folder / name) for name in folders}
+    folders = ("latent", "latent600", "latent_sweeps")
+    runs = {name: read(folder / name) for name in folders} | {"latent_sweeps": taught(folder)}
     (HERE / "results").mkdir(exist_ok=True)
     write_csv(runs, HERE / "results" / "latent.csv")
     methods_picture(runs["latent"], HERE / "results" / "latent_methods.png")
