@@ -383,6 +383,11 @@ class KVPipeline(nn.Module):
         return any(p.requires_grad for aligner in self.teachers for p in aligner.parameters())
 
     @property
+    def trains_yardstick(self) -> bool:
+        """Whether an aligner or a loss can be trained to look better without the student."""
+        return self.trains_aligners or any(p.requires_grad for p in self.losses.parameters())
+
+    @property
     def draws(self) -> bool:
         """Whether the fuser chooses other teachers in every forward pass."""
         return isinstance(self.fuser, Chooses) and getattr(self.fuser, "draws", True)

@@ -30,7 +30,7 @@ class CollapseMonitor:
 
     Args:
         file: where that state is kept, for a run that is resumed: the aligners' weights and the student's
-            cache of the examples. Written only where an aligner is trained.
+            cache of the examples. Written only where an aligner or a loss is trained.
     """
 
     def __init__(self, file: Path) -> None:
@@ -76,7 +76,7 @@ class CollapseMonitor:
 
 
 def _trained(pipeline: KVPipeline | None) -> bool:
-    return pipeline is not None and pipeline.trains_aligners
+    return pipeline is not None and pipeline.trains_yardstick
 
 
 def _state(distiller: Distiller, batch: Mapping[str, Any]) -> dict[str, Tensor]:
