@@ -79,8 +79,9 @@ def export(run: Path, target: Path) -> None:
         CheckpointError: the run directory is damaged, its student missing or altered.
         KavaError: ``target`` exists and is not an empty folder, or cannot be written.
     """
-    card = _card(run, finished_record(run))
+    record = finished_record(run)
     verify_student(run / "student")
+    card = _card(run, record)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise KavaError(f"{target}: exists already; give a new folder")
     staging = target.with_name(f"{target.name}.{os.getpid()}.staging")
