@@ -19,8 +19,8 @@ from kava_core.report.drawing import Style, picture
 from kava_core.report.found import Found, read_object
 from kava_core.report.gallery import gallery
 from kava_core.report.text import shorten, written
+from kava_core.train.rundir import MAPS, TOKENS
 
-MAPS, TOKENS = "attention.safetensors", "attention.json"
 TITLE = "Attention"
 LABELLED = 32
 """Most tokens that are written at the axes."""

@@ -55,7 +55,8 @@ def _table(found: Found) -> Table:
 def _cells(found: Found, variant: str) -> Iterator[str]:
     runs, those = found.experiment.of(variant).values(), found.complete(variant)
     done = list(those.values())
-    values = list(found.values(variant).values())
+    by_seed = found.values(variant)
+    values = list(by_seed.values())
     whole = len(values) == len(done)
     yield f"{len(done)} of {len(runs)}"
     yield str(sum(run.state == "failed" for run in runs))
@@ -64,7 +65,7 @@ def _cells(found: Found, variant: str) -> Iterator[str]:
     for budget in BUDGETS:
         yield amount(average(run.compute.get(budget) for run in done))
     if found.compare.target is not None:
-        spent = [_to_target(run, found.values(variant).get(seed)) for seed, run in those.items()]
+        spent = [_to_target(run, by_seed.get(seed)) for seed, run in those.items()]
         yield amount(average(spent))
     yield amount(average(run.compute.get("seconds") for run in done))
     yield number(average(_memory(run) for run in done))

@@ -14,10 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from kava_core.kv.attention_layers import unwrapped
-from kava_core.train.rundir import write_json
-
-MAPS, TOKENS = "attention.safetensors", "attention.json"
-"""Files of a run: head means ``layer time time`` by model, and what stands at the positions."""
+from kava_core.train.rundir import MAPS, TOKENS, write_json
 
 LAYERS, LONGEST = 3, 64
 """Layers that are kept, evenly from the first to the last, and tokens."""

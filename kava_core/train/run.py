@@ -390,6 +390,7 @@ def _keep_attention(distiller: Distiller, folder: RunDir, data: Data, spec: Pipe
     whole = {teacher.name for teacher in spec.teachers if teacher.placement != SHARDED}
     teachers = {t.name: t.model for t in distiller.__dict__["teachers"] if t.name in whole}
     tokenizers = {"student": data.tokenizer, **data.teacher_tokenizers}
+    # Texts of all sides, also where training reads a store and this collator brings targets instead.
     batch = Collator.__call__(data.plain_collator, [data.validation_items[0]])
     with torch.compiler.set_stance("force_eager"):
         keep_attention(folder.path, {"student": distiller.student, **teachers}, batch, tokenizers)

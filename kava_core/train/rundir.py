@@ -24,6 +24,9 @@ from kava_core.spec.model import PipelineSpec
 from kava_core.versions import versions
 
 RECORD = "run.json"
+MAPS, TOKENS = "attention.safetensors", "attention.json"
+"""What models attend to: head means ``layer time time`` by model, and what stands at the positions."""
+
 FAILURE = "failure.json"
 LOOKS = 4
 """Attempts to lock a directory."""

@@ -103,7 +103,7 @@ class KavaTrainer(Trainer):
     Args:
         evaluator: called with the distiller; gives the metrics of an evaluation.
         ledger: counts what training costs.
-        own_texts: lets the student write a part of every batch; the collator is then a ``KeepsItems``.
+        own_texts: lets the student write a part of every batch; the collator is then a ``KeepsExamples``.
         keep: complete checkpoints kept.
         Everything else as in ``transformers.Trainer``.
     """
