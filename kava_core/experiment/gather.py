@@ -13,9 +13,9 @@ from typing import Any
 from kava_core.errors import CheckpointError, KavaError, SpecError
 from kava_core.experiment import declared
 from kava_core.experiment.runs import State, failure_of, state_of
-from kava_core.spec.compare import DIRECTIONS, STEPS, CompareSpec
+from kava_core.spec.compare import DIRECTIONS, STEPS, TO_TARGET, CompareSpec
 from kava_core.train.metrics import read_metrics
-from kava_core.train.rundir import RECORD, read_record
+from kava_core.train.rundir import RECORD, STORE, read_record
 
 BUDGETS = ("student_tokens", "teacher_tokens", "flops")
 
@@ -147,8 +147,8 @@ def _assert_one_spec_each(runs: Iterable[Run]) -> None:
 
 def value_of(run: Run, compare: CompareSpec, horizon: float = math.inf) -> float:
     """The number that is compared; KavaError where a complete run has none: it is never taken for 0."""
-    if compare.metric == STEPS:
-        return steps_to_target(run, compare, horizon)
+    if compare.metric in TO_TARGET:
+        return spent_to_target(run, compare, horizon)
     found = run.results.get(compare.metric)
     if found is None or not math.isfinite(found):
         there = ", ".join(sorted(name for name in run.results if "/" not in name))
@@ -156,29 +156,49 @@ def value_of(run: Run, compare: CompareSpec, horizon: float = math.inf) -> float
     return float(found)
 
 
-def steps_to_target(run: Run, compare: CompareSpec, horizon: float = math.inf) -> float:
-    """The first evaluated step at which the target is reached, or one interval past the ``horizon``.
+def spent_to_target(run: Run, compare: CompareSpec, horizon: float = math.inf) -> float:
+    """The steps or operations after which the target is first met, or one interval past the ``horizon``.
 
-    The horizon is the last step that all compared runs have: what one of them reaches later, when others are
+    The horizon is the most that all compared runs have spent: what one of them reaches later, when others are
     no longer looked at, does not count.
     """
     assert compare.target is not None
     curve = _curve(run, compare)
     lower = DIRECTIONS[compare.of] == "lower"
     horizon = min(horizon, curve[-1][0])
-    for step, value in curve:
-        if step <= horizon and (value <= compare.target if lower else value >= compare.target):
-            return float(step)
-    return float(horizon + curve[0][0])
+    for spent, value in curve:
+        if spent <= horizon and (value <= compare.target if lower else value >= compare.target):
+            return spent
+    return horizon + curve[0][0] - _price(run, compare)[0]
 
 
-def last_evaluated(run: Run, compare: CompareSpec) -> float:
-    """The last step at which the followed metric was evaluated."""
-    return float(_curve(run, compare)[-1][0])
+def most_spent(run: Run, compare: CompareSpec) -> float:
+    """What had been spent when the followed metric was last evaluated."""
+    return _curve(run, compare)[-1][0]
 
 
-def _curve(run: Run, compare: CompareSpec) -> list[tuple[int, float]]:
-    curve = [(line["step"], line[compare.of]) for line in run.evaluations if compare.of in line]
-    if not curve:
+def _curve(run: Run, compare: CompareSpec) -> list[tuple[float, float]]:
+    before, each = _price(run, compare)
+    lines = [line for line in run.evaluations if compare.of in line]
+    if not lines:
         raise KavaError(f"{run.folder}: its evaluations have no {compare.of!r}")
-    return curve
+    return [(before + each * line["step"], line[compare.of]) for line in lines]
+
+
+def _price(run: Run, compare: CompareSpec) -> tuple[float, float]:
+    """Of what is counted up to the target: before the first step, and of each step."""
+    if compare.metric == STEPS:
+        return 0.0, 1.0
+    found = flops_price(run)
+    if found is None:
+        raise KavaError(f"{run.folder}: its run.json does not say how many operations it took")
+    return found
+
+
+def flops_price(run: Run) -> tuple[float, float] | None:
+    """Operations before the first step (of making a store) and of a step, the mean of all."""
+    flops, trained = run.compute.get("flops"), run.results.get("steps")
+    if flops is None or not trained:
+        return None
+    before = run.compute.get("flops_of", {}).get(STORE, 0.0)
+    return before, (flops - before) / trained

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any, Literal
 
-from kava_core.experiment.gather import BUDGETS, Experiment, Run, last_evaluated, value_of
+from kava_core.experiment.gather import BUDGETS, Experiment, Run, most_spent, value_of
 from kava_core.experiment.statistics import FEW, Paired, bonferroni, bootstrap, holm, paired
-from kava_core.spec.compare import STEPS, CompareSpec, Control
+from kava_core.spec.compare import TO_TARGET, CompareSpec, Control
 
 SIGNIFICANT = 0.05
 
@@ -111,11 +111,11 @@ def _complete(experiment: Experiment, name: str) -> dict[int, Run]:
 
 
 def _horizon(experiment: Experiment, pair: tuple[str, str], compare: CompareSpec) -> float:
-    """With ``steps_to_target``: the last step that every run of the pair has evaluated."""
+    """Of what is counted up to a target: as much as every run of the pair has spent."""
     runs = [run for name in pair for run in _complete(experiment, name).values()]
-    if compare.metric != STEPS or not runs:
+    if compare.metric not in TO_TARGET or not runs:
         return math.inf
-    return min(last_evaluated(run, compare) for run in runs)
+    return min(most_spent(run, compare) for run in runs)
 
 
 def _verdict(

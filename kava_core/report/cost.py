@@ -11,12 +11,13 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from kava_core.experiment.gather import BUDGETS, Run
+from kava_core.experiment.gather import BUDGETS, Run, flops_price
 from kava_core.experiment.tables import average, number
 from kava_core.report.blocks import Block, Gallery, Paragraph, Picture, Section, Table
 from kava_core.report.drawing import Style, axes, handle, legend, looks, picture, spread_wide
 from kava_core.report.found import Found
 from kava_core.report.text import amount, plain, words, written
+from kava_core.spec.compare import STEPS
 
 GIB = 2**30
 
@@ -43,7 +44,7 @@ def _table(found: Found) -> Table:
     head = ["variant", "complete", "failed", f"{metric}, mean", "± SD", "student tokens", "teacher tokens"]
     head += [
         "FLOPs",
-        *(["FLOPs to the target"] if found.compare.target is not None else []),
+        *(["FLOPs to the target"] if found.compare.metric == STEPS else []),
         "seconds",
         "peak memory, GiB",
         "each seed",
@@ -64,7 +65,7 @@ def _cells(found: Found, variant: str) -> Iterator[str]:
     yield number(stdev(values)) if len(values) > 1 and whole else "–"
     for budget in BUDGETS:
         yield amount(average(run.compute.get(budget) for run in done))
-    if found.compare.target is not None:
+    if found.compare.metric == STEPS:
         spent = [_to_target(run, by_seed.get(seed)) for seed, run in those.items()]
         yield amount(average(spent))
     yield amount(average(run.compute.get("seconds") for run in done))
@@ -73,9 +74,8 @@ def _cells(found: Found, variant: str) -> Iterator[str]:
 
 
 def _to_target(run: Run, steps: float | None) -> float | None:
-    """A step costs as much as the mean of all: equal compute for variants of unequal teachers."""
-    flops, trained = run.compute.get("flops"), run.results.get("steps")
-    return None if steps is None or flops is None or not trained else flops * steps / trained
+    price = flops_price(run)
+    return None if steps is None or price is None else price[0] + price[1] * steps
 
 
 def _memory(run: Run) -> float | None:

@@ -14,10 +14,11 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
 Control = Literal["no_kv", "shuffled_teacher", "random_alignment", "frozen_probe"]
 Budget = Literal["student_tokens", "teacher_tokens", "flops"]
 
-STEPS = "steps_to_target"
-"""The metric that is read off a run's curve instead of its last evaluation."""
+STEPS, FLOPS = "steps_to_target", "flops_to_target"
+TO_TARGET = (STEPS, FLOPS)
+"""The metrics that are read off a run's curve instead of its last evaluation."""
 
-DIRECTIONS = {"exact_match": "higher", "ce": "lower", "perplexity": "lower", STEPS: "lower"}
+DIRECTIONS = {"exact_match": "higher", "ce": "lower", "perplexity": "lower", STEPS: "lower", FLOPS: "lower"}
 """Which way is better."""
 
 
@@ -40,15 +41,16 @@ class CompareSpec(Strict):
 
     metric: str = "exact_match"
     """A number of the last evaluation, as ``run.json`` has it (``exact_match``, ``ce``, ``perplexity`` …), or
-    ``steps_to_target``: the first evaluated step at which ``of`` reaches ``target``."""
+    ``steps_to_target``: the first evaluated step at which ``of`` reaches ``target``, or ``flops_to_target``:
+    the operations until then, those of making a store included."""
     of: Literal["exact_match", "ce", "perplexity"] = "exact_match"
-    """With ``steps_to_target``: the metric that is followed."""
+    """With ``steps_to_target`` and ``flops_to_target``: the metric that is followed."""
     target: float | None = None
-    """With ``steps_to_target``: what it has to reach. A run that does not, within the steps that both
+    """With these: what it has to reach. A run that does not, within the steps (or operations) that both
     compared variants have, counts one evaluation interval more, so means are lower bounds then."""
     goal: Literal["higher", "lower"] | None = None
-    """Which way is better. Known for ``exact_match``, ``ce``, ``perplexity`` and ``steps_to_target``; any
-    other metric needs it."""
+    """Which way is better. Known for ``exact_match``, ``ce``, ``perplexity`` and what is counted up to a
+    target; any other metric needs it."""
     treatment: Name | None = None
     """The variant that controls are made of and compared with; default: the first."""
     controls: tuple[Control, ...] = ()
@@ -69,8 +71,8 @@ class CompareSpec(Strict):
 
     @model_validator(mode="after")
     def _asks_something(self) -> CompareSpec:
-        if (self.metric == STEPS) != (self.target is not None):
-            raise ValueError(f"'target' goes with 'metric: {STEPS}', and only with it")
+        if (self.metric in TO_TARGET) != (self.target is not None):
+            raise ValueError(f"'target' goes with 'metric: {STEPS}' or '{FLOPS}', and only with them")
         if self.metric not in DIRECTIONS and self.goal is None:
             raise ValueError(f"'metric: {self.metric}' needs 'goal': higher or lower")
         if len(set(self.controls)) != len(self.controls):

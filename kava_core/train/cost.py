@@ -8,12 +8,15 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from kava_core.dry_run import dry_run
-from kava_core.kv.pipeline import active
+from kava_core.dry_run import dry_run, sized_config
+from kava_core.kv.pipeline import KVPipeline, active
 from kava_core.plan import alignment_flops, forward_flops
 from kava_core.spec.model import PipelineSpec
+from kava_core.train.assemble import Data, config_geometries
 from kava_core.train.ledger import HEAD, STUDENT
 from kava_core.train.metrics import read_metrics
+from kava_core.train.rundir import STORE
+from kava_core.train.stored import key_of
 
 SHORT = 8
 """A pass costs a · time + b · time²; both follow from its cost at this length and at twice that."""
@@ -24,6 +27,7 @@ def compute(
     configs: Mapping[str, PreTrainedConfig],
     counts: Sequence[Mapping[str, float]],
     *,
+    stored: Mapping[str, float] | None = None,
     metrics: Path,
     memory: int,
 ) -> dict[str, Any]:
@@ -37,18 +41,20 @@ def compute(
         spec: the run's, with every model's folder or config.
         configs: of the student and of every teacher that ran, by name.
         counts: ``Ledger.state`` of every process.
+        stored: what making the run's store read (``store_counts``), whole, however many runs share it.
         metrics: the run's ``metrics.jsonl``; its last line has the seconds, evaluations included.
         memory: the most bytes that a process held.
     """
     total = {name: sum(one.get(name, 0) for one in counts) for one in counts for name in one}
-    tokens = {n.removeprefix("tokens "): int(x) for n, x in total.items() if n.startswith("tokens ")}
+    every = total | (stored or {})
+    tokens = {n.removeprefix("tokens "): int(x) for n, x in every.items() if n.startswith("tokens ")}
     found: dict[str, Any] = {
         "student_tokens": tokens.pop(STUDENT, 0),
         "teacher_tokens": sum(tokens.values()),
         "peak_memory": memory,
     }
     try:
-        found |= _operations(spec, configs, total)
+        found |= _operations(spec, configs, total, stored)
         found["seconds"] = read_metrics(metrics)[-1]["seconds"]
     except Exception as error:  # models and components of others can raise anything
         found["unknown"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -56,12 +62,45 @@ def compute(
 
 
 def _operations(
-    spec: PipelineSpec, configs: Mapping[str, PreTrainedConfig], total: Mapping[str, float]
+    spec: PipelineSpec,
+    configs: Mapping[str, PreTrainedConfig],
+    total: Mapping[str, float],
+    stored: Mapping[str, float] | None,
 ) -> dict[str, Any]:
     flops = {name: _flops(config, name, total) for name, config in configs.items()}
-    if active(spec) and spec.store is None:
+    if stored is not None:
+        flops[STORE] = _making(spec, total | stored)
+    elif active(spec):
         flops["alignment"] = sum(_alignment(spec, teacher.name, total) for teacher in spec.teachers)
     return {"flops": sum(flops.values()), "flops_of": flops}
+
+
+def _making(spec: PipelineSpec, total: Mapping[str, float]) -> float:
+    read = [teacher for teacher in spec.teachers if f"passes {teacher.name}" in total]
+    configs = {teacher.name: sized_config(teacher, where=teacher.name) for teacher in read}
+    return sum(
+        _flops(config, name, total) + _alignment(spec, name, total) for name, config in configs.items()
+    )
+
+
+def store_counts(spec: PipelineSpec, data: Data, pipeline: KVPipeline) -> dict[str, float]:
+    """What ``Ledger.state`` would say of making the run's store: every training text once, without padding.
+
+    Validation examples are stored as well and, like evaluation, not counted.
+    """
+    items = {key_of(item.example): item for item in data.train_items.items}.values()
+    geometries = config_geometries(spec, data)
+    found: dict[str, float] = {}
+    for aligner in pipeline.teachers:
+        name, times = aligner.name, [len(item.teachers[aligner.name].input_ids) for item in items]
+        depth = (max(aligner.sources) + 1) / geometries[name].layer
+        found |= {
+            f"tokens {name}": float(sum(times)),
+            f"positions {name}": depth * sum(times),
+            f"pairs {name}": depth * sum(time**2 for time in times),
+            f"passes {name}": len(times) / spec.train.batch_size,
+        }
+    return found
 
 
 def _flops(config: PreTrainedConfig, name: str, total: Mapping[str, float]) -> float:

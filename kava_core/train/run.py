@@ -39,7 +39,7 @@ from kava_core.train.callbacks import (
     StopOnSignal,
 )
 from kava_core.train.collapse import CollapseMonitor
-from kava_core.train.cost import compute
+from kava_core.train.cost import compute, store_counts
 from kava_core.train.distiller import Distiller
 from kava_core.train.evaluate import Evaluator
 from kava_core.train.export import save_student
@@ -377,6 +377,8 @@ def _finish(trainer: KavaTrainer, folder: RunDir, data: Data, spec: PipelineSpec
         save_student(distiller.student, data.tokenizer, folder.student, distiller.latents)
         _keep_attention(distiller, folder, data, spec)
         how: dict[str, Any] = {"metrics": folder.metrics, "memory": max(memory)}
+        if data.store is not None:
+            how["stored"] = store_counts(spec, data, distiller.pipeline)
         cost = compute(spec, distiller.configs(), counts, **how)
         results = {"steps": trainer.state.global_step, **_last_evaluation(trainer.state)}
         folder.finish(results, {"compute": cost})

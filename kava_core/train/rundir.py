@@ -24,6 +24,8 @@ from kava_core.spec.model import PipelineSpec
 from kava_core.versions import versions
 
 RECORD = "run.json"
+STORE = "store"
+"""In the record's ``flops_of``: what making the store took, spent before the first step."""
 MAPS, TOKENS = "attention.safetensors", "attention.json"
 """What models attend to: head means ``layer time time`` by model, and what stands at the positions."""
 

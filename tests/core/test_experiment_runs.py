@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import yaml
 from kava_core.errors import CheckpointError, KavaError, Preempted, SpecError
 from kava_core.experiment.conduct import LOG, conduct
 from kava_core.experiment.declared import declare, read
-from kava_core.experiment.gather import Run, gather, steps_to_target, value_of
+from kava_core.experiment.gather import Run, gather, spent_to_target, value_of
 from kava_core.experiment.progress import Watch, last_step
 from kava_core.experiment.runs import Planned, failure_of, planned, state_of
 from kava_core.spec.compare import CompareSpec
@@ -294,7 +295,24 @@ def test_steps_to_a_target(tmp_path: Path, curve: list[float], expected: int) ->
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = Run("a", 0, tmp_path, "complete", {"results": {"steps": 300}})
     compare = CompareSpec(metric="steps_to_target", target=0.95)
-    assert steps_to_target(run, compare) == value_of(run, compare) == expected
+    assert spent_to_target(run, compare) == value_of(run, compare) == expected
+
+
+def test_operations_to_a_target(tmp_path: Path) -> None:
+    """A store for 40, then 3 a step: 340 at step 100, 640 at the last; 300 more where it was not reached."""
+    lines = [{"step": 100 * n, "eval_ce": 1.0, "eval_exact_match": x} for n, x in enumerate([0.1, 0.9], 1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    compute = {"flops": 640.0, "flops_of": {"student": 600.0, "store": 40.0}}
+    run = Run("a", 0, tmp_path, "complete", {"results": {"steps": 200}, "compute": compute})
+
+    def spent(target: float, horizon: float = math.inf) -> float:
+        return value_of(run, CompareSpec(metric="flops_to_target", target=target), horizon)
+
+    assert (spent(0.1), spent(0.9), spent(1.0)) == (340, 640, 940)
+    assert spent(0.9, horizon=500.0) == 800
+    untold = Run("a", 0, tmp_path, "complete", {"results": {"steps": 200}})
+    with pytest.raises(KavaError, match="does not say how many operations"):
+        value_of(untold, CompareSpec(metric="flops_to_target", target=0.9))
 
 
 def test_the_newest_step_of_a_run_at_work(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from kava_core.kv.attention_hook import Enough
 from kava_core.plan import forward_flops, step_passes
 from kava_core.train import run as run_module
 from kava_core.train.assemble import make_data
+from kava_core.train.cache import cache
 from kava_core.train.cost import compute
 from kava_core.train.distiller import Distiller
 from kava_core.train.ledger import Ledger, Read, forget_peak, peak_memory
@@ -80,6 +81,26 @@ def test_operations_are_those_torch_counts(tmp_path: Path, monkeypatch: pytest.M
     theirs = cost["wide"] + cost["gpt"]
     assert 0.75 * theirs < counted["teachers"] < theirs
     assert cost["alignment"] > 0
+
+
+def test_a_store_costs_one_reading_of_the_training_examples(tmp_path: Path) -> None:
+    """Four live steps read all examples four times, padded; the store read them once, not padded."""
+    live = ran(tmp_path / "live")
+    fields = {"store": {"folder": str(tmp_path / "stores")}}
+    made = tiny.spec(tmp_path, train=WHOLE, data=DATA, **fields)
+    cache(made, seed=0)
+    stored = ran(tmp_path, **fields)
+    assert set(stored["flops_of"]) == {"student", "store"}
+    assert stored["flops"] == sum(stored["flops_of"].values())
+    assert 4 * stored["teacher_tokens"] == live["teacher_tokens"]
+    read = sum(
+        forward_flops(sized_config(teacher, where=teacher.name), time, head=False)
+        for teacher in made.teachers
+        for time in lengths(made)[1][teacher.name]
+    )
+    alignment = live["flops_of"]["alignment"] / 4
+    assert stored["flops_of"]["store"] - read == pytest.approx(alignment, rel=0.2)
+    assert alignment < 0.2 * read
 
 
 def test_a_control_without_teachers_costs_the_student_alone(tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ def test_what_cannot_be_compared_is_refused(refused: Any, text: str, said: str) 
         ({"metric": "ce"}, True),
         ({"metric": "perplexity"}, True),
         ({"metric": "steps_to_target", "target": 0.9}, True),
+        ({"metric": "flops_to_target", "target": 0.9}, True),
         ({"metric": "relation", "goal": "lower"}, True),
         ({"metric": "ce", "goal": "higher"}, False),
     ],
