@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from transformers import (
     AutoModelForTextEncoding,
     BertConfig,
     BertForMaskedLM,
-    TrainerCallback,
 )
 
 import kava_core.train.run as run_module
@@ -32,6 +30,7 @@ from kava_core.train.models import load_model, positions
 from kava_core.train.run import calibrate, run
 from kava_core.train.sample import Drawing, sample
 from tests import tiny
+from tests.stops import stop
 
 BERT: dict[str, Any] = {
     "model_type": "bert",
@@ -120,14 +119,6 @@ def test_pretraining_restores_and_keeps_the_encoder_alone(tmp_path: Path) -> Non
     assert result.results["shared_space"] > 0
 
 
-class Stop(TrainerCallback):
-    """Sends this process a signal before its third step."""
-
-    def on_step_begin(self, args, state, control, **_):  # type: ignore[no-untyped-def]
-        if state.global_step == 2:
-            signal.raise_signal(signal.SIGTERM)
-
-
 @pytest.mark.parametrize("config", [BERT, T5], ids=["bert", "t5"])
 def test_a_stopped_pretraining_goes_on_to_the_same_encoder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any]
@@ -141,7 +132,7 @@ def test_a_stopped_pretraining_goes_on_to_the_same_encoder(
     }
     straight, stopped = (tiny.spec(tmp_path / name, **changes) for name in ("straight", "stopped"))
     first = run(straight, variant="main", seed=1)
-    monkeypatch.setattr(run_module, "ShowProgress", lambda title: Stop())
+    stop(monkeypatch, 2)
     with pytest.raises(Preempted):
         run(stopped, variant="main", seed=1)
     monkeypatch.undo()

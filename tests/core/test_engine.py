@@ -28,6 +28,7 @@ from kava_core.train.teacher import Teacher
 from kava_core.train.trainer import own_rates, split_group
 from kava_core.train.weights import ALIGNER_FILE
 from tests import tiny
+from tests.stops import stop
 
 
 def weights(result: Result | Path) -> dict[str, Tensor]:
@@ -61,23 +62,12 @@ def bumpy(output: Path, **changes: object) -> object:
     )
 
 
-class Send(TrainerCallback):
-    """Sends this process a signal in the middle of a step."""
-
-    def __init__(self, at: int, number: signal.Signals) -> None:
-        self.at, self.number = at, number
-
-    def on_step_begin(self, args, state, control, **_):  # type: ignore[no-untyped-def]
-        if state.global_step == self.at:
-            signal.raise_signal(self.number)
-
-
 @pytest.mark.parametrize(("at", "number"), [(1, signal.SIGTERM), (4, signal.SIGUSR1), (5, signal.SIGUSR2)])
 def test_a_signal_saves_once_and_resuming_is_bit_exact(
     whole: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, number: signal.Signals
 ) -> None:
     spec = bumpy(tmp_path)
-    monkeypatch.setattr(run_module, "ShowProgress", lambda title: Send(at, number))
+    stop(monkeypatch, at, number)
     with pytest.raises(Preempted, match=rf"stopped by {number.name} at step {at + 1}, saved") as stopped:
         run(spec, variant="main", seed=1)
     assert stopped.value.exit_code == 75

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import resource
-import signal
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import TrainerCallback
 
 from kava_core.dry_run import sized_config
 from kava_core.errors import CheckpointError, Preempted
 from kava_core.kv.attention_hook import Enough
 from kava_core.plan import forward_flops, step_passes
-from kava_core.train import run as run_module
 from kava_core.train.assemble import make_data
 from kava_core.train.cache import cache
 from kava_core.train.cost import compute
@@ -27,6 +24,7 @@ from kava_core.train.ledger import Ledger, Read, forget_peak, peak_memory
 from kava_core.train.run import run
 from kava_core.train.teacher import Teacher
 from tests import tiny
+from tests.stops import stop
 
 WHOLE = {"steps": 4, "batch_size": 16, "save_every": 2}
 """Sixteen examples: every step sees all of them."""
@@ -149,20 +147,9 @@ def test_the_student_as_its_own_teacher_is_counted_once_with_its_gradient(tmp_pa
     assert body[1] > 1.2 * body[0]
 
 
-class Stop(TrainerCallback):
-    """Sends this process a signal at a step."""
-
-    def __init__(self, at: int) -> None:
-        self.at = at
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.at:
-            signal.raise_signal(signal.SIGTERM)
-
-
 def test_counts_go_on_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = ran(tmp_path / "whole")
-    monkeypatch.setattr(run_module, "ShowProgress", lambda title: Stop(1))
+    stop(monkeypatch, 1)
     with pytest.raises(Preempted):
         ran(tmp_path / "cut")
     monkeypatch.undo()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,12 @@ from kava_core.data.tokenizers import train_tokenizer
 from kava_core.errors import Preempted, SpecError
 from kava_core.spec.model import Lora, ModelSpec, StudentSpec, TrainTokenizer
 from kava_core.train import checkpoint
-from kava_core.train import run as run_module
 from kava_core.train.export import export
 from kava_core.train.models import load_model, load_student, model_config
 from kava_core.train.run import run
 from kava_core.train.weights import ALIGNER_FILE
 from tests import tiny
-from tests.core.test_engine import Send
+from tests.stops import stop
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +201,7 @@ def test_tied_embeddings_survive_saving_resuming_and_export(
     )
     reference = run(whole, variant="main", seed=1)
     with monkeypatch.context() as patched:
-        patched.setattr(run_module, "ShowProgress", lambda title: Send(0, signal.SIGTERM))
+        stop(patched, 0)
         with pytest.raises(Preempted):
             run(cut, variant="main", seed=1)
     resumed = run(cut, variant="main", seed=1)

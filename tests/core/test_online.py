@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedTokenizerFast
 
-import kava_core.train.run as run_module
 from kava_core.data.encode import NO_LABEL
 from kava_core.data.examples import Example, split_written
 from kava_core.errors import Preempted, SpecError
@@ -28,6 +26,7 @@ from kava_core.train.run import run
 from kava_core.train.time_plans import PlansTime
 from kava_core.train.writing import told, write, written
 from tests import tiny
+from tests.stops import stop
 
 SHORT = Template(prompt="{prompt}=", reasoning="{reasoning}", answer=" #{answer}")
 EXAMPLE = Example("1+2", " 3", "3")
@@ -230,14 +229,6 @@ def test_a_router_that_learns_from_cross_entropy_needs_labels(tmp_path: Path) ->
         make_distiller(spec, make_data(spec), seed=0)
 
 
-class Stop(TrainerCallback):
-    """Sends this process a signal before its fourth step."""
-
-    def on_step_begin(self, args, state, control, **_):  # type: ignore[no-untyped-def]
-        if state.global_step == 3:
-            signal.raise_signal(signal.SIGTERM)
-
-
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_a_stopped_run_goes_on_to_the_same_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
@@ -245,7 +236,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     changes: dict[str, Any] = {"online": ONLINE | {"share": share}, "train": {"accumulate": 2}}
     straight = run(tiny.spec(tmp_path / "straight", **changes), variant="main", seed=1)
     stopped = tiny.spec(tmp_path / "stopped", **changes)
-    monkeypatch.setattr(run_module, "ShowProgress", lambda title: Stop())
+    stop(monkeypatch, 3)
     with pytest.raises(Preempted):
         run(stopped, variant="main", seed=1)
     monkeypatch.undo()

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import random
-import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from kava_core.cli import app, explained
@@ -18,13 +16,13 @@ from kava_core.errors import CheckpointError, KavaError, Preempted, SpecError
 from kava_core.spec.model import PipelineSpec
 from kava_core.store.index import differences
 from kava_core.train import assemble, checkpoint
-from kava_core.train import run as run_module
 from kava_core.train.assemble import make_data
 from kava_core.train.cache import cache, cache_all
 from kava_core.train.metrics import read_metrics
 from kava_core.train.run import run
 from kava_core.train.stored import ingredients, partial_of
 from tests import tiny
+from tests.stops import stop
 
 WIDE, GPT = tiny.FIELDS["teachers"]
 
@@ -131,17 +129,9 @@ def test_loader_processes_change_nothing(kept: PipelineSpec) -> None:
     assert curve(two) == curve(kept)
 
 
-class Send(TrainerCallback):
-    """Sends this process a signal in the middle of step 2."""
-
-    def on_step_begin(self, args, state, control, **_):  # type: ignore[no-untyped-def]
-        if state.global_step == 1:
-            signal.raise_signal(signal.SIGTERM)
-
-
 def test_a_resumed_run_ends_in_the_same_numbers(kept: PipelineSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = kept.model_copy(update={"name": "broken"})
-    monkeypatch.setattr(run_module, "ShowProgress", lambda title: Send())
+    stop(monkeypatch, 1)
     with pytest.raises(Preempted):
         curve(broken)
     monkeypatch.undo()
