@@ -200,5 +200,5 @@ def flops_price(run: Run) -> tuple[float, float] | None:
     flops, trained = run.compute.get("flops"), run.results.get("steps")
     if flops is None or not trained:
         return None
-    before = run.compute.get("flops_of", {}).get(STORE, 0.0)
+    before = run.compute.get("flops_of", {}).get(STORE, 0.0) if run.record.get("store") else 0.0
     return before, (flops - before) / trained

@@ -303,7 +303,8 @@ def test_operations_to_a_target(tmp_path: Path) -> None:
     lines = [{"step": 100 * n, "eval_ce": 1.0, "eval_exact_match": x} for n, x in enumerate([0.1, 0.9], 1)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     compute = {"flops": 640.0, "flops_of": {"student": 600.0, "store": 40.0}}
-    run = Run("a", 0, tmp_path, "complete", {"results": {"steps": 200}, "compute": compute})
+    record = {"results": {"steps": 200}, "compute": compute, "store": "stores/0"}
+    run = Run("a", 0, tmp_path, "complete", record)
 
     def spent(target: float, horizon: float = math.inf) -> float:
         return value_of(run, CompareSpec(metric="flops_to_target", target=target), horizon)
