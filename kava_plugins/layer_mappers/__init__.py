@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -29,6 +29,17 @@ class LastAligned(ComponentConfig):
 
     sources: int = Field(1, gt=0)
     """How many neighbouring teacher layers each student layer averages."""
+
+
+class Chosen(ComponentConfig):
+    """The teacher layers that you name."""
+
+    name: Literal["chosen"] = "chosen"
+    component = "kava_plugins.layer_mappers.chosen:Chosen"
+
+    layers: tuple[Annotated[tuple[int, ...], Field(min_length=1)], ...] = Field(min_length=1)
+    """For every student layer the teacher layers whose mean it reads, counted from 0, or from the end: -1 is
+    the last. One row serves all student layers."""
 
 
 class Cka(ComponentConfig):
@@ -75,4 +86,4 @@ class Learned(ComponentConfig):
 @hookimpl
 def kava_layer_mappers() -> Sequence[type[ComponentConfig]]:
     """Register this package's layer mappers."""
-    return [Ratio, LastAligned, Cka, Learned]
+    return [Ratio, LastAligned, Chosen, Cka, Learned]

@@ -68,7 +68,7 @@ def only_failure(registry: Registry) -> str:
 def test_built_ins_come_by_entry_point() -> None:
     registry = Registry.build()
     assert registry.failures == ()
-    assert registry.names("layer_mapper") == ["cka", "last_aligned", "learned", "ratio"]
+    assert registry.names("layer_mapper") == ["chosen", "cka", "last_aligned", "learned", "ratio"]
     assert registry.names("head_adapter") == ["flat", "structured"]
     assert registry.names("time_warper") == [
         *("char_iou", "crop", "identity", "linear", "pad"),
@@ -169,8 +169,8 @@ def test_failures_are_quoted_when_a_name_is_unknown(install: Install) -> None:
     with pytest.raises(SpecError) as caught:
         Registry.build().get("layer_mapper", "ratoi")
     assert str(caught.value) == (
-        "no layer_mapper 'ratoi'; possible: cka, last_aligned, learned, ratio; did you mean 'ratio'?; "
-        "plugin acme-bad:main failed: ImportError: no CUDA"
+        "no layer_mapper 'ratoi'; possible: chosen, cka, last_aligned, learned, ratio; "
+        "did you mean 'ratio'?; plugin acme-bad:main failed: ImportError: no CUDA"
     )
 
 
@@ -225,7 +225,7 @@ def test_disabled_by_environment(install: Install, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("KAVA_DISABLE_PLUGINS", disabled)
     registry = Registry.build()
     assert registry.failures == ()
-    assert registry.names("layer_mapper") == ["cka", "last_aligned", "learned", "ratio"]
+    assert registry.names("layer_mapper") == ["chosen", "cka", "last_aligned", "learned", "ratio"]
     assert "acme_maps" not in sys.modules
 
 

@@ -66,6 +66,7 @@ RUNS: dict[tuple[str, str], list[Run]] = {
     ("time_warper", "char_iou"): [Run({"mode": "soft"}), Run({"mode": "hard", "min_overlap": 0.3})],
     ("time_warper", "streaming"): [Run(), Run({"sinks": 1, "window": 2}), Run({"sinks": 0, "window": 1})],
     ("layer_mapper", "ratio"): [Run(), Run({"sources": 3})],
+    ("layer_mapper", "chosen"): [Run({"layers": [[0]]}), Run({"layers": [[0, -1]]})],
     ("layer_mapper", "last_aligned"): [Run(), Run({"sources": 3})],
     ("layer_mapper", "cka"): [Run(), Run({"on": "keys", "top_k": 1, "rows": 8})],
     ("dim_projector", "linear"): [

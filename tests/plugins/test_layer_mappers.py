@@ -9,6 +9,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from kava_core.errors import KavaError, SpecError
@@ -70,6 +71,34 @@ def test_sources_are_averaged(name, sources, rows):
 def test_last_aligned_lets_the_last_layers_meet(t_layer, layer):
     wanted = [[float(j == max(t_layer - layer + i, 0)) for j in range(t_layer)] for i in range(layer)]
     assert build(t_layer, layer, "last_aligned")().tolist() == wanted
+
+
+def test_chosen_layers_are_averaged_row_by_row():
+    assert build(4, 3, "chosen", layers=[[0], [1, 3], [-1, 3, -2]])().tolist() == [
+        [1, 0, 0, 0],
+        [0, 0.5, 0, 0.5],
+        [0, 0, 0.5, 0.5],
+    ]
+    assert build(4, 2, "chosen", layers=[[2, 3]])().tolist() == [[0, 0, 0.5, 0.5]] * 2
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        ([[0], [1]], "2 rows for a student of 3 layers; give 3, or one for all"),
+        ([[4]], "no layer 4 in a teacher of 4; possible: 0 to 3, or -1 to -4 from the end"),
+        ([[-5]], "no layer -5 in a teacher of 4"),
+    ],
+)
+def test_chosen_layers_that_are_not_there(layers, said):
+    with pytest.raises(SpecError, match=f"^layers: {said}"):
+        build(4, 3, "chosen", layers=layers)
+
+
+@pytest.mark.parametrize("layers", [[], [[]], [[0], []], [[0.5]]])
+def test_rows_of_chosen_layers_are_not_empty(layers):
+    with pytest.raises(ValidationError):
+        build(4, 3, "chosen", layers=layers)
 
 
 @pytest.mark.parametrize(("t_layer", "layer"), PAIRS)

@@ -1,0 +1,48 @@
+"""Layers chosen by hand."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kava_core.errors import SpecError
+from kava_core.kv.axes import Geometry
+from kava_plugins.layer_mappers import Chosen as Config
+
+
+class Chosen(nn.Module):
+    """Student layer i reads the mean of the teacher layers in row i of ``layers``.
+
+    Raises:
+        SpecError: rows for another number of student layers, or a layer that the teacher does not have.
+    """
+
+    matrix: Float[Tensor, "layer t_layer"]
+
+    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+        super().__init__()
+        rows = config.layers * (student.layer if len(config.layers) == 1 else 1)
+        if len(rows) != student.layer:
+            raise SpecError(
+                f"layers: {len(rows)} rows for a student of {student.layer} layers; "
+                f"give {student.layer}, or one for all"
+            )
+        matrix = torch.zeros(student.layer, teacher.layer)
+        for i, row in enumerate(rows):
+            for j in row:
+                matrix[i, _there(j, teacher.layer)] = 1
+        self.register_buffer("matrix", matrix / matrix.sum(1, keepdim=True), persistent=False)
+
+    def forward(self) -> Float[Tensor, "layer t_layer"]:
+        """The weights; constant, rows sum to 1."""
+        return self.matrix
+
+
+def _there(layer: int, count: int) -> int:
+    if not -count <= layer < count:
+        raise SpecError(
+            f"layers: no layer {layer} in a teacher of {count}; "
+            f"possible: 0 to {count - 1}, or -1 to -{count} from the end"
+        )
+    return layer % count
