@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kava_core.kv.pipeline import KVPipeline, parts_of
+from kava_core.kv.pipeline import KVPipeline
 from kava_core.kv.probe import geometry_of
 from kava_core.registry import Registry
-from kava_core.spec.bind import bind
-from kava_core.spec.model import PipelineSpec
+from kava_core.specfile.bind import bind
+from kava_core.specfile.questions import parts_of
+from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.train.distiller import Distiller, cross_entropy
 from kava_core.train.teacher import Teacher
 

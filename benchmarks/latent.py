@@ -31,8 +31,8 @@ from kava_core.latent.stages import ALWAYS
 from kava_core.latent.student import write_answers
 from kava_core.latent.tokens import LatentTokens, extended
 from kava_core.registry import Registry
-from kava_core.spec.bind import bind
-from kava_core.spec.model import PipelineSpec
+from kava_core.specfile.bind import bind
+from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.train.assemble import make_latent, make_pipeline, make_teachers
 from kava_core.train.distiller import Distiller
 

@@ -64,7 +64,8 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
             *ONE_VARIANT,
             "target=fused",
             "fuser=attention",
-            "losses=[{name: structural, weight: 0.5}, {name: mercator, schedule: cosine}, {name: mse, share: 0.2}]",
+            "losses=[{name: structural, weight: 0.5}, {name: mercator, schedule: cosine},"
+            " {name: mse, share: 0.2}]",
             "teachers.0.align={layer_mapper: learned, dim_projector: elastic}",
             "teachers.1.align={token_warper: char_iou, layer_mapper: cka}",
         ),

@@ -22,7 +22,8 @@ from kava_core.data.chain import chain_examples
 from kava_core.data.collate import Collator
 from kava_core.data.examples import Example, render
 from kava_core.data.tokenizers import train_tokenizer
-from kava_core.spec.model import ChainData, Template, TrainTokenizer
+from kava_core.specfile.sections.data import ChainData, Template
+from kava_core.specfile.sections.models import TrainTokenizer
 
 CHAINS = ChainData(steps=36, modulus=1000, train=256, validation=16)
 TEMPLATE: Template = CHAINS.template

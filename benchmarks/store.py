@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from step import VOCAB, build, config
 
-from kava_core.kv.pipeline import KVPipeline, parts_of
+from kava_core.kv.pipeline import KVPipeline
 from kava_core.kv.probe import geometry_of
 from kava_core.registry import Registry
-from kava_core.spec.bind import bind
+from kava_core.specfile.bind import bind
+from kava_core.specfile.questions import parts_of
 from kava_core.store.codec import encode
 from kava_core.store.index import Layout
 from kava_core.store.reader import VALID, Store

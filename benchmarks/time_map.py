@@ -28,7 +28,8 @@ from kava_core.data.jsonl import read_examples
 from kava_core.kv.axes import Geometry
 from kava_core.kv.timeline import Timeline
 from kava_core.kv.timemap import TimeMap
-from kava_core.spec.model import Template, TrainTokenizer
+from kava_core.specfile.sections.data import Template
+from kava_core.specfile.sections.models import TrainTokenizer
 from kava_plugins.time_warpers import CharIoU, Segment
 
 GEOMETRY = Geometry(layer=1, head=1, dim=1, qhead=1, hidden=1)

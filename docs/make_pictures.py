@@ -26,7 +26,8 @@ from kava_core.kv.stages import weigh
 from kava_core.kv.timeline import Timeline
 from kava_core.protocols import FusionContext
 from kava_core.registry import Registry
-from kava_core.spec.model import Template, TrainTokenizer
+from kava_core.specfile.sections.data import Template
+from kava_core.specfile.sections.models import TrainTokenizer
 
 FOLDER = Path(__file__).parent / "pictures"
 SHADES = "Blues"

@@ -11,7 +11,7 @@ from kava_core import hookspecs
 from kava_core.config import ComponentConfig
 from kava_core.hookspecs import KINDS
 from kava_core.registry import Registry
-from kava_core.spec.model import PipelineSpec
+from kava_core.specfile.sections.pipeline import PipelineSpec
 
 DOCS = Path(__file__).parent
 NOTE = "This page is written by `python docs/make_reference.py`; edit the declarations instead.\n"

@@ -86,7 +86,7 @@ def options(
 @app.command()
 def check(spec: Spec, overrides: Overrides = None) -> None:
     """Check a spec: syntax, schema, plugins, shapes at every stage."""
-    from kava_core.spec.check import check as levels
+    from kava_core.jobs.check import check as levels
 
     for level, found in levels(spec, overrides or ()):
         typer.echo(f"{level:<8} ok   {found}")
@@ -104,8 +104,8 @@ def train(
     ] = None,
 ) -> None:
     """Train, or go on with, every variant and seed of a spec."""
-    from kava_core.spec.load import load
-    from kava_core.spec.variants import chosen_runs, resolve_variants
+    from kava_core.specfile.load import load
+    from kava_core.specfile.variants import chosen_runs, resolve_variants
 
     runs = chosen_runs(resolve_variants(load(spec, overrides or ())), variant, seed)
     from kava_core.train import report
@@ -128,7 +128,7 @@ def experiment(
     ] = None,
 ) -> None:
     """Run all variants and seeds; judge what they show."""
-    from kava_core.spec.load import load
+    from kava_core.specfile.load import load
 
     loaded = load(spec, overrides or ())
     from kava_core.experiment.command import carry_out
@@ -226,8 +226,8 @@ def cache(
     ] = False,
 ) -> None:
     """Run the teachers once and store what training needs of them."""
-    from kava_core.spec.load import load
-    from kava_core.spec.variants import resolve_variants
+    from kava_core.specfile.load import load
+    from kava_core.specfile.variants import resolve_variants
 
     variants = resolve_variants(load(spec, overrides or ()))
     from kava_core.train.cache import cache_all
@@ -257,7 +257,7 @@ def sample(
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
 ) -> None:
     """Let a teacher write several rationales for every example."""
-    from kava_core.spec.load import load
+    from kava_core.specfile.load import load
 
     loaded = load(spec, overrides or ())
     from kava_core.train.sample import Drawing
@@ -283,7 +283,7 @@ def plan(
     ] = 1,
 ) -> None:
     """Show shapes, parameters, memory and cost of a step."""
-    from kava_core.spec.load import load
+    from kava_core.specfile.load import load
 
     loaded = load(spec, overrides or ())
     from kava_core.plan import default_time, make_plan
@@ -303,7 +303,7 @@ def calibrate(
     overrides: Overrides = None,
 ) -> None:
     """Measure which layers resemble each other, and draw it."""
-    from kava_core.spec.load import load
+    from kava_core.specfile.load import load
 
     loaded = load(spec, overrides or ())
     from kava_core.train.calibrate import calibrate as measure
@@ -329,7 +329,7 @@ def profile(
     format: Annotated[Literal["table", "json"], typer.Option("--format", help="How to print.")] = "table",
 ) -> None:
     """Run a batch through every stage of every variant and show what is there."""
-    from kava_core.spec.load import load
+    from kava_core.specfile.load import load
 
     loaded = load(spec, overrides or ())
     from kava_core.profile.command import profile_all
@@ -436,7 +436,7 @@ def schema(
 ) -> None:
     """Print the JSON Schema of specs with what is installed."""
     from kava_core.registry import Registry
-    from kava_core.spec.schema import json_schema
+    from kava_core.specfile.schema import json_schema
 
     text = json.dumps(json_schema(Registry.build()), indent=2, ensure_ascii=False)
     if output is None:

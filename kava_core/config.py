@@ -17,6 +17,9 @@ from kava_core.errors import PluginError
 Part = Literal["keys", "values", "queries"]
 """The three tensors of an attention layer."""
 
+PARTS: tuple[Part, ...] = ("keys", "values", "queries")
+"""All of them, in the order in which they are always listed."""
+
 
 class Strict(BaseModel):
     """Frozen, no unknown fields, no NaN; field docstrings become the documentation of the spec."""

@@ -14,11 +14,13 @@ from kava_core.errors import SpecError
 from kava_core.kv.align_stream import assert_streams
 from kava_core.kv.aligner import TeacherAligner
 from kava_core.kv.axes import Cache, Geometry, meta_cache
-from kava_core.kv.pipeline import Aligned, KVPipeline, active, parts_of
+from kava_core.kv.pipeline import Aligned, KVPipeline
 from kava_core.kv.probe import probe_geometry
 from kava_core.kv.timeline import ANSWER, PROMPT, REASONING, Timeline
 from kava_core.kv.timemap import TimeMap
-from kava_core.spec.model import ModelSpec, PipelineSpec, TrainTokenizer
+from kava_core.specfile.questions import active, parts_of
+from kava_core.specfile.sections.models import ModelSpec, TrainTokenizer
+from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.train.assemble import make_pipeline
 from kava_core.train.models import model_config
 

@@ -23,13 +23,14 @@ from kava_core.kv.aligner import TeacherAligner
 from kava_core.kv.attention_layers import has_rotary
 from kava_core.kv.axes import Cache
 from kava_core.kv.order import Stage
-from kava_core.kv.pipeline import active
 from kava_core.kv.probe import fake_model
 from kava_core.kv.timemap import TimeMap
 from kava_core.plan_memory import LOGIT_BYTES, Kept, kept_by_losses, kept_by_student, largest_block
-from kava_core.spec.model import HubData, ModelSpec, PipelineSpec, StudentSpec, TeacherSpec
+from kava_core.specfile.questions import active, heard, used_teachers, weights_key
+from kava_core.specfile.sections.data import HubData
+from kava_core.specfile.sections.models import ModelSpec, StudentSpec, TeacherSpec
+from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.train import quantize
-from kava_core.train.assemble import heard, used_teachers, weights_key
 from kava_core.train.fsdp import blocks
 from kava_core.train.models import add_lora, model_config
 from kava_core.train.placement import REPLICATED, SHARDED

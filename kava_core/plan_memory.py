@@ -18,7 +18,7 @@ from kava_core.dry_run import DryRun
 from kava_core.kv.axes import Cache
 from kava_core.kv.pipeline import Aligned
 from kava_core.kv.probe import fake_model
-from kava_core.spec.model import PipelineSpec
+from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.train.fsdp import blocks
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

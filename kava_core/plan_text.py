@@ -7,9 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from kava_core.console import size_text
 from kava_core.plan import Plan
-from kava_core.sizes import size_text
-from kava_core.spec.load import LoadedSpec
+from kava_core.specfile.load import LoadedSpec
 
 
 def show(plan: Plan, loaded: LoadedSpec) -> None:

@@ -20,9 +20,9 @@ import pluggy
 
 from kava_core import hookspecs
 from kava_core.config import ComponentConfig
+from kava_core.declarations import fault_of
 from kava_core.errors import PluginError, SpecError, did_you_mean, one_of
 from kava_core.hookspecs import KINDS
-from kava_core.spec.declarations import fault_of
 
 GROUP = "kava"
 """The entry-point group of plugins."""

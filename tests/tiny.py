@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kava_core.registry import Registry
-from kava_core.spec.bind import bind
-from kava_core.spec.model import PipelineSpec
+from kava_core.specfile.bind import bind
+from kava_core.specfile.sections.pipeline import PipelineSpec
 
 
 def llama(**changes: Any) -> dict[str, Any]:

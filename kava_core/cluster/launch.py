@@ -14,10 +14,10 @@ from kava_core.cluster.resources import Resources
 from kava_core.cluster.sbatch import SCRIPT, SPEC, Job, script
 from kava_core.cluster.scheduler import queue, submit
 from kava_core.errors import KavaError, SpecError
-from kava_core.experiment.runs import Planned, planned, state_of
 from kava_core.paths import make_folder
-from kava_core.spec.load import load
-from kava_core.spec.variants import resolve_variants
+from kava_core.runs.state import Planned, planned, state_of
+from kava_core.specfile.load import load
+from kava_core.specfile.variants import resolve_variants
 
 Tell = Callable[[str], object]
 

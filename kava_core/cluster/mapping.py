@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kava_core.errors import KavaError
-from kava_core.experiment.runs import Planned
-from kava_core.spec.model import PipelineSpec
+from kava_core.runs.state import Planned
+from kava_core.specfile.sections.pipeline import PipelineSpec
 
 FOLDER = "slurm"
 """Beside the run directories of a spec; holds a folder for every launch."""

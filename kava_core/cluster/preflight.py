@@ -13,11 +13,11 @@ from kava_core.cluster.present import missing_data, missing_models, offline
 from kava_core.cluster.resources import Resources
 from kava_core.cluster.scheduler import ask
 from kava_core.cluster.size import Size, size_of
+from kava_core.console import size_text
 from kava_core.errors import KavaError
-from kava_core.experiment.runs import Planned
-from kava_core.sizes import size_text
-from kava_core.spec.model import PipelineSpec
-from kava_core.train.rundir import RECORD, read_record
+from kava_core.runs.folder import RECORD, read_record
+from kava_core.runs.state import Planned
+from kava_core.specfile.sections.pipeline import PipelineSpec
 
 GIB = 2**30
 

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from kava_core.errors import KavaError
-from kava_core.spec.model import HubData, ModelSpec, PipelineSpec
+from kava_core.specfile.sections.data import HubData
+from kava_core.specfile.sections.models import ModelSpec
+from kava_core.specfile.sections.pipeline import PipelineSpec
 
 YES = {"1", "ON", "YES", "TRUE"}
 
@@ -40,7 +42,7 @@ def missing_data(specs: Iterable[PipelineSpec], root: Path) -> list[str]:
 
 
 def _models(spec: PipelineSpec) -> tuple[ModelSpec, ...]:
-    from kava_core.train.assemble import used_teachers
+    from kava_core.specfile.questions import used_teachers
 
     return (spec.student, *used_teachers(spec))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kava_core.cluster.mapping import launches, read_mapping
 from kava_core.errors import KavaError
-from kava_core.spec.model import PipelineSpec
+from kava_core.specfile.sections.pipeline import PipelineSpec
 
 PATIENCE = 60
 """Seconds to wait for an answer."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kava_core.spec.model import PipelineSpec
+from kava_core.specfile.sections.pipeline import PipelineSpec
 
 MOMENTS = 2
 """AdamW's numbers for each trained weight."""

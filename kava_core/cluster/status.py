@@ -12,10 +12,10 @@ from typing import Any
 from kava_core.cluster.mapping import Attempt, attempts
 from kava_core.cluster.scheduler import Queued, is_there, queue
 from kava_core.errors import KavaError
-from kava_core.experiment.runs import Planned, failure_of, planned, state_of
-from kava_core.spec.load import load
-from kava_core.spec.variants import resolve_variants
-from kava_core.train.metrics import read_metrics
+from kava_core.runs.metrics import read_metrics
+from kava_core.runs.state import Planned, failure_of, planned, state_of
+from kava_core.specfile.load import load
+from kava_core.specfile.variants import resolve_variants
 
 RECENT = 20
 """Lines of ``metrics.jsonl`` over which the pace is taken."""

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from kava_core.data.examples import Example
 from kava_core.errors import SpecError
-from kava_core.spec.model import ChainData
+from kava_core.specfile.sections.data import ChainData
 
 Choice = TypeVar("Choice")
 

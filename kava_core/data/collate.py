@@ -17,7 +17,7 @@ from kava_core.data.encode import NO_LABEL, Encoded, LossOn, encode_all, prompt_
 from kava_core.data.examples import Example, Text, render, without_last_step
 from kava_core.errors import SpecError
 from kava_core.kv.timeline import NOWHERE
-from kava_core.spec.model import Template
+from kava_core.specfile.sections.data import Template
 
 Side = dict[str, Any]
 """``input_ids``, ``attention_mask``, ``segments``: [batch, time]; ``spans``: [batch, time, 2]. The student's

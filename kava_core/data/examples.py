@@ -9,7 +9,7 @@ from decimal import Decimal
 from typing import Any, Literal
 
 from kava_core.errors import SpecError, did_you_mean, one_of
-from kava_core.spec.model import Template
+from kava_core.specfile.sections.data import Template
 
 Field = Literal["prompt", "reasoning", "answer"]
 

@@ -8,7 +8,7 @@ from typing import Any
 from kava_core.data.examples import Example
 from kava_core.data.jsonl import READERS
 from kava_core.errors import SpecError
-from kava_core.spec.model import HubData
+from kava_core.specfile.sections.data import HubData
 
 
 def hub_examples(data: HubData) -> tuple[list[Example], list[Example]]:

@@ -13,7 +13,7 @@ from kava_core.data.examples import Example, from_fields
 from kava_core.data.gsm8k import from_gsm8k
 from kava_core.data.pal import from_pal
 from kava_core.errors import SpecError
-from kava_core.spec.model import JsonlData
+from kava_core.specfile.sections.data import JsonlData
 
 READERS: dict[str, Callable[..., Example]] = {
     "fields": from_fields,

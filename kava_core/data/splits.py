@@ -16,7 +16,7 @@ from kava_core.data.chain import chain_examples
 from kava_core.data.examples import Example
 from kava_core.data.hub import hub_examples
 from kava_core.data.jsonl import jsonl_examples
-from kava_core.spec.model import ChainData, HubData, JsonlData
+from kava_core.specfile.sections.data import ChainData, HubData, JsonlData
 
 GRAM = 13
 """Words in a row that count as contamination (GPT-3, arXiv 2005.14165, appendix C)."""

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from kava_core.data import trainers
 from kava_core.errors import KavaError, SpecError
-from kava_core.spec.model import ModelSpec, TrainTokenizer
+from kava_core.specfile.sections.models import ModelSpec, TrainTokenizer
 
 
 def load_tokenizer(

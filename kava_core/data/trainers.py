@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from kava_core.errors import SpecError
-from kava_core.spec.model import TrainTokenizer
+from kava_core.specfile.sections.models import TrainTokenizer
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 

@@ -18,10 +18,10 @@ from kava_core.data.splits import Splits, load_splits, split_hash
 from kava_core.errors import SpecError
 from kava_core.evaluation.student import Student
 from kava_core.paths import make_folder
+from kava_core.runs.folder import environment, write_json
 from kava_core.train.answers import Answers
 from kava_core.train.facts import file_hash
 from kava_core.train.room import assert_room_to_write
-from kava_core.train.rundir import environment, write_json
 
 LEVEL = 1.959963984540054
 """Of a 95 % interval, in standard deviations."""

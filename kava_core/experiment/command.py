@@ -14,13 +14,13 @@ from kava_core.experiment.conduct import LOG, conduct, train_command
 from kava_core.experiment.declared import declare
 from kava_core.experiment.gather import gather
 from kava_core.experiment.progress import Watch
-from kava_core.experiment.runs import Planned, failure_of, planned, state_of
 from kava_core.experiment.tables import means, told
-from kava_core.spec.check import check_chains, dry_runs
-from kava_core.spec.compare import CompareSpec
-from kava_core.spec.load import LoadedSpec
-from kava_core.spec.variants import resolve_variants, treatment
-from kava_core.train.rundir import RECORD, read_record
+from kava_core.jobs.check import check_chains, dry_runs
+from kava_core.runs.folder import RECORD, read_record
+from kava_core.runs.state import Planned, failure_of, planned, state_of
+from kava_core.specfile.load import LoadedSpec
+from kava_core.specfile.sections.compare import CompareSpec
+from kava_core.specfile.variants import resolve_variants, treatment
 
 
 def carry_out(loaded: LoadedSpec, spec: Path, overrides: Sequence[str], *, jobs: int | None) -> list[Planned]:
@@ -71,7 +71,7 @@ def _devices() -> int:
 
 
 def _show(folder: Path, failed: Sequence[Planned]) -> None:
-    from kava_core.train.report import print_whole
+    from kava_core.console import print_whole
 
     console = Console()
     experiment = gather(folder)

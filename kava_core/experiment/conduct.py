@@ -15,8 +15,8 @@ from typing import Any
 
 from kava_core.errors import Preempted
 from kava_core.experiment.progress import Watch
-from kava_core.experiment.runs import Planned, failure_of, state_of
-from kava_core.train.rundir import FAILURE, note_failure
+from kava_core.runs.folder import FAILURE, note_failure
+from kava_core.runs.state import Planned, failure_of, state_of
 
 LOG = "log.txt"
 POLL = 0.2

@@ -11,9 +11,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from kava_core.errors import CheckpointError
-from kava_core.experiment.runs import Planned, state_of
-from kava_core.spec.compare import CompareSpec
-from kava_core.train.rundir import write_json
+from kava_core.runs.folder import write_json
+from kava_core.runs.state import Planned, state_of
+from kava_core.specfile.sections.compare import CompareSpec
 
 FILE = "experiment.json"
 

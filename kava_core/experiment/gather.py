@@ -12,10 +12,10 @@ from typing import Any
 
 from kava_core.errors import CheckpointError, KavaError, SpecError
 from kava_core.experiment import declared
-from kava_core.experiment.runs import State, failure_of, state_of
-from kava_core.spec.compare import DIRECTIONS, STEPS, TO_TARGET, CompareSpec
-from kava_core.train.metrics import read_metrics
-from kava_core.train.rundir import RECORD, STORE, read_record
+from kava_core.runs.folder import RECORD, STORE, read_record
+from kava_core.runs.metrics import read_metrics
+from kava_core.runs.state import State, failure_of, state_of
+from kava_core.specfile.sections.compare import DIRECTIONS, STEPS, TO_TARGET, CompareSpec
 
 BUDGETS = ("student_tokens", "teacher_tokens", "flops")
 

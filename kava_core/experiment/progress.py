@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from kava_core.experiment.runs import Planned
+from kava_core.runs.state import Planned
 
 ENOUGH = 65_536
 """Bytes of a metrics file that are sure to hold its last line."""

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from kava_core.experiment.gather import BUDGETS, Experiment, Run, value_of
 from kava_core.experiment.verdict import helps, judge, steps_for_equal_flops, unjudged
-from kava_core.spec.compare import CompareSpec
+from kava_core.specfile.sections.compare import CompareSpec
 
 
 def means(experiment: Experiment) -> Table:

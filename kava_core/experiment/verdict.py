@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from kava_core.experiment.gather import BUDGETS, Experiment, Run, most_spent, value_of
 from kava_core.experiment.statistics import FEW, Paired, bonferroni, bootstrap, holm, paired
-from kava_core.spec.compare import TO_TARGET, CompareSpec, Control
+from kava_core.specfile.sections.compare import TO_TARGET, CompareSpec, Control
 
 SIGNIFICANT = 0.05
 

@@ -20,7 +20,7 @@ from kava_core.kv.time_plan import TimePlan
 from kava_core.kv.timeline import Timeline
 from kava_core.kv.timemap import TimeMap
 from kava_core.protocols import Calibrated, Evictor
-from kava_core.spec.model import AlignSpec
+from kava_core.specfile.sections.align import AlignSpec
 
 AXES = "batch layer head time dim"
 

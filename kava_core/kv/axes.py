@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kava_core.config import Part
+from kava_core.config import PARTS, Part
 
 VOCABULARY = frozenset(
     {
@@ -23,8 +23,6 @@ VOCABULARY = frozenset(
     }
 )
 """Every axis name that may stand in an annotation or an einops pattern."""
-
-PARTS: tuple[Part, ...] = ("keys", "values", "queries")
 
 
 @dataclass(frozen=True)

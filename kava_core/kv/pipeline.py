@@ -15,7 +15,7 @@ from kava_core import shapecheck
 from kava_core.config import KVLossConfig, Part
 from kava_core.errors import SpecError
 from kava_core.kv.aligner import TeacherAligner
-from kava_core.kv.axes import PARTS, Cache, Geometry
+from kava_core.kv.axes import Cache, Geometry
 from kava_core.kv.extents import expect
 from kava_core.kv.finite import assert_finite
 from kava_core.kv.per_layer import at_layer
@@ -24,7 +24,8 @@ from kava_core.kv.stages import blame, fuse, measure, weigh
 from kava_core.kv.timeline import Timeline
 from kava_core.kv.timemap import TimeMap
 from kava_core.protocols import Chooses, FusionContext, ObservesCaches, Regularised
-from kava_core.spec.model import PipelineSpec
+from kava_core.specfile.questions import active, layers_of, looked_at, parts_of
+from kava_core.specfile.sections.pipeline import PipelineSpec
 
 ROUTER = "router"
 """Name of the term that a fuser adds to the loss."""
@@ -51,34 +52,6 @@ class Beside:
     """The task label of every example."""
 
 
-def looked_at(spec: PipelineSpec, student: Geometry) -> tuple[int, ...]:
-    """Student layers that some loss of weight > 0 looks at, ascending."""
-    return tuple(sorted({layer for loss in active(spec) for layer in layers_of(loss, student)}))
-
-
-def layers_of(loss: KVLossConfig, student: Geometry) -> list[int]:
-    """A loss's student layers, counted from 0. SpecError where one does not exist."""
-    if loss.layers == "all":
-        return list(range(student.layer))
-    outside = [layer for layer in loss.layers if not -student.layer <= layer < student.layer]
-    if outside:
-        raise SpecError(
-            f"loss {loss.name!r}: layers {outside}: the student has layers 0 to {student.layer - 1}"
-        )
-    return sorted({layer % student.layer for layer in loss.layers})
-
-
-def active(spec: PipelineSpec) -> list[KVLossConfig]:
-    """The losses with a weight above 0."""
-    return [loss for loss in spec.losses if loss.weight > 0]
-
-
-def parts_of(spec: PipelineSpec) -> tuple[Part, ...]:
-    """The parts some active loss compares, in the fixed order."""
-    wanted = {part for loss in active(spec) for part in loss.parts}
-    return tuple(part for part in PARTS if part in wanted)
-
-
 class KVPipeline(nn.Module):
     """Every trainable and calibrated part of the distillation beside the student.
 
@@ -95,7 +68,7 @@ class KVPipeline(nn.Module):
 
     def __init__(self, spec: PipelineSpec, *, teachers: Mapping[str, Geometry], student: Geometry) -> None:
         super().__init__()
-        self.layers = looked_at(spec, student)
+        self.layers = looked_at(spec, student.layer)
         self.separate = spec.target == "separate"
         self.names, self.parts, self.hidden = tuple(teachers), parts_of(spec), student.hidden
         self.aligners = nn.ModuleList(
@@ -151,7 +124,7 @@ class KVPipeline(nn.Module):
 
     def _compared_rows(self, config: KVLossConfig, student: Geometry) -> list[int]:
         """Places, among the compared layers, of those the loss looks at."""
-        wanted = layers_of(config, student)
+        wanted = layers_of(config, student.layer)
         if self.teachers[0].view.layer == len(self.layers):
             return [self.layers.index(layer) for layer in wanted]
         if len(wanted) < len(self.layers):

@@ -12,7 +12,7 @@ from kava_core.kv.stages import blame, plan_time
 from kava_core.kv.timeline import Timeline
 from kava_core.kv.timemap import TimeMap
 from kava_core.protocols import Evictor
-from kava_core.spec.model import AlignSpec
+from kava_core.specfile.sections.align import AlignSpec
 
 
 class TimePlan(nn.Module):

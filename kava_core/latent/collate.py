@@ -18,7 +18,7 @@ from kava_core.data.examples import Example, Text, render
 from kava_core.errors import SpecError
 from kava_core.kv.timeline import REASONING
 from kava_core.latent.stages import ALWAYS, step_of_tokens
-from kava_core.spec.model import LatentSpec
+from kava_core.specfile.sections.latent import LatentSpec
 
 BEGIN, END = "<bot>", "<eot>"
 """Tokens before and after the latent ones (begin and end of thought, as in Coconut, arXiv 2412.06769)."""

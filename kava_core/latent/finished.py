@@ -12,17 +12,23 @@ from accelerate.utils import send_to_device
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from kava_core.console import quiet
 from kava_core.data.dataset import nearly_equal
 from kava_core.errors import CheckpointError, SpecError
-from kava_core.kv.pipeline import active
 from kava_core.latent.exported import load_latents
-from kava_core.spec.model import PipelineSpec, TeacherSpec
-from kava_core.train import checkpoint
-from kava_core.train.assemble import Data, make_data, make_distiller, used_teachers
+from kava_core.runs import checkpoint
+from kava_core.runs.finished import (
+    finished_record,
+    finished_spec,
+    from_folder,
+    trained_student,
+    verify_student,
+)
+from kava_core.specfile.questions import active, used_teachers
+from kava_core.specfile.sections.models import TeacherSpec
+from kava_core.specfile.sections.pipeline import PipelineSpec
+from kava_core.train.assemble import Data, make_data, make_distiller
 from kava_core.train.distiller import Distiller
-from kava_core.train.export import finished_record, verify_student
-from kava_core.train.finished import finished_spec, from_folder, trained_student
-from kava_core.train.run import quiet
 from kava_core.train.time_plans import PlansTime
 from kava_core.train.weights import ALIGNER_FILE
 

@@ -13,14 +13,14 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from kava_core.console import print_whole
 from kava_core.data.examples import Example
 from kava_core.latent.cosine_map import Maps, Sums, comparable, cosine_maps
 from kava_core.latent.cosine_picture import draw_cosines
 from kava_core.latent.decoded import likely_tokens, slot_logits, written_tokens
 from kava_core.latent.finished import FinishedRun, finished_run
 from kava_core.paths import make_folder
-from kava_core.train.report import print_whole
-from kava_core.train.rundir import write_json
+from kava_core.runs.folder import write_json
 
 SHOWN = 4
 """Examples that are printed; all of them are in the file."""

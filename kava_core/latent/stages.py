@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from kava_core.data.encode import NO_LABEL
-from kava_core.spec.model import LatentSpec
+from kava_core.specfile.sections.latent import LatentSpec
 
 ALWAYS = -1
 """The step of tokens that belong to no step."""

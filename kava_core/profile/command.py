@@ -11,6 +11,7 @@ from typing import Literal
 
 from rich.console import Console
 
+from kava_core.console import print_whole, quiet
 from kava_core.errors import SpecError
 from kava_core.paths import make_folder
 from kava_core.profile.picture import draw
@@ -18,12 +19,10 @@ from kava_core.profile.profile import Profile, Wanted, profile
 from kava_core.profile.signs import signs
 from kava_core.profile.subject import compares, refuse
 from kava_core.profile.tables import show, show_verdict, side_by_side
-from kava_core.spec.load import LoadedSpec
-from kava_core.spec.model import PipelineSpec
-from kava_core.spec.variants import MAIN, resolve_variants
-from kava_core.train.report import print_whole
-from kava_core.train.run import quiet
-from kava_core.train.rundir import write_json
+from kava_core.runs.folder import write_json
+from kava_core.specfile.load import LoadedSpec
+from kava_core.specfile.sections.pipeline import PipelineSpec
+from kava_core.specfile.variants import MAIN, resolve_variants
 
 
 def profile_all(

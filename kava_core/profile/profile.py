@@ -16,8 +16,8 @@ from kava_core.profile.layers import Entropy, TeacherLayers, own_entropy, teache
 from kava_core.profile.stages import Cost, Stage, costs, stages
 from kava_core.profile.subject import Subject, make_subject
 from kava_core.registry import Registry
-from kava_core.spec.compare import CompareSpec, control_changes
-from kava_core.spec.model import PipelineSpec
+from kava_core.specfile.sections.compare import CompareSpec, control_changes
+from kava_core.specfile.sections.pipeline import PipelineSpec
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,12 @@ from kava_core.kv.aligner import TeacherAligner
 from kava_core.kv.axes import PARTS, Cache
 from kava_core.kv.capture import Capture
 from kava_core.kv.masks import without_autocast
-from kava_core.kv.pipeline import KVPipeline, active, precise
+from kava_core.kv.pipeline import KVPipeline, precise
 from kava_core.kv.probe import geometry_of
 from kava_core.kv.rope import Rotation
 from kava_core.kv.timeline import Timeline
-from kava_core.spec.model import PipelineSpec
+from kava_core.specfile.questions import active
+from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.train import run
 from kava_core.train.assemble import Data, make_data, make_distiller
 from kava_core.train.distiller import Distiller

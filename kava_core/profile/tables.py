@@ -9,10 +9,10 @@ from statistics import fmean
 from rich.console import Console
 from rich.table import Table
 
+from kava_core.console import print_whole
 from kava_core.profile.gate import ARMS, Gate
 from kava_core.profile.profile import Profile
 from kava_core.profile.stages import CAPTURED, PLAN, STEP, STUDENT
-from kava_core.train.report import print_whole
 
 LEFT = {"variant", "teacher", "part", "stage", "shape", "dtype", "gate", "of"}
 

@@ -19,7 +19,7 @@ from kava_core.report.drawing import Style, picture
 from kava_core.report.found import Found, read_object
 from kava_core.report.gallery import gallery
 from kava_core.report.text import shorten, written
-from kava_core.train.rundir import MAPS, TOKENS
+from kava_core.runs.folder import MAPS, TOKENS
 
 TITLE = "Attention"
 LABELLED = 32

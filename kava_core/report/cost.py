@@ -17,7 +17,7 @@ from kava_core.report.blocks import Block, Gallery, Paragraph, Picture, Section,
 from kava_core.report.drawing import Style, axes, handle, legend, looks, picture, spread_wide
 from kava_core.report.found import Found
 from kava_core.report.text import amount, plain, words, written
-from kava_core.spec.compare import STEPS
+from kava_core.specfile.sections.compare import STEPS
 
 GIB = 2**30
 

@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 from kava_core.errors import CheckpointError, KavaError
 from kava_core.experiment.gather import Experiment, Run, gather, value_of
 from kava_core.experiment.verdict import Verdict, comparisons, judge
-from kava_core.spec.compare import CompareSpec
+from kava_core.specfile.sections.compare import CompareSpec
 
 Curve = list[tuple[int, float]]
 """Steps and values, in the order of the steps."""

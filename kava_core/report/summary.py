@@ -7,12 +7,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import get_args
 
-from kava_core.experiment.runs import State
 from kava_core.experiment.verdict import Verdict, helps, steps_for_equal_flops, unjudged
 from kava_core.report.blocks import Block, Card, Cards, Paragraph, Section, Tiles, Tone
 from kava_core.report.compared import uneven
 from kava_core.report.found import Found
 from kava_core.report.text import counted, plain, seeds, words
+from kava_core.runs.state import State
 
 TONES: dict[str, Tone] = {
     "better": "good",

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from string import Template
 
+from kava_core.declarations import RESERVED
 from kava_core.errors import KavaError, SpecError, did_you_mean, one_of
 from kava_core.hookspecs import KINDS
 from kava_core.registry import Registry
-from kava_core.spec.declarations import RESERVED
 
 TEMPLATES = Path(__file__).parent / "templates"
 

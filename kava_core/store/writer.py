@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kava_core.errors import KavaError
+from kava_core.runs.folder import write_json
 from kava_core.store.index import INDEX, Index, Ingredients, Layout, ShardRecord, shard_record
-from kava_core.train.rundir import write_json
 
 MIB = 2**20
 

@@ -15,8 +15,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from kava_core.config import ComponentConfig
+from kava_core.declarations import fault_of
 from kava_core.errors import KavaError
-from kava_core.spec.declarations import fault_of
 from kava_core.testing.geometries import GEOMETRIES, Sides
 from kava_core.testing.require import require, require_same
 from kava_core.testing.tensors import changed, tensors_in

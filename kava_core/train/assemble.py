@@ -24,14 +24,16 @@ from kava_core.errors import CheckpointError, SpecError
 from kava_core.kv.aligner import TeacherAligner
 from kava_core.kv.axes import Geometry
 from kava_core.kv.eviction import Eviction
-from kava_core.kv.pipeline import KVPipeline, active, parts_of
+from kava_core.kv.pipeline import KVPipeline
 from kava_core.kv.probe import geometry_of, probe_geometry
 from kava_core.kv.unused import freeze_unused
 from kava_core.latent.collate import LatentCollator, with_thought_tokens
 from kava_core.latent.tokens import LatentTokens
 from kava_core.paths import cache_folder
 from kava_core.protocols import Rewarded
-from kava_core.spec.model import ModelSpec, PipelineSpec, TeacherSpec
+from kava_core.specfile.questions import active, felt, heard, parts_of, used_teachers, weights_key
+from kava_core.specfile.sections.models import ModelSpec, TeacherSpec
+from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.store.index import PROJECTORS
 from kava_core.store.reader import Store
 from kava_core.train.distiller import Distiller, Latent
@@ -81,28 +83,6 @@ class Data:
         kept = {name: split_hash(items.examples) for name, items in sides.items()}
         more = {"too_long": dropped, "kept": kept, "prompt_prefix_mismatches": mismatches}
         return self.splits.report() | more
-
-
-def used_teachers(spec: PipelineSpec) -> tuple[Any, ...]:
-    """The spec's teachers that run: all with KV losses, else those whose logits are distilled, or none."""
-    if active(spec):
-        return spec.teachers
-    asked = (*heard(spec), felt(spec))
-    return tuple(t for t in spec.teachers if t.name in asked or (t.itself and t.itself.cross_entropy))
-
-
-def heard(spec: PipelineSpec) -> tuple[str, ...]:
-    """Names of the teachers whose logits are distilled."""
-    if spec.logits is None or spec.logits.weight == 0:
-        return ()
-    return spec.logits.teachers or tuple(teacher.name for teacher in spec.teachers)
-
-
-def felt(spec: PipelineSpec) -> str | None:
-    """Name of the teacher whose hidden states are distilled."""
-    if spec.codi is None or spec.codi.weight == 0:
-        return None
-    return spec.codi.teacher or spec.teachers[0].name
 
 
 def tokenizer_of(model: ModelSpec, splits: Splits, template: Any, *, where: str) -> PreTrainedTokenizerBase:
@@ -322,11 +302,6 @@ def load_teachers(spec: PipelineSpec, data: Data, student: Any = None) -> dict[s
             loaded[key] = load_model(teacher, tokenizer, seed=0, where=f"teacher {teacher.name!r}")
         models[teacher.name] = loaded[key]
     return models
-
-
-def weights_key(teacher: TeacherSpec) -> str:
-    """The same for teachers with the same weights, and only for them."""
-    return teacher.model_dump_json(exclude={"name", "align", "template", "rationale", "last_step", "itself"})
 
 
 def _reading_distiller(

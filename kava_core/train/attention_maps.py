@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from kava_core.kv.attention_layers import unwrapped
-from kava_core.train.rundir import MAPS, TOKENS, write_json
+from kava_core.runs.folder import MAPS, TOKENS, write_json
 
 LAYERS, LONGEST = 3, 64
 """Layers that are kept, evenly from the first to the last, and tokens."""

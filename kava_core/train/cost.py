@@ -9,13 +9,14 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from kava_core.dry_run import dry_run, sized_config
-from kava_core.kv.pipeline import KVPipeline, active
+from kava_core.kv.pipeline import KVPipeline
 from kava_core.plan import alignment_flops, forward_flops
-from kava_core.spec.model import PipelineSpec
+from kava_core.runs.folder import STORE
+from kava_core.runs.metrics import read_metrics
+from kava_core.specfile.questions import active
+from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.train.assemble import Data, config_geometries
 from kava_core.train.ledger import HEAD, STUDENT
-from kava_core.train.metrics import read_metrics
-from kava_core.train.rundir import STORE
 from kava_core.train.stored import key_of
 
 SHORT = 8

@@ -43,7 +43,8 @@ from kava_core.latent.student import (
 )
 from kava_core.latent.tokens import LatentTokens
 from kava_core.protocols import Chooses, Rewarded
-from kava_core.spec.model import CodiSpec, LatentSpec, LogitsSpec
+from kava_core.specfile.sections.latent import LatentSpec
+from kava_core.specfile.sections.losses import CodiSpec, LogitsSpec
 from kava_core.store.reader import target_of
 from kava_core.train.counts import LABELLED, READ, TOKENS, counts
 from kava_core.train.latent_terms import CODI, READING, STEPS, codi, step_cross_entropy

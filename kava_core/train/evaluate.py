@@ -19,14 +19,15 @@ from kava_core.data.collate import Collator
 from kava_core.data.dataset import EncodedDataset, nearly_equal
 from kava_core.data.examples import is_correct
 from kava_core.latent.student import Control
-from kava_core.spec.model import EvaluateSpec, Template
+from kava_core.runs.folder import write_json
+from kava_core.specfile.sections.data import Template
+from kava_core.specfile.sections.training import EvaluateSpec
 from kava_core.train.answers import Answers
 from kava_core.train.collapse import EXAMPLES as WATCHED
 from kava_core.train.collapse import CollapseMonitor
 from kava_core.train.counts import EXAMPLES, LABELLED, READ, TOKENS
 from kava_core.train.distiller import LOGITS, Distiller
 from kava_core.train.latent_terms import CODI, READING, STEPS
-from kava_core.train.rundir import write_json
 from kava_core.train.shares import shares
 from kava_core.train.spreads import spreads
 from kava_core.train.time_plans import PlansTime

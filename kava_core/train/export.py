@@ -11,13 +11,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from kava_core.errors import CheckpointError, KavaError, SpecError
+from kava_core.errors import CheckpointError, KavaError
 from kava_core.kv.probe import ENCODER
 from kava_core.latent.exported import SHAPE, save_latents
 from kava_core.latent.tokens import LatentTokens
-from kava_core.train import checkpoint
+from kava_core.runs import checkpoint
+from kava_core.runs.finished import finished_record, verify_student
 from kava_core.train.denoise import Denoiser
-from kava_core.train.rundir import RECORD, read_record
 
 TEXT, LATENT = "transformers.AutoModelForCausalLM", "kava_core.latent.exported.LatentStudent"
 ENCODERS = "transformers.AutoModelForTextEncoding"
@@ -104,13 +104,6 @@ def _reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def verify_student(student: Path) -> None:
-    """CheckpointError where the student is not what training saved."""
-    if not student.is_dir():
-        raise CheckpointError(f"{student}: missing, though the run is complete")
-    checkpoint.verify(student)
-
-
 def loader(student: Path) -> str:
     """The class that loads a saved student."""
     if (student / SHAPE).exists():
@@ -118,17 +111,6 @@ def loader(student: Path) -> str:
     return (
         ENCODERS if json.loads((student / "config.json").read_text(encoding="utf-8")).get(ENCODER) else TEXT
     )
-
-
-def finished_record(run: Path) -> dict[str, Any]:
-    """The record of a finished run; SpecError where it is none."""
-    file = run / RECORD
-    if not file.is_file():
-        raise SpecError(f"{run}: not a run directory (no {RECORD})")
-    record = read_record(file)
-    if record.get("status") != "complete":
-        raise SpecError(f"{run}: the run is not finished; train it to its end first")
-    return record
 
 
 def _card(run: Path, record: dict[str, Any]) -> str:

@@ -6,10 +6,11 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from kava_core.spec.check import used_components
-from kava_core.spec.model import ModelSpec, PipelineSpec
+from kava_core.runs.folder import RECORD, read_record
+from kava_core.specfile.questions import used_components
+from kava_core.specfile.sections.models import ModelSpec
+from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.train.models import model_config
-from kava_core.train.rundir import RECORD, read_record
 from kava_core.versions import distributor
 
 

@@ -29,8 +29,10 @@ from kava_core.kv.time_plan import TimePlan
 from kava_core.kv.timeline import Timeline
 from kava_core.kv.timemap import TimeMap
 from kava_core.protocols import Measured
-from kava_core.spec.model import PipelineSpec, TeacherSpec
-from kava_core.train.assemble import Data, used_teachers
+from kava_core.specfile.questions import used_teachers
+from kava_core.specfile.sections.models import TeacherSpec
+from kava_core.specfile.sections.pipeline import PipelineSpec
+from kava_core.train.assemble import Data
 from kava_core.train.map_files import assert_same_models, is_current, models_of, subject_of, write_map
 from kava_core.train.models import load_model, load_student
 

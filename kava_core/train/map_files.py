@@ -15,10 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from kava_core.config import ComponentConfig
 from kava_core.data.splits import split_hash
 from kava_core.errors import KavaError, SpecError
-from kava_core.spec.model import ModelSpec, PipelineSpec, TeacherSpec
+from kava_core.runs.folder import write_json
+from kava_core.specfile.sections.models import ModelSpec, TeacherSpec
+from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.train.assemble import Data
 from kava_core.train.facts import model_facts
-from kava_core.train.rundir import write_json
 from kava_core.versions import versions
 
 Subject = dict[str, Any]

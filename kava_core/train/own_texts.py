@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kava_core.data.collate import Collator, Item
 from kava_core.data.examples import Example, Text, split_written
-from kava_core.spec.model import OnlineSpec
+from kava_core.specfile.sections.training import OnlineSpec
 from kava_core.train.distiller import Distiller
 from kava_core.train.ledger import HEAD, STUDENT, Ledger
 from kava_core.train.time_plans import Collate

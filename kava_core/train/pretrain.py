@@ -13,17 +13,10 @@ from typing import Any
 from kava_core.data.examples import Example
 from kava_core.data.splits import Splits, fingerprint, load_splits, split_hash
 from kava_core.paths import cache_folder
-from kava_core.spec.model import (
-    DataSpec,
-    EvaluateSpec,
-    ModelSpec,
-    PipelineSpec,
-    Pretrain,
-    StudentSpec,
-    TrainSpec,
-    TrainTokenizer,
-    changed_data,
-)
+from kava_core.specfile.sections.data import DataSpec, changed_data
+from kava_core.specfile.sections.models import ModelSpec, Pretrain, StudentSpec, TrainTokenizer
+from kava_core.specfile.sections.pipeline import PipelineSpec
+from kava_core.specfile.sections.training import EvaluateSpec, TrainSpec
 from kava_core.train.assemble import tokenizer_of
 
 

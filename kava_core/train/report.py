@@ -8,14 +8,14 @@ from statistics import mean
 from typing import Any
 
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 
+from kava_core.console import print_whole
+from kava_core.runs.folder import RECORD, read_record
+from kava_core.runs.metrics import read_metrics
 from kava_core.train.collapse import PREFIX
 from kava_core.train.latent_terms import CODI, READING, STEPS
-from kava_core.train.metrics import read_metrics
 from kava_core.train.run import Result
-from kava_core.train.rundir import RECORD, read_record
 
 
 def show(results: Sequence[Result]) -> None:
@@ -65,13 +65,6 @@ def warnings(results: Sequence[Result]) -> list[str]:
         for result, share in shares
         if share > ABSORBED
     ]
-
-
-def print_whole(shown: Table, console: Console) -> None:
-    """Print a table with every word whole, also where it is wider than the terminal."""
-    needed = Measurement.get(console, console.options.update(max_width=10_000), shown).maximum
-    console.width = max(console.width, needed)
-    console.print(shown)
 
 
 def table(results: Sequence[Result]) -> Table:

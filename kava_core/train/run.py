@@ -22,14 +22,18 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
+from kava_core.console import quiet
 from kava_core.data.collate import Collator
 from kava_core.data.splits import load_splits
 from kava_core.errors import Preempted, SpecError
 from kava_core.plan import step_passes
 from kava_core.protocols import ObservesTeachers
-from kava_core.spec.model import ModelSpec, PipelineSpec
-from kava_core.train import checkpoint
-from kava_core.train.assemble import Data, make_data, make_distiller, used_teachers
+from kava_core.runs import checkpoint
+from kava_core.runs.folder import FAILURE, RunDir
+from kava_core.specfile.questions import used_teachers
+from kava_core.specfile.sections.models import ModelSpec
+from kava_core.specfile.sections.pipeline import PipelineSpec
+from kava_core.train.assemble import Data, make_data, make_distiller
 from kava_core.train.attention_maps import keep_attention
 from kava_core.train.callbacks import (
     EndComplete,
@@ -50,7 +54,6 @@ from kava_core.train.models import compile_forward, positions
 from kava_core.train.own_texts import KeepsExamples, OwnTexts
 from kava_core.train.placement import SHARDED
 from kava_core.train.pretrain import pretraining_name, pretraining_report, pretraining_spec
-from kava_core.train.rundir import FAILURE, RunDir
 from kava_core.train.shares import set_weights
 from kava_core.train.stored import with_store
 from kava_core.train.time_plans import PlansTime
@@ -351,22 +354,6 @@ def _calibration_batches(
     with torch.random.fork_rng(devices=[]):
         for batch in DataLoader(some, spec.train.batch_size, collate_fn=collate):
             yield send_to_device(batch, device)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """transformers' own chatter off; kava reports what matters."""
-    from transformers.utils import logging
-
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _finish(trainer: KavaTrainer, folder: RunDir, data: Data, spec: PipelineSpec) -> None:

@@ -17,13 +17,15 @@ from kava_core.data.splits import split_hash
 from kava_core.errors import SpecError
 from kava_core.kv.aligner import TeacherAligner
 from kava_core.kv.axes import Geometry
-from kava_core.kv.pipeline import KVPipeline, parts_of
-from kava_core.spec.check import used_components
-from kava_core.spec.model import PipelineSpec, StoreSpec, TeacherSpec
+from kava_core.kv.pipeline import KVPipeline
+from kava_core.runs import checkpoint
+from kava_core.specfile.questions import parts_of, used_components, used_teachers
+from kava_core.specfile.sections.models import TeacherSpec
+from kava_core.specfile.sections.pipeline import PipelineSpec
+from kava_core.specfile.sections.training import StoreSpec
 from kava_core.store.index import FORMAT, MAPS, Ingredients, Layout, differences, digest, nearest, read_index
 from kava_core.store.reader import Store
-from kava_core.train import checkpoint
-from kava_core.train.assemble import Data, config_geometries, config_geometry, make_pipeline, used_teachers
+from kava_core.train.assemble import Data, config_geometries, config_geometry, make_pipeline
 from kava_core.train.facts import file_hash
 from kava_core.train.layer_maps import wants_measuring
 from kava_core.train.map_files import models_of, tokenizer_hash

@@ -26,7 +26,7 @@ from transformers.trainer import SCHEDULER_NAME
 
 from kava_core.errors import CheckpointError, KavaError, NonFiniteError, SpecError
 from kava_core.latent.stages import latents_at
-from kava_core.train import checkpoint
+from kava_core.runs import checkpoint
 from kava_core.train.distiller import Distiller
 from kava_core.train.evaluate import Evaluator
 from kava_core.train.fsdp import (

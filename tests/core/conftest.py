@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from kava_core.errors import SpecError
-from kava_core.spec.load import load
-from kava_core.spec.variants import resolve_variants
+from kava_core.specfile.load import load
+from kava_core.specfile.variants import resolve_variants
 
 MINIMAL = Path(__file__).parent / "minimal_spec.yaml"
 

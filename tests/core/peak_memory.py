@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from kava_core.dry_run import timeline
-from kava_core.kv.pipeline import parts_of
 from kava_core.kv.probe import geometry_of
+from kava_core.specfile.questions import parts_of
 from kava_core.train.assemble import make_pipeline
 from kava_core.train.distiller import Distiller
 from kava_core.train.models import add_lora

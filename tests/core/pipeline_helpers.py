@@ -11,7 +11,8 @@ from torch import Tensor
 from kava_core.config import ComponentConfig, KVLossConfig, Part
 from kava_core.kv.axes import Cache, Geometry
 from kava_core.kv.timeline import ANSWER, NOWHERE, PROMPT, REASONING, Timeline
-from kava_core.spec.model import AlignSpec, PipelineSpec
+from kava_core.specfile.sections.align import AlignSpec
+from kava_core.specfile.sections.pipeline import PipelineSpec
 from tests import tiny
 
 STUDENT = Geometry(layer=2, head=2, dim=4, qhead=4, hidden=16)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kava_core.spec.compare import CompareSpec
+from kava_core.specfile.sections.compare import CompareSpec
 
 SPEC = {
     "name": "x",

@@ -22,13 +22,13 @@ from kava_core.kv.capture import Capture
 from kava_core.kv.cka import StreamedCKA
 from kava_core.kv.timeline import Timeline
 from kava_core.kv.timemap import TimeMap
+from kava_core.runs.folder import RunDir
 from kava_core.train import layer_maps
 from kava_core.train.assemble import make_data, make_distiller
 from kava_core.train.heatmap import draw_similarity
 from kava_core.train.layer_maps import layers_of, warped, with_measured_maps
 from kava_core.train.models import load_model
 from kava_core.train.run import run
-from kava_core.train.rundir import RunDir
 from tests import tiny
 from tests.core.test_cli_runs import kava
 from tests.core.tiny_models import WORKS

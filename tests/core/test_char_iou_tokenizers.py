@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kava_core.data import trainers
 from kava_core.kv.timeline import Timeline
-from kava_core.spec.model import TrainTokenizer
+from kava_core.specfile.sections.models import TrainTokenizer
 from tests.core.char_iou_reference import check, timeline, warper
 
 torch.set_num_threads(1)

@@ -18,7 +18,7 @@ from kava_core.cluster.resources import Resources
 from kava_core.cluster.size import size_of
 from kava_core.cluster.status import runs_of
 from kava_core.errors import KavaError, SpecError
-from kava_core.experiment.runs import planned
+from kava_core.runs.state import planned
 from kava_core.train.run import run
 from tests import tiny
 from tests.core.fake_slurm import Slurm

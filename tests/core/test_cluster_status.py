@@ -17,8 +17,8 @@ from kava_core.cluster.mapping import elements, job_name, launches_of, mapping_t
 from kava_core.cluster.scheduler import Queued
 from kava_core.cluster.status import Row, row_of, seconds_per_step, table_of
 from kava_core.cluster.status_text import show, table
-from kava_core.experiment.runs import Planned, planned
-from kava_core.train.rundir import note_failure
+from kava_core.runs.folder import note_failure
+from kava_core.runs.state import Planned, planned
 from tests import tiny
 from tests.core.fake_slurm import Slurm
 

@@ -11,7 +11,7 @@ import pytest
 from kava_core.data.chain import chain_examples, operands
 from kava_core.data.splits import split_hash
 from kava_core.errors import SpecError
-from kava_core.spec.model import ChainData
+from kava_core.specfile.sections.data import ChainData
 
 
 def worked(prompt: str, modulus: int) -> list[int]:
@@ -84,7 +84,7 @@ def test_the_same_examples_in_another_process():
     code = (
         "from kava_core.data.chain import chain_examples\n"
         "from kava_core.data.splits import split_hash\n"
-        "from kava_core.spec.model import ChainData\n"
+        "from kava_core.specfile.sections.pipeline import ChainData\n"
         "import sys\n"
         "print(*map(split_hash, chain_examples(ChainData(train=30, validation=20))), 'torch' in sys.modules)"
     )

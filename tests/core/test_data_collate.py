@@ -14,7 +14,8 @@ from kava_core.data.examples import Example, render
 from kava_core.data.tokenizers import train_tokenizer
 from kava_core.errors import SpecError
 from kava_core.kv.timeline import Timeline
-from kava_core.spec.model import ChainData, Template, TrainTokenizer
+from kava_core.specfile.sections.data import ChainData, Template
+from kava_core.specfile.sections.models import TrainTokenizer
 
 TEMPLATE = Template()
 EXAMPLES = [

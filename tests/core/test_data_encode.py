@@ -15,7 +15,8 @@ from kava_core.data.encode import encode, encode_all, prefix_mismatch, prompt_id
 from kava_core.data.examples import Example, render
 from kava_core.data.tokenizers import load_tokenizer
 from kava_core.errors import SpecError
-from kava_core.spec.model import ChainData, Template, TrainTokenizer
+from kava_core.specfile.sections.data import ChainData, Template
+from kava_core.specfile.sections.models import TrainTokenizer
 
 SHARED = Path(os.environ.get("KAVA_SHARED_DATA", Path(__file__).resolve().parents[2] / "../shared/data"))
 

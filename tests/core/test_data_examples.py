@@ -13,7 +13,7 @@ from kava_core.data.examples import (
     without_last_step,
 )
 from kava_core.errors import SpecError
-from kava_core.spec.model import ChainData, Template
+from kava_core.specfile.sections.data import ChainData, Template
 
 GSM = Template()
 CHAIN = ChainData().template

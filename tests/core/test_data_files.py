@@ -13,7 +13,7 @@ from kava_core.data.hub import hub_examples
 from kava_core.data.jsonl import read_examples
 from kava_core.data.splits import load_splits
 from kava_core.errors import SpecError
-from kava_core.spec.model import HubData, JsonlData
+from kava_core.specfile.sections.data import HubData, JsonlData
 
 SHARED = Path(os.environ.get("KAVA_SHARED_DATA", Path(__file__).resolve().parents[2] / "../shared/data"))
 

@@ -6,7 +6,7 @@ from random import Random
 
 from kava_core.data.examples import Example
 from kava_core.data.splits import Splits, contaminated, load_splits, split_hash
-from kava_core.spec.model import ChainData
+from kava_core.specfile.sections.data import ChainData
 
 
 def asks(*prompts: str) -> list[Example]:

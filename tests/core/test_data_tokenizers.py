@@ -17,7 +17,8 @@ from kava_core.data.chain import chain_examples
 from kava_core.data.examples import render
 from kava_core.data.tokenizers import load_tokenizer, train_tokenizer
 from kava_core.errors import KavaError, SpecError
-from kava_core.spec.model import ChainData, ModelSpec, TrainTokenizer
+from kava_core.specfile.sections.data import ChainData
+from kava_core.specfile.sections.models import ModelSpec, TrainTokenizer
 
 CHAIN = ChainData(train=200, validation=1)
 TEXTS = [render(example, CHAIN.template).text for example in chain_examples(CHAIN)[0]] + [
@@ -94,7 +95,7 @@ def test_the_same_in_another_process(trained, kind):
     code = (
         "import sys\n"
         "from kava_core.data.trainers import train\n"
-        "from kava_core.spec.model import TrainTokenizer\n"
+        "from kava_core.specfile.sections.pipeline import TrainTokenizer\n"
         "texts = sys.stdin.buffer.read().decode().split('\\0')\n"
         f"trained = train(TrainTokenizer(kind={kind!r}, vocab_size=320), texts)\n"
         "sys.stdout.buffer.write(trained.to_str().encode())"

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kava_core.errors import SpecError
-from kava_core.train import checkpoint
-from kava_core.train.metrics import read_metrics
+from kava_core.runs import checkpoint
+from kava_core.runs.folder import RunDir
+from kava_core.runs.metrics import read_metrics
 from kava_core.train.pretrain import pretraining_name, pretraining_spec
 from kava_core.train.run import run
-from kava_core.train.rundir import RunDir
 from kava_core.train.weights import ALIGNER_FILE
 from tests import tiny
 

@@ -22,7 +22,7 @@ from kava_core.data.splits import load_splits
 from kava_core.errors import Preempted, SpecError
 from kava_core.evaluation.student import load_answering
 from kava_core.kv.capture import Capture
-from kava_core.spec.model import PipelineSpec
+from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.train.assemble import make_data, make_distiller, tokenizer_of
 from kava_core.train.denoise import Denoiser
 from kava_core.train.export import export

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kava_core.data.examples import render
-from kava_core.train import checkpoint
+from kava_core.runs import checkpoint
 from kava_core.train.assemble import Data, make_data, make_distiller
 from kava_core.train.collapse import CollapseMonitor
 from kava_core.train.distiller import IGNORED, Distiller

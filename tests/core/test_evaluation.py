@@ -20,7 +20,7 @@ from kava_core.evaluation.command import Settings, evaluate_run
 from kava_core.evaluation.harness import write_task
 from kava_core.evaluation.judged import judged, wilson
 from kava_core.evaluation.student import load_answering
-from kava_core.spec.model import JsonlData, Template
+from kava_core.specfile.sections.data import JsonlData, Template
 from kava_core.train.export import export
 from kava_core.train.run import Result, run
 from tests import tiny

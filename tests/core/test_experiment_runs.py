@@ -21,9 +21,9 @@ from kava_core.experiment.conduct import LOG, conduct
 from kava_core.experiment.declared import declare, read
 from kava_core.experiment.gather import Run, gather, spent_to_target, value_of
 from kava_core.experiment.progress import Watch, last_step
-from kava_core.experiment.runs import Planned, failure_of, planned, state_of
-from kava_core.spec.compare import CompareSpec
-from kava_core.train.rundir import FAILURE, RunDir, note_failure
+from kava_core.runs.folder import FAILURE, RunDir, note_failure
+from kava_core.runs.state import Planned, failure_of, planned, state_of
+from kava_core.specfile.sections.compare import CompareSpec
 from tests import tiny
 
 RECORD = {

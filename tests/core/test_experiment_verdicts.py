@@ -16,7 +16,7 @@ from kava_core.errors import KavaError
 from kava_core.experiment.gather import Experiment, Run
 from kava_core.experiment.tables import means, told
 from kava_core.experiment.verdict import helps, judge, steps_for_equal_flops
-from kava_core.spec.compare import CompareSpec
+from kava_core.specfile.sections.compare import CompareSpec
 
 EQUAL = {"student_tokens": 10, "teacher_tokens": 20, "flops": 30.0, "seconds": 1.0}
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from kava_core.train import checkpoint
-from kava_core.train.metrics import read_metrics
+from kava_core.runs import checkpoint
+from kava_core.runs.metrics import read_metrics
 from tests import tiny
 
 pytestmark = pytest.mark.slow

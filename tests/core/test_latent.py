@@ -20,7 +20,7 @@ from kava_core.latent.exported import LatentStudent, load_latents
 from kava_core.latent.growing_text import GrowingText
 from kava_core.latent.student import write_answers
 from kava_core.plan import make_plan
-from kava_core.train import checkpoint
+from kava_core.runs import checkpoint
 from kava_core.train.assemble import make_data, make_distiller
 from kava_core.train.export import export
 from kava_core.train.run import run

@@ -21,7 +21,7 @@ from kava_core.latent.cosine_map import cosine_maps, slot_sums, step_sums, unali
 from kava_core.latent.exported import LatentStudent
 from kava_core.latent.finished import FinishedRun, finished_run
 from kava_core.latent.pictures import decoded
-from kava_core.train import checkpoint
+from kava_core.runs import checkpoint
 from kava_core.train.run import run
 from tests import tiny
 

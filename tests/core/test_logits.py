@@ -13,7 +13,7 @@ from torch import Tensor
 from kava_core.data.collate import Collator, Reading
 from kava_core.data.examples import Example
 from kava_core.errors import SpecError
-from kava_core.spec.model import Template
+from kava_core.specfile.sections.data import Template
 from kava_core.train import logits as module
 from kava_core.train.assemble import make_data, make_distiller
 from kava_core.train.logits import assert_same_vocabulary, logit_divergence, same_tokens
@@ -107,7 +107,7 @@ def test_half_precision_is_computed_in_float32() -> None:
 def tokenizer() -> Any:
     from kava_core.data.tokenizers import load_tokenizer
     from kava_core.paths import cache_folder
-    from kava_core.spec.model import TrainTokenizer
+    from kava_core.specfile.sections.models import TrainTokenizer
 
     spec = TrainTokenizer(kind="chars", vocab_size=64)
     return load_tokenizer(spec, texts=["say: 0123456789+-*=# ?"], cache=cache_folder() / "tokenizers")

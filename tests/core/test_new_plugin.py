@@ -17,9 +17,9 @@ import pytest
 from kava_core.cli import main
 from kava_core.errors import KavaError, SpecError
 from kava_core.hookspecs import KINDS
+from kava_core.jobs.check import check
 from kava_core.scaffold.plugin import new_plugin
 from kava_core.scaffold.spec import new_spec
-from kava_core.spec.check import check
 from tests.meta.hook_examples import add_distribution
 from tests.meta.source import ROOT, imports, module_level
 

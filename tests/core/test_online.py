@@ -16,11 +16,12 @@ from transformers import PreTrainedTokenizerFast
 from kava_core.data.encode import NO_LABEL
 from kava_core.data.examples import Example, split_written
 from kava_core.errors import Preempted, SpecError
-from kava_core.spec.model import PipelineSpec, Template
+from kava_core.runs.metrics import read_metrics
+from kava_core.specfile.sections.data import Template
+from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.train.assemble import Data, make_data, make_distiller
 from kava_core.train.distiller import Distiller
 from kava_core.train.ledger import Ledger
-from kava_core.train.metrics import read_metrics
 from kava_core.train.own_texts import KeepsExamples, OwnTexts
 from kava_core.train.run import run
 from kava_core.train.time_plans import PlansTime

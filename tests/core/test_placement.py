@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from kava_core.errors import SpecError
 from kava_core.kv.axes import Cache
 from kava_core.kv.capture import Capture
+from kava_core.runs.metrics import read_metrics
 from kava_core.train import placement
 from kava_core.train.assemble import make_data, make_distiller
 from kava_core.train.fsdp import blocks
-from kava_core.train.metrics import read_metrics
 from kava_core.train.placement import CaptureElsewhere, check_even, place
 from kava_core.train.run import run
 from kava_core.train.teacher import Teacher

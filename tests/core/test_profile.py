@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from kava_core.cli import main
+from kava_core.console import quiet
 from kava_core.errors import SpecError
 from kava_core.kv.pipeline import precise
 from kava_core.profile.gate import ARMS, agreement, gates
@@ -24,7 +25,6 @@ from kava_core.profile.signs import signs
 from kava_core.profile.stages import CAPTURED, PLAN, STEP, STUDENT, costs, stages
 from kava_core.profile.subject import BOTH, Subject, make_subject, time_map_of
 from kava_core.registry import Registry
-from kava_core.train.run import quiet
 from tests import tiny
 
 REGISTRY = Registry.build()

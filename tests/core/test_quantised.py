@@ -18,9 +18,9 @@ from kava_core.kv.attention_layers import attention_layers
 from kava_core.kv.axes import Cache
 from kava_core.kv.capture import Capture
 from kava_core.kv.probe import geometry_of
-from kava_core.spec.model import StudentSpec, TeacherSpec, TrainTokenizer
+from kava_core.runs.metrics import read_metrics
+from kava_core.specfile.sections.models import StudentSpec, TeacherSpec, TrainTokenizer
 from kava_core.train import assemble
-from kava_core.train.metrics import read_metrics
 from kava_core.train.models import load_model
 from kava_core.train.quantize import BYTES, LIBRARY, is_quantised
 from kava_core.train.run import run

@@ -12,10 +12,10 @@ from typing import Literal
 import pytest
 
 from kava_core.config import KVLossConfig
+from kava_core.declarations import fault_of
 from kava_core.errors import PluginError, SpecError
 from kava_core.hookspecs import KINDS
 from kava_core.registry import Registry
-from kava_core.spec.declarations import fault_of
 
 Install = Callable[..., None]
 

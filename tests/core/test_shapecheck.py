@@ -38,7 +38,7 @@ with warnings.catch_warnings(record=True) as caught:
     {after}
     from kava_core.kv.masks import widen
     from kava_core.kv.stages import fuse
-    from kava_core.train.checkpoint import verify
+    from kava_core.runs.checkpoint import verify
     from kava_plugins.kv_losses.mse import MSE
     from kava_plugins.kv_losses.mercator import one_minus_cosine
     from theirs.tensors import halve

@@ -10,10 +10,12 @@ from pydantic import Field, ValidationError
 
 from kava_core.config import ComponentConfig, KVLossConfig
 from kava_core.registry import Registered, Registry
-from kava_core.spec.bind import bind
-from kava_core.spec.errors_text import findings
-from kava_core.spec.model import AlignSpec, PipelineSpec, TeacherSpec
-from kava_core.spec.schema import json_schema
+from kava_core.specfile.bind import bind
+from kava_core.specfile.errors_text import findings
+from kava_core.specfile.schema import json_schema
+from kava_core.specfile.sections.align import AlignSpec
+from kava_core.specfile.sections.models import TeacherSpec
+from kava_core.specfile.sections.pipeline import PipelineSpec
 
 FIELDS: dict[str, Any] = {
     "name": "tiny",

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from kava_core.errors import SpecError
-from kava_core.spec.check import check
-from kava_core.spec.compare import CompareSpec
-from kava_core.spec.digest import digest
-from kava_core.spec.load import load
-from kava_core.spec.variants import chosen_runs, treatment
+from kava_core.jobs.check import check
+from kava_core.specfile.digest import digest
+from kava_core.specfile.load import load
+from kava_core.specfile.sections.compare import CompareSpec
+from kava_core.specfile.variants import chosen_runs, treatment
 
 TEXT = (Path(__file__).parent / "minimal_spec.yaml").read_text(encoding="utf-8")
 

@@ -11,11 +11,11 @@ import pytest
 
 from kava_core.errors import SpecError
 from kava_core.registry import Registry
-from kava_core.spec.bind import bind
-from kava_core.spec.document import Document
-from kava_core.spec.load import validate
-from kava_core.spec.places import Place
-from kava_core.spec.yaml_loader import parse
+from kava_core.specfile.bind import bind
+from kava_core.specfile.load import validate
+from kava_core.specfile.reading.document import Document
+from kava_core.specfile.reading.places import Place
+from kava_core.specfile.reading.yaml_loader import parse
 
 FULL = """
 name: full

@@ -9,8 +9,8 @@ import pytest
 
 from kava_core.errors import SpecError
 from kava_core.registry import Registry
-from kava_core.spec.load import LoadedSpec, load
-from kava_core.spec.places import InvalidSpecError
+from kava_core.specfile.load import LoadedSpec, load
+from kava_core.specfile.reading.places import InvalidSpecError
 
 MINIMAL = Path(__file__).parent / "minimal_spec.yaml"
 TEXT = MINIMAL.read_text(encoding="utf-8")

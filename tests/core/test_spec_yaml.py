@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kava_core.errors import SpecError
-from kava_core.spec.places import Place
-from kava_core.spec.scalars import plain
-from kava_core.spec.yaml_loader import parse
+from kava_core.specfile.reading.places import Place
+from kava_core.specfile.reading.scalars import plain
+from kava_core.specfile.reading.yaml_loader import parse
 
 START = Place("s.yaml", 1, 1)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from kava_core.runs import checkpoint
 from kava_core.store.index import INDEX
-from kava_core.train import checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,8 @@ from kava_core.data.splits import split_hash
 from kava_core.data.tokenizers import load_tokenizer
 from kava_core.errors import KavaError, SpecError
 from kava_core.paths import cache_folder
-from kava_core.spec.model import Template, TrainTokenizer
+from kava_core.specfile.sections.data import Template
+from kava_core.specfile.sections.models import TrainTokenizer
 from kava_core.train.assemble import load_teachers, make_data, make_distiller
 from kava_core.train.pretrain import pretraining_spec
 from kava_core.train.run import run

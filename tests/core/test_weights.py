@@ -10,9 +10,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from kava_core.runs.metrics import read_metrics
 from kava_core.train.assemble import Data, make_data, make_distiller
 from kava_core.train.distiller import Distiller
-from kava_core.train.metrics import read_metrics
 from kava_core.train.run import run
 from kava_core.train.shares import gradient_norms, set_weights, shares
 from tests import tiny

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from kava_core.runs.metrics import read_metrics
 from kava_core.train.assemble import make_data, make_distiller
-from kava_core.train.metrics import read_metrics
 from kava_core.train.run import run
 from tests import tiny
 

@@ -27,7 +27,7 @@ BUILD = """
 import sys, traceback
 from kava_core.kv.axes import Geometry
 from kava_core.kv.pipeline import KVPipeline
-from kava_core.spec.load import load
+from kava_core.specfile.load import load
 spec = load(sys.argv[1]).spec
 big = Geometry(layer=6, head=2, dim=4, qhead=4, hidden=16)
 try:

@@ -31,7 +31,7 @@ DECLARATIVE = [
         f"kava_core/{name}.py"
         for name in ["__init__", "errors", "config", "hookspecs", "registry", "cli", "paths", "shapecheck"]
     ),
-    "kava_core/spec",
+    "kava_core/specfile",
     "kava_core/scaffold",
     "kava_core/cluster",
     *(
@@ -94,8 +94,8 @@ def _shallow(statement: ast.stmt) -> ast.AST:
 def test_help_registry_and_spec_load_no_torch() -> None:
     """The same at run time: what is imported indirectly counts as well."""
     code = (
-        "import sys; import kava_core.cli, kava_core.spec.load; from kava_core.registry import Registry;"
-        "from kava_core.spec.bind import bind; r = Registry.build(); bind(r);"
+        "import sys; import kava_core.cli, kava_core.specfile.load; from kava_core.registry import Registry;"
+        "from kava_core.specfile.bind import bind; r = Registry.build(); bind(r);"
         f"print(sorted({TENSORS} & set(sys.modules)), [str(f) for f in r.failures], len(r.table()) > 0)"
     )
     done = subprocess.run(

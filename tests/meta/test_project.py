@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 from kava_core.cli import app
-from kava_core.spec.check import check
+from kava_core.jobs.check import check
 from tests.meta.source import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

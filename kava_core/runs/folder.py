@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from kava_core.errors import CheckpointError, KavaError, SpecError
-from kava_core.spec.digest import digest
-from kava_core.spec.model import PipelineSpec
+from kava_core.specfile.digest import digest
+from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.versions import versions
 
 RECORD = "run.json"
@@ -81,9 +81,10 @@ class RunDir:
 
     def fail(self, error: Exception) -> None:
         """Note what ended a run that did not reach its end; a new attempt takes the note away."""
-        known = isinstance(error, KavaError)
-        said = str(error) if known else f"{type(error).__name__}: {error}"
-        note_failure(self.path, error.exit_code if known else 1, said)
+        if isinstance(error, KavaError):
+            note_failure(self.path, error.exit_code, str(error))
+        else:
+            note_failure(self.path, 1, f"{type(error).__name__}: {error}")
 
     @property
     def complete(self) -> bool:

@@ -12,14 +12,14 @@ from pydantic import ValidationError
 
 from kava_core.errors import SpecError
 from kava_core.registry import Registry
-from kava_core.spec.bind import bind
-from kava_core.spec.digest import digest
-from kava_core.spec.document import Document
-from kava_core.spec.errors_text import Finding, findings, shown
-from kava_core.spec.model import PipelineSpec
-from kava_core.spec.overrides import override
-from kava_core.spec.places import InvalidSpecError, Path, Place, dotted
-from kava_core.spec.yaml_loader import parse, read_source
+from kava_core.specfile.bind import bind
+from kava_core.specfile.digest import digest
+from kava_core.specfile.errors_text import Finding, findings, shown
+from kava_core.specfile.reading.document import Document
+from kava_core.specfile.reading.overrides import override
+from kava_core.specfile.reading.places import InvalidSpecError, Path, Place, dotted
+from kava_core.specfile.reading.yaml_loader import parse, read_source
+from kava_core.specfile.sections.pipeline import PipelineSpec
 
 
 @dataclass(frozen=True)

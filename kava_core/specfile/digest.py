@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 
-from kava_core.spec.model import PipelineSpec
+from kava_core.specfile.sections.pipeline import PipelineSpec
 
 ELSEWHERE = {"name", "seeds", "variants", "compare", "output"}
 """Fields that a run directory's path says itself, and what is asked of several runs."""

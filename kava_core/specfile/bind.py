@@ -11,10 +11,12 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from kava_core.config import ComponentConfig
+from kava_core.declarations import base_of
 from kava_core.hookspecs import KINDS
 from kava_core.registry import Registry
-from kava_core.spec.declarations import base_of
-from kava_core.spec.model import AlignSpec, PipelineSpec, TeacherSpec
+from kava_core.specfile.sections.align import AlignSpec
+from kava_core.specfile.sections.models import TeacherSpec
+from kava_core.specfile.sections.pipeline import PipelineSpec
 
 SHORTHAND = "(name)"
 """Tag of a component written as its bare name; no component can be called that."""

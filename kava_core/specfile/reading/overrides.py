@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from textwrap import shorten
 
 from kava_core.errors import SpecError
-from kava_core.spec.document import Document
-from kava_core.spec.places import InvalidSpecError, Place
-from kava_core.spec.yaml_loader import parse
+from kava_core.specfile.reading.document import Document
+from kava_core.specfile.reading.places import InvalidSpecError, Place
+from kava_core.specfile.reading.yaml_loader import parse
 
 
 def override(document: Document, overrides: Iterable[str]) -> Document:

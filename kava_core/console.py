@@ -1,4 +1,4 @@
-"""How far a long job over examples is: a bar on a terminal, a few lines otherwise; on stderr."""
+"""Print for people: progress, sizes, whole tables, and silence for transformers' own chatter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,42 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers' own chatter off; kava reports what matters."""
+    from transformers.utils import logging
+
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def print_whole(shown: Table, console: Console) -> None:
+    """Print a table with every word whole, also where it is wider than the terminal."""
+    needed = Measurement.get(console, console.options.update(max_width=10_000), shown).maximum
+    console.width = max(console.width, needed)
+    console.print(shown)
+
+
+def size_text(size: float) -> str:
+    """``1.5 GiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"
+
 
 LINES = 10
 """Progress lines on something that is no terminal."""

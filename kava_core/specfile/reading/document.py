@@ -8,7 +8,7 @@ from typing import Any
 
 from kava_core.errors import SpecError
 from kava_core.hookspecs import KINDS
-from kava_core.spec.places import DEEPEST, Path, Place, Places, dotted
+from kava_core.specfile.reading.places import DEEPEST, Path, Place, Places, dotted
 
 _ROOT: Path = ()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kava_core.registry import Registry
-from kava_core.spec.bind import bind
+from kava_core.specfile.bind import bind
 
 
 def json_schema(registry: Registry) -> dict[str, Any]:

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path as File
 
-from kava_core.config import ComponentConfig
 from kava_core.errors import KavaError, PluginError
-from kava_core.hookspecs import KINDS
-from kava_core.spec.load import LoadedSpec, load, read_document
-from kava_core.spec.model import ChainData, PipelineSpec, changed_data
-from kava_core.spec.variants import resolve_variants
+from kava_core.specfile.load import LoadedSpec, load, read_document
+from kava_core.specfile.questions import used_components
+from kava_core.specfile.sections.data import ChainData, changed_data
+from kava_core.specfile.sections.pipeline import PipelineSpec
+from kava_core.specfile.variants import resolve_variants
 
 Level = tuple[str, str]
 """Name of a level that passed, and what it found."""
@@ -38,18 +38,6 @@ def check_chains(variants: dict[str, PipelineSpec]) -> None:
         for data in (spec.data, *(changed_data(spec.data, plan.data) for plan in plans if plan is not None)):
             if isinstance(data, ChainData):
                 check_space(data)
-
-
-def used_components(spec: PipelineSpec) -> Iterator[tuple[str, ComponentConfig]]:
-    """Kind and declaration of every component a run of this spec builds."""
-    for teacher in spec.teachers:
-        for kind in type(teacher.align).model_fields:
-            if kind in KINDS:
-                yield kind, getattr(teacher.align, kind)
-    if spec.teachers:
-        yield "fuser", spec.fuser
-    for loss in spec.losses:
-        yield "kv_loss", loss
 
 
 def dry_runs(variants: dict[str, PipelineSpec]) -> str:

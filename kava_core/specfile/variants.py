@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from copy import deepcopy
 
 from kava_core.errors import SpecError, did_you_mean, one_of
-from kava_core.spec.compare import CompareSpec, Control, control_changes
-from kava_core.spec.document import Document
-from kava_core.spec.load import LoadedSpec, validate
-from kava_core.spec.model import PipelineSpec
-from kava_core.spec.places import InvalidSpecError, Path, Place
+from kava_core.specfile.load import LoadedSpec, validate
+from kava_core.specfile.reading.document import Document
+from kava_core.specfile.reading.places import InvalidSpecError, Path, Place
+from kava_core.specfile.sections.compare import CompareSpec, Control, control_changes
+from kava_core.specfile.sections.pipeline import PipelineSpec
 
 MAIN = "main"
 """The only variant of a spec that declares none."""

@@ -12,9 +12,9 @@ from pydantic import BaseModel, ValidationError
 from kava_core.errors import did_you_mean, one_of
 from kava_core.hookspecs import KINDS
 from kava_core.registry import Registry
-from kava_core.spec.compare import Name
-from kava_core.spec.places import Path
-from kava_core.spec.walk import Spot, fields_of, literal_values, tags_of, walk
+from kava_core.specfile.reading.places import Path
+from kava_core.specfile.sections.compare import Name
+from kava_core.specfile.walk import Spot, fields_of, literal_values, tags_of, walk
 
 
 @dataclass(frozen=True)

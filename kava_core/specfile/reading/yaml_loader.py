@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from kava_core.errors import SpecError
-from kava_core.spec.places import DEEPEST, Path, Place, Places
-from kava_core.spec.scalars import Scalar, plain
+from kava_core.specfile.reading.places import DEEPEST, Path, Place, Places
+from kava_core.specfile.reading.scalars import Scalar, plain
 
 LARGEST = 1024 * 1024
 """Bytes of a spec."""

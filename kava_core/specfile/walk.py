@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from kava_core.spec.places import Path
+from kava_core.specfile.reading.places import Path
 
 
 @dataclass(frozen=True)

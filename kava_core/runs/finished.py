@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from kava_core.errors import SpecError
+from kava_core.runs import checkpoint
+from kava_core.runs.folder import RECORD
+from kava_core.runs.folder import read_record
+from typing import Any
+
 from pathlib import Path
 from typing import TypeVar
 
@@ -9,8 +15,9 @@ from pydantic import ValidationError
 
 from kava_core.errors import CheckpointError
 from kava_core.registry import Registry
-from kava_core.spec.bind import bind
-from kava_core.spec.model import ModelSpec, PipelineSpec, StudentSpec
+from kava_core.specfile.bind import bind
+from kava_core.specfile.sections.models import ModelSpec, StudentSpec
+from kava_core.specfile.sections.pipeline import PipelineSpec
 
 M = TypeVar("M", bound=ModelSpec)
 
@@ -43,3 +50,21 @@ def trained_student(spec: PipelineSpec, run: Path) -> StudentSpec:
     """The student as the run saved it, adapters merged, to be read and not trained."""
     trained = from_folder(spec.student, run / "student")
     return trained.model_copy(update={"lora": None, "gradient_checkpointing": False, "frozen": False})
+
+
+def verify_student(student: Path) -> None:
+    """CheckpointError where the student is not what training saved."""
+    if not student.is_dir():
+        raise CheckpointError(f"{student}: missing, though the run is complete")
+    checkpoint.verify(student)
+
+
+def finished_record(run: Path) -> dict[str, Any]:
+    """The record of a finished run; SpecError where it is none."""
+    file = run / RECORD
+    if not file.is_file():
+        raise SpecError(f"{run}: not a run directory (no {RECORD})")
+    record = read_record(file)
+    if record.get("status") != "complete":
+        raise SpecError(f"{run}: the run is not finished; train it to its end first")
+    return record

@@ -1,0 +1,1 @@
+"""Read a spec's text: strict YAML, numbers, places of values, overrides."""
