@@ -230,7 +230,7 @@ def cache(
     from kava_core.specfile.variants import resolve_variants
 
     variants = resolve_variants(load(spec, overrides or ()))
-    from kava_core.train.cache import cache_all
+    from kava_core.jobs.cache import cache_all
 
     for line in cache_all(variants, verify=verify):
         typer.echo(line)
@@ -260,8 +260,8 @@ def sample(
     from kava_core.specfile.load import load
 
     loaded = load(spec, overrides or ())
-    from kava_core.train.sample import Drawing
-    from kava_core.train.sample import sample as draw
+    from kava_core.jobs.sample import Drawing
+    from kava_core.jobs.sample import sample as draw
 
     drawing = Drawing(split, count, temperature, max_new_tokens, batch_size, keep_wrong, seed)
     typer.echo(draw(loaded.spec, teacher, output, drawing))
@@ -306,7 +306,7 @@ def calibrate(
     from kava_core.specfile.load import load
 
     loaded = load(spec, overrides or ())
-    from kava_core.train.calibrate import calibrate as measure
+    from kava_core.jobs.calibrate import calibrate as measure
 
     measure(loaded, output)
 
@@ -332,8 +332,8 @@ def profile(
     from kava_core.specfile.load import load
 
     loaded = load(spec, overrides or ())
-    from kava_core.profile.command import profile_all
-    from kava_core.profile.profile import Wanted
+    from kava_core.jobs.profile.command import profile_all
+    from kava_core.jobs.profile.profile import Wanted
 
     profile_all(loaded, output, Wanted(batches, gate_examples if gate else None), format)
 
@@ -346,8 +346,8 @@ def export(
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="New folder.", show_default=False)],
 ) -> None:
     """Write a run's student as a plain transformers folder."""
-    from kava_core.train.export import export as write
-    from kava_core.train.export import loader
+    from kava_core.jobs.export import export as write
+    from kava_core.jobs.export import loader
 
     write(run, target)
     typer.echo(f"{target}: load it with {loader(target)}.from_pretrained({str(target)!r})")
@@ -381,7 +381,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Let a run's student answer a file of tasks, and count what is right."""
-    from kava_core.evaluation.command import Settings, evaluate_run
+    from kava_core.jobs.evaluate.command import Settings, evaluate_run
 
     settings = Settings(format, limit, batch_size, max_new_tokens)
     evaluate_run(run, data, output, lm_eval, settings)
@@ -406,7 +406,7 @@ def latents(
     top: Annotated[int, typer.Option(min=1, help="Tokens shown for every latent token.")] = 5,
 ) -> None:
     """Show what a run's latent tokens say, and what they resemble."""
-    from kava_core.latent.pictures import show_latents
+    from kava_core.jobs.latents.command import show_latents
 
     show_latents(run, output or run / "latents", examples=examples, top=top)
 

@@ -17,7 +17,7 @@ from kava_core.data.encode import NO_LABEL, Encoded, Piece, hinge_of, pieces, pr
 from kava_core.data.examples import Example, Text, render
 from kava_core.errors import SpecError
 from kava_core.kv.timeline import REASONING
-from kava_core.latent.stages import ALWAYS, step_of_tokens
+from kava_core.latent.curriculum import ALWAYS, step_of_tokens
 from kava_core.specfile.sections.latent import LatentSpec
 
 BEGIN, END = "<bot>", "<eot>"

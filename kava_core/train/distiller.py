@@ -30,8 +30,8 @@ from kava_core.kv.pipeline import ROUTER, Aligned, Beside, KVPipeline, precise
 from kava_core.kv.rope import Rotation
 from kava_core.kv.timeline import Timeline
 from kava_core.kv.timemap import TimeMap
+from kava_core.latent.curriculum import at_stage
 from kava_core.latent.growing_text import backbone
-from kava_core.latent.stages import at_stage
 from kava_core.latent.student import (
     answer_logits,
     answer_outputs,

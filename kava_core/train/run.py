@@ -26,6 +26,7 @@ from kava_core.console import quiet
 from kava_core.data.collate import Collator
 from kava_core.data.splits import load_splits
 from kava_core.errors import Preempted, SpecError
+from kava_core.jobs.export import save_student
 from kava_core.plan import step_passes
 from kava_core.protocols import ObservesTeachers
 from kava_core.runs import checkpoint
@@ -46,7 +47,6 @@ from kava_core.train.collapse import CollapseMonitor
 from kava_core.train.cost import compute, store_counts
 from kava_core.train.distiller import Distiller
 from kava_core.train.evaluate import Evaluator
-from kava_core.train.export import save_student
 from kava_core.train.facts import facts
 from kava_core.train.layer_maps import with_measured_maps
 from kava_core.train.ledger import STUDENT, Ledger, forget_peak

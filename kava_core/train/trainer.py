@@ -25,7 +25,7 @@ from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 
 from kava_core.errors import CheckpointError, KavaError, NonFiniteError, SpecError
-from kava_core.latent.stages import latents_at
+from kava_core.latent.curriculum import latents_at
 from kava_core.runs import checkpoint
 from kava_core.train.distiller import Distiller
 from kava_core.train.evaluate import Evaluator

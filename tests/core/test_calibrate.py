@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from kava_core.cli import main
 from kava_core.errors import KavaError, SpecError
+from kava_core.jobs.heatmap import draw_similarity
 from kava_core.kv.capture import Capture
 from kava_core.kv.cka import StreamedCKA
 from kava_core.kv.timeline import Timeline
@@ -25,7 +26,6 @@ from kava_core.kv.timemap import TimeMap
 from kava_core.runs.folder import RunDir
 from kava_core.train import layer_maps
 from kava_core.train.assemble import make_data, make_distiller
-from kava_core.train.heatmap import draw_similarity
 from kava_core.train.layer_maps import layers_of, warped, with_measured_maps
 from kava_core.train.models import load_model
 from kava_core.train.run import run

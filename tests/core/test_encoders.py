@@ -20,15 +20,15 @@ from transformers import (
 import kava_core.train.run as run_module
 from kava_core.data.splits import load_splits
 from kava_core.errors import Preempted, SpecError
-from kava_core.evaluation.student import load_answering
+from kava_core.jobs.evaluate.student import load_answering
+from kava_core.jobs.export import export
+from kava_core.jobs.sample import Drawing, sample
 from kava_core.kv.capture import Capture
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.train.assemble import make_data, make_distiller, tokenizer_of
 from kava_core.train.denoise import Denoiser
-from kava_core.train.export import export
 from kava_core.train.models import load_model, positions
 from kava_core.train.run import calibrate, run
-from kava_core.train.sample import Drawing, sample
 from tests import tiny
 from tests.stops import stop
 

@@ -16,12 +16,12 @@ from kava_core.data.jsonl import read_examples
 from kava_core.data.pal import from_pal
 from kava_core.data.splits import load_splits
 from kava_core.errors import SpecError
-from kava_core.evaluation.command import Settings, evaluate_run
-from kava_core.evaluation.harness import write_task
-from kava_core.evaluation.judged import judged, wilson
-from kava_core.evaluation.student import load_answering
+from kava_core.jobs.evaluate.command import Settings, evaluate_run
+from kava_core.jobs.evaluate.harness import write_task
+from kava_core.jobs.evaluate.judged import judged, wilson
+from kava_core.jobs.evaluate.student import load_answering
+from kava_core.jobs.export import export
 from kava_core.specfile.sections.data import JsonlData, Template
-from kava_core.train.export import export
 from kava_core.train.run import Result, run
 from tests import tiny
 

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from kava_core.cli import main
 from kava_core.errors import CheckpointError, SpecError
+from kava_core.jobs.export import export
 from kava_core.latent.collate import with_thought_tokens
 from kava_core.latent.exported import LatentStudent, load_latents
 from kava_core.latent.growing_text import GrowingText
@@ -22,7 +23,6 @@ from kava_core.latent.student import write_answers
 from kava_core.plan import make_plan
 from kava_core.runs import checkpoint
 from kava_core.train.assemble import make_data, make_distiller
-from kava_core.train.export import export
 from kava_core.train.run import run
 from kava_core.train.weights import load_weights, save_weights
 from tests import tiny

@@ -18,7 +18,7 @@ from kava_core.data.dataset import nearly_equal
 from kava_core.data.examples import without_last_step
 from kava_core.errors import SpecError
 from kava_core.latent.collate import thinned
-from kava_core.latent.stages import latents_at, step_of_tokens
+from kava_core.latent.curriculum import latents_at, step_of_tokens
 from kava_core.latent.student import Thought
 from kava_core.train.answers import Answers
 from kava_core.train.assemble import make_data, make_distiller

@@ -14,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kava_core.dry_run import sized_config
 from kava_core.errors import CheckpointError, Preempted
+from kava_core.jobs.cache import cache
 from kava_core.kv.attention_hook import Enough
 from kava_core.plan import forward_flops, step_passes
 from kava_core.train.assemble import make_data
-from kava_core.train.cache import cache
 from kava_core.train.cost import compute
 from kava_core.train.distiller import Distiller
 from kava_core.train.ledger import Ledger, Read, forget_peak, peak_memory

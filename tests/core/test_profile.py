@@ -17,13 +17,13 @@ from torch import nn
 from kava_core.cli import main
 from kava_core.console import quiet
 from kava_core.errors import SpecError
+from kava_core.jobs.profile.gate import ARMS, agreement, gates
+from kava_core.jobs.profile.layers import stand_in, student_rules
+from kava_core.jobs.profile.prepared import BOTH, Subject, make_subject, time_map_of
+from kava_core.jobs.profile.profile import Profile, Wanted, measured, with_random_alignment
+from kava_core.jobs.profile.stages import CAPTURED, PLAN, STEP, STUDENT, costs, stages
+from kava_core.jobs.profile.warnings import signs
 from kava_core.kv.pipeline import precise
-from kava_core.profile.gate import ARMS, agreement, gates
-from kava_core.profile.layers import stand_in, student_rules
-from kava_core.profile.profile import Profile, Wanted, measured, with_random_alignment
-from kava_core.profile.signs import signs
-from kava_core.profile.stages import CAPTURED, PLAN, STEP, STUDENT, costs, stages
-from kava_core.profile.subject import BOTH, Subject, make_subject, time_map_of
 from kava_core.registry import Registry
 from tests import tiny
 

@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
+from kava_core.jobs.profile import attention
+from kava_core.jobs.profile.attention import Rule, entropy, handed_on, rules
+from kava_core.jobs.profile.gate import agreement, judged
+from kava_core.jobs.profile.layers import cosines, unfolded
+from kava_core.jobs.profile.numbers import numbers
 from kava_core.kv.aligner import TeacherAligner
 from kava_core.kv.axes import Cache
 from kava_core.kv.capture import Capture
 from kava_core.kv.probe import ENCODER
-from kava_core.profile import attention
-from kava_core.profile.attention import Rule, entropy, handed_on, rules
-from kava_core.profile.gate import agreement, judged
-from kava_core.profile.layers import cosines
-from kava_core.profile.numbers import numbers
-from kava_core.profile.unfold import unfolded
 from tests.core.pipeline_helpers import STUDENT, WIDE, cache, spec
 from tests.core.tiny_models import WORKS
 

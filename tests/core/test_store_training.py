@@ -13,13 +13,13 @@ from typer.testing import CliRunner
 
 from kava_core.cli import app, explained
 from kava_core.errors import CheckpointError, KavaError, Preempted, SpecError
+from kava_core.jobs.cache import cache, cache_all
 from kava_core.runs import checkpoint
 from kava_core.runs.metrics import read_metrics
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.store.index import differences
 from kava_core.train import assemble
 from kava_core.train.assemble import make_data
-from kava_core.train.cache import cache, cache_all
 from kava_core.train.run import run
 from kava_core.train.stored import ingredients, partial_of
 from tests import tiny
@@ -377,7 +377,7 @@ class Killed(BaseException):
 def test_going_on_runs_only_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
-    from kava_core.train import cache as module
+    from kava_core.jobs import cache as module
 
     made, add, calls = spec(tmp_path, "bfloat16"), module._add, list[int]()
 

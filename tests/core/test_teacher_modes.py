@@ -15,13 +15,13 @@ from kava_core.data.examples import Example, from_fields, render
 from kava_core.data.splits import split_hash
 from kava_core.data.tokenizers import load_tokenizer
 from kava_core.errors import KavaError, SpecError
+from kava_core.jobs.sample import Drawing, rationale_of, sample
 from kava_core.paths import cache_folder
 from kava_core.specfile.sections.data import Template
 from kava_core.specfile.sections.models import TrainTokenizer
 from kava_core.train.assemble import load_teachers, make_data, make_distiller
 from kava_core.train.pretrain import pretraining_spec
 from kava_core.train.run import run
-from kava_core.train.sample import Drawing, rationale_of, sample
 from tests import tiny
 
 SHORT = Template(prompt="{prompt}=", reasoning="{reasoning}", answer=" #{answer}")
@@ -180,7 +180,7 @@ def test_rationales_are_sampled_kept_apart_and_resumed(tmp_path: Path) -> None:
 
 
 def test_a_cut_file_of_rationales_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import kava_core.train.sample as module
+    import kava_core.jobs.sample as module
 
     spec = tiny.spec(tmp_path, teachers=[teacher(pretrain={"steps": 10, "batch_size": 16})])
     drawing = Drawing(split="validation", count=2, max_new_tokens=8, batch_size=4, keep_wrong=True)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from kava_core.errors import SpecError
-from kava_core.profile.gate import Gate, gates
-from kava_core.profile.layers import Entropy, TeacherLayers, own_entropy, teacher_layers
-from kava_core.profile.stages import Cost, Stage, costs, stages
-from kava_core.profile.subject import Subject, make_subject
+from kava_core.jobs.profile.gate import Gate, gates
+from kava_core.jobs.profile.layers import Entropy, TeacherLayers, own_entropy, teacher_layers
+from kava_core.jobs.profile.prepared import Subject, make_subject
+from kava_core.jobs.profile.stages import Cost, Stage, costs, stages
 from kava_core.registry import Registry
 from kava_core.specfile.sections.compare import CompareSpec, control_changes
 from kava_core.specfile.sections.pipeline import PipelineSpec

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.progress import track
 
 from kava_core.data.splits import split_hash
-from kava_core.evaluation.harness import write_task
-from kava_core.evaluation.judged import check_room, examples_of, judged, summary, write
-from kava_core.evaluation.student import load_answering
+from kava_core.jobs.evaluate.harness import write_task
+from kava_core.jobs.evaluate.judged import check_room, examples_of, judged, summary, write
+from kava_core.jobs.evaluate.student import load_answering
 
 
 @dataclass(frozen=True)

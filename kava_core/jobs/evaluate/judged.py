@@ -16,7 +16,7 @@ from kava_core.data.examples import Example, is_correct, render
 from kava_core.data.jsonl import read_examples
 from kava_core.data.splits import Splits, load_splits, split_hash
 from kava_core.errors import SpecError
-from kava_core.evaluation.student import Student
+from kava_core.jobs.evaluate.student import Student
 from kava_core.paths import make_folder
 from kava_core.runs.folder import environment, write_json
 from kava_core.train.answers import Answers

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from kava_core.console import print_whole
 from kava_core.data.examples import Example
-from kava_core.latent.cosine_map import Maps, Sums, comparable, cosine_maps
-from kava_core.latent.cosine_picture import draw_cosines
-from kava_core.latent.decoded import likely_tokens, slot_logits, written_tokens
-from kava_core.latent.finished import FinishedRun, finished_run
+from kava_core.jobs.latents.cosine_map import Maps, Sums, comparable, cosine_maps
+from kava_core.jobs.latents.cosine_picture import draw_cosines
+from kava_core.jobs.latents.decoded_tokens import likely_tokens, slot_logits, written_tokens
+from kava_core.jobs.latents.finished_run import FinishedRun, finished_run
 from kava_core.paths import make_folder
 from kava_core.runs.folder import write_json
 

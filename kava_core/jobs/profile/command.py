@@ -13,12 +13,12 @@ from rich.console import Console
 
 from kava_core.console import print_whole, quiet
 from kava_core.errors import SpecError
+from kava_core.jobs.profile.picture import draw
+from kava_core.jobs.profile.prepared import compares, refuse
+from kava_core.jobs.profile.profile import Profile, Wanted, profile
+from kava_core.jobs.profile.tables import show, show_verdict, side_by_side
+from kava_core.jobs.profile.warnings import signs
 from kava_core.paths import make_folder
-from kava_core.profile.picture import draw
-from kava_core.profile.profile import Profile, Wanted, profile
-from kava_core.profile.signs import signs
-from kava_core.profile.subject import compares, refuse
-from kava_core.profile.tables import show, show_verdict, side_by_side
 from kava_core.runs.folder import write_json
 from kava_core.specfile.load import LoadedSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec

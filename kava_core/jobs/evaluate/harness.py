@@ -12,7 +12,7 @@ import yaml
 
 from kava_core.data.examples import Example, render
 from kava_core.errors import SpecError
-from kava_core.evaluation.student import Student
+from kava_core.jobs.evaluate.student import Student
 from kava_core.paths import make_folder
 
 NUMBER = r"([-+]?\$?[0-9][0-9,]*(?:\.[0-9]+)?)"

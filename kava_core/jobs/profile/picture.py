@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kava_core.profile.profile import Profile
-from kava_core.profile.stages import CAPTURED, PLAN, STEP, STUDENT
+from kava_core.jobs.profile.profile import Profile
+from kava_core.jobs.profile.stages import CAPTURED, PLAN, STEP, STUDENT
 
 LINES = ("-", "--", ":", "-.")
 """One for every teacher."""

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kava_core.config import Part
-from kava_core.latent.cosine_map import CosineMaps, Maps, Sums
-from kava_core.train.heatmap import WRITTEN, write_values
+from kava_core.jobs.heatmap import WRITTEN, write_values
+from kava_core.jobs.latents.cosine_map import CosineMaps, Maps, Sums
 
 OFTEN = 4
 """A token of the reasoning is drawn where at least one example of so many reasons that long."""

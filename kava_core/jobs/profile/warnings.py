@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kava_core.profile.layers import Entropy
-from kava_core.profile.profile import Profile
-from kava_core.profile.stages import CAPTURED, STEP, STUDENT, Cost, Stage
+from kava_core.jobs.profile.layers import Entropy
+from kava_core.jobs.profile.profile import Profile
+from kava_core.jobs.profile.stages import CAPTURED, STEP, STUDENT, Cost, Stage
 
 MOST_OF_STEP = 0.5
 """A stage, other than a model's forward pass, that takes more of the forward pass of a step."""

@@ -17,13 +17,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from kava_core.jobs.profile.attention import Rule, handed_on
+from kava_core.jobs.profile.layers import stand_in, student_rules
+from kava_core.jobs.profile.prepared import BOTH, Subject, time_map_of
 from kava_core.kv.aligner import TeacherAligner
 from kava_core.kv.axes import Cache
 from kava_core.kv.masks import without_autocast
 from kava_core.kv.rope import Rotation
-from kava_core.profile.attention import Rule, handed_on
-from kava_core.profile.layers import stand_in, student_rules
-from kava_core.profile.subject import BOTH, Subject, time_map_of
 
 BATCH = 32
 """Most examples in a forward pass."""

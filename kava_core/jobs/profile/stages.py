@@ -13,13 +13,13 @@ from torch import Tensor
 
 from kava_core.config import Part
 from kava_core.errors import NonFiniteError
+from kava_core.jobs.profile.numbers import Numbers, numbers
+from kava_core.jobs.profile.prepared import Subject, time_map_of
+from kava_core.jobs.profile.timing import Gauge, repeated
 from kava_core.kv.axes import Cache
 from kava_core.kv.masks import without_autocast
 from kava_core.kv.pipeline import precise
 from kava_core.kv.timemap import TimeMap
-from kava_core.profile.gauge import Gauge, repeated
-from kava_core.profile.numbers import Numbers, numbers
-from kava_core.profile.subject import Subject, time_map_of
 
 CAPTURED, PLAN, STUDENT, STEP = "captured", "time map", "student", "step"
 """Of a teacher: its forward pass, and planning where its positions go; the student's forward pass; and the

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from kava_core.console import print_whole
-from kava_core.profile.gate import ARMS, Gate
-from kava_core.profile.profile import Profile
-from kava_core.profile.stages import CAPTURED, PLAN, STEP, STUDENT
+from kava_core.jobs.profile.gate import ARMS, Gate
+from kava_core.jobs.profile.profile import Profile
+from kava_core.jobs.profile.stages import CAPTURED, PLAN, STEP, STUDENT
 
 LEFT = {"variant", "teacher", "part", "stage", "shape", "dtype", "gate", "of"}
 
@@ -149,7 +149,7 @@ def _at(values: Sequence[float], place: int, layers: int) -> str:
 
 
 def _entropy(entropy: object, place: int) -> str:
-    from kava_core.profile.layers import Entropy
+    from kava_core.jobs.profile.layers import Entropy
 
     if not isinstance(entropy, Entropy):
         return "–"

@@ -1,1 +1,0 @@
-"""Judging finished students on files of tasks, and handing them over to lm-evaluation-harness."""

@@ -1,0 +1,1 @@
+"""Judge a trained student on files of examples: ``kava eval``."""

@@ -1,0 +1,1 @@
+"""Show what the latent tokens of a finished run became: ``kava latents``."""
