@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kava_core.kv.pipeline import KVPipeline
-from kava_core.kv.probe import geometry_of
+from kava_core.kv.capture.geometry import geometry_of
+from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.registry import Registry
 from kava_core.specfile.bind import bind
 from kava_core.specfile.questions import parts_of

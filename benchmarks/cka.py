@@ -18,7 +18,7 @@ import torch
 from alternated import alternate, ratio
 from torch import Tensor
 
-from kava_core.kv.cka import StreamedCKA
+from kava_core.kv.maths.cka import StreamedCKA
 
 MINIBATCH = 256
 

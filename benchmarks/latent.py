@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kava_core.data.encode import NO_LABEL
-from kava_core.kv.probe import geometry_of
-from kava_core.kv.timeline import REASONING
+from kava_core.kv.capture.geometry import geometry_of
 from kava_core.latent.curriculum import ALWAYS
 from kava_core.latent.growing_text import backbone, positions
 from kava_core.latent.student import write_answers
 from kava_core.latent.tokens import LatentTokens, extended
+from kava_core.protocols.timeline import REASONING
 from kava_core.registry import Registry
 from kava_core.specfile.bind import bind
 from kava_core.specfile.sections.pipeline import PipelineSpec

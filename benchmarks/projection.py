@@ -18,7 +18,7 @@ from alternated import alternate, quartiles
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kava_core.kv.axes import Geometry
+from kava_core.protocols.axes import Geometry
 from kava_plugins.dim_projectors import Linear
 from kava_plugins.head_adapters import Flat, Structured
 

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from step import VOCAB, build, config
 
-from kava_core.kv.pipeline import KVPipeline
-from kava_core.kv.probe import geometry_of
+from kava_core.kv.capture.geometry import geometry_of
+from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.registry import Registry
 from kava_core.specfile.bind import bind
 from kava_core.specfile.questions import parts_of
@@ -168,7 +168,7 @@ def stored_sides(
     distiller: Distiller, live: dict[str, Any], folder: Path, options: argparse.Namespace
 ) -> Any:
     """What the collator reads for the same batch in every step."""
-    from kava_core.kv.timeline import Timeline
+    from kava_core.protocols.timeline import Timeline
 
     assert distiller.pipeline is not None
     with torch.no_grad():

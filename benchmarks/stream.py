@@ -17,7 +17,7 @@ import torch
 from alternated import alternate, quartiles
 from bench import Bench, Size, make_spec
 
-from kava_core.kv.timeline import Timeline
+from kava_core.protocols.timeline import Timeline
 
 SIZE: Size = {"student": (256, 8, 4, 2), "teachers": [(512, 24, 8, 8)], "batch": 1, "time": 64}
 FORMS = ("floor", "at once", "streamed")

@@ -25,9 +25,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from kava_core.data import trainers
 from kava_core.data.collate import Collator
 from kava_core.data.jsonl import read_examples
-from kava_core.kv.axes import Geometry
-from kava_core.kv.timeline import Timeline
-from kava_core.kv.timemap import TimeMap
+from kava_core.protocols.axes import Geometry
+from kava_core.protocols.time_map import TimeMap
+from kava_core.protocols.timeline import Timeline
 from kava_core.specfile.sections.data import Template
 from kava_core.specfile.sections.models import TrainTokenizer
 from kava_plugins.time_warpers import CharIoU, Segment

@@ -20,11 +20,11 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from kava_core.data.encode import encode
 from kava_core.data.examples import Example, render
 from kava_core.data.tokenizers import train_tokenizer
-from kava_core.kv.axes import Cache, Geometry
-from kava_core.kv.rope import rerotate, unrotate
-from kava_core.kv.stages import weigh
-from kava_core.kv.timeline import Timeline
-from kava_core.protocols import FusionContext
+from kava_core.kv.align.boundaries import weigh
+from kava_core.kv.capture.rotation import rerotate, unrotate
+from kava_core.protocols.axes import Cache, Geometry
+from kava_core.protocols.fuser import FusionContext
+from kava_core.protocols.timeline import Timeline
 from kava_core.registry import Registry
 from kava_core.specfile.sections.data import Template
 from kava_core.specfile.sections.models import TrainTokenizer

@@ -11,13 +11,14 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from kava_core.data.tokenizers import load_tokenizer
 from kava_core.errors import SpecError
-from kava_core.kv.align_stream import assert_streams
-from kava_core.kv.aligner import TeacherAligner
-from kava_core.kv.axes import Cache, Geometry, meta_cache
-from kava_core.kv.pipeline import Aligned, KVPipeline
-from kava_core.kv.probe import probe_geometry
-from kava_core.kv.timeline import ANSWER, PROMPT, REASONING, Timeline
-from kava_core.kv.timemap import TimeMap
+from kava_core.kv.align.aligner import TeacherAligner
+from kava_core.kv.capture.geometry import probe_geometry
+from kava_core.kv.compare.pipeline import KVPipeline
+from kava_core.kv.compare.streaming import assert_streams
+from kava_core.kv.compare.values import Aligned
+from kava_core.protocols.axes import Cache, Geometry, meta_cache
+from kava_core.protocols.time_map import TimeMap
+from kava_core.protocols.timeline import ANSWER, PROMPT, REASONING, Timeline
 from kava_core.specfile.questions import active, parts_of
 from kava_core.specfile.sections.models import ModelSpec, TrainTokenizer
 from kava_core.specfile.sections.pipeline import PipelineSpec

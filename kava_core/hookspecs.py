@@ -83,7 +83,7 @@ def kava_time_warpers() -> Sequence[type[ComponentConfig]]:
         # kava_shift/warper.py
         import torch
         from torch import nn
-        from kava_core.kv.timemap import TimeMap
+        from kava_core.protocols.time_map import TimeMap
 
         class ShiftWarper(nn.Module):
             def __init__(self, config, *, teacher, student):

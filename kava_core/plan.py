@@ -18,14 +18,14 @@ from kava_core.config import Part
 from kava_core.data.splits import load_splits
 from kava_core.dry_run import DryRun, dry_run, sized_config, vocabulary_note
 from kava_core.errors import SpecError
-from kava_core.kv.align_stream import most_alive
-from kava_core.kv.aligner import TeacherAligner
-from kava_core.kv.attention_layers import has_rotary
-from kava_core.kv.axes import Cache
-from kava_core.kv.order import Stage
-from kava_core.kv.probe import fake_model
-from kava_core.kv.timemap import TimeMap
+from kava_core.kv.align.aligner import TeacherAligner
+from kava_core.kv.align.stage_order import Stage
+from kava_core.kv.align.streaming import most_alive
+from kava_core.kv.capture.attention_layers import has_rotary
+from kava_core.kv.capture.geometry import fake_model
 from kava_core.plan_memory import LOGIT_BYTES, Kept, kept_by_losses, kept_by_student, largest_block
+from kava_core.protocols.axes import Cache
+from kava_core.protocols.time_map import TimeMap
 from kava_core.specfile.questions import active, heard, used_teachers, weights_key
 from kava_core.specfile.sections.data import HubData
 from kava_core.specfile.sections.models import ModelSpec, StudentSpec, TeacherSpec

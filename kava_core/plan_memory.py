@@ -15,9 +15,9 @@ from transformers import PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from kava_core.dry_run import DryRun
-from kava_core.kv.axes import Cache
-from kava_core.kv.pipeline import Aligned
-from kava_core.kv.probe import fake_model
+from kava_core.kv.capture.geometry import fake_model
+from kava_core.kv.compare.values import Aligned
+from kava_core.protocols.axes import Cache
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.train.fsdp import blocks
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from kava_core.data.encode import NO_LABEL, Encoded, LossOn, encode_all, prompt_ids
 from kava_core.data.examples import Example, Text, render, without_last_step
 from kava_core.errors import SpecError
-from kava_core.kv.timeline import NOWHERE
+from kava_core.protocols.timeline import NOWHERE
 from kava_core.specfile.sections.data import Template
 
 Side = dict[str, Any]

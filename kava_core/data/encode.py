@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kava_core.data.examples import Example, Text, render
 from kava_core.errors import SpecError
-from kava_core.kv.timeline import ANSWER, PROMPT
+from kava_core.protocols.timeline import ANSWER, PROMPT
 from kava_core.specfile.sections.data import Template
 
 LossOn = Literal["completion", "all"]

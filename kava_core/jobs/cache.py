@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from kava_core.console import progress, quiet
 from kava_core.data.collate import Item
 from kava_core.errors import KavaError, NonFiniteError, SpecError
-from kava_core.kv.pipeline import Aligned
-from kava_core.kv.timeline import Timeline
+from kava_core.kv.compare.values import Aligned
+from kava_core.protocols.timeline import Timeline
 from kava_core.runs import checkpoint
 from kava_core.specfile.questions import used_teachers
 from kava_core.specfile.sections.pipeline import PipelineSpec

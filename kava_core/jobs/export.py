@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from kava_core.errors import CheckpointError, KavaError
-from kava_core.kv.probe import ENCODER
+from kava_core.kv.capture.geometry import ENCODER
 from kava_core.latent.exported import SHAPE, save_latents
 from kava_core.latent.tokens import LatentTokens
 from kava_core.runs import checkpoint

@@ -16,8 +16,8 @@ from kava_core.data.collate import Collator, Side, pad_id, padded_left
 from kava_core.data.encode import NO_LABEL, Encoded, Piece, hinge_of, pieces, prompt_ids
 from kava_core.data.examples import Example, Text, render
 from kava_core.errors import SpecError
-from kava_core.kv.timeline import REASONING
 from kava_core.latent.curriculum import ALWAYS, step_of_tokens
+from kava_core.protocols.timeline import REASONING
 from kava_core.specfile.sections.latent import LatentSpec
 
 BEGIN, END = "<bot>", "<eot>"

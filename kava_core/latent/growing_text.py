@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kava_core.errors import UnsupportedModelError
-from kava_core.kv.attention_layers import checkpointed, unwrapped
+from kava_core.kv.capture.attention_layers import checkpointed, unwrapped
 
 
 class GrowingText:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from kava_core.kv.attention_layers import unwrapped
+from kava_core.kv.capture.attention_layers import unwrapped
 from kava_core.latent.growing_text import GrowingText, positions
 from kava_core.latent.tokens import LatentTokens, extended
 

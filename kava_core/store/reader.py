@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kava_core.config import Part
 from kava_core.errors import CheckpointError
-from kava_core.kv.axes import Cache
+from kava_core.protocols.axes import Cache
 from kava_core.store.codec import decode
 from kava_core.store.index import read_index
 

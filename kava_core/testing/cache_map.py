@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kava_core.config import Part
 from kava_core.errors import KavaError
-from kava_core.kv.axes import PARTS
-from kava_core.kv.per_layer import at_layer
+from kava_core.kv.align.per_layer import at_layer
+from kava_core.protocols.axes import PARTS
 from kava_core.testing.component import MetaTests
 from kava_core.testing.geometries import EXTENTS, Sides
 from kava_core.testing.require import gradient_of, require, require_finite, require_same, require_tensor

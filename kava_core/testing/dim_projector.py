@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kava_core.config import Part
-from kava_core.protocols import Calibrated
+from kava_core.protocols.dim_projector import Calibrated
 from kava_core.testing.cache_map import CacheMapTests
 from kava_core.testing.geometries import Sides
 from kava_core.testing.require import require_same
@@ -19,7 +19,7 @@ SEEN, LONG = 4, 12
 
 
 class DimProjectorTests(CacheMapTests):
-    """The contract of ``kava_core.protocols.DimProjector``, and of ``Calibrated`` where it is offered."""
+    """The contract of ``protocols.dim_projector.DimProjector``, and of ``Calibrated`` where it is offered."""
 
     kind: ClassVar[str] = "dim_projector"
 

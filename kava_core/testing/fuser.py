@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from kava_core.config import Part
-from kava_core.kv.axes import Cache
-from kava_core.kv.stages import weigh
-from kava_core.protocols import FusionContext, ObservesTeachers, Regularised
+from kava_core.kv.align.boundaries import weigh
+from kava_core.protocols.axes import Cache
+from kava_core.protocols.fuser import FusionContext, ObservesTeachers, Regularised
 from kava_core.testing.component import MetaTests
 from kava_core.testing.geometries import Sides
 from kava_core.testing.require import require, require_finite, require_same, require_tensor
@@ -21,7 +21,7 @@ BATCH, TIME = 3, 5
 
 
 class FuserTests(MetaTests):
-    """The contract of ``kava_core.protocols.Fuser``."""
+    """The contract of ``kava_core.protocols.fuser.Fuser``."""
 
     kind: ClassVar[str] = "fuser"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kava_core.kv.axes import Geometry
+from kava_core.protocols.axes import Geometry
 
 
 class Sides(NamedTuple):

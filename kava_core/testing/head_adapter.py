@@ -14,7 +14,7 @@ from kava_core.testing.tensors import draw_part
 
 
 class HeadAdapterTests(CacheMapTests):
-    """The contract of ``kava_core.protocols.HeadAdapter``."""
+    """The contract of ``kava_core.protocols.head_adapter.HeadAdapter``."""
 
     kind: ClassVar[str] = "head_adapter"
 

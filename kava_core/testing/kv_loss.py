@@ -8,9 +8,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from kava_core.kv.axes import Cache
-from kava_core.kv.per_layer import at_layer
-from kava_core.protocols import ObservesCaches
+from kava_core.kv.align.per_layer import at_layer
+from kava_core.protocols.axes import Cache
+from kava_core.protocols.kv_loss import ObservesCaches
 from kava_core.testing.component import MetaTests
 from kava_core.testing.geometries import EXTENTS, GEOMETRIES, Sides
 from kava_core.testing.require import gradient_of, require, require_finite, require_same, require_tensor
@@ -29,7 +29,7 @@ class Compared(NamedTuple):
 
 
 class KVLossTests(MetaTests):
-    """The contract of ``kava_core.protocols.KVLoss``, and of ``ObservesCaches`` where it is offered."""
+    """The contract of ``protocols.kv_loss.KVLoss``, and of ``ObservesCaches`` where it is offered."""
 
     kind: ClassVar[str] = "kv_loss"
 

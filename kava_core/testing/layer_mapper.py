@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from kava_core.protocols import Measured
+from kava_core.protocols.layer_mapper import Measured
 from kava_core.testing.component import MetaTests, saved_state
 from kava_core.testing.geometries import Sides
 from kava_core.testing.require import require, require_finite, require_same, require_tensor
@@ -22,7 +22,7 @@ SEEN, LONG, CHANNELS = 4, 8, 6
 
 
 class LayerMapperTests(MetaTests):
-    """The contract of ``kava_core.protocols.LayerMapper``, and of ``Measured`` where it is offered."""
+    """The contract of ``protocols.layer_mapper.LayerMapper``, and of ``Measured`` where it is offered."""
 
     kind: ClassVar[str] = "layer_mapper"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kava_core.config import Part
-from kava_core.kv.axes import Cache, Geometry
+from kava_core.protocols.axes import Cache, Geometry
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from kava_core.config import Part
-from kava_core.kv.axes import Cache, Geometry
-from kava_core.kv.timeline import REASONING, Timeline
-from kava_core.kv.timemap import TimeMap
-from kava_core.protocols import Evictor
+from kava_core.protocols.axes import Cache, Geometry
+from kava_core.protocols.time_map import TimeMap
+from kava_core.protocols.time_warper import Evictor
+from kava_core.protocols.timeline import REASONING, Timeline
 from kava_core.testing.component import ComponentTests
 from kava_core.testing.geometries import Sides
 from kava_core.testing.require import require, require_finite, require_same, require_tensor
@@ -24,7 +24,7 @@ Timelines = tuple[Timeline, Timeline]
 
 
 class TimeWarperTests(ComponentTests):
-    """The contract of ``kava_core.protocols.TimeWarper``, and of ``Evictor`` where it is offered.
+    """The contract of ``kava_core.protocols.time_warper.TimeWarper``, and of ``Evictor`` where it is offered.
 
     An evictor's map reads slots, of which there are as many as the student has positions.
     """

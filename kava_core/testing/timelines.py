@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from kava_core.kv.timeline import NOWHERE, SEGMENT_NAMES, Timeline
+from kava_core.protocols.timeline import NOWHERE, SEGMENT_NAMES, Timeline
 
 TEXT = 24
 """Characters of the text; a third of them each are prompt, reasoning and answer."""

@@ -21,16 +21,16 @@ from kava_core.data.examples import render
 from kava_core.data.splits import Splits, load_splits, split_hash
 from kava_core.data.tokenizers import load_tokenizer
 from kava_core.errors import CheckpointError, SpecError
-from kava_core.kv.aligner import TeacherAligner
-from kava_core.kv.axes import Geometry
-from kava_core.kv.eviction import Eviction
-from kava_core.kv.pipeline import KVPipeline
-from kava_core.kv.probe import geometry_of, probe_geometry
-from kava_core.kv.unused import freeze_unused
+from kava_core.kv.align.aligner import TeacherAligner
+from kava_core.kv.align.eviction import Eviction
+from kava_core.kv.capture.geometry import geometry_of, probe_geometry
+from kava_core.kv.compare.freeze_unused import freeze_unused
+from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.latent.collate import LatentCollator, with_thought_tokens
 from kava_core.latent.tokens import LatentTokens
 from kava_core.paths import cache_folder
-from kava_core.protocols import Rewarded
+from kava_core.protocols.axes import Geometry
+from kava_core.protocols.fuser import Rewarded
 from kava_core.specfile.questions import active, felt, heard, parts_of, used_teachers, weights_key
 from kava_core.specfile.sections.models import ModelSpec, TeacherSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from kava_core.kv.attention_layers import unwrapped
+from kava_core.kv.capture.attention_layers import unwrapped
 from kava_core.runs.folder import MAPS, TOKENS, write_json
 
 LAYERS, LONGEST = 3, 64

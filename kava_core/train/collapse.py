@@ -14,10 +14,17 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kava_core.kv.axes import PARTS, Cache
-from kava_core.kv.collapse import absorbed_share, effective_rank, mean_cosine, mean_variance, rows_of
-from kava_core.kv.pipeline import Aligned, KVPipeline
-from kava_core.kv.timeline import Timeline
+from kava_core.kv.compare.pipeline import KVPipeline
+from kava_core.kv.compare.values import Aligned
+from kava_core.kv.maths.rank_and_cosine import (
+    absorbed_share,
+    effective_rank,
+    mean_cosine,
+    mean_variance,
+    rows_of,
+)
+from kava_core.protocols.axes import PARTS, Cache
+from kava_core.protocols.timeline import Timeline
 from kava_core.train.distiller import Distiller
 
 PREFIX = "collapse"

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from kava_core.dry_run import dry_run, sized_config
-from kava_core.kv.pipeline import KVPipeline
+from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.plan import alignment_flops, forward_flops
 from kava_core.runs.folder import STORE
 from kava_core.runs.metrics import read_metrics

@@ -20,16 +20,15 @@ from transformers import PreTrainedConfig
 
 from kava_core.config import Part
 from kava_core.errors import SpecError
-from kava_core.kv.align_stream import align_stream, assert_streams, by_terms
-from kava_core.kv.aligner import TeacherAligner
-from kava_core.kv.axes import Cache
-from kava_core.kv.capture import Capture
-from kava_core.kv.layer_stream import Stream, stream_terms
-from kava_core.kv.masks import without_autocast
-from kava_core.kv.pipeline import ROUTER, Aligned, Beside, KVPipeline, precise
-from kava_core.kv.rope import Rotation
-from kava_core.kv.timeline import Timeline
-from kava_core.kv.timemap import TimeMap
+from kava_core.kv.align.aligner import TeacherAligner
+from kava_core.kv.align.finite import precise
+from kava_core.kv.align.streaming import align_stream
+from kava_core.kv.capture.capture import Capture
+from kava_core.kv.capture.rotation import Rotation
+from kava_core.kv.compare.pipeline import KVPipeline
+from kava_core.kv.compare.streaming import Stream, assert_streams, by_terms, stream_terms
+from kava_core.kv.compare.values import ROUTER, Aligned, FuserInputs
+from kava_core.kv.maths.masks import without_autocast
 from kava_core.latent.curriculum import at_stage
 from kava_core.latent.growing_text import backbone
 from kava_core.latent.student import (
@@ -42,7 +41,10 @@ from kava_core.latent.student import (
     writer_logits,
 )
 from kava_core.latent.tokens import LatentTokens
-from kava_core.protocols import Chooses, Rewarded
+from kava_core.protocols.axes import Cache
+from kava_core.protocols.fuser import Chooses, Rewarded
+from kava_core.protocols.time_map import TimeMap
+from kava_core.protocols.timeline import Timeline
 from kava_core.specfile.sections.latent import LatentSpec
 from kava_core.specfile.sections.losses import CodiSpec, LogitsSpec
 from kava_core.store.reader import target_of
@@ -80,7 +82,7 @@ class Own:
     ce: Float[Tensor, ""]
     cache: Cache
     rotation: Rotation | None
-    beside: Beside
+    beside: FuserInputs
     hinge: Float[Tensor, "layer batch hidden"] | None = None
     """With CODI's term: all layers' states at the token before the answer."""
     writers: Float[Tensor, "batch _ vocab"] | None = None
@@ -340,11 +342,11 @@ class Distiller(nn.Module):
         ce = cross_entropy(logits, student["labels"], items[LABELLED])
         latent = self._latent_part(outputs, student)
         if capture is None:
-            return Own(logits, ce, Cache(), None, Beside(), **latent)
+            return Own(logits, ce, Cache(), None, FuserInputs(), **latent)
         with without_autocast(ce.device):
             cache = self._compared_part(capture.take(), student)
         rotation = capture.rotation() if self.rotary == "match" else None
-        beside = Beside(self._hidden(outputs, student), student.get("tasks"))
+        beside = FuserInputs(self._hidden(outputs, student), student.get("tasks"))
         return Own(logits, ce, cache, rotation, beside, **latent)
 
     @contextmanager
@@ -495,7 +497,7 @@ class Distiller(nn.Module):
         student, timeline = self.still_cache(batch["student"]), Timeline.from_batch(batch["student"])
         aligned = self.aligned(batch["teachers"], timeline, self.pipeline)
         view = self.pipeline.teachers[0].view_of(student)
-        self.pipeline.fuser.observe(self.pipeline.context(view, aligned, Beside()))
+        self.pipeline.fuser.observe(self.pipeline.context(view, aligned, FuserInputs()))
 
     @torch.no_grad()
     def show_losses(self, batch: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from kava_core.errors import SpecError
-from kava_core.kv.attention_layers import attention_layers
+from kava_core.kv.capture.attention_layers import attention_layers
 
 WANTED = "ACCELERATE_USE_FSDP"
 EMPTY_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"

@@ -21,14 +21,14 @@ from torch.utils.data import DataLoader, Subset
 
 from kava_core.config import ComponentConfig
 from kava_core.errors import PluginError, SpecError, UnsupportedModelError
-from kava_core.kv.attention_layers import attention_layers, model_name
-from kava_core.kv.capture import Capture
-from kava_core.kv.probe import geometry_of
-from kava_core.kv.stages import blame, layer_matrix
-from kava_core.kv.time_plan import TimePlan
-from kava_core.kv.timeline import Timeline
-from kava_core.kv.timemap import TimeMap
-from kava_core.protocols import Measured
+from kava_core.kv.align.boundaries import blame, layer_matrix
+from kava_core.kv.align.time_plan import TimePlan
+from kava_core.kv.capture.attention_layers import attention_layers, model_name
+from kava_core.kv.capture.capture import Capture
+from kava_core.kv.capture.geometry import geometry_of
+from kava_core.protocols.layer_mapper import Measured
+from kava_core.protocols.time_map import TimeMap
+from kava_core.protocols.timeline import Timeline
 from kava_core.specfile.questions import used_teachers
 from kava_core.specfile.sections.models import TeacherSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec

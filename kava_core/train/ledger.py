@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kava_core.errors import CheckpointError
-from kava_core.kv.attention_layers import unwrapped
+from kava_core.kv.capture.attention_layers import unwrapped
 
 STUDENT = "student"
 HEAD = "head"

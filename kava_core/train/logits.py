@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kava_core.data.encode import NO_LABEL
 from kava_core.errors import SpecError
-from kava_core.kv.timeline import PROMPT
+from kava_core.protocols.timeline import PROMPT
 from kava_core.specfile.sections.losses import DivergenceKind
 
 ELEMENTS = 2**22

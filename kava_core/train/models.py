@@ -18,7 +18,7 @@ from transformers import (
 
 from kava_core import shapecheck
 from kava_core.errors import SpecError, did_you_mean
-from kava_core.kv.probe import ENCODER, auto_class
+from kava_core.kv.capture.geometry import ENCODER, auto_class
 from kava_core.specfile.sections.models import Lora, ModelSpec, StudentSpec, TeacherSpec
 from kava_core.train.denoise import Denoiser
 from kava_core.train.quantize import check_quantised, explained, loading_options

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from kava_core.kv.axes import Cache
+from kava_core.protocols.axes import Cache
 from kava_core.train.ledger import STUDENT, Ledger
 from kava_core.train.placement import REPLICATED
 from kava_core.train.teacher import Teacher

@@ -16,8 +16,8 @@ from torch.distributed.fsdp import fully_shard
 
 from kava_core.config import Part
 from kava_core.errors import SpecError
-from kava_core.kv.axes import Cache
-from kava_core.kv.capture import Capture
+from kava_core.kv.capture.capture import Capture
+from kava_core.protocols.axes import Cache
 from kava_core.train.fsdp import blocks, is_sharded
 
 REPLICATED, SHARDED = "replicated", "sharded"

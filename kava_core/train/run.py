@@ -28,7 +28,7 @@ from kava_core.data.splits import load_splits
 from kava_core.errors import Preempted, SpecError
 from kava_core.jobs.export import save_student
 from kava_core.plan import step_passes
-from kava_core.protocols import ObservesTeachers
+from kava_core.protocols.fuser import ObservesTeachers
 from kava_core.runs import checkpoint
 from kava_core.runs.folder import FAILURE, RunDir
 from kava_core.specfile.questions import used_teachers

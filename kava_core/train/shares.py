@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kava_core.errors import SpecError
-from kava_core.kv.attention_layers import hooked
+from kava_core.kv.capture.attention_layers import hooked
 from kava_core.train.distiller import Distiller
 
 PREFIX = "share"

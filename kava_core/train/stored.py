@@ -15,9 +15,9 @@ from kava_core.data.collate import Collator, Item
 from kava_core.data.examples import Example
 from kava_core.data.splits import split_hash
 from kava_core.errors import SpecError
-from kava_core.kv.aligner import TeacherAligner
-from kava_core.kv.axes import Geometry
-from kava_core.kv.pipeline import KVPipeline
+from kava_core.kv.align.aligner import TeacherAligner
+from kava_core.kv.compare.pipeline import KVPipeline
+from kava_core.protocols.axes import Geometry
 from kava_core.runs import checkpoint
 from kava_core.specfile.questions import parts_of, used_components, used_teachers
 from kava_core.specfile.sections.models import TeacherSpec

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from kava_core.config import Part
-from kava_core.kv.attention_layers import attention_layers
-from kava_core.kv.axes import Cache
-from kava_core.kv.capture import Capture
-from kava_core.kv.eviction import Eviction
+from kava_core.kv.align.eviction import Eviction
+from kava_core.kv.capture.attention_layers import attention_layers
+from kava_core.kv.capture.capture import Capture
+from kava_core.protocols.axes import Cache
 from kava_core.train.ledger import Ledger
 from kava_core.train.placement import REPLICATED, place
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from kava_core.data.collate import Item
 from kava_core.data.examples import Example
-from kava_core.kv.pipeline import KVPipeline
-from kava_core.kv.timeline import Timeline
+from kava_core.kv.compare.pipeline import KVPipeline
+from kava_core.protocols.timeline import Timeline
 
 Collate = Callable[[Sequence[Example | Item]], dict[str, Any]]
 

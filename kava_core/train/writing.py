@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from kava_core.kv.attention_layers import unwrapped
+from kava_core.kv.capture.attention_layers import unwrapped
 
 
 @torch.no_grad()

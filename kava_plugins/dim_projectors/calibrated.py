@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from kava_core.config import Part
 from kava_core.errors import KavaError
-from kava_core.kv.axes import Geometry
-from kava_core.kv.moments import Moments, rows_of
+from kava_core.kv.maths.moments import Moments, rows_of
+from kava_core.protocols.axes import Geometry
 from kava_plugins.dim_projectors import Calibrated as Config
 from kava_plugins.dim_projectors.closed_form import principal_components, procrustes, ridge
 from kava_plugins.dim_projectors.matrices import project

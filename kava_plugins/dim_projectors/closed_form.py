@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kava_core.kv.moments import Moments
+from kava_core.kv.maths.moments import Moments
 
 Matrix = Float[Tensor, "layer head dim t_dim"]
 

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kava_core.config import Part
-from kava_core.kv.axes import PARTS, Geometry
+from kava_core.protocols.axes import PARTS, Geometry
 from kava_plugins.dim_projectors import Linear as Config
 from kava_plugins.dim_projectors.matrices import normal, orthogonal, owners, project
 

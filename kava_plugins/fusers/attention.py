@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kava_core.kv.axes import Geometry
-from kava_core.protocols import FusionContext
+from kava_core.protocols.axes import Geometry
+from kava_core.protocols.fuser import FusionContext
 from kava_plugins.fusers import Attention as Config
 from kava_plugins.fusers.learnable import require_hidden
 from kava_plugins.fusers.routing import imbalance, negative_entropy, routed

@@ -7,8 +7,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from kava_core.errors import SpecError, did_you_mean, one_of
-from kava_core.kv.axes import Geometry
-from kava_core.protocols import FusionContext
+from kava_core.protocols.axes import Geometry
+from kava_core.protocols.fuser import FusionContext
 from kava_plugins.fusers import Fixed as Config
 
 

@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kava_core.errors import KavaError
-from kava_core.kv.axes import Geometry
-from kava_core.protocols import FusionContext
+from kava_core.protocols.axes import Geometry
+from kava_core.protocols.fuser import FusionContext
 from kava_plugins.fusers import Learnable as Config
 from kava_plugins.fusers.routing import imbalance, mean_over_time, negative_entropy, routed
 

@@ -8,9 +8,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from kava_core.errors import KavaError
-from kava_core.kv.axes import Cache, Geometry
-from kava_core.kv.masks import widen
-from kava_core.protocols import FusionContext
+from kava_core.kv.maths.masks import widen
+from kava_core.protocols.axes import Cache, Geometry
+from kava_core.protocols.fuser import FusionContext
 from kava_plugins.fusers import Similarity as Config
 from kava_plugins.fusers.routing import mean_over_time, routed
 

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kava_core.kv.axes import Geometry
-from kava_core.protocols import FusionContext
+from kava_core.protocols.axes import Geometry
+from kava_core.protocols.fuser import FusionContext
 from kava_plugins.fusers import Task as Config
 from kava_plugins.fusers.fixed import constants
 

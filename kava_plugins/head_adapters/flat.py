@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kava_core.config import Part
 from kava_core.errors import KavaError
-from kava_core.kv.axes import Geometry
+from kava_core.protocols.axes import Geometry
 from kava_plugins.head_adapters import Flat as Config
 
 

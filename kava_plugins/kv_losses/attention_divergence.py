@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kava_core.kv.axes import Cache
-from kava_core.kv.masks import live, select, widen, without_autocast
+from kava_core.kv.maths.masks import live, select, widen, without_autocast
+from kava_core.protocols.axes import Cache
 from kava_plugins.kv_losses import AttentionKL, Divergence, Structural
 from kava_plugins.kv_losses.row_blocks import Compare, Masking, Side, of_one_dtype, sum_of_rows
 

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kava_core.errors import SpecError
-from kava_core.kv.axes import Cache, Geometry
+from kava_core.protocols.axes import Cache, Geometry
 from kava_plugins.kv_losses import AttentionKL as Config
 from kava_plugins.kv_losses.attention_divergence import between_caches
 

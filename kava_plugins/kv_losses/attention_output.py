@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from kava_core.kv.axes import Cache, Geometry
-from kava_core.kv.masks import live, select, weighted_sum, widen, without_autocast
+from kava_core.kv.maths.masks import live, select, weighted_sum, widen, without_autocast
+from kava_core.protocols.axes import Cache, Geometry
 from kava_plugins.kv_losses import AttentionOutput as Config
 from kava_plugins.kv_losses.mercator import one_minus_cosine
 

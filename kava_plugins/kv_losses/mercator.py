@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.linalg import vector_norm
 
-from kava_core.kv.axes import Cache, Geometry
-from kava_core.kv.masks import live, weighted_sum, widen
+from kava_core.kv.maths.masks import live, weighted_sum, widen
+from kava_core.protocols.axes import Cache, Geometry
 from kava_plugins.kv_losses import Mercator as Config
 
 TINY = 1e-10

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 
 from kava_core.errors import SpecError
-from kava_core.kv.axes import Cache, Geometry
-from kava_core.kv.masks import live, select, widen, without_autocast
+from kava_core.kv.maths.masks import live, select, widen, without_autocast
+from kava_core.protocols.axes import Cache, Geometry
 from kava_plugins.kv_losses import Relation as Config
 from kava_plugins.kv_losses.attention_divergence import attention_divergence
 from kava_plugins.kv_losses.row_blocks import Masking, Side, of_one_dtype, sum_of_rows

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from kava_core.config import Part
 from kava_core.errors import KavaError
-from kava_core.kv.axes import Cache, Geometry
-from kava_core.kv.masks import live, select, widen, without_autocast
-from kava_core.kv.moments import Moments, rows_of
+from kava_core.kv.maths.masks import live, select, widen, without_autocast
+from kava_core.kv.maths.moments import Moments, rows_of
+from kava_core.protocols.axes import Cache, Geometry
 from kava_plugins.kv_losses import SharedSpace as Config
 
 SIDES = ("student", "target")

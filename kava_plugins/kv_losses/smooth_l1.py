@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kava_core.kv.axes import Cache, Geometry
-from kava_core.kv.masks import scaled_difference, weighted_sum
+from kava_core.kv.maths.masks import scaled_difference, weighted_sum
+from kava_core.protocols.axes import Cache, Geometry
 from kava_plugins.kv_losses import SmoothL1 as Config
 
 

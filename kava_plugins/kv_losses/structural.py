@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kava_core.errors import SpecError
-from kava_core.kv.axes import Cache, Geometry
-from kava_core.kv.masks import live, weighted_sum, widen
+from kava_core.kv.maths.masks import live, weighted_sum, widen
+from kava_core.protocols.axes import Cache, Geometry
 from kava_plugins.kv_losses import Structural as Config
 from kava_plugins.kv_losses.attention_divergence import between_caches
 from kava_plugins.kv_losses.mercator import one_minus_cosine

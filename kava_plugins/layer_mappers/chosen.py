@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kava_core.errors import SpecError
-from kava_core.kv.axes import Geometry
+from kava_core.protocols.axes import Geometry
 from kava_plugins.layer_mappers import Chosen as Config
 
 

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from kava_core.kv.axes import Geometry
-from kava_core.kv.cka import StreamedCKA
+from kava_core.kv.maths.cka import StreamedCKA
+from kava_core.protocols.axes import Geometry
 from kava_plugins.layer_mappers import Cka as Config
 from kava_plugins.layer_mappers.map_file import read_similarity
 from kava_plugins.layer_mappers.window import mean_around, same_depth

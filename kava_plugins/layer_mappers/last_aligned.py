@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kava_core.kv.axes import Geometry
+from kava_core.protocols.axes import Geometry
 from kava_plugins.layer_mappers import LastAligned as Config
 from kava_plugins.layer_mappers.window import mean_around
 

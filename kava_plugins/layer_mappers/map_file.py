@@ -13,7 +13,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from kava_core.errors import SpecError
-from kava_core.kv.axes import Geometry
+from kava_core.protocols.axes import Geometry
 
 ANEW = "measure again with kava calibrate"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kava_core.kv.axes import Geometry
+from kava_core.protocols.axes import Geometry
 from kava_plugins.layer_mappers import Ratio as Config
 from kava_plugins.layer_mappers.window import mean_around, same_depth
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kava_core.kv.axes import Geometry
+from kava_core.protocols.axes import Geometry
 
 
 def same_depth(teacher: Geometry, student: Geometry) -> Int[Tensor, " layer"]:

@@ -9,9 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from kava_core.kv.axes import Geometry
-from kava_core.kv.timeline import Timeline
-from kava_core.kv.timemap import TimeMap
+from kava_core.protocols.axes import Geometry
+from kava_core.protocols.time_map import TimeMap
+from kava_core.protocols.timeline import Timeline
 from kava_plugins.time_warpers import CharIoU as Config
 
 Integers = npt.NDArray[np.signedinteger[Any]]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from kava_core.kv.axes import Geometry
-from kava_core.kv.resample import places
-from kava_core.kv.timeline import Timeline
-from kava_core.kv.timemap import TimeMap
+from kava_core.kv.maths.resample import places
+from kava_core.protocols.axes import Geometry
+from kava_core.protocols.time_map import TimeMap
+from kava_core.protocols.timeline import Timeline
 from kava_plugins.time_warpers import Pad as Config
 
 

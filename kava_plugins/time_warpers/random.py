@@ -7,9 +7,9 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from kava_core.config import Part
-from kava_core.kv.axes import Cache, Geometry
-from kava_core.kv.timeline import Timeline
-from kava_core.kv.timemap import TimeMap
+from kava_core.protocols.axes import Cache, Geometry
+from kava_core.protocols.time_map import TimeMap
+from kava_core.protocols.timeline import Timeline
 from kava_plugins.time_warpers import Random as Config
 from kava_plugins.time_warpers.reasoning import highest, is_reasoning, slot_map
 

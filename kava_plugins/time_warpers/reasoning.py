@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kava_core.kv.resample import Places, places
-from kava_core.kv.timeline import REASONING, Timeline
-from kava_core.kv.timemap import TimeMap
+from kava_core.kv.maths.resample import Places, places
+from kava_core.protocols.time_map import TimeMap
+from kava_core.protocols.timeline import REASONING, Timeline
 
 
 def is_reasoning(timeline: Timeline) -> Bool[Tensor, "batch time"]:

@@ -10,10 +10,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from kava_core.config import Part
-from kava_core.kv.axes import Cache, Geometry
-from kava_core.kv.masks import widen
-from kava_core.kv.timeline import ANSWER, REASONING, Timeline
-from kava_core.kv.timemap import TimeMap
+from kava_core.kv.maths.masks import widen
+from kava_core.protocols.axes import Cache, Geometry
+from kava_core.protocols.time_map import TimeMap
+from kava_core.protocols.timeline import ANSWER, REASONING, Timeline
 from kava_plugins.time_warpers import Rkv as Config
 from kava_plugins.time_warpers.reasoning import highest, slot_map
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from kava_core.kv.axes import Geometry
-from kava_core.kv.timeline import Timeline
-from kava_core.kv.timemap import TimeMap
+from kava_core.protocols.axes import Geometry
+from kava_core.protocols.time_map import TimeMap
+from kava_core.protocols.timeline import Timeline
 from kava_plugins.time_warpers import Uniform as Config
 from kava_plugins.time_warpers.reasoning import reasoning_places
 

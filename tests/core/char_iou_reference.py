@@ -6,8 +6,8 @@ from fractions import Fraction
 
 import torch
 
-from kava_core.kv.axes import Geometry
-from kava_core.kv.timeline import Timeline
+from kava_core.protocols.axes import Geometry
+from kava_core.protocols.timeline import Timeline
 from kava_plugins.time_warpers import CharIoU
 
 GEOMETRY = Geometry(layer=1, head=1, dim=2, qhead=1, hidden=2)

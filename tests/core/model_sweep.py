@@ -21,9 +21,9 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kava_core.errors import KavaError
-from kava_core.kv.capture import Capture
-from kava_core.kv.captured import check_rotated, check_seen
-from kava_core.kv.probe import fake_model
+from kava_core.kv.capture.capture import Capture
+from kava_core.kv.capture.geometry import fake_model
+from kava_core.kv.capture.stacking import check_rotated, check_seen
 
 DEPTH, LENGTH, SECONDS = 8, 4, 60
 ROW = "| `{}` | {} | {} |\n"

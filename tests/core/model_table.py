@@ -12,7 +12,7 @@ from model_sweep import sweep
 from tiny_models import REFUSED, WORKS, Case
 
 from kava_core.errors import UnsupportedModelError
-from kava_core.kv.probe import probe_geometry
+from kava_core.kv.capture.geometry import probe_geometry
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 HEAD = """# Models

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kava_core.dry_run import timeline
-from kava_core.kv.probe import geometry_of
+from kava_core.kv.capture.geometry import geometry_of
 from kava_core.specfile.questions import parts_of
 from kava_core.train.assemble import make_pipeline
 from kava_core.train.distiller import Distiller

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kava_core.config import ComponentConfig, KVLossConfig, Part
-from kava_core.kv.axes import Cache, Geometry
-from kava_core.kv.timeline import ANSWER, NOWHERE, PROMPT, REASONING, Timeline
+from kava_core.protocols.axes import Cache, Geometry
+from kava_core.protocols.timeline import ANSWER, NOWHERE, PROMPT, REASONING, Timeline
 from kava_core.specfile.sections.align import AlignSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from tests import tiny

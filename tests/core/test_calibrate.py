@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from kava_core.cli import main
 from kava_core.errors import KavaError, SpecError
 from kava_core.jobs.heatmap import draw_similarity
-from kava_core.kv.capture import Capture
-from kava_core.kv.cka import StreamedCKA
-from kava_core.kv.timeline import Timeline
-from kava_core.kv.timemap import TimeMap
+from kava_core.kv.capture.capture import Capture
+from kava_core.kv.maths.cka import StreamedCKA
+from kava_core.protocols.time_map import TimeMap
+from kava_core.protocols.timeline import Timeline
 from kava_core.runs.folder import RunDir
 from kava_core.train import layer_maps
 from kava_core.train.assemble import make_data, make_distiller

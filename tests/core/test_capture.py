@@ -9,8 +9,8 @@ from tiny_models import WORKS, Case
 from torch import Tensor, nn
 
 from kava_core.errors import KavaError, UnsupportedModelError
-from kava_core.kv.attention_layers import attention_layers
-from kava_core.kv.capture import Capture
+from kava_core.kv.capture.attention_layers import attention_layers
+from kava_core.kv.capture.capture import Capture
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 torch.set_num_threads(1)

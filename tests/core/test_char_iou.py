@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kava_core.kv.timeline import Timeline
+from kava_core.protocols.timeline import Timeline
 from tests.core.char_iou_reference import check, timeline, warper
 
 torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from tokenizers import normalizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kava_core.data import trainers
-from kava_core.kv.timeline import Timeline
+from kava_core.protocols.timeline import Timeline
 from kava_core.specfile.sections.models import TrainTokenizer
 from tests.core.char_iou_reference import check, timeline, warper
 

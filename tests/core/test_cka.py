@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kava_core.errors import KavaError, NonFiniteError
-from kava_core.kv.cka import StreamedCKA, hsic_sums
+from kava_core.kv.maths.cka import StreamedCKA, hsic_sums
 
 
 def unbiased_hsic(x, y):

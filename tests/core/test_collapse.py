@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from kava_core.kv.collapse import absorbed_share, effective_rank, mean_cosine, mean_variance, rows_of
+from kava_core.kv.maths.rank_and_cosine import (
+    absorbed_share,
+    effective_rank,
+    mean_cosine,
+    mean_variance,
+    rows_of,
+)
 from kava_core.train.report import warnings
 from kava_core.train.run import Result, run
 from tests import tiny

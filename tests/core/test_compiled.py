@@ -15,8 +15,8 @@ import torch
 from tiny_models import WORKS
 from torch import Tensor, nn
 
-from kava_core.kv.axes import Cache
-from kava_core.kv.capture import Capture
+from kava_core.kv.capture.capture import Capture
+from kava_core.protocols.axes import Cache
 from tests import tiny
 
 torch.set_num_threads(1)

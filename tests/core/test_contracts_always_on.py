@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from kava_core.errors import PluginError
-from kava_core.kv.extents import expect
-from kava_core.kv.time_plan import TimePlan
+from kava_core.kv.align.boundaries import expect
+from kava_core.kv.align.time_plan import TimePlan
 from tests.core.pipeline_helpers import STUDENT, WIDE, FakeConfig, Module, fake_align
 
 SCRIPT = """

@@ -13,7 +13,7 @@ from kava_core.data.encode import encode
 from kava_core.data.examples import Example, render
 from kava_core.data.tokenizers import train_tokenizer
 from kava_core.errors import SpecError
-from kava_core.kv.timeline import Timeline
+from kava_core.protocols.timeline import Timeline
 from kava_core.specfile.sections.data import ChainData, Template
 from kava_core.specfile.sections.models import TrainTokenizer
 

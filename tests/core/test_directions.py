@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kava_core.errors import SpecError
-from kava_core.kv.axes import Cache, Geometry
-from kava_core.kv.pipeline import KVPipeline
+from kava_core.kv.compare.pipeline import KVPipeline
+from kava_core.protocols.axes import Cache, Geometry
 from kava_core.train.assemble import make_data, make_distiller
 from tests import tiny
 from tests.core.pipeline_helpers import DEEP, STUDENT, WIDE, cache, spec, timeline

@@ -23,7 +23,7 @@ from kava_core.errors import Preempted, SpecError
 from kava_core.jobs.evaluate.student import load_answering
 from kava_core.jobs.export import export
 from kava_core.jobs.sample import Drawing, sample
-from kava_core.kv.capture import Capture
+from kava_core.kv.capture.capture import Capture
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.train.assemble import make_data, make_distiller, tokenizer_of
 from kava_core.train.denoise import Denoiser

@@ -11,11 +11,11 @@ from pydantic import ValidationError
 
 from kava_core.config import ComponentConfig
 from kava_core.errors import PluginError, SpecError
-from kava_core.kv.axes import Cache
-from kava_core.kv.capture import Capture
-from kava_core.kv.eviction import Eviction, evicted, filled_slots
-from kava_core.kv.timeline import Timeline
+from kava_core.kv.align.eviction import Eviction, evicted, filled_slots
+from kava_core.kv.capture.capture import Capture
 from kava_core.plan import make_plan
+from kava_core.protocols.axes import Cache
+from kava_core.protocols.timeline import Timeline
 from kava_core.testing import TimeWarperTests
 from kava_core.train.assemble import make_data, make_distiller
 from kava_core.train.run import run

@@ -115,7 +115,7 @@ def test_the_teacher_reasoning_is_spread_over_the_latent_tokens() -> None:
         latent={"count": 4, "passes": 1},
         losses=[{"name": "mse", "parts": ["values"]}],
     )  # fmt: skip
-    from kava_core.kv.timeline import Timeline
+    from kava_core.protocols.timeline import Timeline
 
     teacher, side = distiller.__dict__["teachers"][0], batch["teachers"]["t"]
     timeline = Timeline.from_batch(batch["student"])

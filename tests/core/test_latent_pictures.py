@@ -19,8 +19,8 @@ from kava_core.jobs.latents import finished_run as finished
 from kava_core.jobs.latents.command import decoded
 from kava_core.jobs.latents.cosine_map import cosine_maps, slot_sums, step_sums, unaligned
 from kava_core.jobs.latents.finished_run import FinishedRun, finished_run
-from kava_core.kv.timeline import REASONING, Timeline
 from kava_core.latent.exported import LatentStudent
+from kava_core.protocols.timeline import REASONING, Timeline
 from kava_core.runs import checkpoint
 from kava_core.train.run import run
 from tests import tiny

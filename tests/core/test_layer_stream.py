@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kava_core.errors import KavaError, SpecError
-from kava_core.kv import align_stream
-from kava_core.kv.axes import Cache
+from kava_core.kv.align import streaming as align_stream
+from kava_core.protocols.axes import Cache
 from kava_core.train.assemble import make_data, make_distiller
 from kava_core.train.distiller import Distiller
 from kava_core.train.run import calibrate, run

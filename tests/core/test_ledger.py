@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kava_core.dry_run import sized_config
 from kava_core.errors import CheckpointError, Preempted
 from kava_core.jobs.cache import cache
-from kava_core.kv.attention_hook import Enough
+from kava_core.kv.capture.taps import Enough
 from kava_core.plan import forward_flops, step_passes
 from kava_core.train.assemble import make_data
 from kava_core.train.cost import compute

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kava_core.errors import UnsupportedModelError
-from kava_core.kv.attention_layers import attention_layers
-from kava_core.kv.capture import Capture
+from kava_core.kv.capture.attention_layers import attention_layers
+from kava_core.kv.capture.capture import Capture
 
 torch.set_num_threads(1)
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))

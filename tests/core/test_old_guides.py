@@ -11,9 +11,9 @@ import itertools
 import pytest
 import torch
 
-from kava_core.kv.axes import Geometry
-from kava_core.kv.resample import safe_linear_indices, safe_time_resample
-from kava_core.kv.timeline import Timeline
+from kava_core.kv.maths.resample import safe_linear_indices, safe_time_resample
+from kava_core.protocols.axes import Geometry
+from kava_core.protocols.timeline import Timeline
 from kava_plugins.dim_projectors import Elastic
 from kava_plugins.dim_projectors import Linear as LinearProjector
 from kava_plugins.head_adapters import Flat, Structured

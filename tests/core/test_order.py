@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kava_core.kv.order import CANONICAL, Extents, Freedom, cheapest, cost
+from kava_core.kv.align.stage_order import CANONICAL, Extents, Freedom, cheapest, cost
 
 ANY = Freedom(linear_heads=True, linear_width=True, shared_width=True)
 

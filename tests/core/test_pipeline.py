@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from kava_core.errors import NonFiniteError, PluginError, SpecError
-from kava_core.kv import aligner as aligner_module
-from kava_core.kv.axes import Cache, Geometry
-from kava_core.kv.order import CANONICAL
-from kava_core.kv.pipeline import KVPipeline
-from kava_core.kv.timeline import Timeline
-from kava_core.kv.timemap import TimeMap
+from kava_core.kv.align import aligner as aligner_module
+from kava_core.kv.align.stage_order import CANONICAL
+from kava_core.kv.compare.pipeline import KVPipeline
+from kava_core.protocols.axes import Cache, Geometry
+from kava_core.protocols.time_map import TimeMap
+from kava_core.protocols.timeline import Timeline
 from tests.core.pipeline_helpers import (
     DEEP,
     STUDENT,
@@ -411,7 +411,7 @@ BROKEN = {
 def test_broken_component_is_named(who: str) -> None:
     pipe = broken(**BROKEN[who])
     whilst = "the parameters of" if "time_warper" in who else "the return value of"
-    with pytest.raises(Exception, match=f"whilst checking {whilst} kava_core.kv.stages") as caught:
+    with pytest.raises(Exception, match=f"whilst checking {whilst} kava_core.kv.align.boundaries") as caught:
         run(pipe, cache(STUDENT, 6), [cache(WIDE, 9, seed=1)], timeline(*SIZES), [timeline(*T_SIZES)])
     assert f"in {who}" in caught.value.__notes__
 

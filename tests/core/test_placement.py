@@ -14,8 +14,8 @@ from tiny_models import WORKS
 from torch import Tensor, nn
 
 from kava_core.errors import SpecError
-from kava_core.kv.axes import Cache
-from kava_core.kv.capture import Capture
+from kava_core.kv.capture.capture import Capture
+from kava_core.protocols.axes import Cache
 from kava_core.runs.metrics import read_metrics
 from kava_core.train import placement
 from kava_core.train.assemble import make_data, make_distiller

@@ -20,8 +20,8 @@ from kava_core.data.tokenizers import load_tokenizer
 from kava_core.dry_run import dry_run, geometry, sized_config
 from kava_core.errors import SpecError
 from kava_core.jobs.check import check
-from kava_core.kv.capture import Capture
-from kava_core.kv.order import Extents, cost
+from kava_core.kv.align.stage_order import Extents, cost
+from kava_core.kv.capture.capture import Capture
 from kava_core.plan import Plan, default_time, make_plan
 from kava_core.plan_memory import kept_by_losses, kept_by_student
 from kava_core.specfile.sections.models import TrainTokenizer

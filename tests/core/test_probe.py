@@ -6,8 +6,8 @@ from tiny_models import REFUSED, SCHEMES, WORKS, Case
 from torch import nn
 
 from kava_core.errors import UnsupportedModelError
-from kava_core.kv.axes import Geometry
-from kava_core.kv.probe import geometry_of, probe_geometry
+from kava_core.kv.capture.geometry import geometry_of, probe_geometry
+from kava_core.protocols.axes import Geometry
 
 torch.set_num_threads(1)
 NAMED = {case.name: case for case in WORKS + REFUSED}

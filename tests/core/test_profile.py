@@ -23,7 +23,7 @@ from kava_core.jobs.profile.prepared import BOTH, Subject, make_subject, time_ma
 from kava_core.jobs.profile.profile import Profile, Wanted, measured, with_random_alignment
 from kava_core.jobs.profile.stages import CAPTURED, PLAN, STEP, STUDENT, costs, stages
 from kava_core.jobs.profile.warnings import signs
-from kava_core.kv.pipeline import precise
+from kava_core.kv.align.finite import precise
 from kava_core.registry import Registry
 from tests import tiny
 

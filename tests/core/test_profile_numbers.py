@@ -14,10 +14,10 @@ from kava_core.jobs.profile.attention import Rule, entropy, handed_on, rules
 from kava_core.jobs.profile.gate import agreement, judged
 from kava_core.jobs.profile.layers import cosines, unfolded
 from kava_core.jobs.profile.numbers import numbers
-from kava_core.kv.aligner import TeacherAligner
-from kava_core.kv.axes import Cache
-from kava_core.kv.capture import Capture
-from kava_core.kv.probe import ENCODER
+from kava_core.kv.align.aligner import TeacherAligner
+from kava_core.kv.capture.capture import Capture
+from kava_core.kv.capture.geometry import ENCODER
+from kava_core.protocols.axes import Cache
 from tests.core.pipeline_helpers import STUDENT, WIDE, cache, spec
 from tests.core.tiny_models import WORKS
 

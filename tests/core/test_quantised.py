@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from kava_core.data.tokenizers import train_tokenizer
 from kava_core.errors import SpecError
-from kava_core.kv.attention_layers import attention_layers
-from kava_core.kv.axes import Cache
-from kava_core.kv.capture import Capture
-from kava_core.kv.probe import geometry_of
+from kava_core.kv.capture.attention_layers import attention_layers
+from kava_core.kv.capture.capture import Capture
+from kava_core.kv.capture.geometry import geometry_of
+from kava_core.protocols.axes import Cache
 from kava_core.runs.metrics import read_metrics
 from kava_core.specfile.sections.models import StudentSpec, TeacherSpec, TrainTokenizer
 from kava_core.train import assemble

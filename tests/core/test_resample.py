@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kava_core.kv.resample import (
+from kava_core.kv.maths.resample import (
     block_map,
     evenly_kept,
     moving_average,

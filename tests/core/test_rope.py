@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as half_split
 
 from kava_core.errors import KavaError
-from kava_core.kv.attention_layers import attention_layers
-from kava_core.kv.capture import Capture
-from kava_core.kv.rope import rerotate, unrotate
+from kava_core.kv.capture.attention_layers import attention_layers
+from kava_core.kv.capture.capture import Capture
+from kava_core.kv.capture.rotation import rerotate, unrotate
 
 torch.set_num_threads(1)
 LLAMA = Case("Llama", "llama")

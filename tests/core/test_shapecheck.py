@@ -15,8 +15,8 @@ import torch
 
 from kava_core import shapecheck
 from kava_core.errors import NonFiniteError
-from kava_core.kv.axes import Cache
-from kava_core.kv.finite import assert_finite
+from kava_core.kv.align.finite import assert_finite
+from kava_core.protocols.axes import Cache
 from tests.meta.hook_examples import add_distribution
 
 ROOT = Path(__file__).parents[2]
@@ -36,8 +36,8 @@ with warnings.catch_warnings(record=True) as caught:
     {before}
     import kava_core
     {after}
-    from kava_core.kv.masks import widen
-    from kava_core.kv.stages import fuse
+    from kava_core.kv.maths.masks import widen
+    from kava_core.kv.align.boundaries import fuse
     from kava_core.runs.checkpoint import verify
     from kava_plugins.kv_losses.mse import MSE
     from kava_plugins.kv_losses.mercator import one_minus_cosine

@@ -12,7 +12,7 @@ import torch
 from tiny_models import WORKS
 from torch import Tensor, nn
 
-from kava_core.kv.capture import Capture
+from kava_core.kv.capture.capture import Capture
 
 pytestmark = pytest.mark.slow
 torch.set_num_threads(1)

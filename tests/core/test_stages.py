@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kava_core.kv import stages
-from kava_core.kv.axes import Cache
-from kava_core.kv.timemap import TimeMap
-from kava_core.protocols import FusionContext
+from kava_core.kv.align import boundaries as stages
+from kava_core.protocols.axes import Cache
+from kava_core.protocols.fuser import FusionContext
+from kava_core.protocols.time_map import TimeMap
 from tests.core.pipeline_helpers import DEEP, STUDENT, Module, timeline
 
 checked = pytest.mark.skipif(os.environ.get("KAVA_SHAPE_CHECK") == "0", reason="shape checking is off")

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kava_core.errors import CheckpointError, KavaError, NonFiniteError
 from kava_core.jobs.cache import _encoded
-from kava_core.kv.axes import Cache
-from kava_core.kv.pipeline import Aligned
+from kava_core.kv.compare.values import Aligned
+from kava_core.protocols.axes import Cache
 from kava_core.store.codec import StoredDtype, bytes_per_vector, decode, encode
 from kava_core.store.index import INDEX, Layout, differences, digest, nearest, read_index
 from kava_core.store.reader import SCALE, VALID, Store, target_of, tensor_name

@@ -8,7 +8,7 @@ from accelerate.utils import send_to_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kava_core.kv.timemap import TimeMap, ranges
+from kava_core.protocols.time_map import TimeMap, ranges
 
 torch.set_num_threads(1)
 BATCH, LAYER, HEAD, T_TIME, TIME, DIM = 2, 3, 2, 5, 7, 4

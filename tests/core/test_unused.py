@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kava_core.errors import SpecError
-from kava_core.kv.axes import Geometry
+from kava_core.protocols.axes import Geometry
 from kava_core.train.assemble import make_data, make_distiller, make_pipeline
 from tests import tiny
 

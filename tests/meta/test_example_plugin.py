@@ -25,8 +25,8 @@ train: {steps: 1}
 
 BUILD = """
 import sys, traceback
-from kava_core.kv.axes import Geometry
-from kava_core.kv.pipeline import KVPipeline
+from kava_core.protocols.axes import Geometry
+from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.specfile.load import load
 spec = load(sys.argv[1]).spec
 big = Geometry(layer=6, head=2, dim=4, qhead=4, hidden=16)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from kava_core import hookspecs, protocols
 from kava_core.hookspecs import KINDS
-from kava_core.kv import stages
-from kava_core.kv.axes import Cache, Geometry
-from kava_core.kv.timeline import REASONING, Timeline
+from kava_core.kv.align import boundaries as stages
+from kava_core.protocols.axes import Cache, Geometry
+from kava_core.protocols.timeline import REASONING, Timeline
 from kava_core.registry import BUILT_IN, Registry
 from tests.meta.hook_examples import files_of, install
 from tests.meta.source import ROOT

@@ -17,13 +17,7 @@ ALLOWED_IN_PLUGINS = (
     "kava_core.config",
     "kava_core.errors",
     "kava_core.protocols",
-    "kava_core.kv.axes",
-    "kava_core.kv.timeline",
-    "kava_core.kv.timemap",
-    "kava_core.kv.resample",
-    "kava_core.kv.cka",
-    "kava_core.kv.masks",
-    "kava_core.kv.moments",
+    "kava_core.kv.maths",
 )
 TENSORS = {"torch", "transformers", "jaxtyping", "numpy", "einops", "accelerate", "safetensors", "tokenizers"}
 DECLARATIVE = [

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kava_core.kv.axes import VOCABULARY
+from kava_core.protocols.axes import VOCABULARY
 from tests.meta.source import python_files, tree
 
 PLACES = (
@@ -70,7 +70,7 @@ def test_annotations_and_patterns_are_found() -> None:
     """The test above sees the strings it is about."""
     assert "layer t_layer" in dict(annotations(Path("kava_core/protocols.py")))
     assert "batch layer head time dim -> (batch layer head time) dim" in dict(
-        patterns(Path("kava_core/kv/timemap.py"))
+        patterns(Path("kava_core/protocols/time_map.py"))
     )
 
 

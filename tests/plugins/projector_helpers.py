@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kava_core.kv.axes import Geometry
+from kava_core.protocols.axes import Geometry
 from kava_plugins.dim_projectors import kava_dim_projectors
 
 BATCH, LAYER, HEAD, QHEAD, TIME, T_DIM = 3, 2, 2, 4, 7, 5

@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from kava_core.kv.axes import PARTS
+from kava_core.protocols.axes import PARTS
 from kava_plugins.dim_projectors.matrices import project
 from tests.plugins.projector_helpers import (
     BATCH,

@@ -11,8 +11,8 @@ import torch
 from scipy.linalg import orthogonal_procrustes
 
 from kava_core.errors import KavaError
-from kava_core.kv.axes import PARTS
-from kava_core.protocols import Calibrated
+from kava_core.protocols.axes import PARTS
+from kava_core.protocols.dim_projector import Calibrated
 from tests.plugins.projector_helpers import BATCH, HEAD, LAYER, QHEAD, T_DIM, TIME, build, draw, heads_of
 
 torch.set_num_threads(1)

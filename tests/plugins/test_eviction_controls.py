@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kava_core.kv.axes import Cache, Geometry
+from kava_core.protocols.axes import Cache, Geometry
 from kava_plugins.time_warpers import Crop, Random, Uniform
 from tests.core.pipeline_helpers import timeline
 

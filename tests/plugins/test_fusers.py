@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kava_core.errors import SpecError
-from kava_core.kv.axes import Cache, Geometry
-from kava_core.protocols import FusionContext
+from kava_core.protocols.axes import Cache, Geometry
+from kava_core.protocols.fuser import FusionContext
 from kava_plugins.fusers import kava_fusers
 
 GEOMETRY = Geometry(layer=3, head=1, dim=2, qhead=1, hidden=4)

@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from kava_core.errors import KavaError
-from kava_core.kv.axes import Geometry
+from kava_core.protocols.axes import Geometry
 from kava_plugins.head_adapters import kava_head_adapters
 
 torch.set_num_threads(1)

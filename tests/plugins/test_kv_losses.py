@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kava_core.kv.axes import Cache, Geometry
+from kava_core.protocols.axes import Cache, Geometry
 from kava_plugins.kv_losses import kava_kv_losses
 
 torch.set_num_threads(1)

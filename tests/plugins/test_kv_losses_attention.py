@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from kava_core.errors import SpecError
-from kava_core.kv.axes import Cache, Geometry
+from kava_core.protocols.axes import Cache, Geometry
 from kava_core.testing import KVLossTests
 from kava_core.testing.geometries import GEOMETRIES
 from kava_plugins.kv_losses import AttentionKL, AttentionOutput, Structural, kava_kv_losses

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kava_core.errors import SpecError
-from kava_core.kv.axes import Cache, Geometry
+from kava_core.protocols.axes import Cache, Geometry
 from kava_core.testing import KVLossTests
 from kava_plugins.kv_losses import Relation, row_blocks
 from tests.plugins.attention_helpers import draw_weight

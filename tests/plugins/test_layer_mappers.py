@@ -13,10 +13,10 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from kava_core.errors import KavaError, SpecError
-from kava_core.kv.axes import Geometry
-from kava_core.kv.cka import StreamedCKA
-from kava_core.kv.layer_map import LayerMap
-from kava_core.protocols import LayerMapper, Measured
+from kava_core.kv.align.layer_map import LayerMap
+from kava_core.kv.maths.cka import StreamedCKA
+from kava_core.protocols.axes import Geometry
+from kava_core.protocols.layer_mapper import LayerMapper, Measured
 from kava_plugins.layer_mappers import kava_layer_mappers
 
 SHAPE = {"head": 1, "dim": 2, "qhead": 1, "hidden": 4}

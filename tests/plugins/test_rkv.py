@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from kava_core.kv.axes import Cache, Geometry
-from kava_core.kv.timeline import Timeline
+from kava_core.protocols.axes import Cache, Geometry
+from kava_core.protocols.timeline import Timeline
 from kava_plugins.time_warpers import Rkv
 from kava_plugins.time_warpers.reasoning import highest
 from kava_plugins.time_warpers.rkv import redundancy

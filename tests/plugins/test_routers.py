@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from kava_core.errors import KavaError, SpecError
-from kava_core.kv.axes import Cache, Geometry
-from kava_core.kv.stages import weigh
-from kava_core.protocols import FusionContext
+from kava_core.kv.align.boundaries import weigh
+from kava_core.protocols.axes import Cache, Geometry
+from kava_core.protocols.fuser import FusionContext
 from kava_plugins.fusers import kava_fusers
 from kava_plugins.fusers.routing import imbalance, negative_entropy
 

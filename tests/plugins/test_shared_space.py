@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kava_core.errors import KavaError
-from kava_core.kv.axes import Cache, Geometry
+from kava_core.protocols.axes import Cache, Geometry
 from kava_plugins.kv_losses import SharedSpace
 from kava_plugins.kv_losses.shared_space import orthonormal, whiten
 

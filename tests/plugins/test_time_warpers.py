@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from kava_core.errors import KavaError
-from kava_core.kv.axes import Geometry
-from kava_core.kv.timeline import Timeline
+from kava_core.protocols.axes import Geometry
+from kava_core.protocols.timeline import Timeline
 from kava_plugins.time_warpers import kava_time_warpers
 
 torch.set_num_threads(1)

@@ -3,7 +3,7 @@
 import pytest
 from kava_last_layers import LastLayers
 
-from kava_core.kv.axes import Geometry
+from kava_core.protocols.axes import Geometry
 from kava_core.registry import Registry
 from kava_core.testing import LayerMapperTests
 

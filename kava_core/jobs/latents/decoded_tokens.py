@@ -14,9 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kava_core.kv.timeline import REASONING
 from kava_core.latent.student import answer_outputs, logits_kept, think, writer_logits
 from kava_core.latent.tokens import LatentTokens
+from kava_core.protocols.timeline import REASONING
 
 Likely = list[list[tuple[str, float]]]
 """For every slot the likeliest tokens with their probabilities, falling."""

@@ -17,9 +17,9 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from kava_core.kv.attention_layers import attention_layers
-from kava_core.kv.masks import widen
-from kava_core.kv.probe import ENCODER
+from kava_core.kv.capture.attention_layers import attention_layers
+from kava_core.kv.capture.geometry import ENCODER
+from kava_core.kv.maths.masks import widen
 
 BLOCK = 128
 """Query positions at a time."""

@@ -20,10 +20,10 @@ from torch import Tensor
 from kava_core.jobs.profile.attention import Rule, handed_on
 from kava_core.jobs.profile.layers import stand_in, student_rules
 from kava_core.jobs.profile.prepared import BOTH, Subject, time_map_of
-from kava_core.kv.aligner import TeacherAligner
-from kava_core.kv.axes import Cache
-from kava_core.kv.masks import without_autocast
-from kava_core.kv.rope import Rotation
+from kava_core.kv.align.aligner import TeacherAligner
+from kava_core.kv.capture.rotation import Rotation
+from kava_core.kv.maths.masks import without_autocast
+from kava_core.protocols.axes import Cache
 
 BATCH = 32
 """Most examples in a forward pass."""

@@ -13,11 +13,11 @@ from torch import Tensor
 from kava_core.config import Part
 from kava_core.jobs.profile.attention import Rule, entropy, rules
 from kava_core.jobs.profile.prepared import BOTH, Subject, time_map_of
-from kava_core.kv.aligner import TeacherAligner
-from kava_core.kv.axes import Cache
-from kava_core.kv.masks import widen, without_autocast
-from kava_core.kv.pipeline import precise
-from kava_core.kv.rope import Rotation
+from kava_core.kv.align.aligner import TeacherAligner
+from kava_core.kv.align.finite import precise
+from kava_core.kv.capture.rotation import Rotation
+from kava_core.kv.maths.masks import widen, without_autocast
+from kava_core.protocols.axes import Cache
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kava_core.kv.collapse import effective_rank, rows_of
+from kava_core.kv.maths.rank_and_cosine import effective_rank, rows_of
 
 STILL = 1e-6
 """A channel whose range is at most this share of its layer's largest value is dead."""

@@ -16,14 +16,15 @@ from torch import Tensor
 from kava_core.config import Part
 from kava_core.data.dataset import nearly_equal
 from kava_core.errors import SpecError
-from kava_core.kv.aligner import TeacherAligner
-from kava_core.kv.axes import PARTS, Cache
-from kava_core.kv.capture import Capture
-from kava_core.kv.masks import without_autocast
-from kava_core.kv.pipeline import KVPipeline, precise
-from kava_core.kv.probe import geometry_of
-from kava_core.kv.rope import Rotation
-from kava_core.kv.timeline import Timeline
+from kava_core.kv.align.aligner import TeacherAligner
+from kava_core.kv.align.finite import precise
+from kava_core.kv.capture.capture import Capture
+from kava_core.kv.capture.geometry import geometry_of
+from kava_core.kv.capture.rotation import Rotation
+from kava_core.kv.compare.pipeline import KVPipeline
+from kava_core.kv.maths.masks import without_autocast
+from kava_core.protocols.axes import PARTS, Cache
+from kava_core.protocols.timeline import Timeline
 from kava_core.specfile.questions import active
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.train import run

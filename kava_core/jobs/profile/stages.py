@@ -16,10 +16,10 @@ from kava_core.errors import NonFiniteError
 from kava_core.jobs.profile.numbers import Numbers, numbers
 from kava_core.jobs.profile.prepared import Subject, time_map_of
 from kava_core.jobs.profile.timing import Gauge, repeated
-from kava_core.kv.axes import Cache
-from kava_core.kv.masks import without_autocast
-from kava_core.kv.pipeline import precise
-from kava_core.kv.timemap import TimeMap
+from kava_core.kv.align.finite import precise
+from kava_core.kv.maths.masks import without_autocast
+from kava_core.protocols.axes import Cache
+from kava_core.protocols.time_map import TimeMap
 
 CAPTURED, PLAN, STUDENT, STEP = "captured", "time map", "student", "step"
 """Of a teacher: its forward pass, and planning where its positions go; the student's forward pass; and the

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from kava_core.kv.timemap import TimeMap
+from kava_core.protocols.time_map import TimeMap
 
 
 class Cropped(nn.Module):

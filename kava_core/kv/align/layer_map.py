@@ -9,10 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kava_core.errors import PluginError, SpecError
-from kava_core.kv.axes import Geometry
-from kava_core.kv.extents import expect
-from kava_core.kv.stages import join_layers, layer_matrix, mix_layers
-from kava_core.protocols import LayerMapper
+from kava_core.kv.align.boundaries import expect, join_layers, layer_matrix, mix_layers
+from kava_core.protocols.axes import Geometry
+from kava_core.protocols.layer_mapper import LayerMapper
 
 
 class LayerMap(nn.Module):

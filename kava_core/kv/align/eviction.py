@@ -11,14 +11,13 @@ from torch import Tensor
 
 from kava_core.config import Part
 from kava_core.errors import SpecError
-from kava_core.kv.axes import PARTS, Cache
-from kava_core.kv.extents import expect
-from kava_core.kv.layer_map import LayerMap
-from kava_core.kv.masks import widen, without_autocast
-from kava_core.kv.rope import Rotation
-from kava_core.kv.stages import blame
-from kava_core.kv.timeline import REASONING, Timeline
-from kava_core.protocols import Evictor, Scores
+from kava_core.kv.align.boundaries import blame, expect
+from kava_core.kv.align.layer_map import LayerMap
+from kava_core.kv.capture.rotation import Rotation
+from kava_core.kv.maths.masks import widen, without_autocast
+from kava_core.protocols.axes import PARTS, Cache
+from kava_core.protocols.time_warper import Evictor, Scores
+from kava_core.protocols.timeline import REASONING, Timeline
 
 
 class Eviction:

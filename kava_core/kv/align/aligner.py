@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from kava_core.config import Part
-from kava_core.kv.axes import Cache, Geometry
-from kava_core.kv.eviction import assert_evicts
-from kava_core.kv.extents import expect
-from kava_core.kv.layer_map import LayerMap
-from kava_core.kv.order import Extents, Freedom, Stage, cheapest
-from kava_core.kv.per_layer import at_layer
-from kava_core.kv.stages import adapt_heads, blame, fold_heads, project_dim, warp_time
-from kava_core.kv.time_plan import TimePlan
-from kava_core.kv.timeline import Timeline
-from kava_core.kv.timemap import TimeMap
-from kava_core.protocols import Calibrated, Evictor
+from kava_core.kv.align.boundaries import adapt_heads, blame, expect, fold_heads, project_dim, warp_time
+from kava_core.kv.align.eviction import assert_evicts
+from kava_core.kv.align.layer_map import LayerMap
+from kava_core.kv.align.per_layer import at_layer
+from kava_core.kv.align.stage_order import Extents, Freedom, Stage, cheapest
+from kava_core.kv.align.time_plan import TimePlan
+from kava_core.protocols.axes import Cache, Geometry
+from kava_core.protocols.dim_projector import Calibrated
+from kava_core.protocols.time_map import TimeMap
+from kava_core.protocols.time_warper import Evictor
+from kava_core.protocols.timeline import Timeline
 from kava_core.specfile.sections.align import AlignSpec
 
 AXES = "batch layer head time dim"

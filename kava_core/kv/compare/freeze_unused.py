@@ -11,10 +11,11 @@ from torch import Tensor
 
 from kava_core.config import Part
 from kava_core.errors import SpecError
-from kava_core.kv.axes import Geometry, meta_cache
-from kava_core.kv.pipeline import ROUTER, Aligned, KVPipeline
-from kava_core.kv.timemap import TimeMap
-from kava_core.protocols import Rewarded
+from kava_core.kv.compare.pipeline import KVPipeline
+from kava_core.kv.compare.values import ROUTER, Aligned
+from kava_core.protocols.axes import Geometry, meta_cache
+from kava_core.protocols.fuser import Rewarded
+from kava_core.protocols.time_map import TimeMap
 
 BATCH, TIME = 1, 2
 

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from kava_core.config import Part
 from kava_core.errors import UnsupportedModelError
-from kava_core.kv.rope import Angles
+from kava_core.kv.capture.rotation import Angles
 
 SLOT = "_kava_slot"
 ROTATE = "apply_rotary_pos_emb"

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kava_core.kv.masks import widen
+from kava_core.kv.maths.masks import widen
 
 MOST_ROWS = 512
 """Positions an effective rank is computed from."""

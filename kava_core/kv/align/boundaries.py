@@ -6,7 +6,7 @@ single annotation is checked as well. ``blame`` says whose component it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,19 +17,15 @@ from torch import Tensor
 from kava_core import shapecheck
 from kava_core.config import ComponentConfig, Part
 from kava_core.errors import PluginError
-from kava_core.kv.axes import Cache, Geometry
-from kava_core.kv.extents import expect
-from kava_core.kv.timeline import Timeline
-from kava_core.kv.timemap import TimeMap
-from kava_core.protocols import (
-    DimProjector,
-    Fuser,
-    FusionContext,
-    HeadAdapter,
-    KVLoss,
-    LayerMapper,
-    TimeWarper,
-)
+from kava_core.protocols.axes import Cache, Geometry
+from kava_core.protocols.dim_projector import DimProjector
+from kava_core.protocols.fuser import Fuser, FusionContext
+from kava_core.protocols.head_adapter import HeadAdapter
+from kava_core.protocols.kv_loss import KVLoss
+from kava_core.protocols.layer_mapper import LayerMapper
+from kava_core.protocols.time_map import TimeMap
+from kava_core.protocols.time_warper import TimeWarper
+from kava_core.protocols.timeline import Timeline
 from kava_core.versions import distributor
 
 
@@ -160,3 +156,11 @@ def measure(
 ) -> Float[Tensor, ""]:
     """The weighted sum of a loss over positions and layers."""
     return loss(student, target, weight)
+
+
+def expect(x: Tensor, extents: Sequence[int], axes: str) -> Tensor:
+    """``x``; PluginError where its shape is not ``extents`` (words of the axes in ``axes``)."""
+    if tuple(x.shape) != tuple(extents):
+        wanted = ", ".join(f"{axis} {extent}" for axis, extent in zip(axes.split(), extents, strict=True))
+        raise PluginError(f"returned shape {list(x.shape)}, must be {list(extents)} ({wanted})")
+    return x

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -14,42 +13,29 @@ from torch import Tensor, nn
 from kava_core import shapecheck
 from kava_core.config import KVLossConfig, Part
 from kava_core.errors import SpecError
-from kava_core.kv.aligner import TeacherAligner
-from kava_core.kv.axes import Cache, Geometry
-from kava_core.kv.extents import expect
-from kava_core.kv.finite import assert_finite
-from kava_core.kv.per_layer import at_layer
-from kava_core.kv.rope import Rotation
-from kava_core.kv.stages import blame, fuse, measure, weigh
-from kava_core.kv.timeline import Timeline
-from kava_core.kv.timemap import TimeMap
-from kava_core.protocols import Chooses, FusionContext, ObservesCaches, Regularised
+from kava_core.kv.align.aligner import TeacherAligner
+from kava_core.kv.align.boundaries import blame, expect, measure, weigh
+from kava_core.kv.align.finite import assert_finite, precise
+from kava_core.kv.align.per_layer import at_layer
+from kava_core.kv.capture.rotation import Rotation
+from kava_core.kv.compare.values import (
+    NO_FUSER_INPUTS,
+    ROUTER,
+    Aligned,
+    FuserInputs,
+    _fuse_caches,
+    _layers,
+    _rows,
+    rotated,
+)
+from kava_core.kv.compare.weights import _factor
+from kava_core.protocols.axes import Cache, Geometry
+from kava_core.protocols.fuser import Chooses, FusionContext, Regularised
+from kava_core.protocols.kv_loss import ObservesCaches
+from kava_core.protocols.time_map import TimeMap
+from kava_core.protocols.timeline import Timeline
 from kava_core.specfile.questions import active, layers_of, looked_at, parts_of
 from kava_core.specfile.sections.pipeline import PipelineSpec
-
-ROUTER = "router"
-"""Name of the term that a fuser adds to the loss."""
-
-
-@dataclass(frozen=True)
-class Aligned:
-    """One teacher's target, and where it is valid."""
-
-    target: Cache
-    valid: Tensor
-    """Bool ``batch time``."""
-    ran: bool = True
-    """False for a teacher that the fuser did not choose: nothing is valid."""
-
-
-@dataclass(frozen=True)
-class Beside:
-    """What no loss needs of a forward pass, but a fuser may."""
-
-    hidden: Tensor | None = None
-    """The student's last hidden states, ``batch time hidden``."""
-    tasks: tuple[str, ...] | None = None
-    """The task label of every example."""
 
 
 class KVPipeline(nn.Module):
@@ -226,7 +212,7 @@ class KVPipeline(nn.Module):
         timeline: Timeline,
         items: Tensor,
         rotation: Rotation | None = None,
-        beside: Beside = Beside(),
+        beside: FuserInputs = NO_FUSER_INPUTS,
     ) -> dict[str, Float[Tensor, ""]]:
         """``forward`` for targets that are aligned already."""
         student = student.map(precise)
@@ -237,7 +223,7 @@ class KVPipeline(nn.Module):
         return self.compare(student, aligned, items, beside)
 
     def compare(
-        self, student: Cache, aligned: list[Aligned], items: Tensor, beside: Beside = Beside()
+        self, student: Cache, aligned: list[Aligned], items: Tensor, beside: FuserInputs = NO_FUSER_INPUTS
     ) -> dict[str, Float[Tensor, ""]]:
         """The unweighted loss terms of the student's cache against aligned targets.
 
@@ -249,7 +235,7 @@ class KVPipeline(nn.Module):
         return self._terms(views, aligned, weights) | own
 
     def routed(
-        self, view: Cache, aligned: list[Aligned], items: Tensor, beside: Beside = Beside()
+        self, view: Cache, aligned: list[Aligned], items: Tensor, beside: FuserInputs = NO_FUSER_INPUTS
     ) -> tuple[Float[Tensor, "teacher batch layer time"], dict[str, Float[Tensor, ""]]]:
         """The fuser's weights, divided by ``items``, and the terms it adds, as for ``compare``."""
         context = self.context(view, aligned, beside)
@@ -298,7 +284,7 @@ class KVPipeline(nn.Module):
         layers = views[0].any.shape[1]
         return self._terms(views, aligned, weights[:, :, None].expand(-1, -1, layers, -1))
 
-    def context(self, view: Cache, aligned: list[Aligned], beside: Beside) -> FusionContext:
+    def context(self, view: Cache, aligned: list[Aligned], beside: FuserInputs) -> FusionContext:
         """What the fuser may look at."""
         hidden = beside.hidden
         if hidden is None and view.any.is_meta:
@@ -428,45 +414,6 @@ class KVPipeline(nn.Module):
         assert_finite(student, timeline.mask, "the student's cache")
         for aligner, one in zip(self.teachers, aligned, strict=True):
             assert_finite(one.target, one.valid, f"the aligned cache of teacher {aligner.name!r}")
-
-
-def _factor(config: KVLossConfig, progress: float) -> float:
-    """What is left of λ: 1 at first, ``end`` at last."""
-    if config.schedule == "constant":
-        return 1.0
-    gone = progress if config.schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
-    return 1 + (config.end - 1) * gone
-
-
-def precise(x: Tensor, _: Part) -> Tensor:
-    """float32 at least: bf16 caches are aligned and compared in float32."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def rotated(target: Cache, rotation: Rotation) -> Cache:
-    """Keys and queries as the rotation's forward pass would have them."""
-    return target.map(lambda x, part: x if part == "values" else rotation.apply(x))
-
-
-def _fuse_caches(targets: list[Cache], weights: Tensor) -> Cache:
-    if len(targets) == 1:
-        return targets[0]
-    share = weights / weights.sum(0, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-    return targets[0].map(lambda x, part: fuse(torch.stack([getattr(t, part) for t in targets]), share))
-
-
-def _layers(cache: Cache, rows: Tensor, parts: tuple[Part, ...]) -> Cache:
-    return cache.pick(parts).map(lambda x, _: x.index_select(1, rows))
-
-
-def _rows(
-    view: Cache, target: Cache, weight: Tensor, rows: Tensor, parts: tuple[Part, ...]
-) -> tuple[Cache, Cache, Tensor]:
-    """Student, target and weight of a loss's layers; the mean over layers is in the weight."""
-    if len(rows) < weight.shape[1]:
-        view, target = (cache.map(lambda x, _: x.index_select(1, rows)) for cache in (view, target))
-        weight = weight.index_select(1, rows)
-    return view.pick(parts), target.pick(parts), weight / len(rows)
 
 
 def _unique(names: list[str]) -> list[str]:

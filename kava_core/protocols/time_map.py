@@ -15,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kava_core.kv.weighted_rows import weighted_rows
+from kava_core.protocols.weighted_rows import weighted_rows
 
 
 @dataclass(frozen=True)

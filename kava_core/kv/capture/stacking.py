@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kava_core.config import Part
 from kava_core.errors import KavaError, UnsupportedModelError
-from kava_core.kv.attention_hook import Slot
-from kava_core.kv.rope import Rotation, Turn
+from kava_core.kv.capture.rotation import Rotation, Turn
+from kava_core.kv.capture.taps import Slot
 
 
 def stack(slots: list[Slot], part: Part, undo: Rotation | None) -> Float[Tensor, "batch layer head time dim"]:

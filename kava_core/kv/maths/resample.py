@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kava_core.kv.timemap import TimeMap, ranges
+from kava_core.protocols.time_map import TimeMap, ranges
 
 Mode = Literal["interpolate", "area", "nearest"]
 """Weighted mean of the two neighbouring positions, of all positions covered, or the nearest one."""

@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, AutoModelForTextEncoding, PretrainedConfig
 
 from kava_core.errors import UnsupportedModelError
-from kava_core.kv.attention_layers import model_name
-from kava_core.kv.axes import PARTS, Geometry
-from kava_core.kv.capture import Capture
+from kava_core.kv.capture.attention_layers import model_name
+from kava_core.kv.capture.capture import Capture
+from kava_core.protocols.axes import PARTS, Geometry
 
 PROBE_LENGTH = 4
 

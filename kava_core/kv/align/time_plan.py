@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager
 from torch import nn
 
 from kava_core.errors import PluginError, SpecError
-from kava_core.kv.axes import Geometry
-from kava_core.kv.stages import blame, plan_time
-from kava_core.kv.timeline import Timeline
-from kava_core.kv.timemap import TimeMap
-from kava_core.protocols import Evictor
+from kava_core.kv.align.boundaries import blame, plan_time
+from kava_core.protocols.axes import Geometry
+from kava_core.protocols.time_map import TimeMap
+from kava_core.protocols.time_warper import Evictor
+from kava_core.protocols.timeline import Timeline
 from kava_core.specfile.sections.align import AlignSpec
 
 

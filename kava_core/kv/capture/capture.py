@@ -10,11 +10,11 @@ from torch import nn
 
 from kava_core.config import Part
 from kava_core.errors import KavaError
-from kava_core.kv import attention_layers as find
-from kava_core.kv.attention_hook import SLOT, Enough, Slot, tap_attention, tap_rotary
-from kava_core.kv.axes import Cache
-from kava_core.kv.captured import check_rotated, check_seen, listed, rotation_of, stack
-from kava_core.kv.rope import Rotation
+from kava_core.kv.capture import attention_layers as find
+from kava_core.kv.capture.rotation import Rotation
+from kava_core.kv.capture.stacking import check_rotated, check_seen, listed, rotation_of, stack
+from kava_core.kv.capture.taps import SLOT, Enough, Slot, tap_attention, tap_rotary
+from kava_core.protocols.axes import Cache
 
 
 class Capture:

@@ -21,14 +21,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kava_core import shapecheck
-from kava_core.kv.align_stream import Arrivals, Run
-from kava_core.kv.aligner import TeacherAligner
-from kava_core.kv.axes import Cache
-from kava_core.kv.finite import assert_finite
-from kava_core.kv.masks import without_autocast
-from kava_core.kv.pipeline import KVPipeline, precise, rotated
-from kava_core.kv.rope import Rotation
-from kava_core.kv.timemap import TimeMap
+from kava_core.errors import SpecError
+from kava_core.kv.align.aligner import TeacherAligner
+from kava_core.kv.align.finite import assert_finite, precise
+from kava_core.kv.align.streaming import Arrivals, Run
+from kava_core.kv.capture.rotation import Rotation
+from kava_core.kv.compare.pipeline import KVPipeline
+from kava_core.kv.compare.values import rotated
+from kava_core.kv.maths.masks import without_autocast
+from kava_core.protocols.axes import Cache
+from kava_core.protocols.time_map import TimeMap
 
 
 @dataclass(frozen=True)
@@ -213,3 +215,34 @@ class _Layers:
                 total[:, row : row + 1] += gradient
             else:
                 total += gradient
+
+
+def by_terms(pipeline: KVPipeline) -> bool:
+    """Whether to stream the terms of the losses, not the targets alone.
+
+    Where an aligner is trained, its backward pass would keep the raw cache; where the student is lifted, the
+    target is as large as the raw cache.
+    """
+    return pipeline.trains_aligners or any(aligner.lifts for aligner in pipeline.teachers)
+
+
+def assert_streams(pipeline: KVPipeline) -> None:
+    """SpecError where the losses cannot be had layer by layer."""
+    for aligner in pipeline.teachers:
+        if aligner.evictor is not None:
+            raise SpecError(
+                f"train.stream: the time warper of teacher {aligner.name!r} evicts, from all layers at once"
+            )
+        if aligner.view.layer != len(pipeline.layers):
+            raise SpecError(
+                f"train.stream: the head adapter of teacher {aligner.name!r} sees all layers as one; use "
+                "structured, or flat without 'layers'"
+            )
+    if not by_terms(pipeline):
+        return
+    trained = "with a trained aligner or direction: to_teacher"
+    if not pipeline.separate:
+        raise SpecError(f"train.stream: {trained}, target: fused needs all caches at once; use separate")
+    if getattr(pipeline.fuser, "needs_targets", True):
+        name = pipeline.fuser_config.name
+        raise SpecError(f"train.stream: {trained}, fuser {name!r} cannot see the targets; choose another")

@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from kava_core.config import Part
 from kava_core.errors import NonFiniteError
-from kava_core.kv.axes import Cache
+from kava_core.protocols.axes import Cache
 
 
 def assert_finite(cache: Cache, valid: Bool[Tensor, "batch time"], where: str) -> None:
@@ -24,3 +25,8 @@ def assert_finite(cache: Cache, valid: Bool[Tensor, "batch time"], where: str) -
             raise NonFiniteError(
                 f"{where}: {part} of layers {layers} hold NaN or infinity at valid positions"
             )
+
+
+def precise(x: Tensor, _: Part) -> Tensor:
+    """float32 at least: bf16 caches are aligned and compared in float32."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

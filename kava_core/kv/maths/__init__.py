@@ -1,0 +1,1 @@
+"""Compute with caches: masks, moments, resampling, CKA, rank and cosine. Plugins may import these."""
