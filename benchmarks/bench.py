@@ -8,14 +8,15 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kava_core.distill.distiller import Distiller
+from kava_core.distill.student_pass import cross_entropy
 from kava_core.kv.capture.geometry import geometry_of
 from kava_core.kv.compare.pipeline import KVPipeline
+from kava_core.models.teacher import Teacher
 from kava_core.registry import Registry
 from kava_core.specfile.bind import bind
 from kava_core.specfile.questions import parts_of
 from kava_core.specfile.sections.pipeline import PipelineSpec
-from kava_core.train.distiller import Distiller, cross_entropy
-from kava_core.train.teacher import Teacher
 
 Size = dict[str, Any]
 SIZES: dict[str, Size] = {

@@ -23,7 +23,11 @@ from bench import SIZES, VOCAB, Size, build, config
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from kava_core.build.distiller import make_latent
+from kava_core.build.pipeline import make_pipeline
+from kava_core.build.teachers import make_teachers
 from kava_core.data.encode import NO_LABEL
+from kava_core.distill.distiller import Distiller
 from kava_core.kv.capture.geometry import geometry_of
 from kava_core.latent.curriculum import ALWAYS
 from kava_core.latent.growing_text import backbone, positions
@@ -33,8 +37,6 @@ from kava_core.protocols.timeline import REASONING
 from kava_core.registry import Registry
 from kava_core.specfile.bind import bind
 from kava_core.specfile.sections.pipeline import PipelineSpec
-from kava_core.train.assemble import make_latent, make_pipeline, make_teachers
-from kava_core.train.distiller import Distiller
 
 PROMPT, TRACE, ANSWER = 64, 65, 4
 """Tokens; KaVa counts about 65 passes for an answer with written steps (arXiv 2510.02312)."""

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _leave(code: int) -> NoReturn:
     """Exit; one of several processes exits in a way that torch.distributed survives."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from kava_core.train.run import leave
+        from kava_core.train.processes import leave
 
         leave(code)
     sys.exit(code)
@@ -108,8 +108,9 @@ def train(
     from kava_core.specfile.variants import chosen_runs, resolve_variants
 
     runs = chosen_runs(resolve_variants(load(spec, overrides or ())), variant, seed)
-    from kava_core.train import report
-    from kava_core.train.run import is_main, processes, run
+    from kava_core.train import summary as report
+    from kava_core.train.processes import is_main, processes
+    from kava_core.train.run import run
 
     results = [run(resolved, variant=name, seed=number) for name, number, resolved in runs]
     if is_main():
@@ -286,8 +287,8 @@ def plan(
     from kava_core.specfile.load import load
 
     loaded = load(spec, overrides or ())
-    from kava_core.plan import default_time, make_plan
-    from kava_core.plan_text import show
+    from kava_core.costs.plan import default_time, make_plan
+    from kava_core.costs.plan_text import show
 
     length = time or default_time(loaded.spec)
     found = make_plan(loaded.spec, time=length, t_time=teacher_time or length, processes=processes)
@@ -347,7 +348,7 @@ def export(
 ) -> None:
     """Write a run's student as a plain transformers folder."""
     from kava_core.jobs.export import export as write
-    from kava_core.jobs.export import loader
+    from kava_core.train.save_student import loader
 
     write(run, target)
     typer.echo(f"{target}: load it with {loader(target)}.from_pretrained({str(target)!r})")

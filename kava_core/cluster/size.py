@@ -22,7 +22,8 @@ class Size:
 
 def size_of(spec: PipelineSpec, processes: int) -> Size:
     """An estimate without loading anything; KavaError where a model or component cannot be planned."""
-    from kava_core.plan import TRAINED_COPIES, default_time, make_plan
+    from kava_core.costs.counted import TRAINED_COPIES
+    from kava_core.costs.plan import default_time, make_plan
 
     time = default_time(spec)
     plan = make_plan(spec, time=time, t_time=time, processes=processes)

@@ -15,8 +15,15 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from kava_core.build.data import Data, make_data
+from kava_core.build.distiller import make_distiller
+from kava_core.build.layer_maps import with_measured_maps
+from kava_core.build.pipeline import load_projectors, projectors
+from kava_core.build.stored import folder_of, ingredients, key_of, layout_of, open_store, partial_of
+from kava_core.build.time_plans import PlansTime
 from kava_core.console import progress, quiet
 from kava_core.data.collate import Item
+from kava_core.distill.distiller import Distiller
 from kava_core.errors import KavaError, NonFiniteError, SpecError
 from kava_core.kv.compare.values import Aligned
 from kava_core.protocols.timeline import Timeline
@@ -27,12 +34,8 @@ from kava_core.store.codec import encode
 from kava_core.store.index import INDEX, MAPS, PROJECTORS, Ingredients, Layout, read_index
 from kava_core.store.reader import SCALE, VALID, row_of, tensor_name
 from kava_core.store.writer import Writer, drop_records, save_durably
-from kava_core.train.assemble import Data, load_projectors, make_data, make_distiller, projectors
-from kava_core.train.distiller import Distiller
-from kava_core.train.layer_maps import with_measured_maps
-from kava_core.train.run import calibrate, with_trained_models
-from kava_core.train.stored import folder_of, ingredients, key_of, layout_of, open_store, partial_of
-from kava_core.train.time_plans import PlansTime
+from kava_core.train.before_training import calibrate
+from kava_core.train.run import with_trained_models
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
+from kava_core.build.data import make_data
+from kava_core.build.layer_map_files import chosen
+from kava_core.build.layer_maps import assert_measures_text, can_measure, measured_map
 from kava_core.config import ComponentConfig
 from kava_core.console import print_whole, quiet
 from kava_core.errors import SpecError
@@ -19,9 +22,6 @@ from kava_core.specfile.load import LoadedSpec
 from kava_core.specfile.questions import used_teachers
 from kava_core.specfile.sections.models import TeacherSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
-from kava_core.train.assemble import make_data
-from kava_core.train.layer_maps import assert_measures_text, can_measure, measured_map
-from kava_core.train.map_files import chosen
 from kava_core.train.run import with_trained_models
 
 

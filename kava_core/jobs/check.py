@@ -42,7 +42,7 @@ def check_chains(variants: dict[str, PipelineSpec]) -> None:
 
 def dry_runs(variants: dict[str, PipelineSpec]) -> str:
     """Align, fuse and compare meta tensors for every variant."""
-    from kava_core.dry_run import dry_run
+    from kava_core.costs.dry_run import dry_run
     from kava_core.kv.align.boundaries import blame
 
     runs = []

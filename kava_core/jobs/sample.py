@@ -13,19 +13,19 @@ from typing import Any, Literal
 import torch
 from accelerate.utils import send_to_device
 
+from kava_core.build.data import make_data, reading_of
 from kava_core.console import progress, quiet
 from kava_core.data.collate import Collator
 from kava_core.data.examples import Example, is_correct, marker_in
 from kava_core.errors import KavaError, SpecError, did_you_mean
+from kava_core.models.config import assert_room_to_write
+from kava_core.models.load import load_model
+from kava_core.models.sampling import told, write
 from kava_core.specfile.sections.data import Template
 from kava_core.specfile.sections.losses import LogitsSpec
 from kava_core.specfile.sections.models import TeacherSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
-from kava_core.train.assemble import make_data, reading_of
-from kava_core.train.models import load_model
-from kava_core.train.room import assert_room_to_write
 from kava_core.train.run import with_trained_models
-from kava_core.train.writing import told, write
 
 
 @dataclass(frozen=True)

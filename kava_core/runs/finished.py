@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from kava_core.errors import SpecError
-from kava_core.runs import checkpoint
-from kava_core.runs.folder import RECORD
-from kava_core.runs.folder import read_record
-from typing import Any
-
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from kava_core.errors import CheckpointError
+from kava_core.errors import CheckpointError, SpecError
 from kava_core.registry import Registry
+from kava_core.runs import checkpoint
+from kava_core.runs.folder import RECORD, read_record
 from kava_core.specfile.bind import bind
 from kava_core.specfile.sections.models import ModelSpec, StudentSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec

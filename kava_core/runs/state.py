@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from kava_core.runs.folder import FAILURE, RECORD, RunDir, read_record
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.specfile.variants import chosen_runs
-from kava_core.runs.folder import FAILURE, RECORD, RunDir, read_record
 
 State = Literal["complete", "running", "stopped", "failed", "interrupted", "missing"]
 """``stopped``: by a signal, saved; ``failed``: with an error; ``interrupted``: killed without a word."""

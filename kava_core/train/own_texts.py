@@ -14,13 +14,13 @@ from accelerate.utils import send_to_device
 from numpy.random import SeedSequence
 from torch import Tensor
 
+from kava_core.build.time_plans import Collate
 from kava_core.data.collate import Collator, Item
 from kava_core.data.examples import Example, Text, split_written
+from kava_core.distill.distiller import Distiller
+from kava_core.models.ledger import HEAD, STUDENT, Ledger
+from kava_core.models.sampling import told, write, written
 from kava_core.specfile.sections.training import OnlineSpec
-from kava_core.train.distiller import Distiller
-from kava_core.train.ledger import HEAD, STUDENT, Ledger
-from kava_core.train.time_plans import Collate
-from kava_core.train.writing import told, write, written
 
 EXAMPLES = "examples"
 """Where a batch keeps what it was made of."""

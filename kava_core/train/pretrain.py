@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kava_core.build.data import tokenizer_of
 from kava_core.data.examples import Example
 from kava_core.data.splits import Splits, fingerprint, load_splits, split_hash
 from kava_core.paths import cache_folder
@@ -17,7 +18,6 @@ from kava_core.specfile.sections.data import DataSpec, changed_data
 from kava_core.specfile.sections.models import ModelSpec, Pretrain, StudentSpec, TrainTokenizer
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.specfile.sections.training import EvaluateSpec, TrainSpec
-from kava_core.train.assemble import tokenizer_of
 
 
 def pretraining_spec(spec: PipelineSpec, model: ModelSpec) -> PipelineSpec:

@@ -2,40 +2,45 @@
 
 from __future__ import annotations
 
-import atexit
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object, send_to_device
-from torch.utils.data import DataLoader, Subset
-from transformers import TrainerState, TrainingArguments
+from accelerate.utils import broadcast_object_list, gather_object
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
+from kava_core.build.data import Data, make_data
+from kava_core.build.distiller import make_distiller
+from kava_core.build.layer_maps import with_measured_maps
+from kava_core.build.provenance import facts
+from kava_core.build.stored import with_store
+from kava_core.build.time_plans import PlansTime
 from kava_core.console import quiet
+from kava_core.costs.flops import step_passes
+from kava_core.costs.recorded import compute, store_counts
 from kava_core.data.collate import Collator
 from kava_core.data.splits import load_splits
+from kava_core.distill.distiller import Distiller
 from kava_core.errors import Preempted, SpecError
-from kava_core.jobs.export import save_student
-from kava_core.plan import step_passes
-from kava_core.protocols.fuser import ObservesTeachers
+from kava_core.models.config import positions
+from kava_core.models.ledger import STUDENT, Ledger, forget_peak
+from kava_core.models.placement import SHARDED
+from kava_core.models.student import compile_forward
 from kava_core.runs import checkpoint
 from kava_core.runs.folder import FAILURE, RunDir
 from kava_core.specfile.questions import used_teachers
 from kava_core.specfile.sections.models import ModelSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
-from kava_core.train.assemble import Data, make_data, make_distiller
-from kava_core.train.attention_maps import keep_attention
+from kava_core.train.arguments import arguments
+from kava_core.train.before_training import calibrate, weigh
 from kava_core.train.callbacks import (
     EndComplete,
     MetricsFile,
@@ -43,21 +48,14 @@ from kava_core.train.callbacks import (
     ShowProgress,
     StopOnSignal,
 )
-from kava_core.train.collapse import CollapseMonitor
-from kava_core.train.cost import compute, store_counts
-from kava_core.train.distiller import Distiller
-from kava_core.train.evaluate import Evaluator
-from kava_core.train.facts import facts
-from kava_core.train.layer_maps import with_measured_maps
-from kava_core.train.ledger import STUDENT, Ledger, forget_peak
-from kava_core.train.models import compile_forward, positions
 from kava_core.train.own_texts import KeepsExamples, OwnTexts
-from kava_core.train.placement import SHARDED
 from kava_core.train.pretrain import pretraining_name, pretraining_report, pretraining_spec
-from kava_core.train.shares import set_weights
-from kava_core.train.stored import with_store
-from kava_core.train.time_plans import PlansTime
+from kava_core.train.processes import is_main, processes
+from kava_core.train.save_student import save_student
 from kava_core.train.trainer import KavaTrainer
+from kava_core.train.validation.attention_maps import keep_attention
+from kava_core.train.validation.collapse_monitor import CollapseMonitor
+from kava_core.train.validation.evaluate import Evaluator
 from kava_core.train.weights import load_weights
 
 M = TypeVar("M", bound=ModelSpec)
@@ -71,28 +69,6 @@ class Result:
     seed: int
     folder: Path
     results: dict[str, Any]
-
-
-def is_main() -> bool:
-    """Whether this process writes to disk."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def processes() -> int:
-    """How many processes train together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def leave(code: int) -> NoReturn:
-    """End a process of several, with an exit code that says what happened.
-
-    After torch.distributed with gloo an ordinary exit aborts in about one process of six (torch 2.13,
-    "terminate called without an active exception"), also when the process group was destroyed before.
-    """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def run(spec: PipelineSpec, *, variant: str, seed: int, wait: bool = False) -> Result:
@@ -259,101 +235,6 @@ def _trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def arguments(spec: PipelineSpec, folder: RunDir, *, examples: int) -> TrainingArguments:
-    """The spec's ``train`` section in transformers' words."""
-    train = spec.train
-    cuda = torch.cuda.is_available()
-    if train.precision == "fp16" and not cuda:
-        raise SpecError("train.precision: fp16 needs a CUDA device; on CPU use fp32 or bf16")
-    _assert_installed(train.trackers)
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.path / "tensorboard")
-    args = TrainingArguments(
-        output_dir=str(folder.checkpoints),
-        max_steps=train.steps,
-        per_device_train_batch_size=train.batch_size,
-        gradient_accumulation_steps=train.accumulate,
-        learning_rate=train.learning_rate,
-        lr_scheduler_type="constant_with_warmup" if train.schedule == "constant" else train.schedule,
-        warmup_steps=train.warmup_steps,
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.clip,
-        bf16=train.precision == "bf16",
-        fp16=train.precision == "fp16",
-        use_cpu=not cuda,
-        logging_steps=train.log_every,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps",
-        eval_steps=spec.evaluate.every,
-        save_strategy="steps",
-        save_steps=train.save_every,
-        seed=folder.seed,
-        data_seed=folder.seed,
-        dataloader_num_workers=train.workers,
-        dataloader_pin_memory=cuda,
-        dataloader_drop_last=examples >= train.batch_size * processes(),
-        remove_unused_columns=False,
-        label_names=["labels"],
-        ddp_find_unused_parameters=False,
-        report_to=list(train.trackers),
-        disable_tqdm=True,
-    )
-    args._n_gpu = min(args.n_gpu, 1)  # one process per GPU: torchrun, never nn.DataParallel
-    return args
-
-
-def _assert_installed(trackers: tuple[str, ...]) -> None:
-    for tracker in trackers:
-        if find_spec(tracker) is None:
-            raise SpecError(f"train.trackers: {tracker} is not installed: pip install {tracker}")
-
-
-def calibrate(distiller: Distiller, data: Data, spec: PipelineSpec, device: torch.device) -> None:
-    """Show the first training examples to projectors, then to fuser and losses, where they want to see data.
-
-    The random state is left as it was. A store holds its projectors calibrated.
-    """
-    pipeline = distiller.pipeline
-    if pipeline is None:
-        return
-    if data.store is None and any(a.wants_calibration for a in pipeline.teachers):
-        for batch in _calibration_batches(distiller, data, spec, device):
-            distiller.calibrate(batch)
-        distiller.finish_calibration()
-    if isinstance(pipeline.fuser, ObservesTeachers):
-        for batch in _calibration_batches(distiller, data, spec, device):
-            distiller.show_fuser(batch)
-        pipeline.fuser.finish()
-    if losses := pipeline.observing_losses:
-        for batch in _calibration_batches(distiller, data, spec, device):
-            distiller.show_losses(batch)
-        for loss in losses:
-            loss.finish()
-
-
-WEIGHING_BATCHES = 4
-
-
-def weigh(distiller: Distiller, data: Data, spec: PipelineSpec, device: torch.device) -> None:
-    """Set λ of the losses that give a share of the gradient, from the first training batches."""
-    if distiller.pipeline is None or all(config.share is None for config in distiller.pipeline.configs):
-        return
-    distiller.eval()
-    set_weights(
-        distiller, list(islice(_calibration_batches(distiller, data, spec, device), WEIGHING_BATCHES))
-    )
-    distiller.train()
-
-
-def _calibration_batches(
-    distiller: Distiller, data: Data, spec: PipelineSpec, device: torch.device
-) -> Iterator[Any]:
-    some = Subset(data.train_items, range(min(spec.train.calibration_examples, len(data.train_items))))
-    collate = PlansTime(data.plain_collator, distiller.pipeline)
-    with torch.random.fork_rng(devices=[]):
-        for batch in DataLoader(some, spec.train.batch_size, collate_fn=collate):
-            yield send_to_device(batch, device)
 
 
 def _finish(trainer: KavaTrainer, folder: RunDir, data: Data, spec: PipelineSpec) -> None:

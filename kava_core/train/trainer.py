@@ -24,12 +24,10 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 
+from kava_core.distill.distiller import Distiller
 from kava_core.errors import CheckpointError, KavaError, NonFiniteError, SpecError
 from kava_core.latent.curriculum import latents_at
-from kava_core.runs import checkpoint
-from kava_core.train.distiller import Distiller
-from kava_core.train.evaluate import Evaluator
-from kava_core.train.fsdp import (
+from kava_core.models.fsdp import (
     average_gradients,
     check_launch,
     check_precision,
@@ -40,9 +38,11 @@ from kava_core.train.fsdp import (
     skeleton,
     whole,
 )
-from kava_core.train.ledger import Ledger
+from kava_core.models.ledger import Ledger
+from kava_core.models.placement import check_even
+from kava_core.runs import checkpoint
 from kava_core.train.own_texts import OwnTexts
-from kava_core.train.placement import check_even
+from kava_core.train.validation.evaluate import Evaluator
 from kava_core.train.weights import assert_finite_weights, load_weights, save_weights, under
 
 
@@ -289,7 +289,7 @@ class KavaTrainer(Trainer):
     # evaluation
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Validation metrics; see ``kava_core.train.evaluate``."""
+        """Validation metrics; see ``kava_core.train.validation.evaluate``."""
         with self._whole_student():
             found = self.evaluator(self.distiller)
         metrics = {f"eval_{name}": value for name, value in found.items()}

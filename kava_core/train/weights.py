@@ -9,10 +9,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 
+from kava_core.distill.distiller import Distiller
 from kava_core.errors import CheckpointError, NonFiniteError
 from kava_core.latent.exported import load_latents, save_latents
-from kava_core.train.distiller import Distiller
-from kava_core.train.fsdp import is_sharded, local
+from kava_core.models.fsdp import is_sharded, local
 
 STUDENT = "student"
 ALIGNER_FILE = "aligner.safetensors"

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from kava_core.dry_run import timeline
+from kava_core.build.pipeline import make_pipeline
+from kava_core.costs.dry_run import timeline
+from kava_core.distill.distiller import Distiller
 from kava_core.kv.capture.geometry import geometry_of
+from kava_core.models.student import add_lora
+from kava_core.models.teacher import Teacher
 from kava_core.specfile.questions import parts_of
-from kava_core.train.assemble import make_pipeline
-from kava_core.train.distiller import Distiller
-from kava_core.train.models import add_lora
-from kava_core.train.teacher import Teacher
 from tests import tiny
 
 

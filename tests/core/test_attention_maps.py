@@ -15,8 +15,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kava_core.errors import CheckpointError
 from kava_core.report.command import report
-from kava_core.train.attention_maps import LAYERS, MAPS, TOKENS, attention_maps, keep_attention, spread
 from kava_core.train.run import run
+from kava_core.train.validation.attention_maps import (
+    LAYERS,
+    MAPS,
+    TOKENS,
+    attention_maps,
+    keep_attention,
+    spread,
+)
 from tests import tiny
 
 

@@ -16,18 +16,19 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from kava_core.build import layer_maps
+from kava_core.build.data import make_data
+from kava_core.build.distiller import make_distiller
+from kava_core.build.layer_maps import layers_of, warped, with_measured_maps
 from kava_core.cli import main
 from kava_core.errors import KavaError, SpecError
 from kava_core.jobs.heatmap import draw_similarity
 from kava_core.kv.capture.capture import Capture
 from kava_core.kv.maths.cka import StreamedCKA
+from kava_core.models.load import load_model
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.timeline import Timeline
 from kava_core.runs.folder import RunDir
-from kava_core.train import layer_maps
-from kava_core.train.assemble import make_data, make_distiller
-from kava_core.train.layer_maps import layers_of, warped, with_measured_maps
-from kava_core.train.models import load_model
 from kava_core.train.run import run
 from tests import tiny
 from tests.core.test_cli_runs import kava

@@ -23,13 +23,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
+from kava_core.build.data import make_data
 from kava_core.errors import CheckpointError, KavaError, Preempted
 from kava_core.runs import checkpoint
 from kava_core.runs.checkpoint import MANIFEST, STAGING
 from kava_core.runs.folder import RunDir
 from kava_core.runs.metrics import read_metrics
 from kava_core.train import run as run_module
-from kava_core.train.assemble import make_data
 from kava_core.train.run import Result, run
 from kava_core.train.weights import ALIGNER_FILE
 from tests import tiny

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kava_core.train.report import plot, table
 from kava_core.train.run import Result
+from kava_core.train.summary import plot, table
 from tests import tiny
 
 VARIANTS = {"cross-entropy": {"losses": []}, "kv": {}}

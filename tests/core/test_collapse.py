@@ -16,8 +16,8 @@ from kava_core.kv.maths.rank_and_cosine import (
     mean_variance,
     rows_of,
 )
-from kava_core.train.report import warnings
 from kava_core.train.run import Result, run
+from kava_core.train.summary import warnings
 from tests import tiny
 
 ALIGN = {"dim_projector": "linear"}

@@ -10,8 +10,8 @@ import pytest
 
 from kava_core.errors import Preempted, SpecError
 from kava_core.train import run as run_module
-from kava_core.train.evaluate import Evaluator
 from kava_core.train.run import run
+from kava_core.train.validation.evaluate import Evaluator
 from tests import tiny
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from kava_core.build.data import make_data
+from kava_core.build.distiller import make_distiller
 from kava_core.errors import SpecError
 from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.protocols.axes import Cache, Geometry
-from kava_core.train.assemble import make_data, make_distiller
 from tests import tiny
 from tests.core.pipeline_helpers import DEEP, STUDENT, WIDE, cache, spec, timeline
 

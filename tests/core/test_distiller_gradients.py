@@ -16,8 +16,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kava_core.train.assemble import Data, make_data, make_distiller
-from kava_core.train.distiller import IGNORED, Distiller
+from kava_core.build.data import Data, make_data
+from kava_core.build.distiller import make_distiller
+from kava_core.distill.distiller import Distiller
+from kava_core.distill.student_pass import IGNORED
 from tests import tiny
 
 SAME_WIDTH = {

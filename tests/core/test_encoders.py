@@ -18,17 +18,20 @@ from transformers import (
 )
 
 import kava_core.train.run as run_module
+from kava_core.build.data import make_data, tokenizer_of
+from kava_core.build.distiller import make_distiller
 from kava_core.data.splits import load_splits
 from kava_core.errors import Preempted, SpecError
 from kava_core.jobs.evaluate.student import load_answering
 from kava_core.jobs.export import export
 from kava_core.jobs.sample import Drawing, sample
 from kava_core.kv.capture.capture import Capture
+from kava_core.models.config import positions
+from kava_core.models.denoiser import Denoiser
+from kava_core.models.load import load_model
 from kava_core.specfile.sections.pipeline import PipelineSpec
-from kava_core.train.assemble import make_data, make_distiller, tokenizer_of
-from kava_core.train.denoise import Denoiser
-from kava_core.train.models import load_model, positions
-from kava_core.train.run import calibrate, run
+from kava_core.train.before_training import calibrate
+from kava_core.train.run import run
 from tests import tiny
 from tests.stops import stop
 

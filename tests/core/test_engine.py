@@ -14,17 +14,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from kava_core.build.data import make_data
+from kava_core.build.distiller import make_distiller
+from kava_core.build.provenance import model_facts
 from kava_core.errors import KavaError, NonFiniteError, Preempted, SpecError
 from kava_core.jobs.export import export
+from kava_core.models.teacher import Teacher
 from kava_core.runs import checkpoint
 from kava_core.runs.folder import RunDir
 from kava_core.runs.metrics import read_metrics
 from kava_core.specfile.sections.models import ModelSpec
 from kava_core.train import run as run_module
-from kava_core.train.assemble import make_data, make_distiller
-from kava_core.train.facts import model_facts
 from kava_core.train.run import Result, run
-from kava_core.train.teacher import Teacher
 from kava_core.train.trainer import own_rates, split_group
 from kava_core.train.weights import ALIGNER_FILE
 from tests import tiny

@@ -12,13 +12,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from kava_core.build.data import Data, make_data
+from kava_core.build.distiller import make_distiller
 from kava_core.data.examples import render
+from kava_core.distill.distiller import Distiller
+from kava_core.distill.student_pass import IGNORED
 from kava_core.runs import checkpoint
-from kava_core.train.assemble import Data, make_data, make_distiller
-from kava_core.train.collapse import CollapseMonitor
-from kava_core.train.distiller import IGNORED, Distiller
-from kava_core.train.evaluate import Evaluator
 from kava_core.train.run import run
+from kava_core.train.validation.collapse_monitor import CollapseMonitor
+from kava_core.train.validation.evaluate import Evaluator
 from kava_core.train.weights import ALIGNER_FILE
 from tests import tiny
 

@@ -9,17 +9,18 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from kava_core.build.data import make_data
+from kava_core.build.distiller import make_distiller
 from kava_core.config import ComponentConfig
+from kava_core.costs.plan import make_plan
 from kava_core.errors import PluginError, SpecError
 from kava_core.kv.align.eviction import Eviction, evicted, filled_slots
 from kava_core.kv.capture.capture import Capture
-from kava_core.plan import make_plan
 from kava_core.protocols.axes import Cache
 from kava_core.protocols.timeline import Timeline
 from kava_core.testing import TimeWarperTests
-from kava_core.train.assemble import make_data, make_distiller
 from kava_core.train.run import run
-from kava_core.train.spreads import spread, spreads
+from kava_core.train.validation.score_spreads import spread, spreads
 from kava_plugins.time_warpers.reasoning import highest, is_reasoning
 from tests import tiny
 from tests.core.pipeline_helpers import FakeConfig, Module, timeline

@@ -18,12 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kava_core.data.examples import steps_of
 from kava_core.data.splits import load_splits
 from kava_core.data.tokenizers import load_tokenizer
+from kava_core.models.config import model_config
 from kava_core.specfile.load import load
 from kava_core.specfile.sections.data import HubData
 from kava_core.specfile.sections.models import TrainTokenizer
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.specfile.variants import resolve_variants
-from kava_core.train.models import model_config
 from kava_core.train.run import run as train
 from tests import tiny
 

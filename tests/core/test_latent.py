@@ -13,16 +13,17 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from kava_core.build.data import make_data
+from kava_core.build.distiller import make_distiller
 from kava_core.cli import main
+from kava_core.costs.plan import make_plan
 from kava_core.errors import CheckpointError, SpecError
 from kava_core.jobs.export import export
 from kava_core.latent.collate import with_thought_tokens
 from kava_core.latent.exported import LatentStudent, load_latents
 from kava_core.latent.growing_text import GrowingText
 from kava_core.latent.student import write_answers
-from kava_core.plan import make_plan
 from kava_core.runs import checkpoint
-from kava_core.train.assemble import make_data, make_distiller
 from kava_core.train.run import run
 from kava_core.train.weights import load_weights, save_weights
 from tests import tiny

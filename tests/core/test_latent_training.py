@@ -14,18 +14,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaModel
 
+from kava_core.build.data import make_data
+from kava_core.build.distiller import make_distiller
 from kava_core.data.dataset import nearly_equal
 from kava_core.data.examples import without_last_step
+from kava_core.distill.hidden_states import codi, step_cross_entropy
 from kava_core.errors import SpecError
 from kava_core.latent.collate import thinned
 from kava_core.latent.curriculum import latents_at, step_of_tokens
 from kava_core.latent.student import Thought
-from kava_core.train.answers import Answers
-from kava_core.train.assemble import make_data, make_distiller
-from kava_core.train.evaluate import Evaluator
-from kava_core.train.latent_terms import codi, step_cross_entropy
 from kava_core.train.run import run
 from kava_core.train.trainer import KavaTrainer
+from kava_core.train.validation.answers import Answers
+from kava_core.train.validation.evaluate import Evaluator
 from tests import tiny
 
 ALIGN = {"time_warper": {"name": "segment", "segments": ["reasoning"]}, "dim_projector": "identity"}

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from kava_core.build.data import make_data
+from kava_core.build.distiller import make_distiller
+from kava_core.distill.distiller import Distiller
 from kava_core.errors import KavaError, SpecError
 from kava_core.kv.align import streaming as align_stream
 from kava_core.protocols.axes import Cache
-from kava_core.train.assemble import make_data, make_distiller
-from kava_core.train.distiller import Distiller
-from kava_core.train.run import calibrate, run
+from kava_core.train.before_training import calibrate
+from kava_core.train.run import run
 from tests import tiny
 
 CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}

@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from kava_core.dry_run import sized_config
+from kava_core.build.data import make_data
+from kava_core.costs.dry_run import sized_config
+from kava_core.costs.flops import forward_flops, step_passes
+from kava_core.costs.recorded import compute
+from kava_core.distill.distiller import Distiller
 from kava_core.errors import CheckpointError, Preempted
 from kava_core.jobs.cache import cache
 from kava_core.kv.capture.taps import Enough
-from kava_core.plan import forward_flops, step_passes
-from kava_core.train.assemble import make_data
-from kava_core.train.cost import compute
-from kava_core.train.distiller import Distiller
-from kava_core.train.ledger import Ledger, Read, forget_peak, peak_memory
+from kava_core.models.ledger import Ledger, Read, forget_peak, peak_memory
+from kava_core.models.teacher import Teacher
 from kava_core.train.run import run
-from kava_core.train.teacher import Teacher
 from tests import tiny
 from tests.stops import stop
 
@@ -193,7 +193,7 @@ def test_a_cost_that_cannot_be_told_loses_no_run(tmp_path: Path, monkeypatch: py
     def broken(*_: Any, **__: Any) -> float:
         raise RuntimeError("Tensor.item() cannot be called\non meta tensors")
 
-    monkeypatch.setattr("kava_core.train.cost.alignment_flops", broken)
+    monkeypatch.setattr("kava_core.costs.recorded.alignment_flops", broken)
     cost = ran(tmp_path)
     assert cost["unknown"] == "RuntimeError: Tensor.item() cannot be called on meta tensors"
     assert cost["student_tokens"] > 0

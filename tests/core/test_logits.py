@@ -10,14 +10,16 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from kava_core.build.data import make_data
+from kava_core.build.distiller import make_distiller
 from kava_core.data.collate import Collator, Reading
 from kava_core.data.examples import Example
+from kava_core.distill import logits as module
+from kava_core.distill.logits import assert_same_vocabulary, logit_divergence, same_tokens
 from kava_core.errors import SpecError
 from kava_core.specfile.sections.data import Template
-from kava_core.train import logits as module
-from kava_core.train.assemble import make_data, make_distiller
-from kava_core.train.logits import assert_same_vocabulary, logit_divergence, same_tokens
-from kava_core.train.run import calibrate, run
+from kava_core.train.before_training import calibrate
+from kava_core.train.run import run
 from tests import tiny
 
 TEMPLATE = Template(prompt="{prompt}=", reasoning="{reasoning}", answer=" #{answer}")

@@ -14,9 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from kava_core.data.tokenizers import train_tokenizer
 from kava_core.errors import Preempted, SpecError
 from kava_core.jobs.export import export
+from kava_core.models.config import model_config
+from kava_core.models.load import load_model
+from kava_core.models.student import load_student
 from kava_core.runs import checkpoint
 from kava_core.specfile.sections.models import Lora, ModelSpec, StudentSpec, TrainTokenizer
-from kava_core.train.models import load_model, load_student, model_config
 from kava_core.train.run import run
 from kava_core.train.weights import ALIGNER_FILE
 from tests import tiny

@@ -25,12 +25,14 @@ from kava_core.console import print_whole
 from kava_core.data.tokenizers import train_tokenizer
 from kava_core.errors import CheckpointError, KavaError, SpecError
 from kava_core.jobs.export import export
+from kava_core.models.config import model_config, positions
+from kava_core.models.load import load_model
+from kava_core.models.student import load_student
 from kava_core.runs.metrics import read_metrics
 from kava_core.specfile.sections.models import ModelSpec, StudentSpec, TrainTokenizer
 from kava_core.train.callbacks import MetricsFile
-from kava_core.train.models import load_model, load_student, model_config, positions
-from kava_core.train.report import PANELS, _panels, plot, table
 from kava_core.train.run import Result, run
+from kava_core.train.summary import PANELS, _panels, plot, table
 from tests import tiny
 
 TEXTS = ["7+3*2?", " 10 0 #0"]

@@ -13,19 +13,20 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from kava_core.build.data import Data, make_data
+from kava_core.build.distiller import make_distiller
+from kava_core.build.time_plans import PlansTime
 from kava_core.data.encode import NO_LABEL
 from kava_core.data.examples import Example, split_written
+from kava_core.distill.distiller import Distiller
 from kava_core.errors import Preempted, SpecError
+from kava_core.models.ledger import Ledger
+from kava_core.models.sampling import told, write, written
 from kava_core.runs.metrics import read_metrics
 from kava_core.specfile.sections.data import Template
 from kava_core.specfile.sections.pipeline import PipelineSpec
-from kava_core.train.assemble import Data, make_data, make_distiller
-from kava_core.train.distiller import Distiller
-from kava_core.train.ledger import Ledger
 from kava_core.train.own_texts import KeepsExamples, OwnTexts
 from kava_core.train.run import run
-from kava_core.train.time_plans import PlansTime
-from kava_core.train.writing import told, write, written
 from tests import tiny
 from tests.stops import stop
 

@@ -13,16 +13,17 @@ from pydantic import ValidationError
 from tiny_models import WORKS
 from torch import Tensor, nn
 
+from kava_core.build.data import make_data
+from kava_core.build.distiller import make_distiller
 from kava_core.errors import SpecError
 from kava_core.kv.capture.capture import Capture
+from kava_core.models import placement
+from kava_core.models.fsdp import blocks
+from kava_core.models.placement import CaptureElsewhere, check_even, place
+from kava_core.models.teacher import Teacher
 from kava_core.protocols.axes import Cache
 from kava_core.runs.metrics import read_metrics
-from kava_core.train import placement
-from kava_core.train.assemble import make_data, make_distiller
-from kava_core.train.fsdp import blocks
-from kava_core.train.placement import CaptureElsewhere, check_even, place
 from kava_core.train.run import run
-from kava_core.train.teacher import Teacher
 from tests import tiny
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -173,7 +174,7 @@ def test_drawn_teachers_are_not_sharded(
     """Each process draws by itself, and a sharded teacher runs in all or in none."""
     spec = tiny.spec(tmp_path, fuser=fuser)
     distiller = make_distiller(spec, make_data(spec), seed=0)
-    monkeypatch.setattr("kava_core.train.distiller.processes", lambda: 2)
+    monkeypatch.setattr("kava_core.distill.distiller.processes", lambda: 2)
     monkeypatch.setattr(Teacher, "to", lambda *_: None)
     placements = {"wide": "sharded"}
     if not refused:

@@ -16,17 +16,18 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from kava_core.cli import app
+from kava_core.costs.dry_run import dry_run, geometry, sized_config
+from kava_core.costs.memory import kept_by_losses, kept_by_student
+from kava_core.costs.plan import Plan, default_time, make_plan
 from kava_core.data.tokenizers import load_tokenizer
-from kava_core.dry_run import dry_run, geometry, sized_config
 from kava_core.errors import SpecError
 from kava_core.jobs.check import check
 from kava_core.kv.align.stage_order import Extents, cost
 from kava_core.kv.capture.capture import Capture
-from kava_core.plan import Plan, default_time, make_plan
-from kava_core.plan_memory import kept_by_losses, kept_by_student
+from kava_core.models.load import load_model
+from kava_core.models.student import load_student
 from kava_core.specfile.sections.models import TrainTokenizer
 from kava_core.specfile.sections.pipeline import PipelineSpec
-from kava_core.train.models import load_model, load_student
 from tests import tiny
 
 VOCAB = 64

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from kava_core.train.pretrain import pretraining_report
-from kava_core.train.report import skills
 from kava_core.train.run import run
+from kava_core.train.summary import skills
 from tests import tiny
 
 DATA = {"name": "chain", "steps": 2, "train": 32, "validation": 16}

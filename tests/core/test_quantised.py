@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from kava_core.build import distiller as assemble
 from kava_core.data.tokenizers import train_tokenizer
 from kava_core.errors import SpecError
 from kava_core.kv.capture.attention_layers import attention_layers
 from kava_core.kv.capture.capture import Capture
 from kava_core.kv.capture.geometry import geometry_of
+from kava_core.models.load import load_model
+from kava_core.models.quantize import BYTES, LIBRARY, is_quantised
 from kava_core.protocols.axes import Cache
 from kava_core.runs.metrics import read_metrics
 from kava_core.specfile.sections.models import StudentSpec, TeacherSpec, TrainTokenizer
-from kava_core.train import assemble
-from kava_core.train.models import load_model
-from kava_core.train.quantize import BYTES, LIBRARY, is_quantised
 from kava_core.train.run import run
 from tests import tiny
 

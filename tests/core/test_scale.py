@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from kava_core.errors import NonFiniteError, SpecError
+from kava_core.models import fsdp
 from kava_core.runs import checkpoint
 from kava_core.runs.metrics import read_metrics
-from kava_core.train import fsdp
 from kava_core.train.run import run
 from kava_core.train.weights import ALIGNER_FILE, assert_finite_weights
 from tests import tiny

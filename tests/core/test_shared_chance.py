@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kava_core.build.data import make_data
 from kava_core.errors import SpecError
 from kava_core.runs.metrics import read_metrics
-from kava_core.train.assemble import make_data
 from kava_core.train.run import run
 from tests import tiny
 

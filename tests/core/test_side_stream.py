@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kava_core.train.side_stream import SideStream, on_other_gpu
+from kava_core.models.side_stream import SideStream, on_other_gpu
 
 
 class Recorder:

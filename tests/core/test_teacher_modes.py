@@ -10,6 +10,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from kava_core.build.data import make_data
+from kava_core.build.distiller import make_distiller
+from kava_core.build.teachers import load_teachers
 from kava_core.data.collate import Collator, Reading
 from kava_core.data.examples import Example, from_fields, render
 from kava_core.data.splits import split_hash
@@ -19,7 +22,6 @@ from kava_core.jobs.sample import Drawing, rationale_of, sample
 from kava_core.paths import cache_folder
 from kava_core.specfile.sections.data import Template
 from kava_core.specfile.sections.models import TrainTokenizer
-from kava_core.train.assemble import load_teachers, make_data, make_distiller
 from kava_core.train.pretrain import pretraining_spec
 from kava_core.train.run import run
 from tests import tiny

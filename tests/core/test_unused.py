@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from kava_core.build.data import make_data
+from kava_core.build.distiller import make_distiller
+from kava_core.build.pipeline import make_pipeline
 from kava_core.errors import SpecError
 from kava_core.protocols.axes import Geometry
-from kava_core.train.assemble import make_data, make_distiller, make_pipeline
 from tests import tiny
 
 STUDENT = Geometry(layer=2, head=2, dim=8, qhead=4, hidden=32)

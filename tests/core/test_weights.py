@@ -10,11 +10,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from kava_core.build.data import Data, make_data
+from kava_core.build.distiller import make_distiller
+from kava_core.distill.distiller import Distiller
 from kava_core.runs.metrics import read_metrics
-from kava_core.train.assemble import Data, make_data, make_distiller
-from kava_core.train.distiller import Distiller
 from kava_core.train.run import run
-from kava_core.train.shares import gradient_norms, set_weights, shares
+from kava_core.train.validation.gradient_shares import gradient_norms, set_weights, shares
 from tests import tiny
 
 FROZEN = {"dim_projector": {"name": "linear", "trainable": False}}

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from kava_core.build.data import make_data
+from kava_core.build.distiller import make_distiller
 from kava_core.runs.metrics import read_metrics
-from kava_core.train.assemble import make_data, make_distiller
 from kava_core.train.run import run
 from tests import tiny
 

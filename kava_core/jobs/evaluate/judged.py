@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
+from kava_core.build.provenance import file_hash
 from kava_core.data.dataset import nearly_equal
 from kava_core.data.examples import Example, is_correct, render
 from kava_core.data.jsonl import read_examples
 from kava_core.data.splits import Splits, load_splits, split_hash
 from kava_core.errors import SpecError
 from kava_core.jobs.evaluate.student import Student
+from kava_core.models.config import assert_room_to_write
 from kava_core.paths import make_folder
 from kava_core.runs.folder import environment, write_json
-from kava_core.train.answers import Answers
-from kava_core.train.facts import file_hash
-from kava_core.train.room import assert_room_to_write
+from kava_core.train.validation.answers import Answers
 
 LEVEL = 1.959963984540054
 """Of a 95 % interval, in standard deviations."""

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from kava_core.build.distiller import make_latent
 from kava_core.console import quiet
 from kava_core.data.collate import Collator
+from kava_core.distill.distiller import Distiller
 from kava_core.errors import SpecError
 from kava_core.latent.collate import LatentCollator
 from kava_core.latent.exported import load_latents
+from kava_core.models.student import load_student
 from kava_core.runs.finished import finished_record, finished_spec, trained_student, verify_student
 from kava_core.specfile.sections.pipeline import PipelineSpec
-from kava_core.train.assemble import make_latent
-from kava_core.train.distiller import Distiller
-from kava_core.train.models import load_student
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kava_core.config import Part
+from kava_core.distill.distiller import Distiller
 from kava_core.kv.align.aligner import TeacherAligner
 from kava_core.kv.align.finite import precise
 from kava_core.protocols.axes import Cache
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.timeline import REASONING, Timeline
-from kava_core.train.distiller import Distiller
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,12 @@ from accelerate.utils import send_to_device
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from kava_core.build.data import Data, make_data
+from kava_core.build.distiller import make_distiller
+from kava_core.build.time_plans import PlansTime
 from kava_core.console import quiet
 from kava_core.data.dataset import nearly_equal
+from kava_core.distill.distiller import Distiller
 from kava_core.errors import CheckpointError, SpecError
 from kava_core.latent.exported import load_latents
 from kava_core.runs import checkpoint
@@ -27,9 +31,6 @@ from kava_core.runs.finished import (
 from kava_core.specfile.questions import active, used_teachers
 from kava_core.specfile.sections.models import TeacherSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
-from kava_core.train.assemble import Data, make_data, make_distiller
-from kava_core.train.distiller import Distiller
-from kava_core.train.time_plans import PlansTime
 from kava_core.train.weights import ALIGNER_FILE
 
 MOST = 64

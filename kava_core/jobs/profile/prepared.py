@@ -13,8 +13,12 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
+from kava_core.build.data import Data, make_data
+from kava_core.build.distiller import make_distiller
+from kava_core.build.layer_maps import with_measured_maps
 from kava_core.config import Part
 from kava_core.data.dataset import nearly_equal
+from kava_core.distill.distiller import Distiller
 from kava_core.errors import SpecError
 from kava_core.kv.align.aligner import TeacherAligner
 from kava_core.kv.align.finite import precise
@@ -23,15 +27,12 @@ from kava_core.kv.capture.geometry import geometry_of
 from kava_core.kv.capture.rotation import Rotation
 from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.kv.maths.masks import without_autocast
+from kava_core.models.teacher import Teacher
 from kava_core.protocols.axes import PARTS, Cache
 from kava_core.protocols.timeline import Timeline
 from kava_core.specfile.questions import active
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.train import run
-from kava_core.train.assemble import Data, make_data, make_distiller
-from kava_core.train.distiller import Distiller
-from kava_core.train.layer_maps import with_measured_maps
-from kava_core.train.teacher import Teacher
 
 BOTH: tuple[Part, ...] = ("keys", "values")
 """What attention needs of a teacher, whatever the losses compare."""

@@ -1,0 +1,125 @@
+"""Build what a run learns from: splits, tokenizers, encoded examples, collators."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from kava_core.data.collate import Collator, Reading
+from kava_core.data.dataset import EncodedDataset
+from kava_core.data.encode import prefix_mismatch
+from kava_core.data.examples import render
+from kava_core.data.splits import Splits, load_splits, split_hash
+from kava_core.data.tokenizers import load_tokenizer
+from kava_core.errors import SpecError
+from kava_core.latent.collate import LatentCollator, with_thought_tokens
+from kava_core.paths import cache_folder
+from kava_core.specfile.questions import used_teachers
+from kava_core.specfile.sections.models import ModelSpec, TeacherSpec
+from kava_core.specfile.sections.pipeline import PipelineSpec
+from kava_core.store.reader import Store
+
+
+@dataclass(frozen=True)
+class Data:
+    """Examples, tokenizers and encoded items of a run."""
+
+    splits: Splits
+    tokenizer: PreTrainedTokenizerBase
+    """The student's."""
+    teacher_tokenizers: Mapping[str, PreTrainedTokenizerBase]
+    collator: Collator
+    """For training: rotates the teachers where the spec asks for that control."""
+    plain_collator: Collator
+    """For calibration and evaluation."""
+    train_items: EncodedDataset
+    validation_items: EncodedDataset
+    store: Store | None = None
+    """Where the collators read the teachers' targets; None runs the teachers."""
+
+    def longest(self) -> dict[str | None, int]:
+        """Most tokens of an example on the side of every teacher, by name, and of the student, under None."""
+        items = [*self.train_items.items, *self.validation_items.items]
+        most: dict[str | None, int] = {None: max(len(item.student) for item in items)}
+        for name in self.teacher_tokenizers:
+            most[name] = max(len(item.teachers[name].input_ids) for item in items)
+        return most
+
+    def longest_prompt(self) -> int:
+        """Most tokens of a validation example's prompt, for the student."""
+        return max(item.student.prompt_length for item in self.validation_items.items)
+
+    def report(self) -> dict[str, Any]:
+        """For run.json: sizes, hashes, duplicates, examples left out."""
+        dropped = {"train": self.train_items.dropped, "validation": self.validation_items.dropped}
+        mismatches = prefix_mismatch(
+            self.validation_items.examples, self.tokenizer, self.plain_collator.template
+        )
+        sides = {"train": self.train_items, "validation": self.validation_items}
+        kept = {name: split_hash(items.examples) for name, items in sides.items()}
+        more = {"too_long": dropped, "kept": kept, "prompt_prefix_mismatches": mismatches}
+        return self.splits.report() | more
+
+
+def tokenizer_of(model: ModelSpec, splits: Splits, template: Any, *, where: str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer: loaded, or trained on the training texts (cached)."""
+    texts = (render(example, template).text for example in splits.train)
+    try:
+        return load_tokenizer(model, texts=texts, cache=cache_folder() / "tokenizers")
+    except SpecError as error:
+        raise SpecError(f"{where}: {error}") from error
+
+
+def reading_of(spec: PipelineSpec, teacher: TeacherSpec) -> Reading:
+    """The text a teacher reads."""
+    return Reading(teacher.template or spec.data.template, teacher.rationale, teacher.last_step)
+
+
+def make_data(spec: PipelineSpec, idle: Sequence[TeacherSpec] = ()) -> Data:
+    """Load, split, tokenize.
+
+    ``idle``: teachers that may not run, but whose ``max_length`` counts too: variants with and without them
+    then learn from the same examples.
+    """
+    splits = load_splits(spec.data, root=Path.cwd())
+    template = spec.data.template
+    tokenizer = tokenizer_of(spec.student, splits, template, where="student")
+    used = {teacher.name: teacher for teacher in used_teachers(spec)}
+    declared = {teacher.name: teacher for teacher in idle} | used
+    readings = {name: reading_of(spec, teacher) for name, teacher in declared.items()}
+    tokenizers = {
+        name: tokenizer
+        if teacher.itself is not None
+        else tokenizer_of(teacher, splits, readings[name].template, where=f"teacher {name!r}")
+        for name, teacher in declared.items()
+    }
+    teachers = {name: tokenizers[name] for name in used}
+    kind: Any = Collator
+    if spec.trajectory == "latent":
+        tokenizer = with_thought_tokens(tokenizer)
+        kind = partial(LatentCollator, latent=spec.latent)
+    make = partial(
+        kind,
+        tokenizer,
+        template=template,
+        loss_on=spec.train.loss_on,
+        max_length=spec.train.max_length,
+        readings=readings,
+        separator=spec.data.separator,
+    )
+    plain, every = make(teacher_tokenizers=teachers), make(teacher_tokenizers=tokenizers)
+    encoded = partial(EncodedDataset, collator=every, teachers=teachers)
+    return Data(
+        splits,
+        tokenizer,
+        teachers,
+        collator=make(teacher_tokenizers=teachers, shuffle_teacher=spec.train.shuffle_teacher),
+        plain_collator=plain,
+        train_items=encoded(splits.train),
+        validation_items=encoded(splits.validation[: spec.evaluate.examples]),
+    )

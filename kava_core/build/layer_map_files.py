@@ -1,0 +1,117 @@
+"""Measured layer maps on disk: ``<teacher>.safetensors``, and ``<teacher>.json`` saying what was measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
+
+from kava_core.build.data import Data
+from kava_core.build.provenance import Subject, models_of
+from kava_core.config import ComponentConfig
+from kava_core.data.splits import split_hash
+from kava_core.errors import KavaError, SpecError
+from kava_core.runs.folder import write_json
+from kava_core.specfile.sections.models import TeacherSpec
+from kava_core.specfile.sections.pipeline import PipelineSpec
+from kava_core.versions import versions
+
+
+def subject_of(
+    spec: PipelineSpec, teacher: TeacherSpec, config: ComponentConfig, data: Data, *, seed: int
+) -> Subject:
+    """Both models, the examples, and the settings that decide what is compared with what."""
+    count = min(spec.train.calibration_examples, len(data.train_items))
+    settings = {
+        "layer_mapper": config.model_dump(mode="json", exclude={"map"}),
+        "token_warper": teacher.align.token_warper and teacher.align.token_warper.model_dump(mode="json"),
+        "time_warper": teacher.align.time_warper.model_dump(mode="json"),
+        "template": (teacher.template or spec.data.template).model_dump(mode="json"),
+        "rationale": teacher.rationale,
+        "batch_size": spec.train.batch_size,
+        "seed": seed if spec.student.path is None else None,
+    }
+    return {
+        **models_of(spec, teacher, data),
+        "data": {"examples": count, "sha256": split_hash(data.train_items.examples[:count])},
+        "settings": settings,
+    }
+
+
+def is_current(path: Path, subject: Subject) -> bool:
+    """Whether the file is whole and holds the measurement of exactly this subject."""
+    try:
+        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        whole = record["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        return bool(whole and record["measured"] == json.loads(json.dumps(subject)))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def assert_same_models(path: Path, models: Subject, *, teacher: str) -> None:
+    """SpecError where a map the spec names was measured on another teacher or student.
+
+    Its examples and settings may be others; a file that is missing or damaged is left to the layer mapper.
+    """
+    try:
+        measured = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["measured"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for side, now in json.loads(json.dumps(models)).items():
+        if differing := [key for key in now if measured.get(side, {}).get(key) != now[key]]:
+            raise SpecError(
+                f"teacher {teacher!r}: layer_mapper.map: {path}: was measured with another {side} "
+                f"({', '.join(differing)} differ); measure again with kava calibrate, or leave 'map' out"
+            )
+
+
+def write_map(
+    path: Path, state: dict[str, Tensor], weights: Tensor, *, on: str, examples: int, subject: Subject
+) -> None:
+    """Write both files, the record last: it describes the other file, so half of a map is never taken.
+
+    Args:
+        path: of the ``.safetensors`` file.
+        state: the mapper's ``state_dict()``.
+        weights: ``layer t_layer``, for the list that a person reads.
+        on: what was compared.
+        examples: how many were looked at.
+        subject: what was measured.
+
+    Raises:
+        KavaError: the folder cannot be written.
+    """
+    raw = save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+    _replace(path, raw)
+    record = {
+        "sha256": hashlib.sha256(raw).hexdigest(),
+        "on": on,
+        "examples": examples,
+        "layers": {str(i): {str(j): round(w, 4) for j, w in row} for i, row in enumerate(chosen(weights))},
+        "measured": subject,
+        "versions": {name: found for name, found in versions().items() if found},
+    }
+    write_json(path.with_suffix(".json"), record)
+
+
+def chosen(weights: Tensor) -> list[list[tuple[int, float]]]:
+    """For every student layer the teacher layers it reads, heaviest first, with their weights."""
+    rows = [[(j, w) for j, w in enumerate(row) if w > 0] for row in weights.tolist()]
+    return [sorted(row, key=lambda one: -one[1]) for row in rows]
+
+
+def _replace(path: Path, raw: bytes) -> None:
+    temporary = path.with_suffix(".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as stream:
+            stream.write(raw)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise KavaError(f"{path}: cannot be written: {error.strerror}") from error

@@ -1,0 +1,104 @@
+"""What ``run.json`` says about the models and plugins of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from kava_core.build.data import Data
+from kava_core.models.config import model_config
+from kava_core.runs.folder import RECORD, read_record
+from kava_core.specfile.questions import used_components
+from kava_core.specfile.sections.models import ModelSpec, TeacherSpec
+from kava_core.specfile.sections.pipeline import PipelineSpec
+from kava_core.versions import distributor
+
+
+def facts(spec: PipelineSpec) -> dict[str, Any]:
+    """Where every model comes from, with hashes, which distribution every component, which layer maps."""
+    teachers = {teacher.name: model_facts(teacher) for teacher in spec.teachers}
+    return {
+        "models": {"student": model_facts(spec.student)} | teachers,
+        "plugins": plugin_facts(spec),
+        "layer_maps": map_facts(spec),
+    }
+
+
+def model_facts(model: ModelSpec) -> dict[str, Any]:
+    """sha256 of a folder's configs and weights; the commit of a hub model; nothing for random weights.
+
+    Of a student that kava trained also its last ``results``: how good a teacher it can be.
+    """
+    if model.path is None:
+        return {"origin": "random weights"}
+    folder = Path(model.path)
+    if not folder.is_dir():
+        commit = getattr(model_config(model, where=model.path), "_commit_hash", None)
+        return {"origin": model.path, "commit": commit}
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json"))
+    hashes = {file.name: file_hash(file) for file in files}
+    return {"origin": model.path, "sha256": hashes, **_results(folder.parent)}
+
+
+def _results(run: Path) -> dict[str, Any]:
+    """Of a finished run of kava's."""
+    record = read_record(run / RECORD) if (run / RECORD).is_file() else {}
+    return {"results": record["results"]} if record.get("status") == "complete" else {}
+
+
+def map_facts(spec: PipelineSpec) -> dict[str, str]:
+    """sha256 of every teacher's layer map, by the teacher's name."""
+    maps = {t.name: getattr(t.align.layer_mapper, "map", None) for t in spec.teachers}
+    return {name: file_hash(Path(file)) for name, file in maps.items() if file is not None}
+
+
+def plugin_facts(spec: PipelineSpec) -> dict[str, str | None]:
+    """``kind name`` to ``distribution version``."""
+    return {
+        f"{kind} {config.name}": distributor(type(config).__module__)
+        for kind, config in used_components(spec)
+    }
+
+
+def file_hash(file: Path) -> str:
+    """sha256 of a file, read piece by piece."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+Subject = dict[str, Any]
+"""What a measurement depends on; measured again where any of it differs."""
+
+
+def models_of(spec: PipelineSpec, teacher: TeacherSpec, data: Data) -> Subject:
+    """What tells the teacher and the student from others."""
+    return {
+        "teacher": _identity(teacher, data.teacher_tokenizers[teacher.name]),
+        "student": _identity(spec.student, data.tokenizer),
+    }
+
+
+NAMES = {"name", "path", "revision", "tokenizer", "pretrain"}
+
+
+HARMLESS = {"align", "attention", "lora", "gradient_checkpointing", "template", "rationale", "placement"}
+
+
+def _identity(model: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> Subject:
+    """Weights by hash or commit, not by the folder's name, which may change; and how they are loaded."""
+    known = model.model_dump(mode="json", exclude=NAMES | HARMLESS) | {"tokenizer": tokenizer_hash(tokenizer)}
+    if model.path is None:
+        return known
+    found = model_facts(model)
+    return known | {"weights": found.get("sha256") or found.get("commit") or model.path}
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """sha256 of what decides which tokens a text becomes."""
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    kept = {name: part for name, part in parts.items() if name not in ("padding", "truncation")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,278 @@
+"""Training from a teacher store: which store belongs to a run, and how its targets come into the batches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kava_core.build.data import Data
+from kava_core.build.layer_maps import wants_measuring
+from kava_core.build.pipeline import config_geometries, config_geometry, make_pipeline
+from kava_core.build.provenance import file_hash, models_of, tokenizer_hash
+from kava_core.data.collate import Collator, Item
+from kava_core.data.examples import Example
+from kava_core.data.splits import split_hash
+from kava_core.errors import SpecError
+from kava_core.kv.align.aligner import TeacherAligner
+from kava_core.kv.compare.pipeline import KVPipeline
+from kava_core.protocols.axes import Geometry
+from kava_core.runs import checkpoint
+from kava_core.specfile.questions import parts_of, used_components, used_teachers
+from kava_core.specfile.sections.models import TeacherSpec
+from kava_core.specfile.sections.pipeline import PipelineSpec
+from kava_core.specfile.sections.training import StoreSpec
+from kava_core.store.index import FORMAT, MAPS, Ingredients, Layout, differences, digest, nearest, read_index
+from kava_core.store.reader import Store
+from kava_core.versions import distributor, version_of
+
+AGAIN = "run `kava cache` with this spec and these overrides"
+
+
+class StoredCollator(Collator):
+    """The student's side as ever; in place of the teachers' tokens, their targets from a store.
+
+    They leave it as they are stored, so that bf16 and int8 cross to the device narrow.
+    """
+
+    def __init__(self, plain: Collator, store: Store) -> None:
+        super().__init__(
+            plain.student_tokenizer,
+            {},
+            plain.template,
+            plain.loss_on,
+            max_length=plain.max_length,
+            pad_to_multiple=plain.pad_to_multiple,
+        )
+        self.store = store
+
+    def __call__(self, batch: Sequence[Example | Item]) -> dict[str, Any]:
+        """``{"student": Side with labels, "teachers": {name: side of the store}, "labels": …}``."""
+        made = super().__call__(batch)
+        keys = [key_of(entry.example if isinstance(entry, Item) else entry) for entry in batch]
+        made["teachers"] = self.store.batch(keys, made["student"]["input_ids"].shape[1])
+        return made
+
+
+def key_of(example: Example) -> str:
+    """An example's name in a store: a hash of its texts, so the order of the data does not matter."""
+    texts = json.dumps([example.prompt, example.reasoning, example.answer, *example.rationales])
+    return hashlib.sha256(texts.encode()).hexdigest()[:32]
+
+
+def with_store(spec: PipelineSpec, data: Data, *, seed: int) -> tuple[PipelineSpec, Data]:
+    """The spec and data of a run that reads its store; both unchanged where it has none or needs none.
+
+    Args:
+        spec: with every model ready to load.
+        data: the run's.
+        seed: the run's.
+
+    Raises:
+        SpecError: nothing is stored for this run, or from something else that has changed.
+        CheckpointError: the store is damaged.
+    """
+    if spec.store is None or not used_teachers(spec):
+        return spec, data
+    store = open_store(spec.store, ingredients(spec, data, seed=seed))
+    reading = StoredCollator(data.plain_collator, store)
+    mapped = with_maps_of(spec, store.folder / MAPS)
+    return mapped, replace(data, collator=reading, plain_collator=reading, store=store)
+
+
+def with_maps_of(spec: PipelineSpec, folder: Path) -> PipelineSpec:
+    """The spec with the store's map for every layer mapper that would be measured."""
+    teachers = tuple(_mapped(teacher, folder / f"{teacher.name}.safetensors") for teacher in spec.teachers)
+    return spec.model_copy(update={"teachers": teachers})
+
+
+def _mapped(teacher: TeacherSpec, file: Path) -> TeacherSpec:
+    mapper = teacher.align.layer_mapper
+    if not wants_measuring(mapper):
+        return teacher
+    mapper = mapper.model_copy(update={"map": str(file.absolute())})
+    return teacher.model_copy(update={"align": teacher.align.model_copy(update={"layer_mapper": mapper})})
+
+
+def folder_of(store: StoreSpec, wanted: Ingredients) -> Path:
+    """Where the store with these ingredients is or will be."""
+    return Path(store.folder) / digest(wanted)
+
+
+def open_store(store: StoreSpec, wanted: Ingredients) -> Store:
+    """The store with exactly these ingredients; every file's size is checked, not its content.
+
+    Raises:
+        SpecError: there is none; says what differs from the nearest one.
+        CheckpointError: a file is missing or has another size.
+    """
+    folder = folder_of(store, wanted)
+    if not folder.is_dir():
+        raise SpecError(f"store: {_absence(folder, wanted)}")
+    checkpoint.verify(folder, content=False)
+    if differing := differences(wanted, read_index(folder).ingredients):
+        raise SpecError(f"store: {folder}: {'; '.join(differing)}; delete it and {AGAIN}")
+    return Store(folder)
+
+
+def _absence(folder: Path, wanted: Ingredients) -> str:
+    if partial_of(folder).is_dir():
+        return f"{folder}: not finished; {AGAIN}: it goes on where it stopped"
+    near = nearest(folder.parent, wanted)
+    if near is None:
+        return f"{folder.parent}: nothing is stored for this spec; {AGAIN} first"
+    other, differing = near
+    return f"{other} is out of date: {'; '.join(differing)}; to make a new one {AGAIN}"
+
+
+def partial_of(folder: Path) -> Path:
+    """The folder in which a store is being made."""
+    return folder.with_name(f"{folder.name}.partial")
+
+
+def ingredients(spec: PipelineSpec, data: Data, *, seed: int) -> Ingredients:
+    """Everything the stored numbers depend on, in words.
+
+    Raises:
+        SpecError: a component that makes the target is trained, so there is no fixed target.
+    """
+    assert spec.store is not None
+    pipeline = config_pipeline(spec, data, seed=seed)
+    assert_fixed(spec, pipeline)
+    shared: dict[str, Any] = {
+        "store format": FORMAT,
+        "kava": version_of("kava"),
+        "store.dtype": spec.store.dtype,
+        "student's tokenizer": tokenizer_hash(data.tokenizer),
+        "student's geometry": _told(config_geometry(spec.student, data.tokenizer, where="student")),
+        "training examples": _set_hash(data.train_items.examples),
+        "validation examples": _set_hash(data.validation_items.examples),
+        "data.template": spec.data.template.model_dump(mode="json"),
+        "train.max_length": spec.train.max_length,
+        "train.precision": spec.train.precision,
+        "compared layers": list(pipeline.layers),
+        "compared parts": list(parts_of(spec)),
+        "rotary": "keep" if spec.rotary == "keep" else "strip",
+    }
+    shared["plugins"] = {
+        f"{kind} {config.name}": distributor(type(config).__module__)
+        for kind, config in used_components(spec)
+        if kind not in ("fuser", "kv_loss")
+    }
+    each = [_of_teacher(spec, teacher, data) for teacher in spec.teachers]
+    made = {name: value for found in (shared, *each) for name, value in found.items()}
+    if looks_at_data(spec, pipeline):
+        made |= _of_calibration(spec, data)
+    if depends_on_student(spec, pipeline):
+        made |= _of_student(spec, data, seed)
+    found: Ingredients = json.loads(json.dumps(made))
+    return found
+
+
+def _told(geometry: Geometry) -> str:
+    return f"{geometry}, {geometry.qhead} query heads"
+
+
+def config_pipeline(spec: PipelineSpec, data: Data, *, seed: int) -> KVPipeline:
+    """The run's pipeline, by the models' configs alone: no model is loaded."""
+    student = config_geometry(spec.student, data.tokenizer, where="student")
+    return make_pipeline(spec, config_geometries(spec, data), student, seed=seed)
+
+
+def layout_of(spec: PipelineSpec, pipeline: KVPipeline) -> Layout:
+    """What is stored of a position."""
+    assert spec.store is not None
+    return Layout(
+        spec.store.dtype,
+        {a.name: {part: _extent(a.target, part) for part in parts_of(spec)} for a in pipeline.teachers},
+    )
+
+
+def _extent(target: Geometry, part: Any) -> tuple[int, int, int]:
+    return target.layer, target.heads(part), target.dim
+
+
+def _of_teacher(spec: PipelineSpec, teacher: TeacherSpec, data: Data) -> dict[str, Any]:
+    whose = f"of teacher {teacher.name!r}"
+    weights = dict(models_of(spec, teacher, data)["teacher"])
+    tokenizer = weights.pop("tokenizer")
+    if teacher.path is None:
+        weights["torch"] = torch.__version__  # draws them
+    found = {
+        f"weights {whose}": weights,
+        f"tokenizer {whose}": tokenizer,
+        f"text {whose}": [teacher.template and teacher.template.model_dump(mode="json"), teacher.rationale],
+        f"alignment {whose}": teacher.align.model_dump(mode="json"),
+    }
+    if given := getattr(teacher.align.layer_mapper, "map", None):
+        found[f"layer map {whose}"] = file_hash(Path(given)) if Path(given).is_file() else None
+    return found
+
+
+def _of_calibration(spec: PipelineSpec, data: Data) -> dict[str, Any]:
+    count = min(spec.train.calibration_examples, len(data.train_items))
+    return {
+        "train.calibration_examples": count,
+        "calibration examples": split_hash(data.train_items.examples[:count]),
+        "train.batch_size": spec.train.batch_size,
+    }
+
+
+def _of_student(spec: PipelineSpec, data: Data, seed: int) -> dict[str, Any]:
+    weights = dict(models_of(spec, spec.teachers[0], data)["student"])
+    del weights["tokenizer"]
+    return {"student's weights": weights, "seed": seed if spec.student.path is None else None}
+
+
+def looks_at_data(spec: PipelineSpec, pipeline: KVPipeline) -> bool:
+    """Whether something is computed from the first training examples before the targets."""
+    return any(a.wants_calibration for a in pipeline.teachers) or _measures(spec)
+
+
+def depends_on_student(spec: PipelineSpec, pipeline: KVPipeline) -> bool:
+    """Whether the stored state looks at the student, so that a store belongs to one seed."""
+    return _measures(spec) or any(_is_paired(aligner) for aligner in pipeline.teachers)
+
+
+def _measures(spec: PipelineSpec) -> bool:
+    return any(wants_measuring(teacher.align.layer_mapper) for teacher in spec.teachers)
+
+
+def _is_paired(aligner: TeacherAligner) -> bool:
+    """Calibrated projectors that do not say ``paired = False`` may look at the student."""
+    return aligner.wants_calibration and (
+        aligner.lifts or bool(getattr(aligner.dim_projector, "paired", True))
+    )
+
+
+def assert_fixed(spec: PipelineSpec, pipeline: KVPipeline) -> None:
+    """SpecError naming the first trained component between a teacher's cache and its target."""
+    for teacher, aligner in zip(spec.teachers, pipeline.teachers, strict=True):
+        for kind, component in _makers(aligner).items():
+            if component is None or not any(p.requires_grad for p in component.parameters()):
+                continue
+            name = getattr(teacher.align, kind).name
+            raise SpecError(
+                f"store: {kind} {name!r} of teacher {teacher.name!r} is trained with the student, so its "
+                "targets change at every step; choose one that is not (trainable: false, where it has that), "
+                "use direction: to_teacher if it is the head adapter or projector, or set store: null"
+            )
+
+
+def _makers(aligner: TeacherAligner) -> dict[str, Any]:
+    """The components that a target goes through, by their field in the spec; None where there is none."""
+    plan = aligner.time_plan
+    made: dict[str, Any] = {"layer_mapper": aligner.layer_map, "token_warper": plan.token_warper}
+    made |= {"time_warper": plan.time_warper}
+    both = {"head_adapter": aligner.head_adapter, "dim_projector": aligner.dim_projector}
+    return made if aligner.lifts else made | both
+
+
+def _set_hash(examples: Sequence[Example]) -> str:
+    keys = sorted({key_of(example) for example in examples})
+    return hashlib.sha256("".join(keys).encode()).hexdigest()

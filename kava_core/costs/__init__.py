@@ -1,0 +1,1 @@
+"""Count what a step takes, before it runs (``kava plan``) and after (``run.json``)."""

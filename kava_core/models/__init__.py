@@ -1,0 +1,1 @@
+"""Load, shrink, shard, place and run the language models of transformers."""

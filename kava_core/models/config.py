@@ -1,0 +1,157 @@
+"""Read a model's config, and check what can be checked of it before weights are loaded."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from kava_core.errors import SpecError, did_you_mean
+from kava_core.kv.capture.geometry import ENCODER
+from kava_core.specfile.sections.models import ModelSpec
+
+
+def model_config(
+    spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None = None, *, where: str
+) -> PreTrainedConfig:
+    """The transformers config of a spec.
+
+    With ``config`` the vocabulary and the special tokens come from the tokenizer, where one is given.
+
+    Raises:
+        SpecError: no such folder or hub name, no such ``model_type``, or fields it does not take.
+    """
+    try:
+        if spec.path is not None:
+            return _for(
+                spec, AutoConfig.from_pretrained(spec.path, revision=spec.revision, trust_remote_code=False)
+            )
+        fields = dict(spec.config or {})
+        if tokenizer is not None:
+            fields = _from_tokenizer(tokenizer) | fields
+        _check_model_type(fields["model_type"], where)
+        _check_keys(spec.config or {}, where)
+        config = _for(spec, AutoConfig.for_model(fields.pop("model_type"), **fields))
+    except SpecError:
+        raise
+    except Exception as error:
+        raise SpecError(f"{where}: cannot make a model config: {_told(error)}") from error
+    _check_heads(config, where)
+    return config
+
+
+def _for(spec: ModelSpec, config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config, which says that the encoder alone is wanted, if it is."""
+    if spec.encoder or hasattr(config, ENCODER):
+        setattr(config, ENCODER, spec.encoder)
+    return config
+
+
+def _check_model_type(given: str, where: str) -> None:
+    possible = CONFIG_MAPPING.keys()
+    if given not in possible:
+        near = did_you_mean(given, possible)
+        raise SpecError(f"{where}: config.model_type: transformers knows no {given!r}{near}")
+
+
+TYPO = 0.85
+"""How alike a config key must be to a field to be taken for a slip of the hand."""
+
+
+def _check_keys(fields: dict[str, Any], where: str) -> None:
+    """SpecError for a misspelt field, which transformers would keep and ignore.
+
+    Unknown keys that resemble no field pass: some are read by modelling code alone.
+    """
+    model_type = fields["model_type"]
+    try:
+        default = CONFIG_MAPPING[model_type]()
+    except Exception:  # a few have no defaults that pass their own checks
+        return
+    possible = {*default.to_dict(), *default.attribute_map}
+    for key in fields:
+        if key in possible or hasattr(default, key):
+            continue
+        if near := difflib.get_close_matches(key, possible, n=1, cutoff=TYPO):
+            raise SpecError(
+                f"{where}: config.{key}: not a field of {model_type!r}; did you mean {near[0]!r}?"
+            )
+
+
+def _check_heads(config: PreTrainedConfig, where: str) -> None:
+    """transformers finds this out in the first forward pass."""
+    text = config.get_text_config()
+    query, key = (getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if not isinstance(query, int) or not isinstance(key, int):
+        return
+    if key < 1 or query % key:
+        raise SpecError(
+            f"{where}: num_attention_heads={query} is not a multiple of num_key_value_heads={key}"
+        )
+
+
+RELATIVE = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
+"""Relative positions have no end, whatever ``n_positions`` says."""
+
+
+AFTER_PADDING = (
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "roberta-prelayernorm",
+    "camembert",
+    "data2vec-text",
+)
+"""They count positions from the padding token's number on."""
+
+
+def positions(config: PreTrainedConfig) -> int | None:
+    """The longest text a model is made for, in tokens; None where its config names no limit."""
+    text = config.get_text_config()
+    if text.model_type in RELATIVE:
+        return None
+    found = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions"))
+    most = next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
+    return most if most is None or text.model_type not in AFTER_PADDING else most - text.pad_token_id - 1
+
+
+def _told(error: Exception) -> str:
+    """One line of what was raised: the first, or where that only announces the others, the last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if lines[0].endswith(":"):
+        return lines[-1]
+    return lines[0] if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {lines[0]}"
+
+
+def _from_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def assert_room(config: PreTrainedConfig, longest: int, *, who: str) -> None:
+    """SpecError where the longest example has more tokens than the model positions."""
+    room = positions(config)
+    if room is not None and longest > room:
+        raise SpecError(
+            f"{who}: the longest example has {longest} tokens but the model only {room} positions; "
+            "lower train.max_length, or give the config more positions"
+        )
+
+
+def assert_room_to_write(
+    config: PreTrainedConfig, prompt: int, new_tokens: int, *, field: str = "evaluate.max_new_tokens"
+) -> None:
+    """SpecError where prompt and written answer together may leave the student's positions."""
+    room = positions(config)
+    if room is not None and prompt + new_tokens > room:
+        raise SpecError(
+            f"{field}: the longest prompt and {new_tokens} new tokens are "
+            f"{prompt + new_tokens} tokens but the student has {room} positions"
+        )

@@ -1,0 +1,103 @@
+"""Models from a spec: from a folder or hub name, or with random weights from a config."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    PreTrainedTokenizerBase,
+)
+
+from kava_core.errors import SpecError
+from kava_core.kv.capture.geometry import auto_class
+from kava_core.models.config import _told, model_config
+from kava_core.models.quantize import check_quantised, explained, loading_options
+from kava_core.specfile.sections.models import ModelSpec, TeacherSpec
+
+
+def load_model(
+    spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int, where: str, grow: bool = False
+) -> nn.Module:
+    """The causal language model of a spec, or the encoder; ``seed`` fixes random weights.
+
+    ``grow``: embeddings are added for tokens the model has none for.
+
+    Raises:
+        SpecError: it cannot be made or loaded, or its vocabulary is smaller than the tokenizer's.
+    """
+    try:
+        model = _made(spec, tokenizer, seed, where)
+    except SpecError:
+        raise
+    except Exception as error:  # transformers, safetensors and torch each raise their own
+        raise SpecError(f"{where}: cannot load the model: {_told(error)}") from error
+    if grow and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(len(tokenizer))
+    _check_vocabulary(model, tokenizer, where)
+    if not spec.encoder:
+        model.generation_config.pad_token_id = _pad_id(tokenizer)
+    return model
+
+
+def _made(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, seed: int, where: str) -> nn.Module:
+    quantized = isinstance(spec, TeacherSpec) and spec.quantize is not None
+    if spec.path is not None:
+        return _quantized(spec, where) if quantized else _stored(spec, where)
+    if not quantized:
+        return _random(spec, tokenizer, seed, where)
+    with tempfile.TemporaryDirectory(prefix="kava-") as folder:  # the libraries quantise while loading
+        _random(spec, tokenizer, seed, where).save_pretrained(folder)
+        return _quantized(spec.model_copy(update={"path": folder, "revision": None}), where)
+
+
+def _random(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, seed: int, where: str) -> nn.Module:
+    config = model_config(spec, tokenizer, where=where)
+    torch.manual_seed(seed)
+    return auto_class(config).from_config(copy.deepcopy(config), **_options(spec))
+
+
+def _quantized(spec: Any, where: str) -> nn.Module:
+    dtype = getattr(torch, spec.dtype)
+    options = loading_options(spec.quantize, dtype, where=where)
+    with explained(spec.quantize, where=where):
+        model = _stored(spec, where, **options)
+    check_quantised(model, where=where)
+    return model
+
+
+def _stored(spec: ModelSpec, where: str, **more: Any) -> nn.Module:
+    """Weights from safetensors only; transformers would fill missing ones with random numbers."""
+    config = model_config(spec, where=where)
+    model, found = auto_class(config).from_pretrained(
+        spec.path,
+        config=config,
+        revision=spec.revision,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **_options(spec),
+        **more,
+    )
+    wanted = (name for name in found["missing_keys"] if not (spec.encoder and "pooler" in name))
+    if missing := sorted(wanted):
+        raise SpecError(f"{where}: {spec.path}: {len(missing)} weights are missing, such as {missing[0]}")
+    return model
+
+
+def _options(spec: ModelSpec) -> dict[str, Any]:
+    return {"dtype": getattr(torch, spec.dtype), "attn_implementation": spec.attention}
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+def _check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise SpecError(f"{where}: the tokenizer has {len(tokenizer)} tokens but the model only {rows}")

@@ -1,0 +1,124 @@
+"""Load the student, and prepare it for training: adapters, checkpointing, compiling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from kava_core import shapecheck
+from kava_core.errors import SpecError, did_you_mean
+from kava_core.models.config import _told
+from kava_core.models.denoiser import Denoiser
+from kava_core.models.load import load_model
+from kava_core.specfile.sections.models import Lora, StudentSpec
+
+
+def load_student(
+    spec: StudentSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int, grow: bool = False
+) -> nn.Module:
+    """The student, with its adapters and gradient checkpointing if asked for.
+
+    ``grow``: with embeddings for tokens that were added to its tokenizer.
+    """
+    student = load_model(spec, tokenizer, seed=seed, where="student", grow=grow)
+    if spec.encoder:
+        return Denoiser(student, len(tokenizer), tokenizer.mask_token_id)
+    _check_causal(student)
+    if spec.gradient_checkpointing:
+        checkpoint_activations(student)
+    if spec.lora is not None:
+        if spec.gradient_checkpointing:
+            student.enable_input_require_grads()
+        student = add_lora(student, spec.lora, seed=seed)
+    return student.requires_grad_(False) if spec.frozen else student
+
+
+PROBE_LENGTH = 4
+
+
+def _first_logits(model: nn.Module, where: str) -> tuple[Tensor, Tensor]:
+    """Logits at the first of a few tokens, and the embeddings they were computed from."""
+    embedded: list[Tensor] = []
+
+    def follow(module: nn.Module, given: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    some = int(getattr(model.config.get_text_config(), "pad_token_id", None) == 0)  # nothing like padding
+    handle, training = model.get_input_embeddings().register_forward_hook(follow), model.training
+    try:
+        ids = torch.full((1, PROBE_LENGTH), some, device=next(model.parameters()).device)
+        with torch.enable_grad():
+            return model.eval()(input_ids=ids, use_cache=False).logits[0, 0], embedded[0]
+    except Exception as error:
+        raise SpecError(f"{where}: {type(model).__name__} cannot run: {_told(error)}") from error
+    finally:
+        handle.remove()
+        model.train(training)
+
+
+def _check_causal(student: nn.Module) -> None:
+    """SpecError where a token's logits depend on later tokens, as the gradient says without rounding."""
+    logits, embedded = _first_logits(student, "student")
+    (slope,) = torch.autograd.grad(logits.float().sum(), embedded)
+    if (slope[:, 1:].abs() > 0).any():
+        raise SpecError(
+            f"student: {type(student).__name__} is not causal: its tokens attend to later ones; "
+            "it may need is_decoder: true in its config"
+        )
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Gradient checkpointing, never in the reentrant form; renamed by transformers in 5.23."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def compile_forward(model: nn.Module, backend: str) -> None:
+    """torch.compile in place; SpecError together with shape checking, whose checks cannot be compiled."""
+    if shapecheck.wanted():
+        raise SpecError("train.compile: not together with shape checking (--check-shapes, KAVA_SHAPE_CHECK)")
+    # Else a layer under gradient checkpointing runs uncompiled, as it leaves tensors in a capture's slot.
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    model.compile(backend=backend)
+
+
+def add_lora(student: nn.Module, lora: Lora, *, seed: int) -> nn.Module:
+    """The student with low-rank adapters; SpecError without peft, or where no module has such a name."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise SpecError("student.lora: needs peft: pip install 'kava[lora]'") from error
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    _check_targets(student, targets)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(seed)
+    try:
+        return get_peft_model(student, config)
+    except ValueError as error:
+        raise SpecError(f"student.lora: {_told(error)}") from error
+
+
+def _check_targets(student: nn.Module, targets: str | list[str]) -> None:
+    """Every name must be a module's: peft is content if one of them is."""
+    if isinstance(targets, str):
+        return
+    modules = [name for name, _ in student.named_modules() if name]
+    possible = {name.rpartition(".")[2] for name in modules}
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in modules):
+            raise SpecError(
+                f"student.lora.targets: no module named {target!r}{did_you_mean(target, possible)}"
+            )

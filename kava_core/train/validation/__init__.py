@@ -1,0 +1,1 @@
+"""Measure a run while it trains: validation, answers, collapse, gradient shares, attention."""
