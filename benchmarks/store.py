@@ -22,6 +22,10 @@ import numpy as np
 import torch
 from step import VOCAB, build, config
 
+from kava_core.data.store.codec import encode
+from kava_core.data.store.index import Layout
+from kava_core.data.store.reader import VALID, Store
+from kava_core.data.store.writer import Writer
 from kava_core.distill.distiller import Distiller
 from kava_core.kv.capture.geometry import geometry_of
 from kava_core.kv.compare.pipeline import KVPipeline
@@ -29,10 +33,6 @@ from kava_core.models.teacher import Teacher
 from kava_core.registry import Registry
 from kava_core.specfile.bind import bind
 from kava_core.specfile.questions import parts_of
-from kava_core.store.codec import encode
-from kava_core.store.index import Layout
-from kava_core.store.reader import VALID, Store
-from kava_core.store.writer import Writer
 
 LAYER, HEAD, DIM, BATCH = 12, 4, 64, 8
 

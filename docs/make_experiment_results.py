@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from kava_core.report.command import FIGURES, report
+from kava_core.experiment.report.command import FIGURES, report
 
 RESULTS = Path(__file__).parent / "results"
 PICTURES = ("differences", "curve-exact-match", "curve-ce", "cost")

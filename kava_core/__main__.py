@@ -1,5 +1,5 @@
 """``python -m kava_core``, for launchers: ``torchrun -m kava_core train spec.yaml``."""
 
-from kava_core.cli import main
+from kava_core.cli.app import main
 
 main()

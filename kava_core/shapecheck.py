@@ -15,7 +15,7 @@ from typing import Any
 VARIABLE = "KAVA_SHAPE_CHECK"
 TENSOR_HALF = (
     *("kava_core.build", "kava_core.data", "kava_core.distill", "kava_core.jobs", "kava_core.kv"),
-    *("kava_core.latent", "kava_core.models", "kava_core.protocols", "kava_core.store", "kava_core.train"),
+    *("kava_core.latent", "kava_core.models", "kava_core.protocols", "kava_core.train"),
     "kava_plugins",
 )
 CHECKER = "kava_core.shapecheck.checker"

@@ -1,1 +1,1 @@
-"""Turn a spec into objects: data, models, teachers, the pipeline, the distiller. Nothing below reads a spec."""
+"""Turn a spec into objects: data, models, teachers, pipeline, distiller. Nothing below reads a spec."""

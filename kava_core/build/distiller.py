@@ -10,6 +10,8 @@ from torch import nn
 from kava_core.build.data import Data
 from kava_core.build.pipeline import assert_learns, config_geometries, load_projectors, make_pipeline
 from kava_core.build.teachers import _check_heard, _checked_teachers, make_teachers
+from kava_core.data.store.index import PROJECTORS
+from kava_core.data.store.reader import Store
 from kava_core.distill.distiller import Distiller
 from kava_core.distill.student_pass import Latent
 from kava_core.errors import SpecError
@@ -20,8 +22,6 @@ from kava_core.models.student import load_student
 from kava_core.protocols.fuser import Rewarded
 from kava_core.specfile.questions import active, felt, heard, parts_of, used_teachers
 from kava_core.specfile.sections.pipeline import PipelineSpec
-from kava_core.store.index import PROJECTORS
-from kava_core.store.reader import Store
 
 
 def make_distiller(spec: PipelineSpec, data: Data, *, seed: int) -> Distiller:

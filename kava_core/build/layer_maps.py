@@ -31,6 +31,7 @@ from kava_core.kv.capture.capture import Capture
 from kava_core.kv.capture.geometry import geometry_of
 from kava_core.models.load import load_model
 from kava_core.models.student import load_student
+from kava_core.processes import world_size
 from kava_core.protocols.layer_mapper import Measured
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.timeline import Timeline
@@ -89,7 +90,7 @@ def wants_measuring(config: ComponentConfig) -> bool:
 
 
 def _one_first() -> AbstractContextManager[None]:
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if world_size() == 1:
         return nullcontext()
     return PartialState(cpu=not torch.cuda.is_available()).main_process_first()
 

@@ -18,6 +18,17 @@ from kava_core.build.provenance import file_hash, models_of, tokenizer_hash
 from kava_core.data.collate import Collator, Item
 from kava_core.data.examples import Example
 from kava_core.data.splits import split_hash
+from kava_core.data.store.index import (
+    FORMAT,
+    MAPS,
+    Ingredients,
+    Layout,
+    differences,
+    digest,
+    nearest,
+    read_index,
+)
+from kava_core.data.store.reader import Store
 from kava_core.errors import SpecError
 from kava_core.kv.align.aligner import TeacherAligner
 from kava_core.kv.compare.pipeline import KVPipeline
@@ -27,8 +38,6 @@ from kava_core.specfile.questions import parts_of, used_components, used_teacher
 from kava_core.specfile.sections.models import TeacherSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.specfile.sections.training import StoreSpec
-from kava_core.store.index import FORMAT, MAPS, Ingredients, Layout, differences, digest, nearest, read_index
-from kava_core.store.reader import Store
 from kava_core.versions import distributor, version_of
 
 AGAIN = "run `kava cache` with this spec and these overrides"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from kava_core.config import Part
+from kava_core.data.store.reader import target_of
 from kava_core.distill.counts import LABELLED, READ, TOKENS, counts
 from kava_core.distill.hidden_states import CODI, READING, STEPS, codi, step_cross_entropy
 from kava_core.distill.logits import logit_divergence, same_tokens
@@ -44,14 +45,14 @@ from kava_core.latent.student import (
 )
 from kava_core.models.ledger import STUDENT, Ledger
 from kava_core.models.own_teacher import OwnTeacher
-from kava_core.models.placement import REPLICATED, SHARDED, processes
+from kava_core.models.placement import REPLICATED, SHARDED
 from kava_core.models.side_stream import SideStream, on_other_gpu
 from kava_core.models.teacher import Teacher
+from kava_core.processes import processes_met
 from kava_core.protocols.axes import Cache
 from kava_core.protocols.fuser import Chooses, Rewarded
 from kava_core.protocols.timeline import Timeline
 from kava_core.specfile.sections.losses import LogitsSpec
-from kava_core.store.reader import target_of
 
 LOGITS = "logits"
 """Name of the term of next-token distributions."""
@@ -429,7 +430,7 @@ class Distiller(nn.Module):
         """SpecError where processes would wait for each other at a sharded teacher that only some drew."""
         divided = [name for name, placement in placements.items() if placement == SHARDED]
         fuser = self.pipeline.fuser if self.pipeline is not None else None
-        if divided and isinstance(fuser, Chooses) and getattr(fuser, "draws", True) and processes() > 1:
+        if divided and isinstance(fuser, Chooses) and getattr(fuser, "draws", True) and processes_met() > 1:
             raise SpecError(
                 f"teacher {divided[0]!r}: placement: sharded: the fuser draws teachers, each process by "
                 "itself; place it replicated, or choose another fuser"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,17 +22,18 @@ from kava_core.build.stored import folder_of, ingredients, key_of, layout_of, op
 from kava_core.build.time_plans import PlansTime
 from kava_core.console import progress, quiet
 from kava_core.data.collate import Item
+from kava_core.data.store.codec import encode
+from kava_core.data.store.index import INDEX, MAPS, PROJECTORS, Ingredients, Layout, read_index
+from kava_core.data.store.reader import SCALE, VALID, row_of, tensor_name
+from kava_core.data.store.writer import Writer, drop_records, save_durably
 from kava_core.distill.distiller import Distiller
 from kava_core.errors import KavaError, NonFiniteError, SpecError
 from kava_core.kv.compare.values import Aligned
+from kava_core.processes import world_size
 from kava_core.protocols.timeline import Timeline
 from kava_core.runs import checkpoint
 from kava_core.specfile.questions import used_teachers
 from kava_core.specfile.sections.pipeline import PipelineSpec
-from kava_core.store.codec import encode
-from kava_core.store.index import INDEX, MAPS, PROJECTORS, Ingredients, Layout, read_index
-from kava_core.store.reader import SCALE, VALID, row_of, tensor_name
-from kava_core.store.writer import Writer, drop_records, save_durably
 from kava_core.train.before_training import calibrate
 from kava_core.train.run import with_trained_models
 
@@ -89,7 +89,7 @@ def cache(spec: PipelineSpec, *, seed: int, verify: bool = False) -> Cached | No
     """
     if spec.store is None:
         raise SpecError("store: the spec names none; add store: {folder: …}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         raise KavaError("kava cache: runs in one process, not under torchrun")
     if not used_teachers(spec):
         return None

@@ -18,6 +18,7 @@ from kava_core.config import Part
 from kava_core.errors import SpecError
 from kava_core.kv.capture.capture import Capture
 from kava_core.models.fsdp import blocks, is_sharded
+from kava_core.processes import processes_met
 from kava_core.protocols.axes import Cache
 
 REPLICATED, SHARDED = "replicated", "sharded"
@@ -73,18 +74,13 @@ def place(
     Raises:
         SpecError: there is no such device, or the model cannot be divided.
     """
-    if placement == SHARDED and processes() > 1:
+    if placement == SHARDED and processes_met() > 1:
         shard(model, device, who=who)
     elif placement in (REPLICATED, SHARDED):
         model.to(device)
     else:
         return _elsewhere(model, make, _device(placement, who), device)
     return make
-
-
-def processes() -> int:
-    """How many processes have met."""
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def shard(model: Any, device: torch.device, *, who: str) -> None:
@@ -97,7 +93,7 @@ def shard(model: Any, device: torch.device, *, who: str) -> None:
         return
     if any(type(p) is not nn.Parameter or not p.is_floating_point() for p in model.parameters()):
         raise SpecError(f"{who}: placement: quantised weights cannot be sharded; place it replicated")
-    mesh = init_device_mesh(device.type, (processes(),))
+    mesh = init_device_mesh(device.type, (processes_met(),))
     inside = {id(p) for p in base.parameters()}
     heads = [child for child in model.children() if child is not base]
     for head in heads:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from kava_core.errors import CheckpointError, KavaError, SpecError
+from kava_core.processes import world_size
 from kava_core.specfile.digest import digest
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.versions import versions
@@ -203,7 +204,7 @@ def environment() -> dict[str, Any]:
         "versions": {name: found for name, found in versions().items() if found},
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "world_size": world_size(),
     }
 
 

@@ -9,9 +9,9 @@ import torch
 from transformers import TrainingArguments
 
 from kava_core.errors import SpecError
+from kava_core.processes import world_size
 from kava_core.runs.folder import RunDir
 from kava_core.specfile.sections.pipeline import PipelineSpec
-from kava_core.train.processes import processes
 
 
 def arguments(spec: PipelineSpec, folder: RunDir, *, examples: int) -> TrainingArguments:
@@ -45,7 +45,7 @@ def arguments(spec: PipelineSpec, folder: RunDir, *, examples: int) -> TrainingA
         data_seed=folder.seed,
         dataloader_num_workers=train.workers,
         dataloader_pin_memory=cuda,
-        dataloader_drop_last=examples >= train.batch_size * processes(),
+        dataloader_drop_last=examples >= train.batch_size * world_size(),
         remove_unused_columns=False,
         label_names=["labels"],
         ddp_find_unused_parameters=False,

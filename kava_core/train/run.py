@@ -34,6 +34,7 @@ from kava_core.models.config import positions
 from kava_core.models.ledger import STUDENT, Ledger, forget_peak
 from kava_core.models.placement import SHARDED
 from kava_core.models.student import compile_forward
+from kava_core.processes import is_main, world_size
 from kava_core.runs import checkpoint
 from kava_core.runs.folder import FAILURE, RunDir
 from kava_core.specfile.questions import used_teachers
@@ -50,7 +51,6 @@ from kava_core.train.callbacks import (
 )
 from kava_core.train.own_texts import KeepsExamples, OwnTexts
 from kava_core.train.pretrain import pretraining_name, pretraining_report, pretraining_spec
-from kava_core.train.processes import is_main, processes
 from kava_core.train.save_student import save_student
 from kava_core.train.trainer import KavaTrainer
 from kava_core.train.validation.attention_maps import keep_attention
@@ -109,7 +109,7 @@ def _failure_noted(folder: RunDir) -> Iterator[None]:
 
 def _meet() -> None:
     """Wait for the process that holds the lock: from here on all find the directory in the same state."""
-    if processes() > 1:
+    if world_size() > 1:
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(minutes=30))
         state.wait_for_everyone()
 

@@ -14,7 +14,7 @@ from typing import Any
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
-from kava_core.cli import main
+from kava_core.cli.app import main
 
 _begin = AcceleratorState.__init__
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kava_core.errors import CheckpointError
-from kava_core.report.command import report
+from kava_core.experiment.report.command import report
 from kava_core.train.run import run
 from kava_core.train.validation.attention_maps import (
     LAYERS,

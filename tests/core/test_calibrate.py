@@ -20,7 +20,7 @@ from kava_core.build import layer_maps
 from kava_core.build.data import make_data
 from kava_core.build.distiller import make_distiller
 from kava_core.build.layer_maps import layers_of, warped, with_measured_maps
-from kava_core.cli import main
+from kava_core.cli.app import main
 from kava_core.errors import KavaError, SpecError
 from kava_core.jobs.heatmap import draw_similarity
 from kava_core.kv.capture.capture import Capture

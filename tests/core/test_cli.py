@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kava_core.cli import main
+from kava_core.cli.app import main
 from kava_core.errors import SpecError
 
 MINIMAL = Path(__file__).parent / "minimal_spec.yaml"
@@ -30,7 +30,7 @@ def start(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
     code = f"""
 import atexit, sys
 atexit.register(lambda: print("HEAVY", [name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr))
-from kava_core.cli import main
+from kava_core.cli.app import main
 main(sys.argv[1:])
 """
     command = [sys.executable, "-c", code, *arguments]
@@ -231,7 +231,7 @@ def test_usage_errors_exit_2_with_a_suggestion(capsys: pytest.CaptureFixture[str
 def test_check_shapes_reaches_this_process_and_its_children() -> None:
     code = (
         "import os, sys\n"
-        "from kava_core.cli import main\n"
+        "from kava_core.cli.app import main\n"
         "try:\n"
         "    main(['--check-shapes', 'env'])\n"
         "except SystemExit:\n"

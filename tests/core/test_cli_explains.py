@@ -1,6 +1,6 @@
 """What the command line says of errors raised inside components."""
 
-from kava_core.cli import explained
+from kava_core.cli.app import explained
 from kava_core.errors import CheckpointError, NonFiniteError, PluginError
 
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from kava_core.cli import main
-from kava_core.cluster import disk, present
-from kava_core.cluster.launch import launch
-from kava_core.cluster.preflight import Check, Preflight, device_faults
-from kava_core.cluster.resources import Resources
-from kava_core.cluster.size import size_of
-from kava_core.cluster.status import runs_of
+from kava_core.cli.app import main
 from kava_core.errors import KavaError, SpecError
+from kava_core.experiment.slurm import disk, present
+from kava_core.experiment.slurm.launch import launch
+from kava_core.experiment.slurm.preflight import Check, Preflight, device_faults
+from kava_core.experiment.slurm.resources import Resources
+from kava_core.experiment.slurm.size import size_of
+from kava_core.experiment.slurm.status import runs_of
 from kava_core.runs.state import planned
 from kava_core.train.run import run
 from tests import tiny

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from kava_core.cluster.mapping import Element, job_name, mapping_text
-from kava_core.cluster.resources import Resources
-from kava_core.cluster.sbatch import Job, script
 from kava_core.errors import SpecError
+from kava_core.experiment.slurm.mapping import Element, job_name, mapping_text
+from kava_core.experiment.slurm.resources import Resources
+from kava_core.experiment.slurm.sbatch import Job, script
 from tests.core.fake_slurm import directives
 
 GOLDEN = r"""#!/usr/bin/env bash

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from kava_core.cluster.mapping import elements, job_name, launches_of, mapping_text
-from kava_core.cluster.scheduler import Queued
-from kava_core.cluster.status import Row, row_of, seconds_per_step, table_of
-from kava_core.cluster.status_text import show, table
+from kava_core.experiment.slurm.mapping import elements, job_name, launches_of, mapping_text
+from kava_core.experiment.slurm.scheduler import Queued
+from kava_core.experiment.slurm.status import Row, row_of, seconds_per_step, table_of
+from kava_core.experiment.slurm.status_text import show, table
 from kava_core.runs.folder import note_failure
 from kava_core.runs.state import Planned, planned
 from tests import tiny
@@ -205,7 +205,7 @@ def test_a_silent_squeue_is_said_and_survived(
 def test_the_command_imports_no_torch(tmp_path: Path) -> None:
     (tmp_path / "spec.yaml").write_text(json.dumps(tiny.fields(seeds=[0, 1])))
     code = (
-        "import sys\nfrom kava_core.cli import main\n"
+        "import sys\nfrom kava_core.cli.app import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert not end.code\n"
         "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     )

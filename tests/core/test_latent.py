@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from kava_core.build.data import make_data
 from kava_core.build.distiller import make_distiller
-from kava_core.cli import main
+from kava_core.cli.app import main
 from kava_core.costs.plan import make_plan
 from kava_core.errors import CheckpointError, SpecError
 from kava_core.jobs.export import export

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kava_core.cli import main
+from kava_core.cli.app import main
 from kava_core.data.collate import Collator
 from kava_core.jobs.latents import finished_run as finished
 from kava_core.jobs.latents.command import decoded

@@ -14,12 +14,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from kava_core.cli import main
+from kava_core.cli.app import main
+from kava_core.cli.new_plugin import new_plugin
+from kava_core.cli.new_spec import new_spec
 from kava_core.errors import KavaError, SpecError
 from kava_core.hookspecs import KINDS
 from kava_core.jobs.check import check
-from kava_core.scaffold.plugin import new_plugin
-from kava_core.scaffold.spec import new_spec
 from tests.meta.hook_examples import add_distribution
 from tests.meta.source import ROOT, imports, module_level
 
@@ -172,7 +172,7 @@ def test_what_cannot_be_a_run_is_told(name: str, tmp_path: Path) -> None:
 
 def test_help_names_every_kind_and_imports_no_torch() -> None:
     code = (
-        "import sys, atexit; from kava_core.cli import main;"
+        "import sys, atexit; from kava_core.cli.app import main;"
         "atexit.register(lambda: print('HEAVY', 'torch' in sys.modules)); main(['new', 'plugin', '--help'])"
     )
     said = python("-c", code, path=(), cwd=ROOT).stdout

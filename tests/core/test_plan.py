@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from kava_core.cli import app
+from kava_core.cli.app import app
 from kava_core.costs.dry_run import dry_run, geometry, sized_config
 from kava_core.costs.memory import kept_by_losses, kept_by_student
 from kava_core.costs.plan import Plan, default_time, make_plan

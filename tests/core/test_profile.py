@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from kava_core.cli import main
+from kava_core.cli.app import main
 from kava_core.console import quiet
 from kava_core.errors import SpecError
 from kava_core.jobs.profile.gate import ARMS, agreement, gates

@@ -22,11 +22,11 @@ from scipy import stats
 
 from kava_core.errors import CheckpointError, KavaError, SpecError
 from kava_core.experiment.gather import Experiment, Run
-from kava_core.report.command import report
-from kava_core.report.compared import difference, shown
-from kava_core.report.found import Found, mean_curve, slug
-from kava_core.report.markdown import escaped
-from kava_core.report.text import amount, labels, listed, plain, shorten, written
+from kava_core.experiment.report.command import report
+from kava_core.experiment.report.experiment_data import Found, mean_curve, slug
+from kava_core.experiment.report.pages.markdown import escaped
+from kava_core.experiment.report.pages.text import amount, labels, listed, plain, shorten, written
+from kava_core.experiment.report.sections.compared import difference, shown
 
 KV = [1.10, 1.20, 1.15, 1.30, 1.05]
 NO_KV = [1.30, 1.45, 1.25, 1.60, 1.20]
@@ -471,7 +471,7 @@ def test_no_torch_from_end_to_end(tmp_path: Path) -> None:
     folder = experiment(tmp_path / "x")
     code = (
         "import sys\n"
-        "from kava_core.cli import main\n"
+        "from kava_core.cli.app import main\n"
         "try:\n"
         "    main(sys.argv[1:])\n"
         "except SystemExit as stopped:\n"
@@ -485,7 +485,9 @@ def test_no_torch_from_end_to_end(tmp_path: Path) -> None:
 
 
 def test_what_is_missing_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kava_core.report.command.find_spec", lambda name: None if name == "scipy" else name)
+    monkeypatch.setattr(
+        "kava_core.experiment.report.command.find_spec", lambda name: None if name == "scipy" else name
+    )
     with pytest.raises(KavaError, match=r"needs scipy: pip install 'kava\[stats\]'"):
         list(report([tmp_path]))
 

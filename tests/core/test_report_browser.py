@@ -9,7 +9,7 @@ import pytest
 from report_browser import Browser, chromium
 from report_runs import hostile
 
-from kava_core.report.command import report
+from kava_core.experiment.report.command import report
 
 pytestmark = pytest.mark.skipif(chromium() is None, reason="no Chromium (apt-get install chromium)")
 

@@ -98,7 +98,7 @@ def test_off_nothing_is_hooked(site: Path, variable: str) -> None:
 
 def test_enabled_by_the_command_line_after_the_registry(site: Path) -> None:
     """``--check-shapes`` comes when kava is imported but no tensor half."""
-    after = "from kava_core.cli import options; options(check_shapes=True, traceback=False)"
+    after = "from kava_core.cli.app import options; options(check_shapes=True, traceback=False)"
     found = look(site, variable="0", after=after)
     assert found == {"wrapped": [True] * 6, "hooks": 1, "ours": True, "theirs": True, "warned": []}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kava_core.cli import main
+from kava_core.cli.app import main
 from kava_core.hookspecs import KINDS
 from kava_core.registry import Registry
 

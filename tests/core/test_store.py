@@ -11,14 +11,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from kava_core.data.store.codec import StoredDtype, bytes_per_vector, decode, encode
+from kava_core.data.store.index import INDEX, Layout, differences, digest, nearest, read_index
+from kava_core.data.store.reader import SCALE, VALID, Store, target_of, tensor_name
+from kava_core.data.store.writer import Writer, drop_records
 from kava_core.errors import CheckpointError, KavaError, NonFiniteError
 from kava_core.jobs.cache import _encoded
 from kava_core.kv.compare.values import Aligned
 from kava_core.protocols.axes import Cache
-from kava_core.store.codec import StoredDtype, bytes_per_vector, decode, encode
-from kava_core.store.index import INDEX, Layout, differences, digest, nearest, read_index
-from kava_core.store.reader import SCALE, VALID, Store, target_of, tensor_name
-from kava_core.store.writer import Writer, drop_records
 
 DTYPES: tuple[StoredDtype, ...] = ("float32", "bfloat16", "int8")
 TEACHERS = {"a": {"keys": (2, 3, 8), "values": (2, 3, 8)}, "b.keys": {"keys": (1, 1, 5)}}

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from kava_core.data.store.index import INDEX
 from kava_core.runs import checkpoint
-from kava_core.store.index import INDEX
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +31,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from kava_core.store import writer
+from kava_core.data.store import writer
 from kava_core.train import cache, checkpoint
 from tests import tiny
 

@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 from kava_core.build import distiller as assemble
 from kava_core.build.data import make_data
 from kava_core.build.stored import ingredients, partial_of
-from kava_core.cli import app, explained
+from kava_core.cli.app import app, explained
+from kava_core.data.store.index import differences
 from kava_core.errors import CheckpointError, KavaError, Preempted, SpecError
 from kava_core.jobs.cache import cache, cache_all
 from kava_core.runs import checkpoint
 from kava_core.runs.metrics import read_metrics
 from kava_core.specfile.sections.pipeline import PipelineSpec
-from kava_core.store.index import differences
 from kava_core.train.run import run
 from tests import tiny
 from tests.stops import stop

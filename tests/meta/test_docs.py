@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import typer
 
-from kava_core.cli import app
+from kava_core.cli.app import app
 from kava_core.hookspecs import KINDS
 from kava_core.registry import Registry
 from tests.meta.source import ROOT

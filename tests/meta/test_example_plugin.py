@@ -97,7 +97,9 @@ def test_name_works_in_a_spec(installed: Path, spec: Path) -> None:
 
 
 def test_check_accepts_the_spec(installed: Path, spec: Path) -> None:
-    said = python(installed, "import sys; from kava_core.cli import main; main(['check', sys.argv[1]])", spec)
+    said = python(
+        installed, "import sys; from kava_core.cli.app import main; main(['check', sys.argv[1]])", spec
+    )
     assert "layer_mapper last_layers" in said
 
 

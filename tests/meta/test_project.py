@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
-from kava_core.cli import app
+from kava_core.cli.app import app
 from kava_core.jobs.check import check
 from tests.meta.source import ROOT
 

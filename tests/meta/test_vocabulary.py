@@ -13,7 +13,8 @@ from kava_core.protocols.axes import VOCABULARY
 from tests.meta.source import python_files, tree
 
 PLACES = (
-    *("kava_core/kv", "kava_core/store", "kava_core/train", "kava_core/data", "kava_core/protocols.py"),
+    *("kava_core/build", "kava_core/data", "kava_core/distill", "kava_core/jobs", "kava_core/kv"),
+    *("kava_core/latent", "kava_core/models", "kava_core/protocols", "kava_core/train"),
     "kava_plugins",
 )
 DTYPES = {"Float", "Int", "Bool", "Shaped", "Num", "Integer", "Inexact", "Complex", "Key"}

@@ -1,1 +1,0 @@
-"""Runs of a spec on a cluster: one SLURM array over variants and seeds, checks before, a table after."""

@@ -1,0 +1,157 @@
+"""How figures look: colours that the colour-blind tell apart, light and dark, legend below the axes."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from kava_core.experiment.report.pages.blocks import Picture
+from kava_core.experiment.report.pages.text import labels, plain, written
+
+DPI = 150
+WIDTH = 4.6
+"""Inches of a figure that shares its row."""
+
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe & Ito, "Color Universal Design" (2008), without black and the yellow that white paper swallows."""
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+MARKERS = "osD^vP*X"
+
+
+@dataclass(frozen=True)
+class Style:
+    """Colours of a page."""
+
+    paper: str
+    ink: str
+    faint: str
+    palette: tuple[str, ...]
+
+
+LIGHT = Style("#ffffff", "#1c2430", "#d9dee6", OKABE_ITO)
+DARK = Style("#161b22", "#e6eaf0", "#39414d", ("#4C9BE8", "#F08A3E", "#2FC49A", *OKABE_ITO[3:5], "#9AD7F5"))
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one of several names is drawn."""
+
+    label: str
+    colour: str
+    dash: Any
+    marker: str
+
+
+def looks(names: Iterable[str], style: Style) -> dict[str, Look]:
+    """A look for every name: first colours, then dashes, so that no two are the same."""
+    found = {}
+    for place, (name, label) in enumerate(labels(names).items()):
+        count = len(style.palette)
+        colour = style.palette[place % count]
+        dash = DASHES[place // count % len(DASHES)]
+        found[name] = Look(label, colour, dash, MARKERS[place % len(MARKERS)])
+    return found
+
+
+Draw = Callable[[Style], Figure]
+
+
+def picture(name: str, alt: str, draw: Draw, *, wide: bool = False) -> Picture:
+    """Draw for a light and a dark page."""
+    with drawn(LIGHT):
+        figure = draw(LIGHT)
+        png = _saved(figure, "png")
+        figure.set_layout_engine("none")  # its places are found; looking for them again takes as long
+        svg = _saved(figure, "svg")
+    with drawn(DARK):
+        dark = _saved(draw(DARK), "png")
+    return Picture(name, plain(alt), png, dark, svg.decode("utf-8"), wide)
+
+
+def _saved(figure: Figure, format: str) -> bytes:
+    stream = io.BytesIO()
+    metadata = {"Date": None} if format == "svg" else {"Software": None}
+    figure.savefig(stream, format=format, dpi=DPI, metadata=metadata)
+    return stream.getvalue()
+
+
+@contextmanager
+def drawn(style: Style) -> Iterator[None]:
+    """matplotlib's settings while a figure is made."""
+    ink = {f"{part}.color": style.ink for part in ("text", "xtick", "ytick")}
+    own: Any = {
+        **ink,
+        "axes.labelcolor": style.ink,
+        "axes.titlecolor": style.ink,
+        "axes.edgecolor": style.faint,
+        "axes.facecolor": style.paper,
+        "figure.facecolor": style.paper,
+        "savefig.facecolor": style.paper,
+        "grid.color": style.faint,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 11,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.labelsize": 9.5,
+        "xtick.labelsize": 9,
+        "ytick.labelsize": 9,
+        "legend.fontsize": 9,
+        "font.family": ["DejaVu Sans"],
+        "svg.fonttype": "none",
+        "svg.hashsalt": "kava",
+    }
+    with mpl.rc_context(), warnings.catch_warnings():
+        mpl.rcdefaults()
+        mpl.rcParams.update(own)
+        # A name may hold characters that the font lacks; they are drawn as boxes.
+        warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")
+        yield
+
+
+def axes(names: Iterable[str] = ()) -> tuple[Figure, Axes]:
+    """An empty figure with room below for a legend of these names."""
+    figure = Figure(figsize=(WIDTH, 3.2 + legend_height(names)), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def legend_height(names: Iterable[str]) -> float:
+    """In inches."""
+    shown = list(labels(names).values())
+    return 0.24 * math.ceil(len(shown) / _columns(shown)) if shown else 0.0
+
+
+def legend(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """Below the axes, outside."""
+    columns = _columns([str(one.get_label()) for one in handles])
+    figure.legend(
+        handles=list(handles), loc="outside lower left", ncols=columns, frameon=False, handlelength=2.6
+    )
+
+
+def _columns(shown: Sequence[str]) -> int:
+    """Two where both fit into the width."""
+    return 2 if len(shown) > 1 and max(map(len, shown)) <= 20 else 1
+
+
+def handle(look: Look, **changes: Any) -> Line2D:
+    """A legend's entry: a thick line in the look of a name."""
+    style = {"color": look.colour, "linestyle": look.dash, "linewidth": 2.4, "label": written(look.label)}
+    return Line2D([], [], **(style | changes))
+
+
+def spread_wide(values: Sequence[float], times: float = 20.0) -> bool:
+    """Whether positive values differ so much that a logarithmic axis shows them better."""
+    return bool(values) and min(values) > 0 and max(values) > times * min(values)

@@ -1,0 +1,78 @@
+"""Curves of several runs in one figure: every seed thin, the mean thick."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from kava_core.experiment.gather import Run
+from kava_core.experiment.report.experiment_data import Curve, mean_curve
+from kava_core.experiment.report.figures.drawing import Look, Style, axes, handle, legend, looks, spread_wide
+from kava_core.experiment.report.pages.blocks import Block, Paragraph
+from kava_core.experiment.report.pages.text import counted, plain, shorten, written
+
+Curves = Sequence[tuple[Run, Curve]]
+"""Of several runs."""
+
+MOST = 12
+"""Figures of one section."""
+
+
+def draw_lines(axis: Axes, look: Look, curves: Curves) -> None:
+    """One group of runs in one look."""
+    for _, curve in curves:
+        mark = look.marker if len(curve) == 1 else None
+        style = {"color": look.colour, "linestyle": look.dash, "linewidth": 0.9, "alpha": 0.45}
+        axis.plot(*zip(*curve, strict=True), marker=mark, **style)
+    if mean := mean_curve(curves):
+        size = 5 if len(mean) < 30 else 0
+        style = {"color": look.colour, "linestyle": look.dash, "linewidth": 2.6, "zorder": 3}
+        axis.plot(*zip(*mean, strict=True), marker=look.marker, markersize=size, **style)
+
+
+def draw_groups(groups: Mapping[str, Curves], names: Sequence[str], title: str, style: Style) -> Figure:
+    """A figure with a look for each of ``names``, of which ``groups`` has some."""
+    figure, axis = axes(groups)
+    seen = looks(names, style)
+    for name, curves in groups.items():
+        draw_lines(axis, seen[name], curves)
+    if spread_wide(values_of(groups)):
+        axis.set_yscale("log")
+    axis.set(xlabel="step", title=written(shorten(title, 44)))
+    mark_steps(axis)
+    legend(figure, [handle(seen[name]) for name in groups])
+    return figure
+
+
+def mark_steps(axis: Axes) -> None:
+    """Whole steps below the axis; where there is one step, that one."""
+    steps = {float(x) for line in axis.lines for x in np.ravel(line.get_xdata())}
+    if len(steps) == 1:
+        axis.set_xticks(list(steps))
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+
+
+def values_of(groups: Mapping[str, Curves]) -> list[float]:
+    """Every value that is drawn."""
+    return [value for curves in groups.values() for _, curve in curves for _, value in curve]
+
+
+def last_means(groups: Mapping[str, Curves]) -> str:
+    """For an alternative text: where the means end."""
+    ends = []
+    for name, curves in groups.items():
+        mean = mean_curve(curves)
+        ends.append(f"{name} {mean[-1][1]:.3g}" if mean else f"{name} unknown")
+    return plain(", ".join(ends))
+
+
+def left_out(count: int) -> list[Block]:
+    """Says that figures were left out."""
+    left = count - MOST
+    said = f"{counted(left, 'more figure')} not drawn; the numbers are in curves.csv."
+    return [Paragraph(said)] if left > 0 else []

@@ -1,0 +1,30 @@
+"""A report as one page that needs nothing else: no network, no script, figures inside."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from kava_core.experiment.report.pages.blocks import Chapter
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def page(chapters: Sequence[Chapter], *, title: str) -> str:
+    """The whole page; every text is escaped."""
+    made = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.filters["data"] = _data
+    return made.get_template("report.html.jinja").render(chapters=chapters, title=title)
+
+
+def _data(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"

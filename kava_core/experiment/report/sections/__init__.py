@@ -1,0 +1,1 @@
+"""Compute the sections of a report, one file each."""

@@ -1,0 +1,115 @@
+"""What student and teachers attend to at the end of training, in one validation example."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from kava_core.errors import CheckpointError
+from kava_core.experiment.report.experiment_data import Found, read_object
+from kava_core.experiment.report.figures.drawing import Style, picture
+from kava_core.experiment.report.figures.gallery import gallery
+from kava_core.experiment.report.pages.blocks import Picture, Section
+from kava_core.experiment.report.pages.text import shorten, written
+from kava_core.runs.folder import MAPS, TOKENS
+
+TITLE = "Attention"
+LABELLED = 32
+"""Most tokens that are written at the axes."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model's maps."""
+
+    name: str
+    layers: list[int]
+    tokens: list[str]
+    weights: NDArray[np.float64]
+    """layer × query × key, the mean of the heads."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """All models of one run."""
+
+    variant: str
+    seed: int
+    models: list[Model]
+
+
+def attention(found: Found) -> Section:
+    """The maps of every variant's first seed that has them."""
+    maps = [one for variant in found.experiment.variants for one in _first(found, variant)]
+    how = (
+        "Where each token of the first validation example looks, at most three layers of every model, after "
+        "training: queries downwards, keys to the right, the mean of the heads; darker is more, on a scale "
+        "of square roots. Of every variant, the first seed that has maps."
+    )
+    absent = "No run has kept what its models attend to."
+    return gallery("attention", TITLE, maps, partial(_picture, found), how=how, absent=absent)
+
+
+def _first(found: Found, variant: str) -> Iterator[Attention]:
+    for seed, run in found.complete(variant).items():
+        if (run.folder / MAPS).exists():
+            models = _read(run.folder)
+            if models:
+                yield Attention(variant, seed, models)
+            return
+
+
+def _read(folder: Path) -> list[Model]:
+    from safetensors.numpy import load_file
+
+    try:
+        there, told = load_file(folder / MAPS), read_object(folder / TOKENS)
+        return [
+            Model(name, list(one["layers"]), [str(t) for t in one["tokens"]], there[name].astype(np.float64))
+            for name, one in told.items()
+            if "layers" in one
+        ]
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{folder / MAPS}: unreadable: {error}") from error
+
+
+def _picture(found: Found, one: Attention) -> Picture:
+    names = ", ".join(f"{model.name} (layers {', '.join(map(str, model.layers))})" for model in one.models)
+    alt = f"Attention maps after training, {one.variant} seed {one.seed}: {names}"
+    return picture(found.named("attention", one.variant), alt, partial(_draw, one), wide=True)
+
+
+def _draw(one: Attention, style: Style) -> Figure:
+    columns = max(len(model.layers) for model in one.models)
+    figure = Figure(figsize=(1 + 2.8 * columns, 0.6 + 2.9 * len(one.models)), layout="constrained")
+    rows = figure.subplots(len(one.models), columns, squeeze=False)
+    for model, axes in zip(one.models, rows, strict=True):
+        for place, axis in enumerate(axes):
+            if place < len(model.layers):
+                _map(axis, model, place)
+            else:
+                axis.set_axis_off()
+    figure.suptitle(written(f"{shorten(one.variant, 24)}, seed {one.seed}"), color=style.ink)
+    return figure
+
+
+def _map(axis: Any, model: Model, place: int) -> None:
+    axis.imshow(np.sqrt(model.weights[place]), cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
+    axis.set_title(written(f"{shorten(model.name, 18)}, layer {model.layers[place]}"), fontsize=9)
+    axis.grid(visible=False)
+    count = len(model.tokens)
+    step = 1 if count <= LABELLED else math.ceil(count / LABELLED)
+    places = range(0, count, step)
+    words = [written(shorten(model.tokens[i].strip() or "␣", 6)) for i in places]
+    axis.set_xticks(places, words, fontsize=6, rotation=90)
+    axis.set_yticks(places, words, fontsize=6)

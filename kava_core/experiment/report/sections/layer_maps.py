@@ -1,0 +1,112 @@
+"""Measured layer maps: how similar the layers are, and which are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+
+from kava_core.errors import CheckpointError
+from kava_core.experiment.report.experiment_data import Found, read_object
+from kava_core.experiment.report.figures.drawing import Style, picture
+from kava_core.experiment.report.figures.gallery import gallery
+from kava_core.experiment.report.pages.blocks import Picture, Section
+from kava_core.experiment.report.pages.text import shorten, written
+
+FOLDER = "layer_maps"
+TITLE = "Layer maps"
+WRITTEN = 16
+"""Most layers on a side for which values are written into the cells."""
+
+Numbers = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """One teacher's map of one run; both matrices student layer × teacher layer."""
+
+    variant: str
+    seed: int
+    teacher: str
+    on: str
+    similarity: Numbers
+    weights: Numbers
+
+
+def layer_maps(found: Found) -> Section:
+    """The map of every variant's first seed that has one, for every teacher."""
+    maps = [one for variant in found.experiment.variants for one in _maps(found, variant)]
+    how = (
+        "Student layers upwards, teacher layers to the right; a frame marks the teacher layers that a "
+        "student layer reads. Of every variant, the first seed that has a map."
+    )
+    absent = "No run has measured a layer map."
+    return gallery("layer-maps", TITLE, maps, partial(_picture, found), how=how, absent=absent)
+
+
+def _maps(found: Found, variant: str) -> Iterator[LayerMap]:
+    for seed, run in sorted(found.experiment.of(variant).items()):
+        files = sorted((run.folder / FOLDER).glob("*.safetensors"))
+        if files:
+            yield from (_read(file, variant, seed) for file in files)
+            return
+
+
+def _read(file: Path, variant: str, seed: int) -> LayerMap:
+    from safetensors.numpy import load_file
+
+    try:
+        there = load_file(file)
+        similarity, weights = (np.asarray(there[name], np.float64) for name in ("similarity", "matrix"))
+    except Exception as error:
+        raise CheckpointError(f"{file}: unreadable: {error}") from error
+    beside = file.with_suffix(".json")
+    on: Any = read_object(beside).get("on", "layers") if beside.exists() else "layers"
+    return LayerMap(variant, seed, file.stem, str(on), similarity, weights)
+
+
+def _picture(found: Found, one: LayerMap) -> Picture:
+    best = ", ".join(f"{i}: {int(j)}" for i, j in enumerate(one.weights.argmax(1)))
+    alt = (
+        f"Similarity of {one.on}, {one.variant} seed {one.seed}, teacher {one.teacher}; student layer: "
+        f"heaviest teacher layer {best}"
+    )
+    return picture(found.named("layers", one.variant, one.teacher), alt, partial(_draw, one))
+
+
+def _draw(one: LayerMap, style: Style) -> Figure:
+    layer, t_layer = one.similarity.shape
+    cell = min(0.5, 8 / max(layer, t_layer))
+    figure = Figure(figsize=(2.2 + cell * max(t_layer, 7), 1.4 + cell * max(layer, 3)), layout="constrained")
+    axis = figure.add_subplot()
+    low, high = float(one.similarity.min()), float(one.similarity.max())
+    low = min(low, high - 0.1)
+    image = axis.imshow(one.similarity, origin="lower", cmap="viridis", vmin=low, vmax=high)
+    figure.colorbar(image, ax=axis, label=written(f"similarity of {one.on}"), shrink=0.9)
+    title = f"{shorten(one.variant, 24)}, seed {one.seed}"
+    axis.set(xlabel=written(f"layer of teacher {shorten(one.teacher, 24)}"), ylabel="student layer")
+    axis.set(title=written(title), xticks=_ticks(t_layer), yticks=_ticks(layer))
+    axis.grid(visible=False)
+    for i, j in zip(*np.nonzero(one.weights > 0), strict=True):
+        frame: Any = {"fill": False, "edgecolor": style.palette[1], "linewidth": 2}
+        axis.add_patch(Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, **frame))
+    if max(layer, t_layer) <= WRITTEN:
+        _write(axis, one.similarity, low + 0.6 * (high - low))
+    return figure
+
+
+def _ticks(count: int) -> list[int]:
+    return list(range(0, count, 1 if count <= 16 else 4))
+
+
+def _write(axis: Any, similarity: Numbers, dark_below: float) -> None:
+    for (i, j), value in np.ndenumerate(similarity):
+        colour = "white" if value < dark_below else "black"
+        axis.text(j, i, f"{value:.2f}", color=colour, ha="center", va="center", fontsize=8)

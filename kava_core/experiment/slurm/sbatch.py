@@ -1,0 +1,130 @@
+"""The text of an sbatch script for an array of runs: plain bash that calls the command line."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kava_core.errors import Preempted
+from kava_core.experiment.slurm.mapping import MAPPING
+from kava_core.experiment.slurm.resources import Resources, directive
+
+SCRIPT = "array.sh"
+SPEC = "spec.yaml"
+"""Copy of the spec beside the script: what is queued does not change under later edits."""
+SIGNAL = "USR2@120"
+"""Sent to the steps so many seconds before the time limit; without ``B:``, so not to the batch shell."""
+WAIT = 120
+"""Seconds that the other processes of a run may live once the first has ended."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """An array of runs."""
+
+    name: str
+    """Of the job, for squeue."""
+    launch: Path
+    """Folder of script, mapping, spec and logs; absolute."""
+    root: Path
+    """Where ``kava launch`` was called: relative paths of the spec begin there."""
+    python: str
+    """Interpreter with kava."""
+    overrides: Sequence[str]
+    count: int
+    """Runs."""
+    resources: Resources
+
+
+def script(job: Job) -> str:
+    """The script. It is handed in from its own folder, so its logs lie beside it.
+
+    Raises:
+        SpecError: an option that no ``#SBATCH`` line can hold.
+    """
+    return "\n".join([*_head(job), "", *_body(job)]) + "\n"
+
+
+def _head(job: Job) -> list[str]:
+    limit = job.resources.array_limit
+    array = f"0-{job.count - 1}" + (f"%{limit}" if limit else "")
+    options = {
+        "job-name": job.name,
+        "array": array,
+        "output": "%a.log",
+        "open-mode": "append",
+        "signal": SIGNAL,
+    }
+    ours = [directive(f"--{name}={value}") for name, value in options.items()]
+    return ["#!/usr/bin/env bash", *ours, directive("--requeue"), *job.resources.directives()]
+
+
+def _body(job: Job) -> list[str]:
+    return [
+        "# Written by kava launch. Sent from its own folder: sbatch array.sh",
+        "",
+        "set -u",
+        f"launch={shlex.quote(str(job.launch))}",
+        f"python={shlex.quote(job.python)}",
+        f"overrides=({shlex.join(job.overrides)})",
+        'rm -f -- "$launch/$SLURM_ARRAY_TASK_ID.exit"',
+        f"cd -- {shlex.quote(str(job.root))} || exit 1",
+        "",
+        *_element(),
+        "",
+        "# SIGTERM comes from SLURM when it ends the job itself: then it is not queued again here.",
+        "ended=",
+        "trap 'ended=1' TERM",
+        "trap : USR1 USR2",
+        "",
+        *_step(job.resources),
+        "code=$?",
+        'echo "$code" > "$launch/$SLURM_ARRAY_TASK_ID.exit"',
+        "",
+        *_after(),
+    ]
+
+
+def _element() -> list[str]:
+    """Variant and seed of the array's index."""
+    return [
+        "# The run of this index.",
+        f'line=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" -- "$launch/{MAPPING}")',
+        r'pattern="^\{\"index\": $SLURM_ARRAY_TASK_ID, \"variant\": \"([^\"]+)\", \"seed\": ([0-9]+), "',
+        "if ! [[ $line =~ $pattern ]]; then",
+        f'    echo "{MAPPING}: no run of index $SLURM_ARRAY_TASK_ID" >&2',
+        "    exit 1",
+        "fi",
+        'train=("$python" -m kava_core train --variant "${BASH_REMATCH[1]}" --seed "${BASH_REMATCH[2]}")',
+        f'train+=(-- "$launch/{SPEC}" ${{overrides[@]+"${{overrides[@]}}"}})',
+    ]
+
+
+def _step(resources: Resources) -> list[str]:
+    cpus = f" --cpus-per-task={resources.cpus}" if resources.cpus else ""
+    if resources.processes == 1:
+        return [f'srun{cpus} "${{train[@]}}"']
+    return [
+        "# A task for each process, without torchrun: it dies of SIGUSR2, and turns exit code 75 into 1.",
+        'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        "MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
+        "export MASTER_ADDR MASTER_PORT",
+        f"srun --nodes={resources.nodes} --ntasks-per-node={resources.tasks}{cpus} --wait={WAIT} bash -c '",
+        "    export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS",
+        f"    export LOCAL_WORLD_SIZE={resources.tasks}",
+        '    exec "$@"',
+        '\' bash "${train[@]}"',
+    ]
+
+
+def _after() -> list[str]:
+    code = Preempted.exit_code
+    return [
+        f"# {code}: stopped by a signal, state saved. Queued again, it goes on; any other code is passed on.",
+        f'if [ "$code" -eq {code} ] && [ -z "$ended" ]; then',
+        '    scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"',
+        "fi",
+        'exit "$code"',
+    ]

@@ -1,1 +1,0 @@
-"""New plugins and new specs, written from templates. No torch here."""

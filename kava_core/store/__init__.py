@@ -1,1 +1,0 @@
-"""Teachers' aligned caches on disk: written once, read instead of running the teachers."""
