@@ -26,15 +26,10 @@ TORCH_FREE = (
     "packaging",
 )
 TORCH_FREE_TESTS = (
-    *("tests/core/test_registry.py", "tests/core/test_cli_explains.py", "tests/meta/test_imports.py"),
-    *("tests/core/test_data_chain.py", "tests/core/test_data_splits.py"),
-    *sorted(map(str, Path("tests/core").glob("test_spec_*.py"))),
+    *("tests/specfile", "tests/root/test_registry.py", "tests/cli/test_explained.py"),
+    *("tests/data/test_chain.py", "tests/data/test_splits.py", "tests/meta/test_imports.py"),
 )
-CORE_TESTS = (
-    *("tests/core/test_order.py", "tests/core/test_timemap.py", "tests/core/test_resample.py"),
-    *("tests/core/test_capture.py", "tests/core/test_rope.py", "tests/core/test_probe.py"),
-    *sorted(map(str, Path("tests/core").glob("test_data_*.py"))),
-)
+CORE_TESTS = ("tests/data", "tests/kv/capture", "tests/kv/maths/test_resample.py", "tests/protocols")
 
 
 def install(session: nox.Session, *what: str) -> None:
@@ -63,7 +58,7 @@ def declarative(session: nox.Session) -> None:
 def harness(session: nox.Session) -> None:
     """An exported student, judged by the real lm-evaluation-harness: the same score as ``kava eval``."""
     install(session, "-e", ".[dev,eval]")
-    session.run("pytest", "tests/core/test_evaluation.py", "-k", "harness", env={"HF_HUB_OFFLINE": "1"})
+    session.run("pytest", "tests/jobs/test_evaluate.py", "-k", "harness", env={"HF_HUB_OFFLINE": "1"})
 
 
 @nox.session(python="3.11")

@@ -1,7 +1,10 @@
-"""Every test runs with shape checking on, unless the environment says ``KAVA_SHAPE_CHECK=0``."""
+"""Fixtures of several rooms. Shape checking is on unless ``KAVA_SHAPE_CHECK=0``. No torch here."""
+
+from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("KAVA_SHAPE_CHECK", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,6 +12,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
+from kava_core.errors import SpecError
+from kava_core.specfile.load import load
+from kava_core.specfile.variants import resolve_variants
+from tests.support.repository import MINIMAL_SPEC, SHARED_DATA
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +29,30 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 @pytest.fixture
 def shared_data() -> Path:
     """The real data beside the checkout; the test is skipped where it is absent."""
-    folder = Path(os.environ.get("KAVA_SHARED_DATA") or Path(__file__).parents[2] / "shared" / "data")
-    if not folder.is_dir():
-        pytest.skip(f"no real data at {folder} (set KAVA_SHARED_DATA)")
-    return folder
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no real data at {SHARED_DATA} (set KAVA_SHARED_DATA)")
+    return SHARED_DATA
+
+
+@pytest.fixture
+def resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Resolve the variants of the minimal spec with these lines appended."""
+    monkeypatch.chdir(tmp_path)
+
+    def read(more: str, *overrides: str) -> Any:
+        Path("s.yaml").write_text(MINIMAL_SPEC.read_text(encoding="utf-8") + more, encoding="utf-8")
+        return resolve_variants(load("s.yaml", overrides))
+
+    return read
+
+
+@pytest.fixture
+def refused(resolve: Any) -> Any:
+    """The lines of the error that resolving ends in."""
+
+    def lines(*arguments: str) -> list[str]:
+        with pytest.raises(SpecError) as caught:
+            resolve(*arguments)
+        return str(caught.value).splitlines()
+
+    return lines

@@ -15,7 +15,8 @@ from kava_core.build.data import make_data
 from kava_core.build.distiller import make_distiller
 from kava_core.runs.metrics import read_metrics
 from kava_core.train.run import run
-from tests import tiny
+from tests.support import tiny
+from tests.support.repository import ROOT
 
 pytestmark = [
     pytest.mark.gpu,
@@ -79,7 +80,7 @@ def test_shipped_configs_equal_one_process(config: str, precision: str, tmp_path
     teachers = [one | {"placement": "sharded"} for one in tiny.fields()["teachers"]]
     fields = tiny.fields(teachers=teachers, train={"batch_size": 4, "precision": precision})
     (tmp_path / "spec.yaml").write_text(json.dumps(fields | {"output": str(tmp_path / "two")}))
-    root = Path(__file__).parents[2]
+    root = ROOT
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2"]
     command += ["--config_file", str(root / "specs/accelerate" / config), "--main_process_port", "0"]
     command += ["-m", "kava_core", "train", str(tmp_path / "spec.yaml")]

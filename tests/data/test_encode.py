@@ -1,0 +1,247 @@
+"""Segments, spans and labels of every kind of tokenizer, recomputed character by character."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
+
+from kava_core.data import trainers
+from kava_core.data.encode import encode, encode_all, prefix_mismatch, prompt_ids
+from kava_core.data.examples import Example, render
+from kava_core.data.tokenizers import load_tokenizer
+from kava_core.errors import SpecError
+from kava_core.specfile.sections.data import ChainData, Template
+from kava_core.specfile.sections.models import TrainTokenizer
+from tests.support.repository import SHARED_DATA
+
+CHAIN = ChainData().template
+GSM = Template()
+EXAMPLES = [
+    Example("Natalia sold 48 clips. How many?", "She sold 48/2 = 24.\nThen 48+24 = 72.", "72"),
+    Example("日本 🙂 e\u0301?", "👩\u200d👩\u200d👧 → 7", "-1,000.5"),
+    Example("a", "", "b"),
+    Example("7+3*2-5", " 0 0 5", "5"),
+]
+TEXTS = [render(example, template).text for example in EXAMPLES for template in (GSM, CHAIN)]
+
+
+def fast(kind: str = "bpe", around: tuple[str, str] = ("", ""), **tokens: str) -> PreTrainedTokenizerFast:
+    """A trained tokenizer that puts tokens ``around`` the text."""
+    model = trainers.train(TrainTokenizer(kind=kind, vocab_size=600), TEXTS)
+    added = [token for token in around if token]
+    model.add_special_tokens(added)
+    if added:
+        pattern = f"{around[0]} $A {around[1]}".strip()
+        model.post_processor = processors.TemplateProcessing(
+            single=pattern, special_tokens=[(token, model.token_to_id(token)) for token in added]
+        )
+    if kind != "bpe":
+        tokens["unk_token"] = "<unk>"
+    return PreTrainedTokenizerFast(tokenizer_object=model, **tokens)
+
+
+TOKENIZERS = {
+    **{kind: fast(kind, pad_token="<pad>", eos_token="<eos>") for kind in trainers.KINDS},
+    "bos": fast(around=("<bos>", ""), bos_token="<bos>", eos_token="<eos>"),
+    "bos_eos": fast("wordpiece", around=("<bos>", "<eos>"), bos_token="<bos>", eos_token="<eos>"),
+    "cls_sep": fast("wordpiece", around=("<cls>", "<sep>")),
+    "nothing": fast("chars"),
+}
+
+
+def brute_segment(text, span) -> int:
+    """Segment of the last character, by painting the text."""
+    _, prompt, reasoning, end = text.bounds
+    painted = [0] * prompt + [1] * (reasoning - prompt) + [2] * (end - reasoning)
+    return painted[max(span[1], 1) - 1]
+
+
+def added(tokenizer, name) -> tuple[list[int], list[int]]:
+    """Special tokens before and after the text."""
+    front, back = {
+        "bos": ("<bos>", "<eos>"),
+        "bos_eos": ("<bos>", "<eos>"),
+        "cls_sep": ("<cls>", "<sep>"),
+    }.get(name, ("", "" if name == "nothing" else "<eos>"))
+    return tuple([tokenizer.convert_tokens_to_ids(token)] if token else [] for token in (front, back))
+
+
+@pytest.mark.parametrize("template", [GSM, CHAIN], ids=["gsm", "chain"])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_every_token_by_brute_force(name, template):
+    tokenizer = TOKENIZERS[name]
+    for example in EXAMPLES:
+        text = render(example, template)
+        found = encode(text, tokenizer)
+        plain = tokenizer(text.text, add_special_tokens=False, return_offsets_mapping=True)
+        front, back = added(tokenizer, name)
+        spans = [list(span) for span in plain["offset_mapping"]]
+        end = [len(text.text)] * 2
+        assert found.input_ids.tolist() == [*front, *plain["input_ids"], *back]
+        assert found.spans.tolist() == [[0, 0]] * len(front) + spans + [end] * len(back)
+        inner = [brute_segment(text, span) for span in spans]
+        assert found.segments.tolist() == [0] * len(front) + inner + [2] * len(back)
+        assert found.segments.tolist() == sorted(found.segments.tolist())
+        assert found.labels.tolist() == [
+            token if segment else -100
+            for token, segment in zip(found.input_ids.tolist(), found.segments.tolist(), strict=True)
+        ]
+        assert {len(found), *map(len, (found.spans, found.segments, found.labels))} == {len(found)}
+
+
+@pytest.mark.parametrize("name", ["chars", "bpe"])
+def test_spans_are_slices_of_the_text(name):
+    tokenizer = TOKENIZERS[name]
+    for text in (render(Example("He sold 48 tea", " pots, é", "72"), GSM), render(EXAMPLES[0], GSM)):
+        found = encode(text, tokenizer)
+        for token, (start, end) in zip(found.input_ids.tolist()[:-1], found.spans.tolist()[:-1], strict=True):
+            decoded = tokenizer.decode([token])
+            assert decoded in (text.text[start:end], "<unk>") or (
+                "é" in text.text[start:end] and decoded == "�"
+            )
+
+
+def test_a_leading_space_goes_with_its_word():
+    tokenizer = TOKENIZERS["bpe"]
+    text = render(EXAMPLES[3], CHAIN)
+    found = encode(text, tokenizer)
+    start = int((found.segments == 1).nonzero()[0])
+    assert text.text[slice(*found.spans[start].tolist())].startswith(" 0")
+    assert found.spans[start, 0] == text.bounds[1]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    fields=st.tuples(*[st.text(st.characters(exclude_categories=["Cs"]), max_size=12)] * 3),
+    name=st.sampled_from(["bpe", "bos", "chars", "unigram", "wordpiece", "cls_sep"]),
+)
+def test_any_unicode(fields, name):
+    text = render(Example(*fields), GSM)
+    assume("<" not in text.text)
+    found = encode(text, TOKENIZERS[name])
+    segments = found.segments.tolist()
+    assert segments == sorted(segments)
+    inner = [
+        (span, segment)
+        for span, segment in zip(found.spans.tolist(), segments, strict=True)
+        if span[0] < span[1]
+    ]
+    assert all(brute_segment(text, span) == segment for span, segment in inner)
+    if name in ("bpe", "bos", "chars"):
+        covered = {place for start, end in found.spans.tolist() for place in range(start, end)}
+        assert covered == set(range(len(text.text)))
+        assert set(segments) == {0, 1, 2}
+
+
+def test_added_tokens_have_their_segment_without_text_beside_them():
+    template = Template(prompt="{prompt}", reasoning="{reasoning}", answer="{answer}")
+    found = encode(render(Example("", "why", ""), template), TOKENIZERS["bos"])
+    assert found.segments.tolist() == [0] + [1] * (len(found) - 2) + [2]
+
+
+def test_one_character_in_several_tokens_has_one_span():
+    found = encode(render(Example("\U0010fffd", "r", "a"), GSM), TOKENIZERS["bpe"])
+    assert found.spans[:4].tolist() == [[0, 1]] * 4
+
+
+def test_a_written_special_token_is_no_added_one():
+    text = render(Example("q", "r", "end<eos>"), GSM)
+    found = encode(text, TOKENIZERS["bpe"])
+    eos, end = TOKENIZERS["bpe"].eos_token_id, len(text.text)
+    assert found.input_ids[-2:].tolist() == [eos, eos]
+    assert found.spans[-2:].tolist() == [[end - 5, end], [end, end]]
+
+
+def test_loss_on_all_labels_everything():
+    found = encode(render(EXAMPLES[0], GSM), TOKENIZERS["bos"], loss_on="all")
+    assert torch.equal(found.labels, found.input_ids)
+
+
+def test_max_length_counts_special_tokens():
+    text, tokenizer = render(EXAMPLES[0], GSM), TOKENIZERS["bos_eos"]
+    length = len(tokenizer(text.text)["input_ids"])
+    assert len(encode(text, tokenizer, max_length=length)) == length
+    assert encode(text, tokenizer, max_length=length - 1) is None
+    short = render(EXAMPLES[2], GSM)
+    assert [found is None for found in encode_all([text, short], tokenizer, max_length=length - 1)] == [
+        True,
+        False,
+    ]
+    assert encode_all([], tokenizer) == []
+
+
+def test_padding_and_truncation_left_in_a_tokenizer_do_not_matter():
+    tokenizer = fast(pad_token="<pad>", eos_token="<eos>")
+    before = [
+        found.input_ids.tolist() for found in encode_all([render(each, GSM) for each in EXAMPLES], tokenizer)
+    ]
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=50)
+    after = [
+        found.input_ids.tolist() for found in encode_all([render(each, GSM) for each in EXAMPLES], tokenizer)
+    ]
+    assert before == after
+
+
+def test_offsets_that_run_backwards_are_refused():
+    class Backwards(PreTrainedTokenizerFast):
+        def __call__(self, texts, **_):
+            return {
+                "input_ids": [[5, 6]] * len(texts),
+                "offset_mapping": [[(4, 5), (0, 1)]] * len(texts),
+                "special_tokens_mask": [[0, 0]] * len(texts),
+            }
+
+    odd = Backwards(tokenizer_object=TOKENIZERS["chars"].backend_tokenizer, name_or_path="odd")
+    with pytest.raises(SpecError, match=r"^tokenizer 'odd': its character offsets run backwards$"):
+        encode(render(Example("q", "r", "a"), GSM), odd)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_prompts_begin_the_whole_text(name):
+    tokenizer = TOKENIZERS[name]
+    for example in EXAMPLES:
+        text = render(example, GSM)
+        (ids,) = prompt_ids([text.prompt], tokenizer)
+        found = encode(text, tokenizer)
+        assert len(ids) > 0
+        assert ids.tolist() == found.input_ids[: len(ids)].tolist()
+        assert found.segments[: len(ids)].tolist() == [0] * len(ids)
+        assert found.segments[len(ids)] > 0
+
+
+def test_a_merge_across_the_border_is_counted():
+    template = Template(prompt="{prompt}", reasoning="{reasoning}", answer="#{answer}")
+    clean, merged = Example("tea ", "so", "1"), Example("te", "a", "1")
+    tokenizer = fast("wordpiece")
+    word = tokenizer.tokenize("She")
+    assert word == ["She"]
+    examples = [clean, Example("Sh", "e sold", "1"), Example("She ", "sold", "1"), merged]
+    expected = 0
+    for example in examples:
+        alone = tokenizer(example.prompt)["input_ids"]
+        expected += tokenizer(render(example, template).text)["input_ids"][: len(alone)] != alone
+    assert expected > 0
+    assert prefix_mismatch(examples, tokenizer, template) == expected
+    assert prefix_mismatch(examples, TOKENIZERS["chars"], template) == 0
+    assert prefix_mismatch([], tokenizer, template) == 0
+
+
+def test_mistral():
+    pytest.importorskip("sentencepiece")
+    folder = SHARED_DATA / "tokenizers" / "mistral"
+    if not folder.is_dir():
+        pytest.skip("the shared Mistral tokenizer is not here")
+    tokenizer = load_tokenizer(str(folder))
+    for example in EXAMPLES:
+        text = render(example, GSM)
+        found = encode(text, tokenizer)
+        spans, segments = found.spans.tolist(), found.segments.tolist()
+        assert found.input_ids[-1] == tokenizer.eos_token_id
+        assert all(
+            brute_segment(text, span) == segment for span, segment in zip(spans, segments, strict=True)
+        )
+        assert set(segments) == {0, 1, 2}
+    assert prefix_mismatch(EXAMPLES, tokenizer, GSM) == 0

@@ -1,0 +1,89 @@
+"""λ of the KV losses: schedules, and shares of cross-entropy's gradient."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from kava_core.build.data import Data, make_data
+from kava_core.build.distiller import make_distiller
+from kava_core.distill.distiller import Distiller
+from kava_core.runs.metrics import read_metrics
+from kava_core.train.run import run
+from kava_core.train.validation.gradient_shares import gradient_norms, set_weights, shares
+from tests.support import tiny
+
+FROZEN = {"dim_projector": {"name": "linear", "trainable": False}}
+TEACHERS = [teacher | {"align": FROZEN} for teacher in tiny.fields()["teachers"]]
+
+
+def made(losses: list) -> tuple[Distiller, dict]:
+    spec = tiny.spec(teachers=TEACHERS, losses=losses)
+    data: Data = make_data(spec)
+    batch = data.plain_collator([data.train_items[i] for i in range(6)])
+    return make_distiller(spec, data, seed=0), batch
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [2.0] * 5),
+        ("linear", [2.0, 1.75, 1.5, 1.25, 1.0]),
+        ("cosine", [1.5 + 0.5 * math.cos(math.pi * i / 4) for i in range(5)]),
+    ],
+)
+def test_weights_follow_their_schedule(tmp_path: Path, schedule: str, expected: list[float]) -> None:
+    losses = [{"name": "mercator", "weight": 2.0, "schedule": schedule, "end": 0.5}]
+    train = {"steps": 5, "log_every": 1}
+    result = run(tiny.spec(tmp_path, teachers=TEACHERS, losses=losses, train=train), variant="main", seed=0)
+    lines = [line for line in read_metrics(result.folder / "metrics.jsonl") if "loss" in line]
+    found = [(line["loss"] - line["ce"]) / line["mercator"] for line in lines]
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_norms_are_those_of_separate_backward_passes() -> None:
+    distiller, batch = made(["mercator", {"name": "relation", "weight": 3.0}])
+    norms = gradient_norms(distiller.eval(), batch)
+    side = batch["student"]
+    items = torch.tensor([float((side["labels"][:, 1:] != -100).sum()), float(side["attention_mask"].sum())])
+
+    def norm(value: Tensor) -> float:
+        distiller.zero_grad()
+        value.backward()
+        squares = sum(
+            float(p.grad.square().sum()) for p in distiller.student.parameters() if p.grad is not None
+        )
+        return squares**0.5
+
+    for name in ("ce", "mercator", "relation"):
+        ce, terms = distiller.terms(side, batch["teachers"], items)
+        assert float(norms[name]) == pytest.approx(norm({"ce": ce, **terms}[name]), rel=1e-4)
+    found = shares(distiller, batch)
+    assert found["share/relation"] == pytest.approx(3 * float(norms["relation"] / norms["ce"]), rel=1e-5)
+
+
+def test_a_share_sets_the_weight() -> None:
+    distiller, batch = made([{"name": "mercator", "share": 0.25}, {"name": "relation", "weight": 3.0}])
+    set_weights(distiller.eval(), [batch])
+    assert shares(distiller, batch)["share/mercator"] == pytest.approx(0.25, rel=1e-4)
+    assert distiller.pipeline.weights[1] == 3.0
+
+
+def test_a_share_is_set_before_the_first_step_and_resumed(tmp_path: Path) -> None:
+    spec = tiny.spec(tmp_path, losses=[{"name": "mercator", "share": 0.5}], train={"steps": 3})
+    result = run(spec, variant="main", seed=0)
+    lines = [line for line in read_metrics(result.folder / "metrics.jsonl") if "loss" in line]
+    weights = [(line["loss"] - line["ce"]) / line["mercator"] for line in lines]
+    assert weights == pytest.approx([weights[0]] * 3, rel=1e-3)
+    assert weights[0] != pytest.approx(1.0, rel=0.05)
+    assert "share/mercator" in result.results
+
+
+def test_share_and_weight_exclude_one_another() -> None:
+    with pytest.raises(ValidationError, match="'share' sets the weight; leave 'weight' out"):
+        tiny.spec(losses=[{"name": "mercator", "share": 0.5, "weight": 2.0}])
