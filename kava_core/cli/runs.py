@@ -27,7 +27,7 @@ def train(
     from kava_core.specfile.variants import chosen_runs, resolve_variants
 
     runs = chosen_runs(resolve_variants(load(spec, overrides or ())), variant, seed)
-    from kava_core.train.processes import is_main, leave, world_size
+    from kava_core.processes import is_main, leave, world_size
     from kava_core.train.run import run
     from kava_core.train.summary import show
 
