@@ -1,8 +1,8 @@
 """Measure how the code reads: ``python -m tests.meta.measures [FOLDER …]`` prints a table.
 
-Counted are ``kava_core`` and ``kava_plugins``, or the folders given. A function's length is its lines without
-Counted are ``kava_core`` and ``kava_plugins``, or the folders given. A function is as long as its lines without
-its docstring; a name counts as one word if nothing divides it: ``align``, ``_align``, but not ``align_layer``.
+Counted are ``kava_core`` and ``kava_plugins``, or the folders given. The lines of a function do not include
+its docstring. A name is one word if nothing divides it: ``align``, ``_align``, but not ``align_layer``.
+"""
 
 from __future__ import annotations
 
