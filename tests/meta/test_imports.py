@@ -30,7 +30,7 @@ DECLARATIVE = [
     ),
     "kava_core/specfile",
     "kava_core/cli",
-    "kava_core/experiment",
+    "kava_core/experiment/slurm",
     "kava_core/runs",
     *(
         f"kava_plugins/{folder.name}/__init__.py"
