@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kava_core.distill.distiller import Distiller
 from kava_core.distill.student_pass import cross_entropy
-from kava_core.kv.capture.geometry import geometry_of
+from kava_core.kv.capture.geometry import model_geometry
 from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.models.teacher import Teacher
 from kava_core.registry import Registry
@@ -132,8 +132,8 @@ class Bench:
         self.device, self.longer = device, longer
         self.student = build(spec.student.config, device)
         models = [build(t.config, device) for t in spec.teachers]
-        geometries = {t.name: geometry_of(m) for t, m in zip(spec.teachers, models, strict=True)}
-        self.pipeline = KVPipeline(spec, teachers=geometries, student=geometry_of(self.student)).to(device)
+        geometries = {t.name: model_geometry(m) for t, m in zip(spec.teachers, models, strict=True)}
+        self.pipeline = KVPipeline(spec, teachers=geometries, student=model_geometry(self.student)).to(device)
         self.teachers = [
             Teacher(t.name, m, layers=a.sources, parts=parts_of(spec), rotary=spec.rotary)
             for t, m, a in zip(spec.teachers, models, self.pipeline.teachers, strict=True)

@@ -28,11 +28,11 @@ from kava_core.build.pipeline import make_pipeline
 from kava_core.build.teachers import make_teachers
 from kava_core.data.encode import NO_LABEL
 from kava_core.distill.distiller import Distiller
-from kava_core.kv.capture.geometry import geometry_of
+from kava_core.kv.capture.geometry import model_geometry
 from kava_core.latent.curriculum import ALWAYS
-from kava_core.latent.growing_text import backbone, positions
+from kava_core.latent.growing_text import decoder_of, position_ids
 from kava_core.latent.student import write_answers
-from kava_core.latent.tokens import LatentTokens, extended
+from kava_core.latent.tokens import LatentTokens, extend_mask
 from kava_core.protocols.timeline import REASONING
 from kava_core.registry import Registry
 from kava_core.specfile.bind import bind
@@ -86,12 +86,12 @@ class ReadAgain(LatentTokens):
 
     def forward(self, model: nn.Module, prefix: Tensor, mask: Tensor, read: Any = None) -> Tensor:
         """As ``LatentTokens.forward``, without a cache."""
-        begin, whole = prefix.shape[1], extended(mask, self.count - 1)
+        begin, whole = prefix.shape[1], extend_mask(mask, self.count - 1)
         inputs = self.slots.expand(len(prefix), -1, -1)
         for _ in range(self.rounds):
             text = torch.cat([prefix, inputs[:, :-1]], 1)
-            how = {"attention_mask": whole.long(), "position_ids": positions(whole), "use_cache": False}
-            hidden = backbone(model)(inputs_embeds=text, **how).last_hidden_state
+            how = {"attention_mask": whole.long(), "position_ids": position_ids(whole), "use_cache": False}
+            hidden = decoder_of(model)(inputs_embeds=text, **how).last_hidden_state
             inputs = self.slots + self.projection(hidden[:, begin - 1 :])
         return inputs
 
@@ -175,8 +175,8 @@ def latent_step(form: str, size: Size, count: int, passes: int, device: str) -> 
         return Step(Distiller(student, latent=latent).to(device), batch)
     own = spec.teachers[0].itself is not None
     models = {t.name: student if own else build(t.config, device) for t in spec.teachers}
-    known = {name: geometry_of(model) for name, model in models.items()}
-    pipeline = make_pipeline(spec, known, geometry_of(student), seed=0)
+    known = {name: model_geometry(model) for name, model in models.items()}
+    pipeline = make_pipeline(spec, known, model_geometry(student), seed=0)
     teachers = make_teachers(spec, models, pipeline)
     distiller = Distiller(student, pipeline, teachers, latent=latent, rotary=spec.rotary).to(device)
     distiller.calibrate(batch)
@@ -216,7 +216,7 @@ def counted(model: nn.Module, work: Callable[[], object]) -> tuple[int, int]:
     Attention itself is left out: what is counted of it depends on the kernel.
     """
     calls: list[None] = []
-    hook = backbone(model).register_forward_hook(lambda *_: calls.append(None))
+    hook = decoder_of(model).register_forward_hook(lambda *_: calls.append(None))
     with FlopCounterMode(display=False) as counter:
         work()
     hook.remove()

@@ -27,7 +27,7 @@ from kava_core.data.store.index import Layout
 from kava_core.data.store.reader import VALID, Store
 from kava_core.data.store.writer import Writer
 from kava_core.distill.distiller import Distiller
-from kava_core.kv.capture.geometry import geometry_of
+from kava_core.kv.capture.geometry import model_geometry
 from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.models.teacher import Teacher
 from kava_core.registry import Registry
@@ -118,7 +118,7 @@ def step(options: argparse.Namespace, folder: Path) -> None:
     spec = bind(Registry.build()).model_validate(fields)
     student, models = llama(192, 4, 6, 2), {"a": llama(512, 8, 8, 4), "b": llama(384, 8, 6, 6)}
     pipeline = KVPipeline(
-        spec, teachers={n: geometry_of(m) for n, m in models.items()}, student=geometry_of(student)
+        spec, teachers={n: model_geometry(m) for n, m in models.items()}, student=model_geometry(student)
     )
     teachers = [
         Teacher(n, models[n], layers=a.sources, parts=parts_of(spec), rotary="strip")

@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from kava_core.data.encode import encode
 from kava_core.data.examples import Example, render
 from kava_core.data.tokenizers import train_tokenizer
-from kava_core.kv.align.boundaries import weigh
+from kava_core.kv.align.boundaries import teacher_weights
 from kava_core.kv.capture.rotation import rerotate, unrotate
 from kava_core.protocols.axes import Cache, Geometry
 from kava_core.protocols.fuser import FusionContext
@@ -312,7 +312,7 @@ def fixed_shares() -> Tensor:
     weights = dict(zip(NAMES, (2.0, 1.0, 1.0), strict=True))
     fuser = component("fuser", "fixed", teacher=NAMES, student=geometry(), weights=weights)
     cache = Cache(keys=torch.zeros(1, 1, 1, 24, 1))
-    return weigh(fuser, FusionContext(valid, (cache,) * 3, cache), valid, layer=1)[:, 0, 0]
+    return teacher_weights(fuser, FusionContext(valid, (cache,) * 3, cache), valid, layer=1)[:, 0, 0]
 
 
 def similarity_shares() -> Tensor:
@@ -327,7 +327,7 @@ def similarity_shares() -> Tensor:
     context = FusionContext(valid, targets, Cache(values=student.view(1, 1, 1, 24, 16)))
     fuser.observe(context)
     fuser.finish()
-    return weigh(fuser, context, valid, layer=1)[:, 0, 0]
+    return teacher_weights(fuser, context, valid, layer=1)[:, 0, 0]
 
 
 def policy() -> Tensor:

@@ -66,7 +66,9 @@ class Data:
         return self.splits.report() | more
 
 
-def tokenizer_of(model: ModelSpec, splits: Splits, template: Any, *, where: str) -> PreTrainedTokenizerBase:
+def load_or_train_tokenizer(
+    model: ModelSpec, splits: Splits, template: Any, *, where: str
+) -> PreTrainedTokenizerBase:
     """A model's tokenizer: loaded, or trained on the training texts (cached)."""
     texts = (render(example, template).text for example in splits.train)
     try:
@@ -75,7 +77,7 @@ def tokenizer_of(model: ModelSpec, splits: Splits, template: Any, *, where: str)
         raise SpecError(f"{where}: {error}") from error
 
 
-def reading_of(spec: PipelineSpec, teacher: TeacherSpec) -> Reading:
+def teacher_reading(spec: PipelineSpec, teacher: TeacherSpec) -> Reading:
     """The text a teacher reads."""
     return Reading(teacher.template or spec.data.template, teacher.rationale, teacher.last_step)
 
@@ -88,14 +90,14 @@ def make_data(spec: PipelineSpec, idle: Sequence[TeacherSpec] = ()) -> Data:
     """
     splits = load_splits(spec.data, root=Path.cwd())
     template = spec.data.template
-    tokenizer = tokenizer_of(spec.student, splits, template, where="student")
+    tokenizer = load_or_train_tokenizer(spec.student, splits, template, where="student")
     used = {teacher.name: teacher for teacher in used_teachers(spec)}
     declared = {teacher.name: teacher for teacher in idle} | used
-    readings = {name: reading_of(spec, teacher) for name, teacher in declared.items()}
+    readings = {name: teacher_reading(spec, teacher) for name, teacher in declared.items()}
     tokenizers = {
         name: tokenizer
         if teacher.itself is not None
-        else tokenizer_of(teacher, splits, readings[name].template, where=f"teacher {name!r}")
+        else load_or_train_tokenizer(teacher, splits, readings[name].template, where=f"teacher {name!r}")
         for name, teacher in declared.items()
     }
     teachers = {name: tokenizers[name] for name in used}

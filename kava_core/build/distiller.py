@@ -9,15 +9,15 @@ from torch import nn
 
 from kava_core.build.data import Data
 from kava_core.build.pipeline import assert_learns, config_geometries, load_projectors, make_pipeline
-from kava_core.build.teachers import _check_heard, _checked_teachers, make_teachers
+from kava_core.build.teachers import check_teachers_run, load_checked_teachers, make_teachers
 from kava_core.data.store.index import PROJECTORS
 from kava_core.data.store.reader import Store
 from kava_core.distill.distiller import Distiller
-from kava_core.distill.student_pass import Latent
+from kava_core.distill.student_pass import LatentSetup
 from kava_core.errors import SpecError
-from kava_core.kv.capture.geometry import geometry_of
+from kava_core.kv.capture.geometry import model_geometry
 from kava_core.latent.tokens import LatentTokens
-from kava_core.models.config import assert_room, assert_room_to_write
+from kava_core.models.config import check_answer_fits, check_fits_positions
 from kava_core.models.student import load_student
 from kava_core.protocols.fuser import Rewarded
 from kava_core.specfile.questions import active, felt, heard, parts_of, used_teachers
@@ -29,22 +29,22 @@ def make_distiller(spec: PipelineSpec, data: Data, *, seed: int) -> Distiller:
     latent = spec.trajectory == "latent"
     student: Any = load_student(spec.student, data.tokenizer, seed=seed, grow=latent)
     how: dict[str, Any] = {"latent": make_latent(spec, student, seed=seed) if latent else None}
-    assert_room(student.config, data.longest()[None], who="student")
+    check_fits_positions(student.config, data.longest()[None], who="student")
     if spec.evaluate.generate:
-        assert_room_to_write(student.config, data.longest_prompt(), spec.evaluate.max_new_tokens)
+        check_answer_fits(student.config, data.longest_prompt(), spec.evaluate.max_new_tokens)
     if spec.online is not None:
         most = max(item.student.prompt_length for item in data.train_items.items)
         field = "online.max_new_tokens"
-        assert_room_to_write(student.config, most, spec.online.max_new_tokens, field=field)
+        check_answer_fits(student.config, most, spec.online.max_new_tokens, field=field)
     if not used_teachers(spec):
         assert_learns(spec, None)
         return Distiller(student, **how)
     if data.store is not None:
-        return _reading_distiller(spec, data, data.store, student, seed)
-    models = _checked_teachers(spec, data, student)
-    geometries = {name: geometry_of(model) for name, model in models.items()} if active(spec) else {}
-    pipeline = make_pipeline(spec, geometries, geometry_of(student), seed=seed) if geometries else None
-    _check_heard(spec, pipeline)
+        return _make_stored_distiller(spec, data, data.store, student, seed)
+    models = load_checked_teachers(spec, data, student)
+    geometries = {name: model_geometry(model) for name, model in models.items()} if active(spec) else {}
+    pipeline = make_pipeline(spec, geometries, model_geometry(student), seed=seed) if geometries else None
+    check_teachers_run(spec, pipeline)
     if (
         spec.online is not None
         and spec.online.share == 1
@@ -63,7 +63,7 @@ def make_distiller(spec: PipelineSpec, data: Data, *, seed: int) -> Distiller:
     )
 
 
-def make_latent(spec: PipelineSpec, student: Any, *, seed: int) -> Latent:
+def make_latent(spec: PipelineSpec, student: Any, *, seed: int) -> LatentSetup:
     """The latent tokens, whose own weights depend on the seed alone."""
     how = spec.latent
     with torch.random.fork_rng(devices=[]):
@@ -71,13 +71,13 @@ def make_latent(spec: PipelineSpec, student: Any, *, seed: int) -> Latent:
         width = student.get_input_embeddings().weight.shape[1]
         tokens = LatentTokens(how.count, how.passes, width, how.projection, begin=how.begin)
     reading = sum(t.itself.cross_entropy for t in spec.teachers if t.itself is not None)
-    return Latent(tokens, how, spec.codi if felt(spec) else None, float(reading))
+    return LatentSetup(tokens, how, spec.codi if felt(spec) else None, float(reading))
 
 
-def _reading_distiller(
+def _make_stored_distiller(
     spec: PipelineSpec, data: Data, store: Store, student: nn.Module, seed: int
 ) -> Distiller:
     """Without teachers: their geometry is known from their configs, their targets lie in the store."""
-    pipeline = make_pipeline(spec, config_geometries(spec, data), geometry_of(student), seed=seed)
+    pipeline = make_pipeline(spec, config_geometries(spec, data), model_geometry(student), seed=seed)
     load_projectors(pipeline, store.folder / PROJECTORS)
     return Distiller(student, pipeline, parts=parts_of(spec), rotary=spec.rotary)

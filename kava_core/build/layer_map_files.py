@@ -21,7 +21,7 @@ from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.versions import versions
 
 
-def subject_of(
+def measured_from(
     spec: PipelineSpec, teacher: TeacherSpec, config: ComponentConfig, data: Data, *, seed: int
 ) -> Subject:
     """Both models, the examples, and the settings that decide what is compared with what."""
@@ -86,25 +86,27 @@ def write_map(
         KavaError: the folder cannot be written.
     """
     raw = save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
-    _replace(path, raw)
+    _replace_file(path, raw)
     record = {
         "sha256": hashlib.sha256(raw).hexdigest(),
         "on": on,
         "examples": examples,
-        "layers": {str(i): {str(j): round(w, 4) for j, w in row} for i, row in enumerate(chosen(weights))},
+        "layers": {
+            str(i): {str(j): round(w, 4) for j, w in row} for i, row in enumerate(choose_layers(weights))
+        },
         "measured": subject,
         "versions": {name: found for name, found in versions().items() if found},
     }
     write_json(path.with_suffix(".json"), record)
 
 
-def chosen(weights: Tensor) -> list[list[tuple[int, float]]]:
+def choose_layers(weights: Tensor) -> list[list[tuple[int, float]]]:
     """For every student layer the teacher layers it reads, heaviest first, with their weights."""
     rows = [[(j, w) for j, w in enumerate(row) if w > 0] for row in weights.tolist()]
     return [sorted(row, key=lambda one: -one[1]) for row in rows]
 
 
-def _replace(path: Path, raw: bytes) -> None:
+def _replace_file(path: Path, raw: bytes) -> None:
     temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from kava_core.build.data import Data
-from kava_core.build.layer_map_files import assert_same_models, is_current, subject_of, write_map
+from kava_core.build.layer_map_files import assert_same_models, is_current, measured_from, write_map
 from kava_core.build.provenance import models_of
 from kava_core.config import ComponentConfig
 from kava_core.errors import PluginError, SpecError, UnsupportedModelError
-from kava_core.kv.align.boundaries import blame, layer_matrix
+from kava_core.kv.align.boundaries import attribute_errors_to, layer_matrix
 from kava_core.kv.align.time_plan import TimePlan
 from kava_core.kv.capture.attention_layers import attention_layers, model_name
 from kava_core.kv.capture.capture import Capture
-from kava_core.kv.capture.geometry import geometry_of
+from kava_core.kv.capture.geometry import model_geometry
 from kava_core.models.load import load_model
 from kava_core.models.student import load_student
 from kava_core.processes import world_size
@@ -74,7 +74,7 @@ def with_measured_maps(spec: PipelineSpec, folder: Path, data: Data, *, seed: in
     if not any(wants_measuring(teacher.align.layer_mapper) for teacher in used_teachers(spec)):
         return spec
     assert_measures_text(spec)
-    with _one_first():
+    with _main_process_first():
         teachers = tuple(_with_map(spec, teacher, folder, data, seed) for teacher in spec.teachers)
     return spec.model_copy(update={"teachers": teachers})
 
@@ -89,7 +89,7 @@ def wants_measuring(config: ComponentConfig) -> bool:
     return can_measure(config) and getattr(config, "map", None) is None
 
 
-def _one_first() -> AbstractContextManager[None]:
+def _main_process_first() -> AbstractContextManager[None]:
     if world_size() == 1:
         return nullcontext()
     return PartialState(cpu=not torch.cuda.is_available()).main_process_first()
@@ -109,17 +109,17 @@ def measured_map(
 ) -> Path:
     """The absolute path of a teacher's map file, measured with ``config`` unless it is there already."""
     path = (folder / f"{teacher.name}.safetensors").absolute()
-    subject = subject_of(spec, teacher, config, data, seed=seed)
+    subject = measured_from(spec, teacher, config, data, seed=seed)
     if not is_current(path, subject):
         # Random states are left as they were: a run must not depend on whether it measured.
         with torch.random.fork_rng(devices=[]):
-            mapper, weights = _measure(spec, teacher, config, data, seed)
+            mapper, weights = _measure_layers(spec, teacher, config, data, seed)
         examples = subject["data"]["examples"]
         write_map(path, mapper.state_dict(), weights, on=mapper.on, examples=examples, subject=subject)
     return path
 
 
-def _measure(
+def _measure_layers(
     spec: PipelineSpec, teacher: TeacherSpec, config: ComponentConfig, data: Data, seed: int
 ) -> tuple[Any, Float[Tensor, "layer t_layer"]]:
     """The mapper after it saw the first training examples, and its weights."""
@@ -128,17 +128,17 @@ def _measure(
     student = load_student(plain, data.tokenizer, seed=seed).eval().to(device)
     tokenizer = data.teacher_tokenizers[teacher.name]
     model = load_model(teacher, tokenizer, seed=0, where=f"teacher {teacher.name!r}").eval().to(device)
-    extents: dict[str, Any] = {"teacher": geometry_of(model), "student": geometry_of(student)}
+    extents: dict[str, Any] = {"teacher": model_geometry(model), "student": model_geometry(student)}
     plan = TimePlan(teacher.align, name=teacher.name, **extents)
-    with blame(f"layer_mapper {config.name!r}, teacher {teacher.name!r}", config):
-        mapper = _built(config, extents)
-        for batch in _batches(spec, data, teacher.name):
-            _observe(mapper, plan, (model, student), (batch["teachers"][teacher.name], batch["student"]))
+    with attribute_errors_to(f"layer_mapper {config.name!r}, teacher {teacher.name!r}", config):
+        mapper = _build_mapper(config, extents)
+        for batch in _calibration_batches(spec, data, teacher.name):
+            _show_batch(mapper, plan, (model, student), (batch["teachers"][teacher.name], batch["student"]))
         mapper.finish()
         return mapper, layer_matrix(mapper, **extents)
 
 
-def _observe(
+def _show_batch(
     mapper: Measured,
     plan: TimePlan,
     models: tuple[nn.Module, nn.Module],
@@ -148,20 +148,20 @@ def _observe(
     device = next(models[1].parameters()).device
     time_map = plan(*map(Timeline.from_batch, sides)).to(device)
     teacher, student = (
-        layers_of(model, send_to_device(side, device), mapper.on)
+        layers_to_compare(model, send_to_device(side, device), mapper.on)
         for model, side in zip(models, sides, strict=True)
     )
-    mapper.observe(warped(time_map, teacher), student, time_map.valid)
+    mapper.observe(warp_layers(time_map, teacher), student, time_map.valid)
 
 
-def _built(config: ComponentConfig, extents: dict[str, Any]) -> Any:
+def _build_mapper(config: ComponentConfig, extents: dict[str, Any]) -> Any:
     mapper = config.build(**extents)
     if not isinstance(mapper, Measured):
         raise PluginError("has observe(), so it must have 'on' and finish() as well")
     return mapper
 
 
-def _batches(spec: PipelineSpec, data: Data, teacher: str) -> Iterable[Any]:
+def _calibration_batches(spec: PipelineSpec, data: Data, teacher: str) -> Iterable[Any]:
     """Batches of the first training examples, with a bar on a terminal and one line elsewhere."""
     count = min(spec.train.calibration_examples, len(data.train_items))
     loader = DataLoader(
@@ -175,7 +175,9 @@ def _batches(spec: PipelineSpec, data: Data, teacher: str) -> Iterable[Any]:
 
 
 @torch.no_grad()
-def layers_of(model: nn.Module, side: dict[str, Any], on: Compared) -> Float[Tensor, "batch layer time dim"]:
+def layers_to_compare(
+    model: nn.Module, side: dict[str, Any], on: Compared
+) -> Float[Tensor, "batch layer time dim"]:
     """What is compared of every attention layer: its output, or its keys or values, heads side by side.
 
     The output of the last layer is normalised in most models, as transformers returns it.
@@ -201,7 +203,7 @@ def layers_of(model: nn.Module, side: dict[str, Any], on: Compared) -> Float[Ten
     return torch.stack([outputs[index] for index in wanted], 1)
 
 
-def warped(
+def warp_layers(
     time_map: TimeMap, x: Float[Tensor, "batch layer t_time dim"]
 ) -> Float[Tensor, "batch layer time dim"]:
     """Layers of the teacher at the student's positions, in float32 at least."""

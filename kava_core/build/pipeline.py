@@ -43,7 +43,7 @@ def config_geometry(model: ModelSpec, tokenizer: PreTrainedTokenizerBase, *, whe
     return probe_geometry(model_config(model, tokenizer, where=where))
 
 
-def projectors(pipeline: KVPipeline) -> dict[str, Tensor]:
+def projector_state(pipeline: KVPipeline) -> dict[str, Tensor]:
     """The state of calibrated projectors, which is computed before the first step."""
     return {
         f"{aligner.name}/{name}": tensor.detach().cpu().contiguous()
@@ -54,7 +54,7 @@ def projectors(pipeline: KVPipeline) -> dict[str, Tensor]:
 
 
 def load_projectors(pipeline: KVPipeline, file: Path) -> None:
-    """Load what ``projectors`` gave; CheckpointError where it does not fit."""
+    """Load what ``projector_state`` gave; CheckpointError where it does not fit."""
     try:
         saved = load_file(file)
         for aligner in pipeline.teachers:

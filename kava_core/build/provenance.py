@@ -18,7 +18,7 @@ from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.versions import distributor
 
 
-def facts(spec: PipelineSpec) -> dict[str, Any]:
+def run_provenance(spec: PipelineSpec) -> dict[str, Any]:
     """Where every model comes from, with hashes, which distribution every component, which layer maps."""
     teachers = {teacher.name: model_facts(teacher) for teacher in spec.teachers}
     return {
@@ -41,10 +41,10 @@ def model_facts(model: ModelSpec) -> dict[str, Any]:
         return {"origin": model.path, "commit": commit}
     files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json"))
     hashes = {file.name: file_hash(file) for file in files}
-    return {"origin": model.path, "sha256": hashes, **_results(folder.parent)}
+    return {"origin": model.path, "sha256": hashes, **_teacher_results(folder.parent)}
 
 
-def _results(run: Path) -> dict[str, Any]:
+def _teacher_results(run: Path) -> dict[str, Any]:
     """Of a finished run of kava's."""
     record = read_record(run / RECORD) if (run / RECORD).is_file() else {}
     return {"results": record["results"]} if record.get("status") == "complete" else {}

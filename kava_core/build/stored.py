@@ -63,12 +63,12 @@ class StoredCollator(Collator):
     def __call__(self, batch: Sequence[Example | Item]) -> dict[str, Any]:
         """``{"student": Side with labels, "teachers": {name: side of the store}, "labels": …}``."""
         made = super().__call__(batch)
-        keys = [key_of(entry.example if isinstance(entry, Item) else entry) for entry in batch]
+        keys = [example_key(entry.example if isinstance(entry, Item) else entry) for entry in batch]
         made["teachers"] = self.store.batch(keys, made["student"]["input_ids"].shape[1])
         return made
 
 
-def key_of(example: Example) -> str:
+def example_key(example: Example) -> str:
     """An example's name in a store: a hash of its texts, so the order of the data does not matter."""
     texts = json.dumps([example.prompt, example.reasoning, example.answer, *example.rationales])
     return hashlib.sha256(texts.encode()).hexdigest()[:32]
@@ -88,7 +88,7 @@ def with_store(spec: PipelineSpec, data: Data, *, seed: int) -> tuple[PipelineSp
     """
     if spec.store is None or not used_teachers(spec):
         return spec, data
-    store = open_store(spec.store, ingredients(spec, data, seed=seed))
+    store = open_store(spec.store, store_ingredients(spec, data, seed=seed))
     reading = StoredCollator(data.plain_collator, store)
     mapped = with_maps_of(spec, store.folder / MAPS)
     return mapped, replace(data, collator=reading, plain_collator=reading, store=store)
@@ -96,11 +96,13 @@ def with_store(spec: PipelineSpec, data: Data, *, seed: int) -> tuple[PipelineSp
 
 def with_maps_of(spec: PipelineSpec, folder: Path) -> PipelineSpec:
     """The spec with the store's map for every layer mapper that would be measured."""
-    teachers = tuple(_mapped(teacher, folder / f"{teacher.name}.safetensors") for teacher in spec.teachers)
+    teachers = tuple(
+        _with_stored_map(teacher, folder / f"{teacher.name}.safetensors") for teacher in spec.teachers
+    )
     return spec.model_copy(update={"teachers": teachers})
 
 
-def _mapped(teacher: TeacherSpec, file: Path) -> TeacherSpec:
+def _with_stored_map(teacher: TeacherSpec, file: Path) -> TeacherSpec:
     mapper = teacher.align.layer_mapper
     if not wants_measuring(mapper):
         return teacher
@@ -108,7 +110,7 @@ def _mapped(teacher: TeacherSpec, file: Path) -> TeacherSpec:
     return teacher.model_copy(update={"align": teacher.align.model_copy(update={"layer_mapper": mapper})})
 
 
-def folder_of(store: StoreSpec, wanted: Ingredients) -> Path:
+def store_folder(store: StoreSpec, wanted: Ingredients) -> Path:
     """Where the store with these ingredients is or will be."""
     return Path(store.folder) / digest(wanted)
 
@@ -120,17 +122,17 @@ def open_store(store: StoreSpec, wanted: Ingredients) -> Store:
         SpecError: there is none; says what differs from the nearest one.
         CheckpointError: a file is missing or has another size.
     """
-    folder = folder_of(store, wanted)
+    folder = store_folder(store, wanted)
     if not folder.is_dir():
-        raise SpecError(f"store: {_absence(folder, wanted)}")
+        raise SpecError(f"store: {_why_absent(folder, wanted)}")
     checkpoint.verify(folder, content=False)
     if differing := differences(wanted, read_index(folder).ingredients):
         raise SpecError(f"store: {folder}: {'; '.join(differing)}; delete it and {AGAIN}")
     return Store(folder)
 
 
-def _absence(folder: Path, wanted: Ingredients) -> str:
-    if partial_of(folder).is_dir():
+def _why_absent(folder: Path, wanted: Ingredients) -> str:
+    if unfinished_folder(folder).is_dir():
         return f"{folder}: not finished; {AGAIN}: it goes on where it stopped"
     near = nearest(folder.parent, wanted)
     if near is None:
@@ -139,12 +141,12 @@ def _absence(folder: Path, wanted: Ingredients) -> str:
     return f"{other} is out of date: {'; '.join(differing)}; to make a new one {AGAIN}"
 
 
-def partial_of(folder: Path) -> Path:
+def unfinished_folder(folder: Path) -> Path:
     """The folder in which a store is being made."""
     return folder.with_name(f"{folder.name}.partial")
 
 
-def ingredients(spec: PipelineSpec, data: Data, *, seed: int) -> Ingredients:
+def store_ingredients(spec: PipelineSpec, data: Data, *, seed: int) -> Ingredients:
     """Everything the stored numbers depend on, in words.
 
     Raises:
@@ -158,7 +160,7 @@ def ingredients(spec: PipelineSpec, data: Data, *, seed: int) -> Ingredients:
         "kava": version_of("kava"),
         "store.dtype": spec.store.dtype,
         "student's tokenizer": tokenizer_hash(data.tokenizer),
-        "student's geometry": _told(config_geometry(spec.student, data.tokenizer, where="student")),
+        "student's geometry": _geometry_text(config_geometry(spec.student, data.tokenizer, where="student")),
         "training examples": _set_hash(data.train_items.examples),
         "validation examples": _set_hash(data.validation_items.examples),
         "data.template": spec.data.template.model_dump(mode="json"),
@@ -173,17 +175,17 @@ def ingredients(spec: PipelineSpec, data: Data, *, seed: int) -> Ingredients:
         for kind, config in used_components(spec)
         if kind not in ("fuser", "kv_loss")
     }
-    each = [_of_teacher(spec, teacher, data) for teacher in spec.teachers]
+    each = [_teacher_ingredients(spec, teacher, data) for teacher in spec.teachers]
     made = {name: value for found in (shared, *each) for name, value in found.items()}
     if looks_at_data(spec, pipeline):
-        made |= _of_calibration(spec, data)
+        made |= _calibration_ingredients(spec, data)
     if depends_on_student(spec, pipeline):
-        made |= _of_student(spec, data, seed)
+        made |= _student_ingredients(spec, data, seed)
     found: Ingredients = json.loads(json.dumps(made))
     return found
 
 
-def _told(geometry: Geometry) -> str:
+def _geometry_text(geometry: Geometry) -> str:
     return f"{geometry}, {geometry.qhead} query heads"
 
 
@@ -193,20 +195,23 @@ def config_pipeline(spec: PipelineSpec, data: Data, *, seed: int) -> KVPipeline:
     return make_pipeline(spec, config_geometries(spec, data), student, seed=seed)
 
 
-def layout_of(spec: PipelineSpec, pipeline: KVPipeline) -> Layout:
+def store_layout(spec: PipelineSpec, pipeline: KVPipeline) -> Layout:
     """What is stored of a position."""
     assert spec.store is not None
     return Layout(
         spec.store.dtype,
-        {a.name: {part: _extent(a.target, part) for part in parts_of(spec)} for a in pipeline.teachers},
+        {
+            a.name: {part: _position_extents(a.target, part) for part in parts_of(spec)}
+            for a in pipeline.teachers
+        },
     )
 
 
-def _extent(target: Geometry, part: Any) -> tuple[int, int, int]:
+def _position_extents(target: Geometry, part: Any) -> tuple[int, int, int]:
     return target.layer, target.heads(part), target.dim
 
 
-def _of_teacher(spec: PipelineSpec, teacher: TeacherSpec, data: Data) -> dict[str, Any]:
+def _teacher_ingredients(spec: PipelineSpec, teacher: TeacherSpec, data: Data) -> dict[str, Any]:
     whose = f"of teacher {teacher.name!r}"
     weights = dict(models_of(spec, teacher, data)["teacher"])
     tokenizer = weights.pop("tokenizer")
@@ -223,7 +228,7 @@ def _of_teacher(spec: PipelineSpec, teacher: TeacherSpec, data: Data) -> dict[st
     return found
 
 
-def _of_calibration(spec: PipelineSpec, data: Data) -> dict[str, Any]:
+def _calibration_ingredients(spec: PipelineSpec, data: Data) -> dict[str, Any]:
     count = min(spec.train.calibration_examples, len(data.train_items))
     return {
         "train.calibration_examples": count,
@@ -232,7 +237,7 @@ def _of_calibration(spec: PipelineSpec, data: Data) -> dict[str, Any]:
     }
 
 
-def _of_student(spec: PipelineSpec, data: Data, seed: int) -> dict[str, Any]:
+def _student_ingredients(spec: PipelineSpec, data: Data, seed: int) -> dict[str, Any]:
     weights = dict(models_of(spec, spec.teachers[0], data)["student"])
     del weights["tokenizer"]
     return {"student's weights": weights, "seed": seed if spec.student.path is None else None}
@@ -240,15 +245,15 @@ def _of_student(spec: PipelineSpec, data: Data, seed: int) -> dict[str, Any]:
 
 def looks_at_data(spec: PipelineSpec, pipeline: KVPipeline) -> bool:
     """Whether something is computed from the first training examples before the targets."""
-    return any(a.wants_calibration for a in pipeline.teachers) or _measures(spec)
+    return any(a.wants_calibration for a in pipeline.teachers) or _measures_layers(spec)
 
 
 def depends_on_student(spec: PipelineSpec, pipeline: KVPipeline) -> bool:
     """Whether the stored state looks at the student, so that a store belongs to one seed."""
-    return _measures(spec) or any(_is_paired(aligner) for aligner in pipeline.teachers)
+    return _measures_layers(spec) or any(_is_paired(aligner) for aligner in pipeline.teachers)
 
 
-def _measures(spec: PipelineSpec) -> bool:
+def _measures_layers(spec: PipelineSpec) -> bool:
     return any(wants_measuring(teacher.align.layer_mapper) for teacher in spec.teachers)
 
 
@@ -262,7 +267,7 @@ def _is_paired(aligner: TeacherAligner) -> bool:
 def assert_fixed(spec: PipelineSpec, pipeline: KVPipeline) -> None:
     """SpecError naming the first trained component between a teacher's cache and its target."""
     for teacher, aligner in zip(spec.teachers, pipeline.teachers, strict=True):
-        for kind, component in _makers(aligner).items():
+        for kind, component in _target_components(aligner).items():
             if component is None or not any(p.requires_grad for p in component.parameters()):
                 continue
             name = getattr(teacher.align, kind).name
@@ -273,7 +278,7 @@ def assert_fixed(spec: PipelineSpec, pipeline: KVPipeline) -> None:
             )
 
 
-def _makers(aligner: TeacherAligner) -> dict[str, Any]:
+def _target_components(aligner: TeacherAligner) -> dict[str, Any]:
     """The components that a target goes through, by their field in the spec; None where there is none."""
     plan = aligner.time_plan
     made: dict[str, Any] = {"layer_mapper": aligner.layer_map, "token_warper": plan.token_warper}
@@ -283,5 +288,5 @@ def _makers(aligner: TeacherAligner) -> dict[str, Any]:
 
 
 def _set_hash(examples: Sequence[Example]) -> str:
-    keys = sorted({key_of(example) for example in examples})
+    keys = sorted({example_key(example) for example in examples})
     return hashlib.sha256("".join(keys).encode()).hexdigest()

@@ -11,7 +11,7 @@ from kava_core.errors import SpecError
 from kava_core.kv.align.aligner import TeacherAligner
 from kava_core.kv.align.eviction import Eviction
 from kava_core.kv.compare.pipeline import KVPipeline
-from kava_core.models.config import assert_room
+from kava_core.models.config import check_fits_positions
 from kava_core.models.load import load_model
 from kava_core.models.own_teacher import OwnTeacher
 from kava_core.models.teacher import Teacher
@@ -19,16 +19,16 @@ from kava_core.specfile.questions import felt, heard, parts_of, used_teachers, w
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
 
-def _checked_teachers(spec: PipelineSpec, data: Data, student: Any) -> dict[str, Any]:
+def load_checked_teachers(spec: PipelineSpec, data: Data, student: Any) -> dict[str, Any]:
     """The teachers' models, by name; SpecError where one cannot read, or be, what it is to."""
     for name in heard(spec):
         assert_same_vocabulary(data.tokenizer, data.teacher_tokenizers[name], who=f"teacher {name!r}")
     _check_rationales(spec, data)
     models, longest = load_teachers(spec, data, student), data.longest()
     if (whose := felt(spec)) is not None:
-        _assert_same_states(models[whose].config, student.config, whose)
+        _assert_same_hidden_states(models[whose].config, student.config, whose)
     for name, model in models.items():
-        assert_room(model.config, longest[name], who=f"teacher {name!r}")
+        check_fits_positions(model.config, longest[name], who=f"teacher {name!r}")
     return models
 
 
@@ -37,7 +37,7 @@ def make_teachers(
 ) -> list[Teacher]:
     """Models that are run for their caches, their logits or both."""
     layers = {aligner.name: aligner.sources for aligner in pipeline.teachers} if pipeline is not None else {}
-    evictions = {a.name: eviction_of(spec, a) for a in pipeline.teachers} if pipeline is not None else {}
+    evictions = {a.name: make_eviction(spec, a) for a in pipeline.teachers} if pipeline is not None else {}
     how: dict[str, Any] = {"parts": parts_of(spec), "rotary": spec.rotary}
     own = {t.name: t.itself.cross_entropy for t in spec.teachers if t.itself is not None}
 
@@ -50,7 +50,7 @@ def make_teachers(
     return [teacher(name, model) for name, model in models.items()]
 
 
-def _assert_same_states(teacher: Any, student: Any, name: str) -> None:
+def _assert_same_hidden_states(teacher: Any, student: Any, name: str) -> None:
     """SpecError where hidden states cannot be compared one by one."""
     sides = [config.get_text_config() for config in (teacher, student)]
     (depth, width), own = ((side.num_hidden_layers, side.hidden_size) for side in sides)
@@ -61,7 +61,7 @@ def _assert_same_states(teacher: Any, student: Any, name: str) -> None:
         )
 
 
-def eviction_of(spec: PipelineSpec, aligner: TeacherAligner) -> Eviction | None:
+def make_eviction(spec: PipelineSpec, aligner: TeacherAligner) -> Eviction | None:
     """How a teacher's reasoning is cut down to the latent tokens; None where no time warper does."""
     if aligner.evictor is None:
         return None
@@ -80,7 +80,7 @@ def _check_rationales(spec: PipelineSpec, data: Data) -> None:
             )
 
 
-def _check_heard(spec: PipelineSpec, pipeline: KVPipeline | None) -> None:
+def check_teachers_run(spec: PipelineSpec, pipeline: KVPipeline | None) -> None:
     """SpecError for a teacher that something beside the KV losses needs but that does not run."""
     if pipeline is None:
         return

@@ -8,7 +8,7 @@ from kava_core.costs.counted import BYTES, STATE, TRAINED_COPIES, WEIGHTS, Model
 from kava_core.costs.dry_run import DryRun
 from kava_core.costs.flops import _named
 from kava_core.costs.memory import LOGIT_BYTES, Kept, kept_by_losses
-from kava_core.kv.align.streaming import most_alive
+from kava_core.kv.align.streaming import most_layers_alive
 from kava_core.models.placement import REPLICATED, SHARDED
 from kava_core.protocols.axes import Cache
 from kava_core.specfile.questions import heard, weights_key
@@ -143,7 +143,7 @@ def _read_at_once(spec: PipelineSpec, dry: DryRun, teacher: str) -> int:
     aligner = _named(dry, teacher)
     if not spec.train.stream:
         return len(aligner.sources)
-    return most_alive(aligner.layer_map.reads)
+    return most_layers_alive(aligner.layer_map.reads)
 
 
 def _cached(spec: PipelineSpec, teacher: ModelSpec, cache: Cache, rotary: bool) -> int:

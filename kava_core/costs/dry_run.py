@@ -15,7 +15,7 @@ from kava_core.errors import SpecError
 from kava_core.kv.align.aligner import TeacherAligner
 from kava_core.kv.capture.geometry import probe_geometry
 from kava_core.kv.compare.pipeline import KVPipeline
-from kava_core.kv.compare.streaming import assert_streams
+from kava_core.kv.compare.streaming import assert_can_stream
 from kava_core.kv.compare.values import Aligned
 from kava_core.models.config import model_config
 from kava_core.protocols.axes import Cache, Geometry, meta_cache
@@ -114,7 +114,7 @@ def dry_run(spec: PipelineSpec, *, batch: int, time: int, t_time: int) -> DryRun
         return DryRun(student, teachers, None, [])
     pipeline = make_pipeline(spec, teachers, student, seed=0)
     if spec.train.stream:
-        assert_streams(pipeline)
+        assert_can_stream(pipeline)
     latent = spec.trajectory == "latent"
     ours = latent_timeline(batch, spec.latent.count) if latent else timeline(batch, time)
     time = ours.mask.shape[1]

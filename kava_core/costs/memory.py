@@ -17,7 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from kava_core.costs.dry_run import DryRun
 from kava_core.kv.capture.geometry import fake_model
 from kava_core.kv.compare.values import Aligned
-from kava_core.models.fsdp import blocks
+from kava_core.models.fsdp import decoder_layers
 from kava_core.protocols.axes import Cache
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
@@ -115,7 +115,7 @@ def _kept(model: nn.Module, autocast: torch.dtype | None, run: Callable[[], Any]
     def after(*_: Any) -> None:
         marks.append(seen.bytes)
 
-    for block in blocks(model):
+    for block in decoder_layers(model):
         block.register_forward_pre_hook(before, with_kwargs=True)
         block.register_forward_hook(after)
     with seen.watching(), _autocast(autocast):
@@ -125,7 +125,7 @@ def _kept(model: nn.Module, autocast: torch.dtype | None, run: Callable[[], Any]
 
 
 def _copies(model: nn.Module, autocast: torch.dtype | None) -> int:
-    weights = {id(p): p for block in blocks(model) for p in block.parameters()}.values()
+    weights = {id(p): p for block in decoder_layers(model) for p in block.parameters()}.values()
     if autocast is None or any(p.dtype == autocast for p in weights):
         return 0
     return sum(p.numel() * autocast.itemsize for p in weights if p.dim() > 1)
@@ -171,4 +171,6 @@ def _aligned(dry: DryRun, aligner: Any, seen: _Storages) -> Aligned:
 
 def largest_block(model: nn.Module) -> int:
     """Bytes of the weights of the largest decoder layer."""
-    return max(sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks(model))
+    return max(
+        sum(p.numel() * p.element_size() for p in block.parameters()) for block in decoder_layers(model)
+    )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from kava_core.build.stored import layout_of
+from kava_core.build.stored import store_layout
 from kava_core.costs.counted import TRAINED_COPIES, ModelCost, StoreSize, _bytes
 from kava_core.costs.divided import _alive, _divided, _elsewhere, _heard, _logits, _memory
 from kava_core.costs.dry_run import DryRun, dry_run, sized_config, vocabulary_note
@@ -21,7 +21,7 @@ from kava_core.kv.capture.attention_layers import has_rotary
 from kava_core.kv.capture.geometry import fake_model
 from kava_core.models import quantize
 from kava_core.models.config import model_config
-from kava_core.models.fsdp import blocks
+from kava_core.models.fsdp import decoder_layers
 from kava_core.models.student import add_lora
 from kava_core.specfile.questions import active, heard, used_teachers
 from kava_core.specfile.sections.data import HubData
@@ -121,7 +121,8 @@ def _model_cost(name: str, spec: ModelSpec, batch: int, time: int, *, geometry: 
         rotary=has_rotary(model),
         note=vocabulary_note(spec),
         block=largest_block(model),
-        outside=_bytes(model.parameters()) - sum(_bytes(block.parameters()) for block in blocks(model)),
+        outside=_bytes(model.parameters())
+        - sum(_bytes(block.parameters()) for block in decoder_layers(model)),
         trained=_bytes(trained),
     )
 
@@ -151,7 +152,7 @@ def _held(model: nn.Module, spec: ModelSpec) -> int:
 def _store_size(spec: PipelineSpec, dry: DryRun, time: int) -> StoreSize | None:
     if spec.store is None or dry.pipeline is None:
         return None
-    return StoreSize(layout_of(spec, dry.pipeline).bytes_per_token(), time, _examples(spec))
+    return StoreSize(store_layout(spec, dry.pipeline).bytes_per_token(), time, _examples(spec))
 
 
 def _examples(spec: PipelineSpec) -> int | None:

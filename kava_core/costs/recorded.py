@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from kava_core.build.data import Data
 from kava_core.build.pipeline import config_geometries
-from kava_core.build.stored import key_of
+from kava_core.build.stored import example_key
 from kava_core.costs.dry_run import dry_run, sized_config
 from kava_core.costs.flops import alignment_flops, forward_flops
 from kava_core.kv.compare.pipeline import KVPipeline
@@ -89,7 +89,7 @@ def store_counts(spec: PipelineSpec, data: Data, pipeline: KVPipeline) -> dict[s
 
     Validation examples are stored as well and, like evaluation, not counted.
     """
-    items = {key_of(item.example): item for item in data.train_items.items}.values()
+    items = {example_key(item.example): item for item in data.train_items.items}.values()
     geometries = config_geometries(spec, data)
     found: dict[str, float] = {}
     for aligner in pipeline.teachers:

@@ -18,29 +18,34 @@ from transformers import PreTrainedConfig
 
 from kava_core.config import Part
 from kava_core.data.store.reader import target_of
-from kava_core.distill.counts import LABELLED, READ, TOKENS, counts
-from kava_core.distill.hidden_states import CODI, READING, STEPS, codi, step_cross_entropy
+from kava_core.distill.denominators import LABELLED, READ, TOKENS, loss_denominators
+from kava_core.distill.hidden_states import CODI, READING, STEPS, codi_term, step_cross_entropy
 from kava_core.distill.logits import logit_divergence, same_tokens
-from kava_core.distill.student_pass import IGNORED, Latent, Own, cross_entropy
-from kava_core.distill.teachers import _time_map
+from kava_core.distill.student_pass import IGNORED, LatentSetup, StudentPass, cross_entropy
+from kava_core.distill.teachers import time_map_of
 from kava_core.errors import SpecError
 from kava_core.kv.align.aligner import TeacherAligner
-from kava_core.kv.align.finite import precise
-from kava_core.kv.align.streaming import align_stream
+from kava_core.kv.align.finite import part_at_least_float32
+from kava_core.kv.align.streaming import align_layer_by_layer
 from kava_core.kv.capture.capture import Capture
 from kava_core.kv.compare.pipeline import KVPipeline
-from kava_core.kv.compare.streaming import Stream, assert_streams, by_terms, stream_terms
+from kava_core.kv.compare.streaming import (
+    TeacherStream,
+    assert_can_stream,
+    streams_terms,
+    terms_layer_by_layer,
+)
 from kava_core.kv.compare.values import ROUTER, Aligned, FuserInputs
 from kava_core.kv.maths.masks import without_autocast
-from kava_core.latent.curriculum import at_stage
-from kava_core.latent.growing_text import backbone
+from kava_core.latent.curriculum import side_at_stage
+from kava_core.latent.growing_text import decoder_of
 from kava_core.latent.student import (
     answer_logits,
-    answer_outputs,
-    at_hinge,
+    final_pass,
     latent_columns,
     logits_kept,
-    think,
+    refine_latents,
+    states_at_answer_boundary,
     writer_logits,
 )
 from kava_core.models.ledger import STUDENT, Ledger
@@ -88,7 +93,7 @@ class Distiller(nn.Module):
         rotary: Literal["strip", "keep", "match"] = "strip",
         stream: bool = False,
         logits: LogitsSpec | None = None,
-        latent: Latent | None = None,
+        latent: LatentSetup | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -101,12 +106,12 @@ class Distiller(nn.Module):
         self.parts, self.rotary, self.stream, self.logits = parts, rotary, stream, logits
         self.dropout_seed: int | None = None
         if stream and pipeline is not None:
-            assert_streams(pipeline)
+            assert_can_stream(pipeline)
         self.__dict__["capture"] = None if pipeline is None else self._capture(rotary)
 
     @property
     def _by_terms(self) -> bool:
-        return self.stream and self.pipeline is not None and by_terms(self.pipeline)
+        return self.stream and self.pipeline is not None and streams_terms(self.pipeline)
 
     def _capture(self, rotary: Literal["strip", "keep", "match"]) -> Capture:
         assert self.pipeline is not None
@@ -121,7 +126,7 @@ class Distiller(nn.Module):
             student: the collator's tensors of the student's side.
             teachers: the same for every teacher, by name; with ``time_map`` where it is planned already; or
                 its side of a store.
-            items: ``counts`` of the whole batch.
+            items: ``loss_denominators`` of the whole batch.
 
         Returns:
             ``loss`` (cross-entropy + Σ λ · term), and detached ``ce`` and every term.
@@ -140,7 +145,7 @@ class Distiller(nn.Module):
         for teacher in self.__dict__["teachers"]:
             teacher.ledger = ledger
         if self.latents is not None:
-            ledger.watch(self.student, backbone(self.student))
+            ledger.watch(self.student, decoder_of(self.student))
 
     def configs(self) -> dict[str, PreTrainedConfig]:
         """Of the student and of every other model that runs, by name."""
@@ -157,17 +162,17 @@ class Distiller(nn.Module):
     def counts(self, batch: Mapping[str, Any]) -> Float[Tensor, "4"]:
         """What a batch of the collator's adds to the counts that its terms are divided by."""
         own = None if self.own_teacher is None else self.own_teacher.name
-        return counts(self.staged(batch["student"]), batch["teachers"], own)
+        return loss_denominators(self.staged(batch["student"]), batch["teachers"], own)
 
     def staged(self, student: Mapping[str, Any]) -> Mapping[str, Any]:
         """The student's side at the present stage of a curriculum, if there is one."""
         if self.latent is None:
             return student
-        return at_stage(student, self.latent.spec, self.latent.tokens.active)
+        return side_at_stage(student, self.latent.spec, self.latent.tokens.active)
 
     def _more_terms(
         self,
-        own: Own,
+        own: StudentPass,
         student: Mapping[str, Any],
         teachers: Mapping[str, Mapping[str, Any]],
         items: Tensor,
@@ -200,8 +205,8 @@ class Distiller(nn.Module):
         teacher = next(teacher for teacher in self.__dict__["teachers"] if teacher.hidden)
         hidden = teacher.take_hidden()
         assert hidden is not None
-        theirs = at_hinge(hidden, teachers[teacher.name]["hinge"].to(hidden[0].device))
-        return codi(hinge, theirs.to(hinge.device), items)
+        theirs = states_at_answer_boundary(hidden, teachers[teacher.name]["hinge"].to(hidden[0].device))
+        return codi_term(hinge, theirs.to(hinge.device), items)
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
@@ -218,7 +223,7 @@ class Distiller(nn.Module):
 
     def _distilled(
         self, student: Mapping[str, Any], teachers: Mapping[str, Mapping[str, Any]], items: Tensor
-    ) -> tuple[Own, Tensor, dict[str, Tensor]]:
+    ) -> tuple[StudentPass, Tensor, dict[str, Tensor]]:
         """The student's pass, Σ λ · KV term, and the KV terms."""
         if self.pipeline is None:
             for teacher in self.__dict__["teachers"]:
@@ -247,7 +252,7 @@ class Distiller(nn.Module):
 
     def _compared(
         self, student: Mapping[str, Any], teachers: Mapping[str, Mapping[str, Any]], items: Tensor
-    ) -> tuple[Own, dict[str, Tensor]]:
+    ) -> tuple[StudentPass, dict[str, Tensor]]:
         """With every teacher's aligned cache at once."""
         assert self.pipeline is not None
         timeline = Timeline.from_batch(student)
@@ -268,30 +273,30 @@ class Distiller(nn.Module):
         teachers: Mapping[str, Mapping[str, Any]],
         items: Tensor,
         factors: Tensor,
-    ) -> tuple[Own, Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    ) -> tuple[StudentPass, Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Layer by layer: sums of KV terms with gradient, the terms without, and what the fuser adds."""
         pipeline = self.pipeline
         assert pipeline is not None
         timeline, chosen = Timeline.from_batch(student), pipeline.choose()
         own = self._pass(student, items)
-        maps = [_time_map(a, teachers[a.name], timeline) for a in pipeline.teachers]
+        maps = [time_map_of(a, teachers[a.name], timeline) for a in pipeline.teachers]
         nowhere = torch.zeros_like(timeline.mask)
         there = [
             Aligned(Cache(), one.valid if runs else nowhere, runs)
             for one, runs in zip(maps, chosen, strict=True)
         ]
         with without_autocast(own.ce.device):
-            view = pipeline.teachers[0].view_of(own.cache.map(precise))
+            view = pipeline.teachers[0].view_of(own.cache.map(part_at_least_float32))
             weights, more = pipeline.routed(view, there, items[TOKENS], own.beside)
         streams = [
-            Stream(place, partial(self._teacher(a.name).stream, teachers[a.name]), maps[place])
+            TeacherStream(place, partial(self._teacher(a.name).stream, teachers[a.name]), maps[place])
             for place, a in enumerate(pipeline.teachers)
             if chosen[place]
         ]
-        sums, terms = stream_terms(pipeline, own.cache, weights, streams, factors, own.rotation)
+        sums, terms = terms_layer_by_layer(pipeline, own.cache, weights, streams, factors, own.rotation)
         return own, sums, terms, more
 
-    def _pass(self, student: Mapping[str, Any], items: Tensor) -> Own:
+    def _pass(self, student: Mapping[str, Any], items: Tensor) -> StudentPass:
         """The student's forward pass; its cache is captured where there are KV losses."""
         capture: Capture | None = self.__dict__["capture"]
         with self._own_dropout(items.device):
@@ -300,12 +305,12 @@ class Distiller(nn.Module):
         ce = cross_entropy(logits, student["labels"], items[LABELLED])
         latent = self._latent_part(outputs, student)
         if capture is None:
-            return Own(logits, ce, Cache(), None, FuserInputs(), **latent)
+            return StudentPass(logits, ce, Cache(), None, FuserInputs(), **latent)
         with without_autocast(ce.device):
             cache = self._compared_part(capture.take(), student)
         rotation = capture.rotation() if self.rotary == "match" else None
         beside = FuserInputs(self._hidden(outputs, student), student.get("tasks"))
-        return Own(logits, ce, cache, rotation, beside, **latent)
+        return StudentPass(logits, ce, cache, rotation, beside, **latent)
 
     @contextmanager
     def _own_dropout(self, device: torch.device) -> Iterator[None]:
@@ -324,7 +329,7 @@ class Distiller(nn.Module):
         found = {}
         if self.latent.codi is not None:
             first = outputs.hidden_states[0].shape[1] - side["after"].shape[1]
-            found["hinge"] = at_hinge(outputs.hidden_states, side["hinge"] + first)
+            found["hinge"] = states_at_answer_boundary(outputs.hidden_states, side["hinge"] + first)
         if self.latent.spec.step_cross_entropy:
             found["writers"] = writer_logits(outputs.logits, side)
         return found
@@ -393,9 +398,11 @@ class Distiller(nn.Module):
     ) -> Aligned:
         if "target" in side:
             return Aligned(*target_of(side))
-        teacher, time_map = self._teacher(aligner.name), _time_map(aligner, side, timeline)
-        if self.stream and not (by_terms(pipeline) and torch.is_grad_enabled()):
-            return Aligned(align_stream(aligner, partial(teacher.stream, side), time_map), time_map.valid)
+        teacher, time_map = self._teacher(aligner.name), time_map_of(aligner, side, timeline)
+        if self.stream and not (streams_terms(pipeline) and torch.is_grad_enabled()):
+            return Aligned(
+                align_layer_by_layer(aligner, partial(teacher.stream, side), time_map), time_map.valid
+            )
         cache = teacher.cache(side)
         with without_autocast(timeline.mask.device):
             return pipeline.warped(aligner, cache, time_map)
@@ -414,9 +421,9 @@ class Distiller(nn.Module):
                 return self.student(**text, use_cache=False, **options)
         assert self.latent is not None
         kept = logits_kept(self.student, side, writers=self.latent.spec.step_cross_entropy > 0)
-        thought = think(self.student, self.latents, side["before"], side["before_mask"])
+        thought = refine_latents(self.student, self.latents, side["before"], side["before_mask"])
         with captured:
-            return answer_outputs(self.student, thought, side, **options, **kept)
+            return final_pass(self.student, thought, side, **options, **kept)
 
     def place_teachers(self, device: torch.device, placements: Mapping[str, str] | None = None) -> None:
         """Bring the teachers to where the spec places them, by name: by default the device of the batches."""
@@ -446,7 +453,7 @@ class Distiller(nn.Module):
             if aligner.wants_calibration:
                 side = batch["teachers"][teacher.name]
                 cache = teacher.cache(side).map(_wide)
-                aligner.observe(cache, student, _time_map(aligner, side, timeline))
+                aligner.observe(cache, student, time_map_of(aligner, side, timeline))
 
     @torch.no_grad()
     def show_fuser(self, batch: Mapping[str, Any]) -> None:

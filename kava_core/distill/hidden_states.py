@@ -8,13 +8,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kava_core.data.encode import NO_LABEL
-from kava_core.distill.counts import EXAMPLES
+from kava_core.distill.denominators import EXAMPLES
 
 CODI, STEPS, READING = "codi", "step_ce", "reading_ce"
 """Names of the terms."""
 
 
-def codi(
+def codi_term(
     student: Float[Tensor, "layer batch hidden"],
     teacher: Float[Tensor, "layer batch hidden"],
     items: Float[Tensor, "4"],

@@ -30,7 +30,7 @@ def cross_entropy(
 
 
 @dataclass(frozen=True)
-class Own:
+class StudentPass:
     """What one forward pass of the student gave."""
 
     logits: Float[Tensor, "batch time vocab"]
@@ -45,7 +45,7 @@ class Own:
 
 
 @dataclass(frozen=True)
-class Latent:
+class LatentSetup:
     """Latent tokens in place of written steps, and what is compared of them beside keys and values."""
 
     tokens: LatentTokens

@@ -10,7 +10,7 @@ from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.timeline import Timeline
 
 
-def _time_map(aligner: TeacherAligner, side: Mapping[str, Any], timeline: Timeline) -> TimeMap:
+def time_map_of(aligner: TeacherAligner, side: Mapping[str, Any], timeline: Timeline) -> TimeMap:
     """The map the collator planned, or a new one."""
     planned: TimeMap | None = side.get("time_map")
     return aligner.plan(Timeline.from_batch(side), timeline) if planned is None else planned

@@ -17,8 +17,15 @@ from torch.utils.data import DataLoader
 from kava_core.build.data import Data, make_data
 from kava_core.build.distiller import make_distiller
 from kava_core.build.layer_maps import with_measured_maps
-from kava_core.build.pipeline import load_projectors, projectors
-from kava_core.build.stored import folder_of, ingredients, key_of, layout_of, open_store, partial_of
+from kava_core.build.pipeline import load_projectors, projector_state
+from kava_core.build.stored import (
+    example_key,
+    open_store,
+    store_folder,
+    store_ingredients,
+    store_layout,
+    unfinished_folder,
+)
 from kava_core.build.time_plans import PlansTime
 from kava_core.console import progress, quiet
 from kava_core.data.collate import Item
@@ -96,7 +103,7 @@ def cache(spec: PipelineSpec, *, seed: int, verify: bool = False) -> Cached | No
     with quiet():
         spec = with_trained_models(spec)
         data = make_data(spec)
-        wanted = ingredients(spec, data, seed=seed)
+        wanted = store_ingredients(spec, data, seed=seed)
         return _verified(spec, wanted) if verify else _made(spec, data, wanted, seed)
 
 
@@ -109,12 +116,12 @@ def _verified(spec: PipelineSpec, wanted: Ingredients) -> Cached:
 
 def _made(spec: PipelineSpec, data: Data, wanted: Ingredients, seed: int) -> Cached:
     assert spec.store is not None
-    final = folder_of(spec.store, wanted)
+    final = store_folder(spec.store, wanted)
     with _alone(final):
         if final.is_dir():
             open_store(spec.store, wanted)
             return _described(final, made=False)
-        partial = partial_of(final)
+        partial = unfinished_folder(final)
         partial.mkdir(exist_ok=True)
         if not (partial / INDEX).is_file():
             _write(spec, data, wanted, partial, seed)
@@ -161,7 +168,7 @@ def _write(spec: PipelineSpec, data: Data, wanted: Ingredients, partial: Path, s
     assert spec.store is not None
     distiller.place_teachers(device)
     _calibrated(distiller, data, spec, device, partial / PROJECTORS)
-    writer = Writer(partial, layout_of(spec, distiller.pipeline), shard_mb=spec.store.shard_mb)
+    writer = Writer(partial, store_layout(spec, distiller.pipeline), shard_mb=spec.store.shard_mb)
     missing = _missing(data, writer.done)
     with progress(f"{spec.name}: cached", len(missing)) as advance:
         loader: Any = DataLoader(
@@ -185,12 +192,14 @@ def _calibrated(
         load_projectors(distiller.pipeline, file)
         return
     calibrate(distiller, data, spec, device)
-    save_durably(projectors(distiller.pipeline), file)
+    save_durably(projector_state(distiller.pipeline), file)
 
 
 def _missing(data: Data, done: set[str]) -> list[Item]:
     """Items that are not stored yet, each text once; the longest first, so that memory runs out at once."""
-    items = {key_of(item.example): item for item in (*data.train_items.items, *data.validation_items.items)}
+    items = {
+        example_key(item.example): item for item in (*data.train_items.items, *data.validation_items.items)
+    }
     return sorted((item for key, item in items.items() if key not in done), key=lambda i: -len(i.student))
 
 
@@ -229,7 +238,7 @@ def _add(writer: Writer, items: Sequence[Item], aligned: dict[str, Aligned]) -> 
     for row, item in enumerate(items):
         time = len(item.student)
         blocks = {name: row_of(tensor, row, time) for name, tensor in tensors.items()}
-        writer.add(key_of(item.example), time, blocks)
+        writer.add(example_key(item.example), time, blocks)
 
 
 def _encoded(teacher: str, aligned: Aligned, layout: Layout) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kava_core.build.data import make_data
-from kava_core.build.layer_map_files import chosen
+from kava_core.build.layer_map_files import choose_layers
 from kava_core.build.layer_maps import assert_measures_text, can_measure, measured_map
 from kava_core.config import ComponentConfig
 from kava_core.console import print_whole, quiet
@@ -82,7 +82,7 @@ def _table(teacher: str, similarity: Tensor, weights: Tensor) -> Table:
     shown = Table(title=f"layers of teacher {teacher}")
     shown.add_column("student layer", justify="right")
     shown.add_column("teacher layers: weight (similarity)")
-    for i, row in enumerate(chosen(weights)):
+    for i, row in enumerate(choose_layers(weights)):
         cells = (f"{j}: {weight:.2f} ({float(similarity[i, j]):.2f})" for j, weight in row)
         shown.add_row(str(i), "   ".join(cells))
     return shown

@@ -43,11 +43,11 @@ def check_chains(variants: dict[str, PipelineSpec]) -> None:
 def dry_runs(variants: dict[str, PipelineSpec]) -> str:
     """Align, fuse and compare meta tensors for every variant."""
     from kava_core.costs.dry_run import dry_run
-    from kava_core.kv.align.boundaries import blame
+    from kava_core.kv.align.boundaries import attribute_errors_to
 
     runs = []
     for name, spec in variants.items():
-        with blame(f"variant {name!r}") if len(variants) > 1 else nullcontext():
+        with attribute_errors_to(f"variant {name!r}") if len(variants) > 1 else nullcontext():
             runs.append(dry_run(spec, batch=2, time=24, t_time=30))
     teachers = {name: geometry for run in runs for name, geometry in run.teachers.items()}
     return "; ".join(

@@ -13,14 +13,14 @@ from typing import Any, Literal
 import torch
 from accelerate.utils import send_to_device
 
-from kava_core.build.data import make_data, reading_of
+from kava_core.build.data import make_data, teacher_reading
 from kava_core.console import progress, quiet
 from kava_core.data.collate import Collator
 from kava_core.data.examples import Example, is_correct, marker_in
 from kava_core.errors import KavaError, SpecError, did_you_mean
-from kava_core.models.config import assert_room_to_write
+from kava_core.models.config import check_answer_fits
 from kava_core.models.load import load_model
-from kava_core.models.sampling import told, write
+from kava_core.models.sampling import decode_new_tokens, sample_tokens
 from kava_core.specfile.sections.data import Template
 from kava_core.specfile.sections.losses import LogitsSpec
 from kava_core.specfile.sections.models import TeacherSpec
@@ -123,7 +123,7 @@ class _Writer:
         data = make_data(spec)
         splits = data.splits
         self.examples: Sequence[Example] = splits.train if drawing.split == "train" else splits.validation
-        self.template: Template = reading_of(spec, teacher).template
+        self.template: Template = teacher_reading(spec, teacher).template
         self.tokenizer = data.teacher_tokenizers[teacher.name]
         self.collator = Collator(self.tokenizer, {}, self.template)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -144,12 +144,12 @@ class _Writer:
     def _written(self, examples: list[Example], begin: int) -> list[list[str]]:
         prompts = send_to_device(self.collator.prompts(examples)[0], self.device)
         length = prompts["input_ids"].shape[1]
-        assert_room_to_write(self.model.config, length, self.drawing.max_new_tokens)
+        check_answer_fits(self.model.config, length, self.drawing.max_new_tokens)
         drawing = self.drawing
         count, seed = drawing.count, drawing.seed * 1_000_003 + begin
         how: dict[str, Any] = {"temperature": drawing.temperature, "max_new_tokens": drawing.max_new_tokens}
-        tokens = write(self.model, prompts, seed=seed, count=count, **how)
-        texts = told(self.tokenizer, tokens, length)
+        tokens = sample_tokens(self.model, prompts, seed=seed, count=count, **how)
+        texts = decode_new_tokens(self.tokenizer, tokens, length)
         return [texts[place * count : (place + 1) * count] for place in range(len(examples))]
 
     def _kept(self, example: Example, texts: list[str]) -> list[str]:

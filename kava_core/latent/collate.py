@@ -87,7 +87,7 @@ class LatentCollator(Collator):
             torch.cat([mark, written, answer.ids, eos]),
             F.pad(steps, (1, len(answer.ids) + len(eos)), value=ALWAYS),
             hinge + len(written),
-            thinned(trace.ids[kept], self.latent.count),
+            thin_evenly(trace.ids[kept], self.latent.count),
             self.latent.count,
         )
 
@@ -133,7 +133,7 @@ class LatentCollator(Collator):
         return self._before(rows), [example.answer for example in examples]
 
 
-def thinned(trace: Int[Tensor, " time"], count: int) -> Int[Tensor, " {count}"]:
+def thin_evenly(trace: Int[Tensor, " time"], count: int) -> Int[Tensor, " {count}"]:
     """``count`` labels: every token and then NO_LABEL, or of a longer trace as many, evenly spaced."""
     if len(trace) <= count:
         return F.pad(trace, (0, count - len(trace)), value=NO_LABEL)

@@ -37,7 +37,7 @@ def latents_at(step: int, latent: LatentSpec) -> int:
     return latent.count if stages is None else min(latent.count, step // stages.steps * stages.tokens)
 
 
-def at_stage(side: Mapping[str, Tensor], latent: LatentSpec, active: int) -> Mapping[str, Tensor]:
+def side_at_stage(side: Mapping[str, Tensor], latent: LatentSpec, active: int) -> Mapping[str, Tensor]:
     """The student's side with as many latent tokens as are active, without the steps they stand for.
 
     What is gone is masked and stands first, so that every token still follows the one it is read from.

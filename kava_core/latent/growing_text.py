@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kava_core.errors import UnsupportedModelError
-from kava_core.kv.capture.attention_layers import checkpointed, unwrapped
+from kava_core.kv.capture.attention_layers import is_checkpointed, without_adapters
 
 
 class GrowingText:
@@ -24,7 +24,7 @@ class GrowingText:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._decoder = backbone(model)
+        self._decoder = decoder_of(model)
         self._keeps = _can_keep(model)
         self._cache: DynamicCache | None = None
         self._known = 0
@@ -42,7 +42,7 @@ class GrowingText:
         outputs = self._decoder(
             inputs_embeds=text[:, self._known :],
             attention_mask=mask.long(),
-            position_ids=positions(mask)[:, self._known :],
+            position_ids=position_ids(mask)[:, self._known :],
             past_key_values=self._cache,
             use_cache=self._keeps,
         )
@@ -57,7 +57,7 @@ class GrowingText:
 
 
 def _can_keep(model: Any) -> bool:
-    recomputes = model.training and any(module.gradient_checkpointing for module in checkpointed(model))
+    recomputes = model.training and any(module.gradient_checkpointing for module in is_checkpointed(model))
     return not recomputes and all(
         type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers
     )
@@ -73,14 +73,14 @@ def _cropped(cache: DynamicCache, length: int) -> DynamicCache:
     return made
 
 
-def positions(mask: Bool[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
+def position_ids(mask: Bool[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
     """Every real token's number in its own text; 0 at padding before it."""
     return (mask.long().cumsum(1) - 1).clamp_min(0)
 
 
-def backbone(model: Any) -> nn.Module:
+def decoder_of(model: Any) -> nn.Module:
     """The decoder without its head, with the adapters it has; UnsupportedModelError where there is none."""
-    causal = unwrapped(model)
+    causal = without_adapters(model)
     decoder: nn.Module = causal.base_model
     if decoder is causal:
         raise UnsupportedModelError(f"{type(causal).__name__}: has no decoder apart from its head")

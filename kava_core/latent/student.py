@@ -10,15 +10,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from kava_core.kv.capture.attention_layers import unwrapped
-from kava_core.latent.growing_text import GrowingText, positions
-from kava_core.latent.tokens import LatentTokens, extended
+from kava_core.kv.capture.attention_layers import without_adapters
+from kava_core.latent.growing_text import GrowingText, position_ids
+from kava_core.latent.tokens import LatentTokens, extend_mask
 
 Control = Literal["zeroed", "shuffled"]
 """Latent tokens that know nothing: zeros, or those of the next example of the batch."""
 
 
-class Thought(NamedTuple):
+class RefinedLatents(NamedTuple):
     """Prompt, BEGIN and the refined latent tokens, as inputs of the final pass."""
 
     inputs: Float[Tensor, "batch time hidden"]
@@ -26,39 +26,40 @@ class Thought(NamedTuple):
     latents: int
     """How many of them, at the end, are latent tokens."""
 
-    def controlled(self, control: Control) -> Thought:
+    def controlled(self, control: Control) -> RefinedLatents:
         """With latent tokens that know nothing of the example."""
         prefix, thought = self.inputs.split([self.inputs.shape[1] - self.latents, self.latents], 1)
         ignorant = torch.zeros_like(thought) if control == "zeroed" else thought.roll(-1, 0)
         return self._replace(inputs=torch.cat([prefix, ignorant], 1))
 
 
-def think(
+def refine_latents(
     model: Any,
     latents: LatentTokens,
     before: Int[Tensor, "batch time"],
     before_mask: Int[Tensor, "batch time"],
     read: GrowingText | None = None,
-) -> Thought:
+) -> RefinedLatents:
     """Refine the latent tokens after ``before``, which is padded on the left: ``latents.rounds`` passes."""
     mask = before_mask.bool()
     prefix = model.get_input_embeddings()(before)
     inputs = torch.cat([prefix, latents(model, prefix, mask, read)], 1)
-    return Thought(inputs, extended(mask, latents.active), latents.active)
+    return RefinedLatents(inputs, extend_mask(mask, latents.active), latents.active)
 
 
-def answer_outputs(model: Any, thought: Thought, side: Mapping[str, Tensor], **options: Any) -> Any:
+def final_pass(model: Any, thought: RefinedLatents, side: Mapping[str, Tensor], **options: Any) -> Any:
     """The final pass: transformers' outputs over prompt, latent tokens and answer (``after`` of the side).
 
     Keys and values of the latent tokens stand at ``latent_columns``; ``answer_logits`` are the answer's,
-    ``writer_logits`` those where the latent tokens are written, ``at_hinge`` the states before the answer.
+    ``writer_logits`` those where the latent tokens are written, ``states_at_answer_boundary`` the states before
+    the answer.
     """
     answer = model.get_input_embeddings()(side["after"])
     mask = torch.cat([thought.mask, side["after_mask"].bool()], 1)
     return model(
         inputs_embeds=torch.cat([thought.inputs, answer], 1),
         attention_mask=mask.long(),
-        position_ids=positions(mask),
+        position_ids=position_ids(mask),
         use_cache=False,
         **options,
     )
@@ -91,11 +92,11 @@ def logits_kept(model: nn.Module, side: Mapping[str, Tensor], *, writers: bool) 
     ``writers``: those of ``writer_logits`` as well.
     """
     count = side["after"].shape[1] + (side["segments"].shape[1] + 1 if writers else 0)
-    takes = "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters
+    takes = "logits_to_keep" in inspect.signature(without_adapters(model).forward).parameters
     return {"logits_to_keep": count} if takes else {}
 
 
-def at_hinge(
+def states_at_answer_boundary(
     hidden: Sequence[Float[Tensor, "batch time hidden"]], hinge: Int[Tensor, " batch"]
 ) -> Float[Tensor, "layer batch hidden"]:
     """All layers' states at one place of each example."""
@@ -120,13 +121,13 @@ def write_answers(
     the former is not read again.
     """
     read = GrowingText(model)
-    thought = think(model, latents, before, before_mask, read)
+    thought = refine_latents(model, latents, before, before_mask, read)
     known = before.shape[1] + (latents.active if control is None else 0)
     thought = thought if control is None else thought.controlled(control)
     last = model.get_input_embeddings()(before.new_full((len(before), 1), end))
     found: Tensor = model.generate(
         inputs_embeds=torch.cat([thought.inputs, last], 1),
-        attention_mask=extended(thought.mask, 1).long(),
+        attention_mask=extend_mask(thought.mask, 1).long(),
         past_key_values=read.kept(known),
         max_new_tokens=max_new_tokens,
         do_sample=False,

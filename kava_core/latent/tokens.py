@@ -70,7 +70,7 @@ class LatentTokens(nn.Module):
         for number in range(self.rounds):
             wanted = self.active - self.rounds + number
             text = torch.cat([prefix, inputs[:, :wanted]], 1)
-            hidden = read(text, extended(mask, wanted), final=begin + number)[:, number - wanted - 1 :]
+            hidden = read(text, extend_mask(mask, wanted), final=begin + number)[:, number - wanted - 1 :]
             later = slots[number : wanted + 1] + self.projection(hidden.to(slots.dtype))
             inputs = torch.cat([inputs[:, :number], later.to(prefix.dtype), inputs[:, wanted + 1 :]], 1)
         return inputs + self._idle() if self.active < self.count else inputs
@@ -93,6 +93,6 @@ def _projection(kind: Projection, hidden: int) -> nn.Module:
     return nn.Sequential(nn.Linear(hidden, 2 * hidden), nn.GELU(), nn.Linear(2 * hidden, hidden))
 
 
-def extended(mask: Bool[Tensor, "batch time"], count: int) -> Bool[Tensor, "batch _"]:
+def extend_mask(mask: Bool[Tensor, "batch time"], count: int) -> Bool[Tensor, "batch _"]:
     """The mask with ``count`` more real positions."""
     return torch.cat([mask, mask.new_ones(len(mask), count)], 1)

@@ -24,7 +24,7 @@ def model_config(
     """
     try:
         if spec.path is not None:
-            return _for(
+            return auto_classes(
                 spec, AutoConfig.from_pretrained(spec.path, revision=spec.revision, trust_remote_code=False)
             )
         fields = dict(spec.config or {})
@@ -32,16 +32,16 @@ def model_config(
             fields = _from_tokenizer(tokenizer) | fields
         _check_model_type(fields["model_type"], where)
         _check_keys(spec.config or {}, where)
-        config = _for(spec, AutoConfig.for_model(fields.pop("model_type"), **fields))
+        config = auto_classes(spec, AutoConfig.for_model(fields.pop("model_type"), **fields))
     except SpecError:
         raise
     except Exception as error:
-        raise SpecError(f"{where}: cannot make a model config: {_told(error)}") from error
+        raise SpecError(f"{where}: cannot make a model config: {reason_of(error)}") from error
     _check_heads(config, where)
     return config
 
 
-def _for(spec: ModelSpec, config: PreTrainedConfig) -> PreTrainedConfig:
+def auto_classes(spec: ModelSpec, config: PreTrainedConfig) -> PreTrainedConfig:
     """The config, which says that the encoder alone is wanted, if it is."""
     if spec.encoder or hasattr(config, ENCODER):
         setattr(config, ENCODER, spec.encoder)
@@ -106,7 +106,7 @@ AFTER_PADDING = (
 """They count positions from the padding token's number on."""
 
 
-def positions(config: PreTrainedConfig) -> int | None:
+def max_positions(config: PreTrainedConfig) -> int | None:
     """The longest text a model is made for, in tokens; None where its config names no limit."""
     text = config.get_text_config()
     if text.model_type in RELATIVE:
@@ -116,7 +116,7 @@ def positions(config: PreTrainedConfig) -> int | None:
     return most if most is None or text.model_type not in AFTER_PADDING else most - text.pad_token_id - 1
 
 
-def _told(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """One line of what was raised: the first, or where that only announces the others, the last."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
@@ -135,9 +135,9 @@ def _from_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     }
 
 
-def assert_room(config: PreTrainedConfig, longest: int, *, who: str) -> None:
+def check_fits_positions(config: PreTrainedConfig, longest: int, *, who: str) -> None:
     """SpecError where the longest example has more tokens than the model positions."""
-    room = positions(config)
+    room = max_positions(config)
     if room is not None and longest > room:
         raise SpecError(
             f"{who}: the longest example has {longest} tokens but the model only {room} positions; "
@@ -145,11 +145,11 @@ def assert_room(config: PreTrainedConfig, longest: int, *, who: str) -> None:
         )
 
 
-def assert_room_to_write(
+def check_answer_fits(
     config: PreTrainedConfig, prompt: int, new_tokens: int, *, field: str = "evaluate.max_new_tokens"
 ) -> None:
     """SpecError where prompt and written answer together may leave the student's positions."""
-    room = positions(config)
+    room = max_positions(config)
     if room is not None and prompt + new_tokens > room:
         raise SpecError(
             f"{field}: the longest prompt and {new_tokens} new tokens are "

@@ -25,12 +25,12 @@ WANTED = "ACCELERATE_USE_FSDP"
 EMPTY_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
-def wanted() -> bool:
+def is_fsdp_wanted() -> bool:
     """Whether the launcher asked for FSDP."""
-    return _flag(WANTED)
+    return _is_set(WANTED)
 
 
-def _flag(name: str) -> bool:
+def _is_set(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
@@ -40,13 +40,13 @@ def check_launch(plugin: Any) -> None:
     Args:
         plugin: accelerate's FSDP plugin; None where it does not shard.
     """
-    if not wanted():
+    if not is_fsdp_wanted():
         return
     if plugin is None:
         raise SpecError("accelerate ignores FSDP without a GPU; launch with specs/accelerate/ddp.yaml")
     if plugin.fsdp_version != 2:
         raise SpecError("fsdp_version: 2 is needed; see specs/accelerate/fsdp2.yaml")
-    if plugin.cpu_ram_efficient_loading or _flag(EMPTY_LOADING):
+    if plugin.cpu_ram_efficient_loading or _is_set(EMPTY_LOADING):
         raise SpecError(
             "fsdp_cpu_ram_efficient_loading: must be false; true leaves the teachers empty in all processes "
             "but the first"
@@ -63,7 +63,7 @@ def check_precision(launched: str | None, precision: str) -> None:
         )
 
 
-def blocks(model: nn.Module) -> list[nn.Module]:
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The decoder layers: the entries of module lists that hold the attention layers, in order."""
     held = {id(attention) for attention in attention_layers(model)}
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
@@ -76,7 +76,9 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def set_up(distiller: Any, plugin: Any, *, device: torch.device, autocast: torch.dtype | None) -> None:
+def prepare_for_sharding(
+    distiller: Any, plugin: Any, *, device: torch.device, autocast: torch.dtype | None
+) -> None:
     """What accelerate must know before it shards.
 
     Precision is autocast's, as in one process: FSDP2's usual policy would also round the counts that go into
@@ -93,7 +95,9 @@ def set_up(distiller: Any, plugin: Any, *, device: torch.device, autocast: torch
         embedding = distiller.student.get_input_embeddings()
         embedding.register_forward_hook(lambda module, given, hidden: hidden.float())
     plugin.ignored_modules = [] if distiller.pipeline is None else [distiller.pipeline]
-    distiller._no_split_modules = sorted({type(block).__name__ for block in blocks(distiller.student)})
+    distiller._no_split_modules = sorted(
+        {type(block).__name__ for block in decoder_layers(distiller.student)}
+    )
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -102,7 +106,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 @contextmanager
-def gathered(module: nn.Module, *, reshard: bool) -> Iterator[None]:
+def gathered_weights(module: nn.Module, *, reshard: bool) -> Iterator[None]:
     """Every process holds all weights: what runs inside needs no other process.
 
     Args:
@@ -136,24 +140,24 @@ def average_gradients(module: nn.Module | None) -> None:
         p.grad = mean.view_as(p)
 
 
-def local(x: Tensor) -> Tensor:
+def local_part(x: Tensor) -> Tensor:
     """This process's part of a tensor."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def whole(x: Tensor) -> Tensor:
+def gathered_tensor(x: Tensor) -> Tensor:
     """The tensor gathered from all processes."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def skeleton(model: nn.Module) -> nn.Module:
+def copy_without_weights(model: nn.Module) -> nn.Module:
     """A copy without weights (on the meta device), tied where the model is."""
     without = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, without)
 
 
-def filled(bones: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """A ``skeleton`` with weights, which it takes without a copy."""
+def fill_with_weights(bones: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """A ``copy_without_weights`` with weights, which it takes without a copy."""
     shared = {name: bones.get_parameter(name) for name, _ in bones.named_parameters(remove_duplicate=False)}
     made: dict[int, nn.Parameter] = {}
     for name, empty in shared.items():

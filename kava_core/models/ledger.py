@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from kava_core.errors import CheckpointError
-from kava_core.kv.capture.attention_layers import unwrapped
+from kava_core.kv.capture.attention_layers import without_adapters
 
 STUDENT = "student"
 HEAD = "head"
 
 
 @dataclass
-class Read:
+class ModelCounts:
     """What one model, or its language-model head, has read."""
 
     positions: float = 0.0
@@ -50,7 +50,7 @@ class Ledger:
         self.on = False
         self.before = 0
         """Peak memory of the processes that went before this one."""
-        self.read: dict[str, Read] = {}
+        self.read: dict[str, ModelCounts] = {}
         self.tokens: dict[str, Tensor | int] = {}
 
     @contextmanager
@@ -74,7 +74,7 @@ class Ledger:
     def add(self, name: str, rows: int, queries: int, keys: int, times: float = 1.0) -> None:
         """A pass over ``rows`` texts of ``queries`` positions that see ``keys`` positions."""
         if self.on:
-            found = self.read.setdefault(name, Read())
+            found = self.read.setdefault(name, ModelCounts())
             found.passes += 1
             found.positions += rows * queries * times
             found.pairs += rows * queries * keys * times
@@ -94,7 +94,7 @@ class Ledger:
     def watch(self, student: nn.Module, decoder: nn.Module) -> None:
         """Count a student that is read in pieces (latent tokens) at every call of its decoder and head."""
         decoder.register_forward_pre_hook(self._decoder_called, with_kwargs=True)
-        unwrapped(student).get_output_embeddings().register_forward_pre_hook(self._head_called)
+        without_adapters(student).get_output_embeddings().register_forward_pre_hook(self._head_called)
 
     def _times(self) -> float:
         return self.backward if torch.is_grad_enabled() else 1.0
@@ -121,7 +121,7 @@ class Ledger:
             saved = json.loads(file.read_text(encoding="utf-8"))
             self.passes, self.before = saved["passes"], saved["memory"]
             self.tokens = dict(saved["tokens"])
-            self.read = {name: Read(**found) for name, found in saved["read"].items()}
+            self.read = {name: ModelCounts(**found) for name, found in saved["read"].items()}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{file}: unreadable: {error}") from error
 
@@ -136,7 +136,7 @@ class Ledger:
 
 
 def peak_memory() -> int:
-    """Bytes since ``forget_peak``: of all GPUs where there is one, else of this process."""
+    """Bytes since ``reset_peak_memory``: of all GPUs where there is one, else of this process."""
     if torch.cuda.is_available():
         return sum(torch.cuda.max_memory_allocated(place) for place in range(torch.cuda.device_count()))
     with suppress(OSError, StopIteration):
@@ -145,7 +145,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def forget_peak() -> None:
+def reset_peak_memory() -> None:
     """What this process held before (a pretraining, another run) is not this run's."""
     for place in range(torch.cuda.device_count()):
         torch.cuda.reset_peak_memory_stats(place)

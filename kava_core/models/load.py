@@ -14,8 +14,8 @@ from transformers import (
 
 from kava_core.errors import SpecError
 from kava_core.kv.capture.geometry import auto_class
-from kava_core.models.config import _told, model_config
-from kava_core.models.quantize import check_quantised, explained, loading_options
+from kava_core.models.config import model_config, reason_of
+from kava_core.models.quantize import check_quantised, explain_loading_error, loading_options
 from kava_core.specfile.sections.models import ModelSpec, TeacherSpec
 
 
@@ -30,11 +30,11 @@ def load_model(
         SpecError: it cannot be made or loaded, or its vocabulary is smaller than the tokenizer's.
     """
     try:
-        model = _made(spec, tokenizer, seed, where)
+        model = _made_from_config(spec, tokenizer, seed, where)
     except SpecError:
         raise
     except Exception as error:  # transformers, safetensors and torch each raise their own
-        raise SpecError(f"{where}: cannot load the model: {_told(error)}") from error
+        raise SpecError(f"{where}: cannot load the model: {reason_of(error)}") from error
     if grow and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         torch.manual_seed(seed)
         model.resize_token_embeddings(len(tokenizer))
@@ -44,33 +44,37 @@ def load_model(
     return model
 
 
-def _made(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, seed: int, where: str) -> nn.Module:
+def _made_from_config(
+    spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, seed: int, where: str
+) -> nn.Module:
     quantized = isinstance(spec, TeacherSpec) and spec.quantize is not None
     if spec.path is not None:
-        return _quantized(spec, where) if quantized else _stored(spec, where)
+        return _load_quantised(spec, where) if quantized else _load_stored(spec, where)
     if not quantized:
-        return _random(spec, tokenizer, seed, where)
+        return _with_random_weights(spec, tokenizer, seed, where)
     with tempfile.TemporaryDirectory(prefix="kava-") as folder:  # the libraries quantise while loading
-        _random(spec, tokenizer, seed, where).save_pretrained(folder)
-        return _quantized(spec.model_copy(update={"path": folder, "revision": None}), where)
+        _with_random_weights(spec, tokenizer, seed, where).save_pretrained(folder)
+        return _load_quantised(spec.model_copy(update={"path": folder, "revision": None}), where)
 
 
-def _random(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, seed: int, where: str) -> nn.Module:
+def _with_random_weights(
+    spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, seed: int, where: str
+) -> nn.Module:
     config = model_config(spec, tokenizer, where=where)
     torch.manual_seed(seed)
-    return auto_class(config).from_config(copy.deepcopy(config), **_options(spec))
+    return auto_class(config).from_config(copy.deepcopy(config), **_loading_options(spec))
 
 
-def _quantized(spec: Any, where: str) -> nn.Module:
+def _load_quantised(spec: Any, where: str) -> nn.Module:
     dtype = getattr(torch, spec.dtype)
     options = loading_options(spec.quantize, dtype, where=where)
-    with explained(spec.quantize, where=where):
-        model = _stored(spec, where, **options)
+    with explain_loading_error(spec.quantize, where=where):
+        model = _load_stored(spec, where, **options)
     check_quantised(model, where=where)
     return model
 
 
-def _stored(spec: ModelSpec, where: str, **more: Any) -> nn.Module:
+def _load_stored(spec: ModelSpec, where: str, **more: Any) -> nn.Module:
     """Weights from safetensors only; transformers would fill missing ones with random numbers."""
     config = model_config(spec, where=where)
     model, found = auto_class(config).from_pretrained(
@@ -80,7 +84,7 @@ def _stored(spec: ModelSpec, where: str, **more: Any) -> nn.Module:
         use_safetensors=True,
         trust_remote_code=False,
         output_loading_info=True,
-        **_options(spec),
+        **_loading_options(spec),
         **more,
     )
     wanted = (name for name in found["missing_keys"] if not (spec.encoder and "pooler" in name))
@@ -89,7 +93,7 @@ def _stored(spec: ModelSpec, where: str, **more: Any) -> nn.Module:
     return model
 
 
-def _options(spec: ModelSpec) -> dict[str, Any]:
+def _loading_options(spec: ModelSpec) -> dict[str, Any]:
     return {"dtype": getattr(torch, spec.dtype), "attn_implementation": spec.attention}
 
 

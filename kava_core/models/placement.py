@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from kava_core.config import Part
 from kava_core.errors import SpecError
 from kava_core.kv.capture.capture import Capture
-from kava_core.models.fsdp import blocks, is_sharded
+from kava_core.models.fsdp import decoder_layers, is_sharded
 from kava_core.processes import processes_met
 from kava_core.protocols.axes import Cache
 
@@ -56,7 +56,7 @@ class CaptureElsewhere(Capture):
         return x.to(self.home)
 
 
-def place(
+def place_model(
     model: nn.Module, make: partial[Any], placement: str, device: torch.device, *, who: str
 ) -> partial[Any]:
     """Bring a frozen model to where its spec places it.
@@ -75,15 +75,15 @@ def place(
         SpecError: there is no such device, or the model cannot be divided.
     """
     if placement == SHARDED and processes_met() > 1:
-        shard(model, device, who=who)
+        shard_model(model, device, who=who)
     elif placement in (REPLICATED, SHARDED):
         model.to(device)
     else:
-        return _elsewhere(model, make, _device(placement, who), device)
+        return _place_elsewhere(model, make, _own_device(placement, who), device)
     return make
 
 
-def shard(model: Any, device: torch.device, *, who: str) -> None:
+def shard_model(model: Any, device: torch.device, *, who: str) -> None:
     """Divide a frozen causal language model among all processes, in place.
 
     Its layers are gathered one by one when they run. All processes must run it the same number of times.
@@ -100,11 +100,11 @@ def shard(model: Any, device: torch.device, *, who: str) -> None:
         head.to(device)
         if not any(id(p) in inside for p in head.parameters()):
             fully_shard(head, mesh=mesh, reshard_after_forward=True)
-    for module in (*blocks(base), base):
+    for module in (*decoder_layers(base), base):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
-def _device(placement: str, who: str) -> torch.device:
+def _own_device(placement: str, who: str) -> torch.device:
     device = torch.device(placement)
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
@@ -112,19 +112,21 @@ def _device(placement: str, who: str) -> torch.device:
     return device
 
 
-def _elsewhere(model: nn.Module, make: partial[Any], there: torch.device, home: torch.device) -> partial[Any]:
+def _place_elsewhere(
+    model: nn.Module, make: partial[Any], there: torch.device, home: torch.device
+) -> partial[Any]:
     model.to(there)
     if there == home or make.func is CaptureElsewhere:
         return make
-    model.base_model.register_forward_pre_hook(partial(_send, there), with_kwargs=True)
+    model.base_model.register_forward_pre_hook(partial(_send_inputs, there), with_kwargs=True)
     return partial(CaptureElsewhere, *make.args, **make.keywords, home=home)
 
 
-def _send(there: torch.device, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+def _send_inputs(there: torch.device, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
     return send_to_device(args, there), send_to_device(kwargs, there)
 
 
-def check_even(distiller: Any, evaluator: Any, count: int) -> None:
+def check_even_evaluation(distiller: Any, evaluator: Any, count: int) -> None:
     """SpecError where a teacher is divided and validation is not alike for all processes.
 
     A process that runs a divided teacher waits for all others to run it as well.

@@ -29,7 +29,7 @@ BYTES: dict[Format, float] = {"int8": 1.0, "int4": 1.0, "nf4": 0.5}
 
 def loading_options(format: Format, dtype: torch.dtype, *, where: str) -> dict[str, Any]:
     """Arguments for ``from_pretrained``; SpecError where the library is missing or broken."""
-    _require(LIBRARY[format], format, where)
+    _require_package(LIBRARY[format], format, where)
     return _OPTIONS[format](dtype)
 
 
@@ -60,7 +60,7 @@ def _check_blocks(layer: nn.Module, name: str, where: str) -> None:
 
 
 @contextmanager
-def explained(format: Format, *, where: str) -> Iterator[None]:
+def explain_loading_error(format: Format, *, where: str) -> Iterator[None]:
     """transformers reports a failed conversion without its cause."""
     try:
         yield
@@ -78,7 +78,7 @@ def is_quantised(parameter: nn.Parameter) -> bool:
     return any(kind.__module__.partition(".")[0] in LIBRARY.values() for kind in kinds)
 
 
-def _require(library: str, format: Format, where: str) -> None:
+def _require_package(library: str, format: Format, where: str) -> None:
     try:
         importlib.import_module(library)
     except Exception as error:  # a binary that does not fit raises anything

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from kava_core.kv.capture.attention_layers import unwrapped
+from kava_core.kv.capture.attention_layers import without_adapters
 
 
 @torch.no_grad()
-def write(
+def sample_tokens(
     model: nn.Module,
     prompts: Mapping[str, Tensor],
     *,
@@ -36,7 +36,10 @@ def write(
     """
     device = prompts["input_ids"].device
     generate: Any = model.generate
-    with _plain(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with (
+        _plain_generation_config(model),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+    ):
         torch.manual_seed(seed)
         tokens: Tensor = generate(
             **prompts,
@@ -51,9 +54,9 @@ def write(
 
 
 @contextmanager
-def _plain(model: Any) -> Iterator[None]:
+def _plain_generation_config(model: Any) -> Iterator[None]:
     """Of the model's generation settings only the special tokens; PEFT hands its own copy on."""
-    places = list({id(one): one for one in (model, unwrapped(model))}.values())
+    places = list({id(one): one for one in (model, without_adapters(model))}.values())
     before = [one.generation_config for one in places]
     tokens = {name: getattr(before[0], name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
@@ -65,7 +68,7 @@ def _plain(model: Any) -> Iterator[None]:
             one.generation_config = settings
 
 
-def told(tokenizer: Any, tokens: Tensor, length: int) -> list[str]:
+def decode_new_tokens(tokenizer: Any, tokens: Tensor, length: int) -> list[str]:
     """What was written after the first ``length`` tokens.
 
     Decoded together with the prompt: many tokenizers drop the space before the first word they decode.
@@ -80,7 +83,7 @@ def told(tokenizer: Any, tokens: Tensor, length: int) -> list[str]:
     ]
 
 
-def written(tokens: Tensor, eos: int | None) -> Tensor:
+def real_tokens(tokens: Tensor, eos: int | None) -> Tensor:
     """Which tokens were written, up to the first EOS and with it; what stands after it is padding."""
     ended = tokens.eq(-1 if eos is None else eos).long()
     return (ended.cumsum(1) - ended).eq(0)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kava_core import shapecheck
 from kava_core.errors import SpecError, did_you_mean
-from kava_core.models.config import _told
+from kava_core.models.config import reason_of
 from kava_core.models.denoiser import Denoiser
 from kava_core.models.load import load_model
 from kava_core.specfile.sections.models import Lora, StudentSpec
@@ -54,7 +54,7 @@ def _first_logits(model: nn.Module, where: str) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             return model.eval()(input_ids=ids, use_cache=False).logits[0, 0], embedded[0]
     except Exception as error:
-        raise SpecError(f"{where}: {type(model).__name__} cannot run: {_told(error)}") from error
+        raise SpecError(f"{where}: {type(model).__name__} cannot run: {reason_of(error)}") from error
     finally:
         handle.remove()
         model.train(training)
@@ -108,7 +108,7 @@ def add_lora(student: nn.Module, lora: Lora, *, seed: int) -> nn.Module:
     try:
         return get_peft_model(student, config)
     except ValueError as error:
-        raise SpecError(f"student.lora: {_told(error)}") from error
+        raise SpecError(f"student.lora: {reason_of(error)}") from error
 
 
 def _check_targets(student: nn.Module, targets: str | list[str]) -> None:

@@ -14,7 +14,7 @@ from kava_core.kv.align.eviction import Eviction
 from kava_core.kv.capture.attention_layers import attention_layers
 from kava_core.kv.capture.capture import Capture
 from kava_core.models.ledger import Ledger
-from kava_core.models.placement import REPLICATED, place
+from kava_core.models.placement import REPLICATED, place_model
 from kava_core.protocols.axes import Cache
 
 
@@ -74,7 +74,9 @@ class Teacher:
             device: that of the batches, on which the cache is wanted.
             placement: as in ``TeacherSpec.placement``.
         """
-        self._capture = place(self.model, self._capture, placement, device, who=f"teacher {self.name!r}")
+        self._capture = place_model(
+            self.model, self._capture, placement, device, who=f"teacher {self.name!r}"
+        )
         self.capture = self._capture() if self.capture is not None else None
 
     def cache(self, side: Mapping[str, Tensor]) -> Cache:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kava_core.config import Part
 from kava_core.errors import KavaError
-from kava_core.kv.align.per_layer import at_layer
+from kava_core.kv.align.per_layer import component_at_layer
 from kava_core.protocols.axes import PARTS
 from kava_core.testing.component import MetaTests
 from kava_core.testing.geometries import EXTENTS, Sides
@@ -107,7 +107,7 @@ class CacheMapTests(MetaTests):
             if whole.shape[1] != x.shape[1]:  # it sees all layers as one
                 continue
             for row in range(x.shape[1]):
-                alone = at_layer(component, row)(x[:, row : row + 1], part)
+                alone = component_at_layer(component, row)(x[:, row : row + 1], part)
                 require_same(alone, whole[:, row : row + 1], contract)
 
     def test_linear_is_linear(self, config: Any) -> None:

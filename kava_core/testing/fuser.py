@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kava_core.config import Part
-from kava_core.kv.align.boundaries import weigh
+from kava_core.kv.align.boundaries import teacher_weights
 from kava_core.protocols.axes import Cache
 from kava_core.protocols.fuser import FusionContext, ObservesTeachers, Regularised
 from kava_core.testing.component import MetaTests
@@ -182,7 +182,7 @@ class FuserTests(MetaTests):
         return weights
 
     def _weigh(self, component: Any, context: FusionContext) -> Tensor:
-        return weigh(component, context, context.valid, layer=context.student.any.shape[1])
+        return teacher_weights(component, context, context.valid, layer=context.student.any.shape[1])
 
 
 def _filled(cache: Cache, valid: Tensor, value: float) -> Cache:

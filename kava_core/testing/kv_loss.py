@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from kava_core.kv.align.per_layer import at_layer
+from kava_core.kv.align.per_layer import component_at_layer
 from kava_core.protocols.axes import Cache
 from kava_core.protocols.kv_loss import ObservesCaches
 from kava_core.testing.component import MetaTests
@@ -163,7 +163,10 @@ class KVLossTests(MetaTests):
         """The loss of a batch is the sum of the losses of its layers."""
         component, compared = self.build(config, self.usual), self.inputs(config, self.usual)
         apart = torch.stack(
-            [at_layer(component, row)(*_layer(compared, row)) for row in range(compared.weight.shape[1])]
+            [
+                component_at_layer(component, row)(*_layer(compared, row))
+                for row in range(compared.weight.shape[1])
+            ]
         ).sum()
         contract = "the loss of a batch must be the sum over its layers, each taken alone"
         require_same(component(*compared), apart, contract)

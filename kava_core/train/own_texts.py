@@ -19,7 +19,7 @@ from kava_core.data.collate import Collator, Item
 from kava_core.data.examples import Example, Text, split_written
 from kava_core.distill.distiller import Distiller
 from kava_core.models.ledger import HEAD, STUDENT, Ledger
-from kava_core.models.sampling import told, write, written
+from kava_core.models.sampling import decode_new_tokens, real_tokens, sample_tokens
 from kava_core.specfile.sections.training import OnlineSpec
 
 EXAMPLES = "examples"
@@ -126,12 +126,12 @@ class OwnTexts:
             torch.autocast(device.type, autocast, enabled=autocast is not None),
             torch.compiler.set_stance("force_eager"),
         ):
-            tokens = write(student, prompts, seed=seed, **how)
+            tokens = sample_tokens(student, prompts, seed=seed, **how)
         student.train(training)
         length, tokenizer = prompts["input_ids"].shape[1], self.collator.student_tokenizer
-        real = written(tokens[:, length:], tokenizer.eos_token_id)
+        real = real_tokens(tokens[:, length:], tokenizer.eos_token_id)
         self._note(ledger, prompts["attention_mask"], real)
-        texts, template = told(tokenizer, tokens, length), self.collator.template
+        texts, template = decode_new_tokens(tokenizer, tokens, length), self.collator.template
         return [split_written(e, text, template) for e, text in zip(examples, texts, strict=True)]
 
     def _note(self, ledger: Ledger, mask: Tensor, real: Tensor) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kava_core.build.data import tokenizer_of
+from kava_core.build.data import load_or_train_tokenizer
 from kava_core.data.examples import Example
 from kava_core.data.splits import Splits, fingerprint, load_splits, split_hash
 from kava_core.paths import cache_folder
@@ -79,7 +79,9 @@ def _data(spec: PipelineSpec, model: ModelSpec) -> DataSpec:
 def _tokenizer_of_all(spec: PipelineSpec, model: ModelSpec) -> str:
     """The folder of the tokenizer trained on all of the spec's texts: others may lack its words."""
     splits = load_splits(spec.data, root=Path.cwd())
-    return str(tokenizer_of(model, splits, _data(spec, model).template, where="pretrain").name_or_path)
+    return str(
+        load_or_train_tokenizer(model, splits, _data(spec, model).template, where="pretrain").name_or_path
+    )
 
 
 def _evaluate(spec: PipelineSpec, model: ModelSpec, plan: Pretrain) -> EvaluateSpec:

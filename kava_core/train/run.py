@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from kava_core.build.data import Data, make_data
 from kava_core.build.distiller import make_distiller
 from kava_core.build.layer_maps import with_measured_maps
-from kava_core.build.provenance import facts
+from kava_core.build.provenance import run_provenance
 from kava_core.build.stored import with_store
 from kava_core.build.time_plans import PlansTime
 from kava_core.console import quiet
@@ -30,8 +30,8 @@ from kava_core.data.collate import Collator
 from kava_core.data.splits import load_splits
 from kava_core.distill.distiller import Distiller
 from kava_core.errors import Preempted, SpecError
-from kava_core.models.config import positions
-from kava_core.models.ledger import STUDENT, Ledger, forget_peak
+from kava_core.models.config import max_positions
+from kava_core.models.ledger import STUDENT, Ledger, reset_peak_memory
 from kava_core.models.placement import SHARDED
 from kava_core.models.student import compile_forward
 from kava_core.processes import is_main, world_size
@@ -150,7 +150,7 @@ def _train_quietly(spec: PipelineSpec, folder: RunDir) -> None:
         if is_main():
             store = {} if data.store is None else {"store": str(data.store.folder)}
             learnt = {"pretraining_data": pretraining_report(folder.spec)}
-            folder.begin({"data": data.report(), **facts(spec), **store, **learnt})
+            folder.begin({"data": data.report(), **run_provenance(spec), **store, **learnt})
         distiller = make_distiller(spec, data, seed=folder.seed)
         if spec.train.compile is not None:
             compile_forward(distiller.student, spec.train.compile)
@@ -162,7 +162,7 @@ def _train_quietly(spec: PipelineSpec, folder: RunDir) -> None:
             trainer.load_ledger(resume)
             trainer.state = TrainerState.load_from_json(str(resume / TRAINER_STATE_NAME))
         else:
-            forget_peak()
+            reset_peak_memory()
             if resume is None:
                 calibrate(distiller, data, spec, trainer.args.device)
                 weigh(distiller, data, spec, trainer.args.device)
@@ -211,7 +211,7 @@ def _trainer(
     collate: Any = PlansTime(data.collator, distiller.pipeline)
     own_texts = None
     if spec.online is not None:
-        rooms = {name: positions(config) for name, config in distiller.configs().items()}
+        rooms = {name: max_positions(config) for name, config in distiller.configs().items()}
         how: dict[str, Any] = {"seed": folder.seed, "rooms": rooms | {None: rooms[STUDENT]}}
         own_texts = OwnTexts(spec.online, data.collator, collate, **how)
         collate = KeepsExamples(collate)

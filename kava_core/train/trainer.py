@@ -31,15 +31,15 @@ from kava_core.models.fsdp import (
     average_gradients,
     check_launch,
     check_precision,
-    filled,
-    gathered,
+    copy_without_weights,
+    fill_with_weights,
+    gathered_tensor,
+    gathered_weights,
     is_sharded,
-    set_up,
-    skeleton,
-    whole,
+    prepare_for_sharding,
 )
 from kava_core.models.ledger import Ledger
-from kava_core.models.placement import check_even
+from kava_core.models.placement import check_even_evaluation
 from kava_core.runs import checkpoint
 from kava_core.train.own_texts import OwnTexts
 from kava_core.train.validation.evaluate import Evaluator
@@ -218,19 +218,19 @@ class KavaTrainer(Trainer):
     def _before_sharding(self, resume_from_checkpoint: str | None) -> None:
         if resume_from_checkpoint is not None:
             load_weights(self.distiller, Path(resume_from_checkpoint))
-        self._bones = skeleton(self.distiller.student)
-        set_up(self.distiller, self._plugin, device=self.args.device, autocast=self._autocast)
+        self._bones = copy_without_weights(self.distiller.student)
+        prepare_for_sharding(self.distiller, self._plugin, device=self.args.device, autocast=self._autocast)
         # Else every process holds the whole gradient while it accumulates.
         self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``; afterwards the first process holds the whole student, sharded or not."""
-        check_even(self.distiller, self.evaluator, self.accelerator.num_processes)
+        check_even_evaluation(self.distiller, self.evaluator, self.accelerator.num_processes)
         ended = super().train(*args, **kwargs)
         if self._bones is not None:
             state = self._gathered_state()
             if self.args.should_save:
-                self.distiller.student = filled(self._bones, under(state, "student."))
+                self.distiller.student = fill_with_weights(self._bones, under(state, "student."))
         return ended
 
     # optimizer
@@ -252,7 +252,7 @@ class KavaTrainer(Trainer):
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         if self._plugin is not None:
             average_gradients(self.distiller.pipeline)
-        norm = whole(super()._clip_grad_norm(model))
+        norm = gathered_tensor(super()._clip_grad_norm(model))
         self._means.steps += 1
         finite = torch.isfinite(self._means.sums["loss"])
         if not self.args.fp16:  # with fp16 an infinite gradient makes the scaler skip the step
@@ -305,7 +305,7 @@ class KavaTrainer(Trainer):
             return
         sharded = self._plugin.mixed_precision_policy is not None
         autocast = torch.autocast(self.args.device.type, self._autocast, enabled=sharded)
-        with gathered(self.distiller, reshard=self._plugin.reshard_after_forward), autocast:
+        with gathered_weights(self.distiller, reshard=self._plugin.reshard_after_forward), autocast:
             yield
 
     # checkpoints

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kava_core.distill.distiller import Distiller
 from kava_core.errors import CheckpointError, NonFiniteError
 from kava_core.latent.exported import load_latents, save_latents
-from kava_core.models.fsdp import is_sharded, local
+from kava_core.models.fsdp import is_sharded, local_part
 
 STUDENT = "student"
 ALIGNER_FILE = "aligner.safetensors"
@@ -40,7 +40,7 @@ def save_weights(distiller: Distiller, folder: Path, state_dict: dict[str, Tenso
 @torch.no_grad()
 def assert_finite_weights(module: nn.Module, where: str) -> None:
     """NonFiniteError naming the first weight that holds NaN or infinity: such weights are never saved."""
-    trained = {name: local(p) for name, p in module.named_parameters() if p.requires_grad}
+    trained = {name: local_part(p) for name, p in module.named_parameters() if p.requires_grad}
     finite = torch.stack([torch.isfinite(p).all() for p in trained.values()]).float()
     if is_sharded(module):
         torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)

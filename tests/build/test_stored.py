@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from kava_core.build import distiller as assemble
 from kava_core.build.data import make_data
-from kava_core.build.stored import ingredients, partial_of
+from kava_core.build.stored import store_ingredients, unfinished_folder
 from kava_core.cli.app import app, explained
 from kava_core.data.store.index import differences
 from kava_core.errors import CheckpointError, KavaError, Preempted, SpecError
@@ -166,7 +166,7 @@ def test_the_order_of_the_data_does_not_matter(folder: Path, kept: PipelineSpec,
 
 
 def told(made: PipelineSpec, *, seed: int = 0) -> Any:
-    return ingredients(made, make_data(made), seed=seed)
+    return store_ingredients(made, make_data(made), seed=seed)
 
 
 def changed(made: PipelineSpec, **fields: Any) -> PipelineSpec:
@@ -313,7 +313,7 @@ def test_verify_finds_a_flipped_bit(tmp_path: Path) -> None:
 
 def test_an_unfinished_store_is_not_taken(tmp_path: Path, kept: PipelineSpec) -> None:
     made = nested(kept, "store", folder=str(tmp_path))
-    partial_of(tmp_path / cache(kept, seed=0).folder.name).mkdir()  # type: ignore[union-attr]
+    unfinished_folder(tmp_path / cache(kept, seed=0).folder.name).mkdir()  # type: ignore[union-attr]
     with pytest.raises(SpecError, match=r"not finished; run `kava cache` .*: it goes on where it stopped$"):
         run(made, variant="main", seed=0)
 

@@ -25,7 +25,7 @@ from kava_core.console import print_whole
 from kava_core.data.tokenizers import train_tokenizer
 from kava_core.errors import CheckpointError, KavaError, SpecError
 from kava_core.jobs.export import export
-from kava_core.models.config import model_config, positions
+from kava_core.models.config import max_positions, model_config
 from kava_core.models.load import load_model
 from kava_core.models.student import load_student
 from kava_core.runs.metrics import read_metrics
@@ -296,6 +296,6 @@ def test_causal_students_are_taken(tokenizer: PreTrainedTokenizerBase, dtype: st
 
 
 def test_the_longest_text_of_a_model() -> None:
-    assert positions(AutoConfig.for_model(**tiny.llama())) == 128
-    assert positions(AutoConfig.for_model(**tiny.gpt2(n_positions=64))) == 64
-    assert positions(AutoConfig.for_model("bloom")) is None
+    assert max_positions(AutoConfig.for_model(**tiny.llama())) == 128
+    assert max_positions(AutoConfig.for_model(**tiny.gpt2(n_positions=64))) == 64
+    assert max_positions(AutoConfig.for_model("bloom")) is None

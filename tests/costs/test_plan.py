@@ -22,7 +22,7 @@ from kava_core.costs.plan import Plan, default_time, make_plan
 from kava_core.data.tokenizers import load_tokenizer
 from kava_core.errors import SpecError
 from kava_core.jobs.check import check
-from kava_core.kv.align.stage_order import Extents, cost
+from kava_core.kv.align.stage_order import StageExtents, multiplications
 from kava_core.kv.capture.capture import Capture
 from kava_core.models.load import load_model
 from kava_core.models.student import load_student
@@ -147,7 +147,9 @@ def test_alignment_flops_are_the_cost_the_order_was_chosen_by(projector: str) ->
     dry = dry_run(spec, batch=BATCH, time=TIME, t_time=T_TIME)
     assert dry.pipeline is not None
     order = dry.pipeline.teachers[0].order("keys", T_TIME, dry.maps["wide"])
-    expected = cost(order, Extents(t_head=4, head=2, t_time=T_TIME, time=TIME, t_dim=16, dim=8))
+    expected = multiplications(
+        order, StageExtents(t_head=4, head=2, t_time=T_TIME, time=TIME, t_dim=16, dim=8)
+    )
     assert planned(spec).flops["alignment"] == 2 * expected * BATCH * 2 * 2
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from kava_core.build import layer_maps
 from kava_core.build.data import make_data
 from kava_core.build.distiller import make_distiller
-from kava_core.build.layer_maps import layers_of, warped, with_measured_maps
+from kava_core.build.layer_maps import layers_to_compare, warp_layers, with_measured_maps
 from kava_core.cli.app import main
 from kava_core.errors import KavaError, SpecError
 from kava_core.jobs.heatmap import draw_similarity
@@ -52,7 +52,7 @@ def maps(spec):
 def counted(monkeypatch):
     """The teachers that were measured, in order."""
     names = []
-    measure = layer_maps._measure
+    measure = layer_maps._measure_layers
     monkeypatch.setattr(
         layer_maps, "_measure", lambda spec, t, *rest: names.append(t.name) or measure(spec, t, *rest)
     )
@@ -79,7 +79,7 @@ def test_hidden_layers_are_the_outputs_of_the_attention_layers(name):
             lambda m, given, out: seen.append(out[0] if isinstance(out, tuple) else out)
         )
     batch = side(case)
-    found = layers_of(model, batch, "hidden")
+    found = layers_to_compare(model, batch, "hidden")
     indices = [m.layer_idx for m in Capture(model).modules]
     assert found.shape[1] == len(indices) == case.layers
     for layer, index in enumerate(indices):
@@ -96,7 +96,7 @@ def test_cached_parts_lie_head_beside_head(on):
     with capture, torch.no_grad():
         model(**batch, use_cache=False)
     cache = getattr(capture.take(), on)
-    found = layers_of(model, batch, on)
+    found = layers_to_compare(model, batch, on)
     for head in range(2):
         assert torch.equal(found[..., 8 * head : 8 * head + 8], cache[:, :, head])
 
@@ -104,7 +104,7 @@ def test_cached_parts_lie_head_beside_head(on):
 def test_the_teacher_is_read_at_the_students_positions():
     x = torch.arange(5.0).view(1, 1, 5, 1).expand(1, 2, 5, 3).bfloat16()
     time_map = TimeMap.gather(torch.tensor([[4, 0, 2]]), torch.tensor([[True, True, False]]))
-    found = warped(time_map, x)
+    found = warp_layers(time_map, x)
     assert found.dtype == torch.float32
     assert found[0, 1, :, 2].tolist() == [4, 0, 0]
 
@@ -122,7 +122,7 @@ def test_the_similarity_is_that_of_the_formula_on_these_layers(tmp_path, on):
     teacher = load_model(spec.teachers[0], data.teacher_tokenizers["same"], seed=0, where="").eval()
     valid = Timeline.from_batch(batch["student"]).mask
     rows = [
-        layers_of(m, s, on).transpose(0, 1)[:, valid]
+        layers_to_compare(m, s, on).transpose(0, 1)[:, valid]
         for m, s in ((teacher, batch["teachers"]["same"]), (student, batch["student"]))
     ]
     stream.add(*rows)

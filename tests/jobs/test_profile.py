@@ -23,7 +23,7 @@ from kava_core.jobs.profile.prepared import BOTH, Subject, make_subject, time_ma
 from kava_core.jobs.profile.profile import Profile, Wanted, measured, with_random_alignment
 from kava_core.jobs.profile.stages import CAPTURED, PLAN, STEP, STUDENT, costs, stages
 from kava_core.jobs.profile.warnings import signs
-from kava_core.kv.align.finite import precise
+from kava_core.kv.align.finite import part_at_least_float32
 from kava_core.registry import Registry
 from tests.support import tiny
 
@@ -97,7 +97,7 @@ def test_numbers_of_a_stage_are_those_of_the_aligned_cache(tmp_path: Path) -> No
     last = [one for one in stages(subject, [batch]) if (one.teacher, one.part) == ("wide", "values")][-1]
     side, aligner = batch["teachers"]["wide"], subject.pipeline.teachers[0]
     time_map = time_map_of(aligner, side, batch["student"])
-    target = aligner.align(subject.teachers[0].cache(side).map(precise), time_map)
+    target = aligner.align(subject.teachers[0].cache(side).map(part_at_least_float32), time_map)
     values = [
         float(v)
         for b in range(8)

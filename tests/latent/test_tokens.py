@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kava_core.latent.growing_text import backbone, positions
-from kava_core.latent.student import think, write_answers
+from kava_core.latent.growing_text import decoder_of, position_ids
+from kava_core.latent.student import refine_latents, write_answers
 from kava_core.latent.tokens import LatentTokens
 from tests.support.tiny_models import WORKS
 
@@ -41,7 +41,7 @@ def one_by_one(made: LatentTokens, model: nn.Module, prefix: Tensor) -> Tensor:
     """Each slot from the hidden state before it, in a forward pass of its own; one example, no padding."""
     inputs = prefix
     for slot in range(made.count):
-        hidden = backbone(model)(inputs_embeds=inputs, use_cache=False).last_hidden_state
+        hidden = decoder_of(model)(inputs_embeds=inputs, use_cache=False).last_hidden_state
         new = made.slots[slot] + made.projection(hidden[:, -1])
         inputs = torch.cat([inputs, new[:, None]], 1)
     return inputs[:, prefix.shape[1] :]
@@ -136,12 +136,12 @@ def test_answers_are_those_of_reading_everything_again(name: str, control: Any, 
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
     made = latents(passes, model.get_input_embeddings().weight.shape[1])
     found = write_answers(model, made, ids, mask, end=3, max_new_tokens=4, control=control)
-    thought = think(model, made, ids, mask)
+    thought = refine_latents(model, made, ids, mask)
     thought = thought if control is None else thought.controlled(control)
     text = torch.cat([thought.inputs, model.get_input_embeddings()(torch.full((2, 1), 3))], 1)
     real = torch.cat([thought.mask, torch.ones(2, 1, dtype=torch.bool)], 1)
     for place in range(found.shape[1]):
-        how = {"attention_mask": real.long(), "position_ids": positions(real), "use_cache": False}
+        how = {"attention_mask": real.long(), "position_ids": position_ids(real), "use_cache": False}
         logits = model(inputs_embeds=text, **how).logits[:, -1]
         ended = (found[:, :place] == model.generation_config.eos_token_id).any(1)
         assert torch.equal(logits.argmax(1)[~ended], found[:, place][~ended])
@@ -161,4 +161,4 @@ def test_bfloat16_stays_finite() -> None:
 
 def test_positions_count_real_tokens() -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
-    assert positions(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
+    assert position_ids(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]

@@ -18,11 +18,11 @@ from kava_core.build.data import make_data
 from kava_core.build.distiller import make_distiller
 from kava_core.data.dataset import nearly_equal
 from kava_core.data.examples import without_last_step
-from kava_core.distill.hidden_states import codi, step_cross_entropy
+from kava_core.distill.hidden_states import codi_term, step_cross_entropy
 from kava_core.errors import SpecError
-from kava_core.latent.collate import thinned
+from kava_core.latent.collate import thin_evenly
 from kava_core.latent.curriculum import latents_at, step_of_tokens
-from kava_core.latent.student import Thought
+from kava_core.latent.student import RefinedLatents
 from kava_core.train.run import run
 from kava_core.train.trainer import KavaTrainer
 from kava_core.train.validation.answers import Answers
@@ -201,14 +201,14 @@ def test_codi_is_the_mean_distance_over_the_teachers_spread() -> None:
             spread = float(theirs.std(correction=0))
             expected += (gap * gap / 2 if gap < 1 else gap - 0.5) / spread / own.numel() / 3
     items = torch.tensor([1.0, 1.0, 4.0, 1.0])
-    torch.testing.assert_close(codi(student, teacher, items).item(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(codi_term(student, teacher, items).item(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_codi_of_equal_states_is_0_and_of_still_states_finite() -> None:
     states = torch.randn(2, 3, 4, requires_grad=True)
-    assert codi(states, states, torch.ones(4)) == 0
+    assert codi_term(states, states, torch.ones(4)) == 0
     still = torch.zeros(2, 3, 4)
-    codi(states, still + 1, torch.ones(4)).backward()
+    codi_term(states, still + 1, torch.ones(4)).backward()
     assert torch.isfinite(states.grad).all()
 
 
@@ -284,7 +284,7 @@ def test_step_cross_entropy_of_empty_traces_is_0() -> None:
     ],
 )
 def test_a_long_trace_is_thinned_evenly(length: int, count: int, expected: list[int]) -> None:
-    assert thinned(torch.arange(length), count).tolist() == expected
+    assert thin_evenly(torch.arange(length), count).tolist() == expected
 
 
 # Coconut
@@ -405,7 +405,7 @@ def test_no_latent_tokens_at_all_is_prompt_then_answer(tmp_path: Path) -> None:
 
 def test_controls_replace_the_latent_tokens_alone() -> None:
     inputs = torch.randn(3, 5, 2)
-    thought = Thought(inputs, torch.ones(3, 5, dtype=torch.bool), 2)
+    thought = RefinedLatents(inputs, torch.ones(3, 5, dtype=torch.bool), 2)
     zeroed, shuffled = thought.controlled("zeroed").inputs, thought.controlled("shuffled").inputs
     assert torch.equal(zeroed[:, :3], inputs[:, :3])
     assert (zeroed[:, 3:] == 0).all()

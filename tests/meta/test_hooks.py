@@ -61,13 +61,15 @@ def use_fuser(config: Any) -> None:
     fuser = config.build(teachers=("a", "b"), student=STUDENT)
     valid = torch.tensor([[[True, True, False]] * 2, [[True] * 3] * 2])
     cache = Cache(keys=random(3, 2, 3, 4))
-    weights = stages.weigh(fuser, protocols.FusionContext(valid, (cache, cache), cache), valid, layer=3)
+    weights = stages.teacher_weights(
+        fuser, protocols.FusionContext(valid, (cache, cache), cache), valid, layer=3
+    )
     assert weights[:, 0, 0].tolist() == [[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
 
 
 def use_kv_loss(config: Any) -> None:
     ours, target, weight = random(3, 2, 5, 4), random(3, 2, 5, 4) + 1, random(3, 5).abs()
-    loss = stages.measure(config.build(**SIDES), Cache(ours, ours), Cache(target, target), weight)
+    loss = stages.summed_loss(config.build(**SIDES), Cache(ours, ours), Cache(target, target), weight)
     by_hand = sum(
         float(
             2

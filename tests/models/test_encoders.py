@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import kava_core.train.run as run_module
-from kava_core.build.data import make_data, tokenizer_of
+from kava_core.build.data import load_or_train_tokenizer, make_data
 from kava_core.build.distiller import make_distiller
 from kava_core.data.splits import load_splits
 from kava_core.errors import Preempted, SpecError
@@ -26,7 +26,7 @@ from kava_core.jobs.evaluate.student import load_answering
 from kava_core.jobs.export import export
 from kava_core.jobs.sample import Drawing, sample
 from kava_core.kv.capture.capture import Capture
-from kava_core.models.config import positions
+from kava_core.models.config import max_positions
 from kava_core.models.denoiser import Denoiser
 from kava_core.models.load import load_model
 from kava_core.specfile.sections.pipeline import PipelineSpec
@@ -68,7 +68,7 @@ def spec(output: Path, **changes: Any) -> PipelineSpec:
 def teacher_model(made: PipelineSpec, place: int = 0) -> Any:
     teacher = made.teachers[place]
     splits = load_splits(made.data, root=Path.cwd())
-    tokenizer = tokenizer_of(teacher, splits, made.data.template, where="here")
+    tokenizer = load_or_train_tokenizer(teacher, splits, made.data.template, where="here")
     return load_model(teacher, tokenizer, seed=0, where="here")
 
 
@@ -168,7 +168,7 @@ def test_logits_of_a_denoiser_stand_one_place_early() -> None:
 def test_a_masked_language_model_s_folder_is_read_without_its_head(tmp_path: Path) -> None:
     made = spec(tmp_path)
     splits = load_splits(made.data, root=Path.cwd())
-    tokenizer = tokenizer_of(made.teachers[0], splits, made.data.template, where="here")
+    tokenizer = load_or_train_tokenizer(made.teachers[0], splits, made.data.template, where="here")
     fields = {k: v for k, v in BERT.items() if k != "model_type"}
     whole = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **fields))
     whole.save_pretrained(tmp_path / "bert")
@@ -244,14 +244,14 @@ def test_positions_are_those_a_model_can_read(kind: str, most: int) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = AutoConfig.for_model(kind, max_position_embeddings=34, vocab_size=50, pad_token_id=1, **sizes)
     model = AutoModelForTextEncoding.from_config(config)
-    assert positions(config) == most
+    assert max_positions(config) == most
     model(input_ids=torch.full((1, most), 5))
     with pytest.raises((IndexError, RuntimeError)):
         model(input_ids=torch.full((1, most + 1), 5))
 
 
 def test_t5_reads_any_length() -> None:
-    assert positions(AutoConfig.for_model("t5")) is None
+    assert max_positions(AutoConfig.for_model("t5")) is None
 
 
 def test_an_encoder_s_run_is_not_judged_and_its_card_names_its_loader(tmp_path: Path) -> None:

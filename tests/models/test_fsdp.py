@@ -278,10 +278,10 @@ def test_a_skeleton_is_filled_with_what_it_was_made_from() -> None:
     model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3), "norm": nn.BatchNorm1d(3)})
     model["b"].weight = model["a"].weight
     model["a"].bias.requires_grad_(False)
-    bones = fsdp.skeleton(model)
+    bones = fsdp.copy_without_weights(model)
     assert {p.device.type for p in bones.parameters()} == {"meta"}
     model["norm"].running_mean += 1
-    made = fsdp.filled(
+    made = fsdp.fill_with_weights(
         bones, {name: x.clone() for name, x in model.state_dict().items() if name != "b.weight"}
     )
     assert made["b"].weight is made["a"].weight

@@ -19,8 +19,8 @@ from kava_core.costs.recorded import compute
 from kava_core.distill.distiller import Distiller
 from kava_core.errors import CheckpointError, Preempted
 from kava_core.jobs.cache import cache
-from kava_core.kv.capture.taps import Enough
-from kava_core.models.ledger import Ledger, Read, forget_peak, peak_memory
+from kava_core.kv.capture.taps import StopForward
+from kava_core.models.ledger import Ledger, ModelCounts, peak_memory, reset_peak_memory
 from kava_core.models.teacher import Teacher
 from kava_core.train.run import run
 from tests.support import tiny
@@ -65,7 +65,7 @@ def test_operations_are_those_torch_counts(tmp_path: Path, monkeypatch: pytest.M
         return found
 
     def forward(self: Any, side: Any) -> None:
-        with FlopCounterMode(display=False) as counter, suppress(Enough):
+        with FlopCounterMode(display=False) as counter, suppress(StopForward):
             teacher_pass(self, side)
         counted["teachers"] += counter.get_total_flops() if self.ledger.on else 0
 
@@ -167,7 +167,7 @@ def test_what_was_saved_is_read_back(tmp_path: Path) -> None:
     ledger.save(tmp_path / "ledger.json")
     again.load(tmp_path / "ledger.json")
     assert again.state() == ledger.state()
-    assert (again.passes, again.read["student"]) == (1, Read(30.0, 150.0, 1))
+    assert (again.passes, again.read["student"]) == (1, ModelCounts(30.0, 150.0, 1))
     (tmp_path / "ledger.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"ledger\.json: unreadable"):
         again.load(tmp_path / "ledger.json")
@@ -213,5 +213,5 @@ def test_memory_held_before_is_not_the_runs() -> None:
     held = torch.ones(80_000_000)
     high = peak_memory()
     del held
-    forget_peak()
+    reset_peak_memory()
     assert peak_memory() < high - 200_000_000

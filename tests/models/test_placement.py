@@ -17,8 +17,8 @@ from kava_core.build.distiller import make_distiller
 from kava_core.errors import SpecError
 from kava_core.kv.capture.capture import Capture
 from kava_core.models import placement
-from kava_core.models.fsdp import blocks
-from kava_core.models.placement import CaptureElsewhere, check_even, place
+from kava_core.models.fsdp import decoder_layers
+from kava_core.models.placement import CaptureElsewhere, check_even_evaluation, place_model
 from kava_core.models.teacher import Teacher
 from kava_core.protocols.axes import Cache
 from kava_core.runs.metrics import read_metrics
@@ -62,23 +62,23 @@ def test_a_device_of_its_own_gives_the_same_run(tmp_path: Path) -> None:
 def test_inputs_go_to_the_teachers_device() -> None:
     model = llama()
     make = maker(model)
-    assert place(model, make, "cpu", CPU, who="t") is make  # nothing to send or bring home
+    assert place_model(model, make, "cpu", CPU, who="t") is make  # nothing to send or bring home
     layer = nn.Module()
     layer.base_model = nn.Linear(1, 1)
     seen: list[torch.device] = []
-    placement._elsewhere(layer, make, META, CPU)
+    placement._place_elsewhere(layer, make, META, CPU)
     layer.base_model.register_forward_pre_hook(lambda _, args: seen.append(args[0].device))
     layer.base_model(torch.zeros(2, 1))
     assert seen == [META]
     assert layer.base_model.weight.device == META
-    _, named = placement._send(META, layer, (), {"attention_mask": IDS, "use_cache": False})
+    _, named = placement._send_inputs(META, layer, (), {"attention_mask": IDS, "use_cache": False})
     assert (named["attention_mask"].device, named["use_cache"]) == (META, False)
 
 
 def test_the_cache_comes_home() -> None:
     model = llama()
     want = read(model, maker(model))
-    make = placement._elsewhere(model, maker(model), CPU, META)
+    make = placement._place_elsewhere(model, maker(model), CPU, META)
     assert make.func is CaptureElsewhere
     found = read(model, make)
     for part, x in want.items():
@@ -94,8 +94,8 @@ def test_a_cache_from_elsewhere_has_the_same_numbers() -> None:
 
 def test_placing_twice_sends_once() -> None:
     model = llama()
-    make = placement._elsewhere(model, maker(model), CPU, META)
-    again = placement._elsewhere(model, make, CPU, META)
+    make = placement._place_elsewhere(model, maker(model), CPU, META)
+    again = placement._place_elsewhere(model, make, CPU, META)
     assert again is make
     assert len(model.base_model._forward_pre_hooks) == 1
 
@@ -111,7 +111,7 @@ def test_an_absent_device_is_one_line() -> None:
     model = llama()
     count = torch.cuda.device_count()
     with pytest.raises(SpecError, match=rf"^teacher 't': placement: cuda:99: there are {count} CUDA devices"):
-        place(model, maker(model), "cuda:99", CPU, who="teacher 't'")
+        place_model(model, maker(model), "cuda:99", CPU, who="teacher 't'")
 
 
 def test_quantised_weights_are_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,13 +119,13 @@ def test_quantised_weights_are_not_sharded(monkeypatch: pytest.MonkeyPatch) -> N
     model = llama()
     model.model.norm.weight = nn.Parameter(torch.ones(32, dtype=torch.int8), requires_grad=False)
     with pytest.raises(SpecError, match="teacher 't': placement: quantised weights cannot be sharded"):
-        place(model, maker(model), "sharded", CPU, who="teacher 't'")
+        place_model(model, maker(model), "sharded", CPU, who="teacher 't'")
 
 
 @pytest.mark.parametrize("case", WORKS, ids=lambda case: case.name)
 def test_blocks_are_the_decoder_layers(case: Any) -> None:
     model = case.model()
-    found = blocks(model)
+    found = decoder_layers(model)
     assert len(found) == case.layers
     assert len({type(block) for block in found}) == 1
     assert not any(
@@ -143,16 +143,16 @@ def test_uneven_validation_is_refused_where_processes_wait_for_each_other(
     distiller = SimpleNamespace(teachers=[SimpleNamespace(name="t", model=SimpleNamespace(base_model=None))])
     evaluator = SimpleNamespace(examples=range(examples), spec=SimpleNamespace(batch_size=batch))
     if even:
-        check_even(distiller, evaluator, 2)
+        check_even_evaluation(distiller, evaluator, 2)
     else:
         with pytest.raises(SpecError, match=r"set evaluate\.examples to a multiple of 2"):
-            check_even(distiller, evaluator, 2)
+            check_even_evaluation(distiller, evaluator, 2)
 
 
 def test_streamed_layers_come_home() -> None:
     model = llama()
     whole = read(model, maker(model))
-    make = placement._elsewhere(model, maker(model), CPU, META)
+    make = placement._place_elsewhere(model, maker(model), CPU, META)
     seen: list[tuple[int, Any]] = []
     capture = make(each=lambda place, cache: seen.append((place, cache)))
     with torch.no_grad(), capture:

@@ -17,7 +17,7 @@ from kava_core.data.tokenizers import train_tokenizer
 from kava_core.errors import SpecError
 from kava_core.kv.capture.attention_layers import attention_layers
 from kava_core.kv.capture.capture import Capture
-from kava_core.kv.capture.geometry import geometry_of
+from kava_core.kv.capture.geometry import model_geometry
 from kava_core.models.load import load_model
 from kava_core.models.quantize import BYTES, LIBRARY, is_quantised
 from kava_core.protocols.axes import Cache
@@ -71,7 +71,7 @@ def test_a_quantised_teacher_s_cache_is_close_and_of_the_same_shape(
 ) -> None:
     need(quantize)
     plain, model = made(None, tokenizer), made(quantize, tokenizer, dtype=dtype)
-    assert geometry_of(model) == geometry_of(plain)
+    assert model_geometry(model) == model_geometry(plain)
     for (_, want), (_, got) in zip(cache(plain).items(), cache(model).items(), strict=True):
         assert got.shape == want.shape
         assert got.dtype == getattr(torch, dtype)

@@ -12,7 +12,7 @@ import torch
 from kava_core.build.pipeline import make_pipeline
 from kava_core.costs.dry_run import timeline
 from kava_core.distill.distiller import Distiller
-from kava_core.kv.capture.geometry import geometry_of
+from kava_core.kv.capture.geometry import model_geometry
 from kava_core.models.student import add_lora
 from kava_core.models.teacher import Teacher
 from kava_core.specfile.questions import parts_of
@@ -50,8 +50,8 @@ def train(fields: dict[str, Any], time: int) -> None:
     spec = tiny.spec(**fields)
     student = model(spec.student).train()
     models = {t.name: model(t) for t in spec.teachers}
-    theirs = {name: geometry_of(one) for name, one in models.items()}
-    pipeline = make_pipeline(spec, theirs, geometry_of(student), seed=0)
+    theirs = {name: model_geometry(one) for name, one in models.items()}
+    pipeline = make_pipeline(spec, theirs, model_geometry(student), seed=0)
     how: dict[str, Any] = {"parts": parts_of(spec), "rotary": spec.rotary}
     teachers = [Teacher(a.name, models[a.name], layers=a.sources, **how) for a in pipeline.teachers]
     distiller = Distiller(student, pipeline, teachers, **how)

@@ -21,7 +21,7 @@ from kava_core.data.examples import Example, split_written
 from kava_core.distill.distiller import Distiller
 from kava_core.errors import Preempted, SpecError
 from kava_core.models.ledger import Ledger
-from kava_core.models.sampling import told, write, written
+from kava_core.models.sampling import decode_new_tokens, real_tokens, sample_tokens
 from kava_core.runs.metrics import read_metrics
 from kava_core.specfile.sections.data import Template
 from kava_core.specfile.sections.pipeline import PipelineSpec
@@ -188,11 +188,11 @@ def test_a_model_s_own_generation_settings_do_not_reach_the_sampling(tmp_path: P
     student: Any = distiller.student
     prompts = data.collator.prompts(batch["examples"])[0]
     how: dict[str, Any] = {"seed": 3, "temperature": 1.0, "max_new_tokens": 7}
-    plain = write(student, prompts, **how)
+    plain = sample_tokens(student, prompts, **how)
     before = student.generation_config
     settings = {"repetition_penalty": 5.0, "min_p": 0.5, "num_beams": 3, "no_repeat_ngram_size": 1}
     student.generation_config.update(**settings, return_dict_in_generate=True)
-    assert torch.equal(write(student, prompts, **how), plain)
+    assert torch.equal(sample_tokens(student, prompts, **how), plain)
     assert student.generation_config is before
     assert before.num_beams == 3
 
@@ -201,7 +201,7 @@ def test_tokens_are_drawn_from_the_model_s_own_probabilities(tmp_path: Path) -> 
     *_, distiller, _batch = prepared(tmp_path)
     student: Any = distiller.student.eval()
     prompt = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3).long()}
-    drawn = write(student, prompt, seed=0, temperature=2.0, max_new_tokens=1, count=20_000)[:, -1]
+    drawn = sample_tokens(student, prompt, seed=0, temperature=2.0, max_new_tokens=1, count=20_000)[:, -1]
     with torch.no_grad():
         wanted = (student(**prompt).logits[0, -1] / 2).softmax(-1)
     found = torch.bincount(drawn, minlength=len(wanted)) / len(drawn)
@@ -216,13 +216,13 @@ def test_the_space_after_the_prompt_is_kept() -> None:
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     assert fast.decode([2]) == "b"
-    assert told(fast, torch.tensor([[1, 2, 1], [1, 4, 1]]), 1) == [" b a", "b a"]
+    assert decode_new_tokens(fast, torch.tensor([[1, 2, 1], [1, 4, 1]]), 1) == [" b a", "b a"]
 
 
 def test_what_stands_after_eos_is_padding() -> None:
     tokens = torch.tensor([[4, 9, 9, 4], [4, 4, 4, 4], [9, 4, 4, 4]])
-    assert written(tokens, 9).sum(1).tolist() == [2, 4, 1]
-    assert written(tokens, None).all()
+    assert real_tokens(tokens, 9).sum(1).tolist() == [2, 4, 1]
+    assert real_tokens(tokens, None).all()
 
 
 def test_a_router_that_learns_from_cross_entropy_needs_labels(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from kava_core.data.jsonl import read_examples
 from kava_core.data.splits import Splits, load_splits, split_hash
 from kava_core.errors import SpecError
 from kava_core.jobs.evaluate.student import Student
-from kava_core.models.config import assert_room_to_write
+from kava_core.models.config import check_answer_fits
 from kava_core.paths import make_folder
 from kava_core.runs.folder import environment, write_json
 from kava_core.train.validation.answers import Answers
@@ -72,7 +72,7 @@ def check_room(student: Student, examples: Sequence[Example], max_new_tokens: in
     mask = prompts["attention_mask" if latents is None else "before_mask"]
     longest = int(mask.sum(1).max()) + (0 if latents is None else latents.count + 1)
     config: Any = student.distiller.student.config
-    assert_room_to_write(config, longest, max_new_tokens, field="--max-new-tokens")
+    check_answer_fits(config, longest, max_new_tokens, field="--max-new-tokens")
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:

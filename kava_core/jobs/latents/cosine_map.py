@@ -18,7 +18,7 @@ from torch import Tensor
 from kava_core.config import Part
 from kava_core.distill.distiller import Distiller
 from kava_core.kv.align.aligner import TeacherAligner
-from kava_core.kv.align.finite import precise
+from kava_core.kv.align.finite import part_at_least_float32
 from kava_core.protocols.axes import Cache
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.timeline import REASONING, Timeline
@@ -104,7 +104,7 @@ def unaligned(distiller: Distiller, aligner: TeacherAligner, side: Mapping[str, 
         how: dict[str, Any] = {"parts": distiller.parts, "rotary": distiller.rotary}
         teacher = type(teacher)(teacher.name, teacher.model, layers=aligner.sources, **how)
     same = TimeMap.same(side["attention_mask"].bool())
-    return aligner.align(teacher.cache(side).map(precise), same)
+    return aligner.align(teacher.cache(side).map(part_at_least_float32), same)
 
 
 def _maps(own: Tensor, target: tuple[Tensor, Tensor], steps: tuple[Tensor, Tensor]) -> CosineMaps:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kava_core.latent.student import answer_outputs, logits_kept, think, writer_logits
+from kava_core.latent.student import final_pass, logits_kept, refine_latents, writer_logits
 from kava_core.latent.tokens import LatentTokens
 from kava_core.protocols.timeline import REASONING
 
@@ -31,8 +31,8 @@ def slot_logits(
     The hidden state at that place is what the slot is written from; place 0 is the last token before the
     first slot. ``side``: the student's side of ``LatentCollator``.
     """
-    thought = think(model, latents, side["before"], side["before_mask"])
-    outputs = answer_outputs(model, thought, side, **logits_kept(model, side, writers=True))
+    thought = refine_latents(model, latents, side["before"], side["before_mask"])
+    outputs = final_pass(model, thought, side, **logits_kept(model, side, writers=True))
     return writer_logits(outputs.logits, side)
 
 

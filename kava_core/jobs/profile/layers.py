@@ -14,7 +14,7 @@ from kava_core.config import Part
 from kava_core.jobs.profile.attention import Rule, entropy, rules
 from kava_core.jobs.profile.prepared import BOTH, Subject, time_map_of
 from kava_core.kv.align.aligner import TeacherAligner
-from kava_core.kv.align.finite import precise
+from kava_core.kv.align.finite import part_at_least_float32
 from kava_core.kv.capture.rotation import Rotation
 from kava_core.kv.maths.masks import widen, without_autocast
 from kava_core.protocols.axes import Cache
@@ -157,7 +157,7 @@ def _add_cosines(
     valid: Tensor,
     total: dict[Any, Tensor],
 ) -> None:
-    view = aligner.view_of(subject.compared(own).pick(BOTH).map(precise))
+    view = aligner.view_of(subject.compared(own).pick(BOTH).map(part_at_least_float32))
     for part, x in view.items():
         theirs = getattr(target, part)
         if x.shape == theirs.shape:

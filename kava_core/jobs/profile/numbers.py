@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kava_core.kv.maths.rank_and_cosine import effective_rank, rows_of
+from kava_core.kv.maths.rank_and_cosine import effective_rank, valid_rows
 
 STILL = 1e-6
 """A channel whose range is at most this share of its layer's largest value is dead."""
@@ -44,7 +44,7 @@ def numbers(
     batches: Sequence[tuple[Float[Tensor, "_ layer head _ dim"], Bool[Tensor, "_ _"]]],
 ) -> Numbers:
     """Of the same part and stage in every batch, each with where it is real, ``batch time``."""
-    rows = torch.cat([rows_of(x.detach(), valid) for x, valid in batches], 2)
+    rows = torch.cat([valid_rows(x.detach(), valid) for x, valid in batches], 2)
     finite = rows.isfinite()
     values, sound = rows[finite].double(), finite.flatten(1).all(1)
     first = batches[0][0]

@@ -21,9 +21,9 @@ from kava_core.data.dataset import nearly_equal
 from kava_core.distill.distiller import Distiller
 from kava_core.errors import SpecError
 from kava_core.kv.align.aligner import TeacherAligner
-from kava_core.kv.align.finite import precise
+from kava_core.kv.align.finite import part_at_least_float32
 from kava_core.kv.capture.capture import Capture
-from kava_core.kv.capture.geometry import geometry_of
+from kava_core.kv.capture.geometry import model_geometry
 from kava_core.kv.capture.rotation import Rotation
 from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.kv.maths.masks import without_autocast
@@ -122,7 +122,7 @@ class Subject:
     def cache(self, place: int, side: Side) -> Cache:
         """A teacher's keys and values, ready to be aligned."""
         with self.autocast():
-            return self._readers[place].cache(side).map(precise)
+            return self._readers[place].cache(side).map(part_at_least_float32)
 
     @cached_property
     def whole(self) -> list[TeacherAligner]:
@@ -143,14 +143,14 @@ class Subject:
 
     def aligners(self, spec: PipelineSpec) -> list[TeacherAligner]:
         """New aligners of keys and values as ``spec`` has them, drawn from the seed and calibrated."""
-        own = geometry_of(self.distiller.student)
+        own = model_geometry(self.distiller.student)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             made = [
                 TeacherAligner(
                     teacher.align,
                     name=teacher.name,
-                    teacher=geometry_of(model.model),
+                    teacher=model_geometry(model.model),
                     student=own,
                     layers=self.pipeline.layers,
                     parts=BOTH,
@@ -168,7 +168,10 @@ class Subject:
         for some in nearly_equal(items, self.spec.train.batch_size):
             batch = send_to_device(self.data.plain_collator(some), self.device)
             theirs = batch["teachers"][aligner.name]
-            cache, own = self.cache(place, theirs), self.compared(batch["student"]).pick(BOTH).map(precise)
+            cache, own = (
+                self.cache(place, theirs),
+                self.compared(batch["student"]).pick(BOTH).map(part_at_least_float32),
+            )
             with without_autocast(self.device):
                 aligner.observe(cache, own, time_map_of(aligner, theirs, batch["student"]))
         aligner.dim_projector.finish()

@@ -16,7 +16,7 @@ from kava_core.errors import NonFiniteError
 from kava_core.jobs.profile.numbers import Numbers, numbers
 from kava_core.jobs.profile.prepared import Subject, time_map_of
 from kava_core.jobs.profile.timing import Gauge, repeated
-from kava_core.kv.align.finite import precise
+from kava_core.kv.align.finite import part_at_least_float32
 from kava_core.kv.maths.masks import without_autocast
 from kava_core.protocols.axes import Cache
 from kava_core.protocols.time_map import TimeMap
@@ -81,7 +81,7 @@ def _steps(subject: Subject, place: int, batch: Mapping[str, Any]) -> list[Step]
     orders = {part: ("layers", *aligner.stages(part, x.shape[3], time_map)) for part, x in cache.items()}
     found: list[Step] = [{part: (CAPTURED, x, mask) for part, x in cache.items()}]
     with without_autocast(subject.device):
-        for count, (_, now) in enumerate(aligner.steps(cache.map(precise), time_map), 1):
+        for count, (_, now) in enumerate(aligner.steps(cache.map(part_at_least_float32), time_map), 1):
             done = {part: order[:count] for part, order in orders.items()}
             real = {part: time_map.valid if "time" in done[part] else mask for part in done}
             found.append({part: (done[part][-1], x, real[part]) for part, x in now.items()})
@@ -129,7 +129,7 @@ def _work_of_teacher(
 
 def _captured(subject: Subject, place: int, side: Mapping[str, Any]) -> Cache:
     with subject.autocast():
-        return subject.teachers[place].cache(side).map(precise)
+        return subject.teachers[place].cache(side).map(part_at_least_float32)
 
 
 def _work_of_step(subject: Subject, batch: Mapping[str, Any], gauge: Gauge) -> Iterator[tuple[str, float]]:

@@ -9,11 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from kava_core.config import Part
-from kava_core.kv.align.boundaries import adapt_heads, blame, expect, fold_heads, project_dim, warp_time
+from kava_core.kv.align.boundaries import (
+    adapt_heads,
+    attribute_errors_to,
+    fold_heads,
+    project_dim,
+    require_shape,
+    warp_time,
+)
 from kava_core.kv.align.eviction import assert_evicts
 from kava_core.kv.align.layer_map import LayerMap
-from kava_core.kv.align.per_layer import at_layer
-from kava_core.kv.align.stage_order import Extents, Freedom, Stage, cheapest
+from kava_core.kv.align.per_layer import component_at_layer
+from kava_core.kv.align.stage_order import Commuting, Stage, StageExtents, cheapest_order
 from kava_core.kv.align.time_plan import TimePlan
 from kava_core.protocols.axes import Cache, Geometry
 from kava_core.protocols.dim_projector import Calibrated
@@ -88,11 +95,11 @@ class TeacherAligner(nn.Module):
 
     def _blame(self, kind: str) -> AbstractContextManager[None]:
         config = getattr(self._spec, kind)
-        return blame(f"{kind} {config.name!r}, teacher {self.name!r}", config)
+        return attribute_errors_to(f"{kind} {config.name!r}, teacher {self.name!r}", config)
 
-    def _freedom(self) -> Freedom:
+    def _freedom(self) -> Commuting:
         folds = (self.adapted.dim, self.adapted.layer) != (self.moved.dim, self.moved.layer)
-        return Freedom(
+        return Commuting(
             linear_heads=getattr(self.head_adapter, "linear", False),
             linear_width=getattr(self.dim_projector, "linear", False),
             shared_width=getattr(self.dim_projector, "shared_width", False) and not folds,
@@ -123,7 +130,7 @@ class TeacherAligner(nn.Module):
         return self._cheapest(part, t_time, time, taps=0 if time_map.identity else time_map.taps)
 
     def _cheapest(self, part: Part, t_time: int, time: int, *, taps: int) -> tuple[Stage, ...]:
-        extents = Extents(
+        extents = StageExtents(
             t_head=self.moved.heads(part),
             head=self.adapted.heads(part),
             t_time=t_time,
@@ -132,7 +139,7 @@ class TeacherAligner(nn.Module):
             dim=self.projected.dim,
             taps=taps,
         )
-        return cheapest(extents, self.freedom)
+        return cheapest_order(extents, self.freedom)
 
     def _warp(self, x: Tensor, time_map: TimeMap) -> Tensor:
         with self._blame("time_warper"):
@@ -143,15 +150,15 @@ class TeacherAligner(nn.Module):
         layer, head = self.adapted.layer if row is None else 1, self.adapted.heads(part)
         dim = self.adapted.dim if dim == self.moved.dim else dim
         with self._blame("head_adapter"):
-            adapter = at_layer(self.head_adapter, row)
+            adapter = component_at_layer(self.head_adapter, row)
             adapted = adapt_heads(adapter, x, part, layer=layer, head=head, dim=dim)
-            return expect(adapted, (batch, layer, head, time, dim), AXES)
+            return require_shape(adapted, (batch, layer, head, time, dim), AXES)
 
     def _project(self, x: Tensor, part: Part, row: int | None = None) -> Tensor:
         with self._blame("dim_projector"):
-            projector = at_layer(self.dim_projector, row)
+            projector = component_at_layer(self.dim_projector, row)
             projected = project_dim(projector, x, part, dim=self.projected.dim)
-            return expect(projected, (*x.shape[:4], self.projected.dim), AXES)
+            return require_shape(projected, (*x.shape[:4], self.projected.dim), AXES)
 
     def _fold(self, x: Tensor, part: Part, row: int | None = None) -> Tensor:
         layer, head, dim = self.fixed.layer if row is None else 1, self.fixed.heads(part), self.fixed.dim

@@ -1,7 +1,7 @@
 """The borders between components: thin functions whose annotations state each contract.
 
 With shape checking on, what a component returns is checked here, so a third-party component without a
-single annotation is checked as well. ``blame`` says whose component it was.
+single annotation is checked as well. ``attribute_errors_to`` says whose component it was.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from kava_core.versions import distributor
 
 
 @contextmanager
-def blame(who: str, config: ComponentConfig | None = None) -> Iterator[None]:
+def attribute_errors_to(who: str, config: ComponentConfig | None = None) -> Iterator[None]:
     """Note on any exception raised inside whose component it was: ``who``, and who distributes ``config``."""
     try:
         yield
     except Exception as error:
-        error.add_note(f"in {who}{_origin(config)}")
+        error.add_note(f"in {who}{_distributor_note(config)}")
         raise
 
 
-def _origin(config: ComponentConfig | None) -> str:
+def _distributor_note(config: ComponentConfig | None) -> str:
     """``" (distribution version)"``; empty where no installed distribution holds the declaration."""
     if config is None:
         return ""
@@ -118,20 +118,20 @@ def project_dim(
     return projector(x, part)
 
 
-def fuser_weights(
+def raw_fuser_weights(
     fuser: Fuser, context: FusionContext, *, teacher: int, layer: int
 ) -> Float[Tensor, "{teacher} batch {layer} time"]:
     """What the fuser says."""
     return fuser(context)
 
 
-def weigh(
+def teacher_weights(
     fuser: Fuser, context: FusionContext, valid: Bool[Tensor, "teacher batch time"], *, layer: int
 ) -> Float[Tensor, "teacher batch {layer} time"]:
     """The fuser's weights, renormalised over the teachers valid at each position; 0 where none is."""
-    weights = fuser_weights(fuser, context, teacher=valid.shape[0], layer=layer)
+    weights = raw_fuser_weights(fuser, context, teacher=valid.shape[0], layer=layer)
     teacher, batch, time = valid.shape
-    expect(weights, (teacher, batch, layer, time), "teacher batch layer time")
+    require_shape(weights, (teacher, batch, layer, time), "teacher batch layer time")
     looked = weights.device.type == "cpu" or (
         shapecheck.wanted() and not weights.is_meta
     )  # no waiting for a GPU
@@ -142,7 +142,7 @@ def weigh(
     return torch.where(total > 0, weights / total.masked_fill(total == 0, 1), 0)
 
 
-def fuse(
+def fuse_targets(
     targets: Float[Tensor, "teacher batch layer head time dim"],
     weights: Float[Tensor, "teacher batch layer time"],
 ) -> Float[Tensor, "batch layer head time dim"]:
@@ -151,14 +151,14 @@ def fuse(
     return (torch.where(spread > 0, targets, 0) * spread).sum(0)
 
 
-def measure(
+def summed_loss(
     loss: KVLoss, student: Cache, target: Cache, weight: Float[Tensor, "batch layer time"]
 ) -> Float[Tensor, ""]:
     """The weighted sum of a loss over positions and layers."""
     return loss(student, target, weight)
 
 
-def expect(x: Tensor, extents: Sequence[int], axes: str) -> Tensor:
+def require_shape(x: Tensor, extents: Sequence[int], axes: str) -> Tensor:
     """``x``; PluginError where its shape is not ``extents`` (words of the axes in ``axes``)."""
     if tuple(x.shape) != tuple(extents):
         wanted = ", ".join(f"{axis} {extent}" for axis, extent in zip(axes.split(), extents, strict=True))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kava_core.config import Part
 from kava_core.errors import SpecError
-from kava_core.kv.align.boundaries import blame, expect
+from kava_core.kv.align.boundaries import attribute_errors_to, require_shape
 from kava_core.kv.align.layer_map import LayerMap
 from kava_core.kv.capture.rotation import Rotation
 from kava_core.kv.maths.masks import widen, without_autocast
@@ -61,24 +61,24 @@ class Eviction:
             kept = cache.pick(self.parts)
             if rotation is not None:  # before the tokens are moved: the angles are of their old places
                 kept = kept.map(lambda x, part: x if part == "values" else rotation.undo(widen(x)))
-            return evicted(kept, place, filled_slots(timeline, self.slots))
+            return evicted_cache(kept, place, filled_slots(timeline, self.slots))
 
     def _chosen(self, cache: Cache, timeline: Timeline) -> Int[Tensor, "batch t_layer t_head _"]:
         heads = cache.pick(tuple(part for part in self.seen if part != "queries")).any.shape[:3]
-        with blame(self.who):
+        with attribute_errors_to(self.who):
             place = self.evictor.choose(cache, timeline, self.slots)
-            return expect(place, (*heads, self.slots), "batch t_layer t_head slot")
+            return require_shape(place, (*heads, self.slots), "batch t_layer t_head slot")
 
     @torch.no_grad()
     def scores(self, cache: Cache, side: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """By name ``batch t_layer t_head t_time``, −inf where no reasoning token is; none of a random one."""
         if not isinstance(self.evictor, Scores):
             return {}
-        with without_autocast(cache.any.device), blame(self.who):
+        with without_autocast(cache.any.device), attribute_errors_to(self.who):
             return self.evictor.scores(cache, Timeline.from_batch(side))
 
 
-def evicted(
+def evicted_cache(
     cache: Cache, place: Int[Tensor, "batch t_layer t_head _"], filled: Bool[Tensor, "batch _"]
 ) -> Cache:
     """Keys and values at the same places, with zeros in slots that are not ``filled``.

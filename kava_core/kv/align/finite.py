@@ -27,6 +27,6 @@ def assert_finite(cache: Cache, valid: Bool[Tensor, "batch time"], where: str) -
             )
 
 
-def precise(x: Tensor, _: Part) -> Tensor:
+def part_at_least_float32(x: Tensor, _: Part) -> Tensor:
     """float32 at least: bf16 caches are aligned and compared in float32."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()

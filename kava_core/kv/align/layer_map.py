@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kava_core.errors import PluginError, SpecError
-from kava_core.kv.align.boundaries import expect, join_layers, layer_matrix, mix_layers
+from kava_core.kv.align.boundaries import join_layers, layer_matrix, mix_layers, require_shape
 from kava_core.protocols.axes import Geometry
 from kava_core.protocols.layer_mapper import LayerMapper
 
@@ -50,8 +50,8 @@ class LayerMap(nn.Module):
         self.register_buffer("rows", torch.tensor(layers, dtype=torch.long), persistent=False)
         with torch.no_grad():
             matrix = layer_matrix(mapper, teacher=teacher, student=student)
-            matrix = expect(matrix, (student.layer, teacher.layer), "layer t_layer")[list(layers)]
-        _assert_means(matrix)
+            matrix = require_shape(matrix, (student.layer, teacher.layer), "layer t_layer")[list(layers)]
+        _assert_rows_are_means(matrix)
         self.sources = self._sources(matrix, layers)
         self.register_buffer("columns", torch.tensor(self.sources, dtype=torch.long), persistent=False)
         matrix = matrix[:, list(self.sources)]
@@ -109,7 +109,7 @@ class LayerMap(nn.Module):
         return x if self.joined == 1 else join_layers(x, len(self.rows))
 
 
-def _assert_means(matrix: Float[Tensor, "layer t_layer"]) -> None:
+def _assert_rows_are_means(matrix: Float[Tensor, "layer t_layer"]) -> None:
     sums = matrix.sum(1)
     read = matrix.ne(0).any(1)
     if bool((matrix < 0).any()) or not torch.allclose(sums[read], torch.ones_like(sums[read]), atol=1e-4):

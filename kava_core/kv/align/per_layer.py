@@ -8,20 +8,20 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 
-def at_layer(component: nn.Module, row: int | None) -> Any:
+def component_at_layer(component: nn.Module, row: int | None) -> Any:
     """The component for tensors that hold only the student layer at ``row``; None: for all layers.
 
     Its parameters and buffers named in ``layered``, whose first axis is the student's layer, are those of the
     one layer; gradients reach them. All others serve every layer. A component that treats layers otherwise
-    has a method ``at_layer(row)`` that returns what is to be called.
+    has a method ``component_at_layer(row)`` that returns what is to be called.
     """
     if row is not None and hasattr(component, "at_layer"):
         return component.at_layer(row)
     names = getattr(component, "layered", ())
-    return component if row is None or not names else _AtLayer(component, names, row)
+    return component if row is None or not names else _ComponentAtLayer(component, names, row)
 
 
-class _AtLayer:
+class _ComponentAtLayer:
     """Calls the component with a part of its tensors; everything else about it stays."""
 
     def __init__(self, component: nn.Module, names: tuple[str, ...], row: int) -> None:

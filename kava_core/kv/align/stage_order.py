@@ -16,7 +16,7 @@ CANONICAL: tuple[Stage, ...] = ("heads", "time", "width")
 
 
 @dataclass(frozen=True)
-class Extents:
+class StageExtents:
     """Extents before and after alignment of one layer of one part."""
 
     t_head: int
@@ -30,7 +30,7 @@ class Extents:
 
 
 @dataclass(frozen=True)
-class Freedom:
+class Commuting:
     """Which stages may be exchanged without changing the result."""
 
     linear_heads: bool = False
@@ -50,7 +50,7 @@ class Freedom:
         )
 
 
-def cost(order: tuple[Stage, ...], extents: Extents) -> int:
+def multiplications(order: tuple[Stage, ...], extents: StageExtents) -> int:
     """Multiplications for one layer of one example."""
     head, time, dim = extents.t_head, extents.t_time, extents.t_dim
     total = 0
@@ -68,7 +68,7 @@ def cost(order: tuple[Stage, ...], extents: Extents) -> int:
 
 
 @lru_cache(maxsize=4096)
-def cheapest(extents: Extents, freedom: Freedom) -> tuple[Stage, ...]:
+def cheapest_order(extents: StageExtents, freedom: Commuting) -> tuple[Stage, ...]:
     """The allowed order with the least cost; the canonical one among equals."""
     allowed = [order for order in permutations(CANONICAL) if freedom.allows(order)]
-    return min(allowed, key=lambda order: (cost(order, extents), order != CANONICAL))
+    return min(allowed, key=lambda order: (multiplications(order, extents), order != CANONICAL))

@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterator
 import torch
 
 from kava_core.kv.align.aligner import TeacherAligner
-from kava_core.kv.align.finite import precise
+from kava_core.kv.align.finite import part_at_least_float32
 from kava_core.kv.maths.masks import without_autocast
 from kava_core.protocols.axes import Cache
 from kava_core.protocols.time_map import TimeMap
 
-Run = Callable[[Callable[[int, Cache], None]], None]
+RunTeacher = Callable[[Callable[[int, Cache], None]], None]
 """Runs a teacher; its argument takes the place and the cache of every layer the aligner reads."""
 
 
-class Arrivals:
+class WaitingLayers:
     """Teacher layers that some student layer still waits for."""
 
     def __init__(self, aligner: TeacherAligner) -> None:
@@ -29,32 +29,32 @@ class Arrivals:
 
         Forgets, at the end, what no layer waits for.
         """
-        self.kept[place] = cache.map(precise)
+        self.kept[place] = cache.map(part_at_least_float32)
         for row in sorted(self.waiting):
             if all(read in self.kept for read in self.reads[row]):
                 self.waiting.remove(row)
-                yield row, _joined([self.kept[read] for read in self.reads[row]])
+                yield row, _join_layers([self.kept[read] for read in self.reads[row]])
         awaited = {read for row in self.waiting for read in self.reads[row]}
         self.kept = {place: cache for place, cache in self.kept.items() if place in awaited}
 
 
-def most_alive(reads: tuple[tuple[int, ...], ...]) -> int:
+def most_layers_alive(reads: tuple[tuple[int, ...], ...]) -> int:
     """Most teacher layers that are alive together, where they come in order."""
     places = {place for row in reads for place in row}
     ends = {place: max(max(row) for row in reads if place in row) for place in places}
     return max(sum(place <= now <= end for place, end in ends.items()) for now in ends)
 
 
-def _joined(caches: list[Cache]) -> Cache:
+def _join_layers(caches: list[Cache]) -> Cache:
     """Side by side along the axis ``layer``."""
     if len(caches) == 1:
         return caches[0]
     return caches[0].map(lambda _, part: torch.cat([getattr(cache, part) for cache in caches], 1))
 
 
-def align_stream(aligner: TeacherAligner, run: Run, time_map: TimeMap) -> Cache:
+def align_layer_by_layer(aligner: TeacherAligner, run: RunTeacher, time_map: TimeMap) -> Cache:
     """``aligner.align`` of what ``run`` hands over, without gradients."""
-    arrivals, targets = Arrivals(aligner), {}
+    arrivals, targets = WaitingLayers(aligner), {}
     layers = len(arrivals.reads)
 
     def take(place: int, cache: Cache) -> None:

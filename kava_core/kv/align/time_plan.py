@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from torch import nn
 
 from kava_core.errors import PluginError, SpecError
-from kava_core.kv.align.boundaries import blame, plan_time
+from kava_core.kv.align.boundaries import attribute_errors_to, plan_time
 from kava_core.protocols.axes import Geometry
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.time_warper import Evictor
@@ -56,7 +56,7 @@ class TimePlan(nn.Module):
     def _blame(self, field: str) -> AbstractContextManager[None]:
         config = self._configs[field]
         who = "" if config is None else f"{field} {config.name!r}, teacher {self._name!r}"
-        return blame(who, config)
+        return attribute_errors_to(who, config)
 
     def forward(self, teacher: Timeline, student: Timeline) -> TimeMap:
         """The map of a batch, for timelines on one device."""

@@ -10,14 +10,14 @@ from torch import nn
 from kava_core.errors import KavaError, UnsupportedModelError
 
 
-def unwrapped(model: nn.Module) -> Any:
+def without_adapters(model: nn.Module) -> Any:
     """The model that PEFT wraps, with the adapters it put inside; any other as it is."""
     return getattr(model, "get_base_model", lambda: model)()
 
 
 def model_name(model: nn.Module) -> str:
     """Class name of the model, seen through PEFT."""
-    return type(unwrapped(model)).__name__
+    return type(without_adapters(model)).__name__
 
 
 def attention_layers(model: nn.Module) -> list[nn.Module]:
@@ -36,7 +36,7 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def implementation(module: nn.Module, model: nn.Module) -> str:
+def attention_implementation(module: nn.Module, model: nn.Module) -> str:
     """The attention implementation the module looks up when it runs."""
     config: Any = getattr(module, "config", None) or model.config
     return getattr(config, "_attn_implementation", None) or "eager"
@@ -47,7 +47,7 @@ def has_rotary(model: nn.Module) -> bool:
     return any("Rotary" in type(module).__name__ for module in model.modules())
 
 
-def checkpointed(model: nn.Module) -> list[nn.Module]:
+def is_checkpointed(model: nn.Module) -> list[nn.Module]:
     """The modules that can recompute their activations."""
     return [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
 
@@ -72,7 +72,7 @@ def _is_attention(module: nn.Module) -> bool:
     return isinstance(getattr(module, "layer_idx", None), int) and "Attention" in type(module).__name__
 
 
-def hooked(model: nn.Module) -> bool:
+def with_hooks(model: nn.Module) -> bool:
     """Whether something must run after the modules it wraps: sharding, offloading, a compiler."""
     return any(
         hasattr(module, "_hf_hook")

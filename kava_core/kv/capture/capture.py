@@ -12,8 +12,8 @@ from kava_core.config import Part
 from kava_core.errors import KavaError
 from kava_core.kv.capture import attention_layers as find
 from kava_core.kv.capture.rotation import Rotation
-from kava_core.kv.capture.stacking import check_rotated, check_seen, listed, rotation_of, stack
-from kava_core.kv.capture.taps import SLOT, Enough, Slot, tap_attention, tap_rotary
+from kava_core.kv.capture.stacking import check_rotated, check_seen, list_layers, rotation_of, stack_layers
+from kava_core.kv.capture.taps import SLOT, Slot, StopForward, tap_attention, tap_rotary
 from kava_core.protocols.axes import Cache
 
 
@@ -62,8 +62,8 @@ class Capture:
         self._followed = rotary != "keep" and find.has_rotary(model)
         self._taps = [tap_rotary(module) if self._followed else None for module in self.modules]
         self._rotation: Rotation | None = None
-        self._checkpointed = find.checkpointed(model)
-        last = max(self.layers) if stop and not find.hooked(model) else None
+        self._checkpointed = find.is_checkpointed(model)
+        last = max(self.layers) if stop and not find.with_hooks(model) else None
         self._slots = [
             Slot(self.name, i, parts if i in self.layers else (), tap, strip=self._strip, last=i == last)
             for i, tap in enumerate(self._taps)
@@ -81,7 +81,7 @@ class Capture:
         self._clear()
         self._rotation = None
         for module, slot in zip(self.modules, self._slots, strict=True):
-            tap_attention(module, find.implementation(module, self._model))
+            tap_attention(module, find.attention_implementation(module, self._model))
             module.__dict__[SLOT] = slot
         self._arm(+1)
         return self
@@ -93,7 +93,7 @@ class Capture:
         self._arm(-1)
         for module in self.modules:
             del module.__dict__[SLOT]
-        stopped = kind is not None and issubclass(kind, Enough)
+        stopped = kind is not None and issubclass(kind, StopForward)
         if kind is not None and not stopped:
             self._clear()
         return stopped
@@ -112,7 +112,7 @@ class Capture:
             if self._followed:
                 self._rotation = rotation_of(asked)
             undo = self._rotation if self._strip and not all(slot.plain for slot in asked) else None
-            return Cache(**{part: stack(asked, part, undo) for part in self.parts})
+            return Cache(**{part: stack_layers(asked, part, undo) for part in self.parts})
         finally:
             self._clear()
 
@@ -131,7 +131,7 @@ class Capture:
     def _hand_over(self, slot: Slot) -> None:
         assert self._each is not None
         undo = rotation_of([slot]) if self._followed and self._strip else None
-        cache = Cache(**{part: stack([slot], part, undo) for part in self.parts})
+        cache = Cache(**{part: stack_layers([slot], part, undo) for part in self.parts})
         slot.drop()
         self._each(self.layers.index(slot.layer), cache)
 
@@ -156,7 +156,7 @@ def _asked(layers: Sequence[int] | None, count: int, name: str) -> tuple[int, ..
     asked = tuple(range(count)) if layers is None else tuple(layers)
     if not asked or not set(asked) <= set(range(count)) or len(set(asked)) < len(asked):
         raise KavaError(
-            f"{name}: cannot capture attention layers {listed(asked)}; "
+            f"{name}: cannot capture attention layers {list_layers(asked)}; "
             f"give different numbers from 0 to {count - 1}, at least one"
         )
     return asked

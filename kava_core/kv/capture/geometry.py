@@ -40,7 +40,7 @@ def probe_geometry(config: PretrainedConfig) -> Geometry:
         UnsupportedModelError: No attention layer can be captured, or the layers are not alike.
     """
     with FakeTensorMode():
-        return geometry_of(fake_model(config))
+        return model_geometry(fake_model(config))
 
 
 def fake_model(config: PretrainedConfig, **options: Any) -> nn.Module:
@@ -53,7 +53,7 @@ def fake_model(config: PretrainedConfig, **options: Any) -> nn.Module:
     return model
 
 
-def geometry_of(model: nn.Module) -> Geometry:
+def model_geometry(model: nn.Module) -> Geometry:
     """Geometry of a model, by a forward pass over four tokens.
 
     Training mode, gradients and random state are as before. Needs a transformers model (or PEFT's).
@@ -67,7 +67,7 @@ def geometry_of(model: nn.Module) -> Geometry:
     )  # no token looks like padding
     ids = torch.full((1, PROBE_LENGTH), real, dtype=torch.long, device=device)
     capture = Capture(model, parts=PARTS, rotary="keep")
-    with torch.no_grad(), _evaluating(model), capture:
+    with torch.no_grad(), _evaluation_mode(model), capture:
         model(input_ids=ids, use_cache=False)
     parts = dict(capture.take().items())
     _, layer, head, _, dim = parts["keys"].shape
@@ -90,7 +90,7 @@ def _plain_angles(parameters: Any) -> Any:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, which draws no random numbers; every module gets its own mode back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

@@ -32,7 +32,7 @@ class Angles(NamedTuple):
     """Leading channels of a head that were given to the rotation; the others were passed by."""
 
 
-class Turn(NamedTuple):
+class PairedTurn(NamedTuple):
     """Layers that were rotated alike."""
 
     layers: tuple[int, ...]
@@ -50,7 +50,7 @@ class Rotation:
     Layers keep their own angles and width: local and global ones, and those without rotation.
     """
 
-    turns: tuple[Turn, ...]
+    turns: tuple[PairedTurn, ...]
     """Every layer stands in one of them."""
     dim: int
     """Width of a head."""
@@ -106,7 +106,7 @@ def unrotate(
 
     All layers must share the angles. Computed in float32 at least; the dtype of ``x`` is kept.
     """
-    cos, sin = cos.to(_wide(x)), sin.to(_wide(x))
+    cos, sin = cos.to(_in_wide_precision(x)), sin.to(_in_wide_precision(x))
     square = cos.square() + sin.square()
     return rerotate(x, cos / square, -sin / square, apply, width)
 
@@ -119,19 +119,21 @@ def rerotate(
     width: int | None = None,
 ) -> Float[Tensor, "batch layer head time dim"]:
     """Rotate the first ``width`` channels by a model's own function and (any model's) angles."""
-    folded = rearrange(x, "batch layer head time dim -> batch (layer head) time dim").to(_wide(x))
+    folded = rearrange(x, "batch layer head time dim -> batch (layer head) time dim").to(
+        _in_wide_precision(x)
+    )
     turned, passed = folded[..., :width], folded[..., x.shape[-1] if width is None else width :]
-    turned, _ = apply(turned, turned[:, :0], cos.to(_wide(x)), sin.to(_wide(x)))
+    turned, _ = apply(turned, turned[:, :0], cos.to(_in_wide_precision(x)), sin.to(_in_wide_precision(x)))
     whole = torch.cat([turned, passed], dim=-1).to(x.dtype)
     return rearrange(whole, "batch (layer head) time dim -> batch layer head time dim", layer=x.shape[1])
 
 
-def _turned(x: Tensor, one: Turn, turn: Callable[..., Tensor]) -> Tensor:
+def _turned(x: Tensor, one: PairedTurn, turn: Callable[..., Tensor]) -> Tensor:
     if one.angles is None or one.function is None:
         return x
     cos, sin = one.angles.cos.to(x.device), one.angles.sin.to(x.device)
     return turn(x, cos, sin, one.function, one.angles.width)
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def _in_wide_precision(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from kava_core.config import Part
 from kava_core.errors import KavaError, UnsupportedModelError
-from kava_core.kv.capture.rotation import Rotation, Turn
+from kava_core.kv.capture.rotation import PairedTurn, Rotation
 from kava_core.kv.capture.taps import Slot
 
 
-def stack(slots: list[Slot], part: Part, undo: Rotation | None) -> Float[Tensor, "batch layer head time dim"]:
+def stack_layers(
+    slots: list[Slot], part: Part, undo: Rotation | None
+) -> Float[Tensor, "batch layer head time dim"]:
     """One part of all layers; keys and queries without the rotation ``undo``, where one is given.
 
     Raises:
@@ -31,7 +33,7 @@ def rotation_of(slots: list[Slot]) -> Rotation:
     for places in _by_angles(slots):
         slot = slots[places[0]]
         function = slot.rotary.apply if slot.rotary is not None else None
-        turns.append(Turn(tuple(places), None if slot.plain else slot.angles, function))
+        turns.append(PairedTurn(tuple(places), None if slot.plain else slot.angles, function))
     return Rotation(tuple(turns), slots[0].dim)
 
 
@@ -45,10 +47,10 @@ def check_seen(slots: list[Slot]) -> None:
             "with-block, or its attention bypasses transformers' AttentionInterface"
         )
     if missing:
-        raise UnsupportedModelError(f"{name}: attention layers {listed(missing)} were not captured")
+        raise UnsupportedModelError(f"{name}: attention layers {list_layers(missing)} were not captured")
     twice = [slot.layer for slot in slots if slot.seen > 1]
     if twice:
-        raise KavaError(f"{name}: attention layers {listed(twice)} were captured more than once")
+        raise KavaError(f"{name}: attention layers {list_layers(twice)} were captured more than once")
 
 
 def check_rotated(slots: list[Slot]) -> None:
@@ -60,7 +62,7 @@ def check_rotated(slots: list[Slot]) -> None:
         )
 
 
-def listed(numbers: Iterable[int]) -> str:
+def list_layers(numbers: Iterable[int]) -> str:
     """Layer numbers for an error message."""
     return ", ".join(map(str, numbers)) or "(none)"
 
@@ -90,7 +92,7 @@ def _check_equal(slots: list[Slot], part: Part) -> None:
     if others:
         odd = shapes[others[0]]
         raise UnsupportedModelError(
-            f"{slots[0].model}: {part} of attention layers {listed(others)} differ from "
+            f"{slots[0].model}: {part} of attention layers {list_layers(others)} differ from "
             f"layer {slots[0].layer}: {odd[1]} heads × {odd[3]} at {odd[2]} positions, "
             f"not {first[1]} × {first[3]} at {first[2]}"
         )

@@ -25,7 +25,7 @@ ROTATE = "apply_rotary_pos_emb"
 EAGER = "eager_attention_forward"
 
 
-class Enough(Exception):
+class StopForward(Exception):
     """All that is wanted of a forward pass has been seen; the rest of it is left out."""
 
 
@@ -95,14 +95,14 @@ class Slot:
         if self.parts and key.shape != value.shape:
             raise UnsupportedModelError(
                 f"{self.model}, attention layer {self.layer}: "
-                f"keys are {_extent(key)} and values {_extent(value)}; "
+                f"keys are {_axis_extent(key)} and values {_axis_extent(value)}; "
                 "multi-head latent attention (MLA) cannot be captured"
             )
         query, key = self._rotation(query, key)
         self.dim = key.shape[-1]
-        self.keys = _own(key) if "keys" in self.parts else None
-        self.values = _own(value) if "values" in self.parts else None
-        self.queries = _own(query) if "queries" in self.parts else None
+        self.keys = _own_copy(key) if "keys" in self.parts else None
+        self.values = _own_copy(value) if "values" in self.parts else None
+        self.queries = _own_copy(query) if "queries" in self.parts else None
 
     def _rotation(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Note the angles. Where the rotation's very result is attended to, what it was given is stripped."""
@@ -121,7 +121,7 @@ class Slot:
         return collected.before if self.plain else (query, key)
 
 
-def namespace(module: nn.Module) -> dict[str, Any]:
+def module_namespace(module: nn.Module) -> dict[str, Any]:
     """The globals that the module's forward looks names up in: those of its modeling file."""
     names: dict[str, Any] = inspect.unwrap(type(module).forward).__globals__
     return names
@@ -129,15 +129,15 @@ def namespace(module: nn.Module) -> dict[str, Any]:
 
 def tap_attention(module: nn.Module, implementation: str) -> None:
     """Wrap the attention function this module calls, unless that is done already."""
-    names = namespace(module)
+    names = module_namespace(module)
     if implementation == "eager":
         if EAGER in names:
-            names[EAGER] = _tapped(names[EAGER])
+            names[EAGER] = _tapped_attention(names[EAGER])
         return
     functions = names.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
     if implementation not in functions:
         return
-    wrapped = _tapped(functions[implementation])
+    wrapped = _tapped_attention(functions[implementation])
     if functions is ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(implementation, wrapped)
     else:
@@ -146,7 +146,7 @@ def tap_attention(module: nn.Module, implementation: str) -> None:
 
 def tap_rotary(module: nn.Module) -> RotaryTap | None:
     """The tap in the modeling file's ``apply_rotary_pos_emb``; None where there is no such function."""
-    names = namespace(module)
+    names = module_namespace(module)
     apply = names.get(ROTATE)
     if apply is None or list(inspect.signature(apply).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return None
@@ -156,7 +156,7 @@ def tap_rotary(module: nn.Module) -> RotaryTap | None:
     return tap
 
 
-def _tapped(original: Callable[..., Any]) -> Callable[..., Any]:
+def _tapped_attention(original: Callable[..., Any]) -> Callable[..., Any]:
     if hasattr(original, "kava_tap"):
         return original
 
@@ -168,7 +168,7 @@ def _tapped(original: Callable[..., Any]) -> Callable[..., Any]:
             if slot.then is not None and slot.parts:
                 slot.then(slot)
             if slot.last and not torch.compiler.is_compiling():
-                raise Enough
+                raise StopForward
         return original(module, query, key, value, *args, **kwargs)
 
     attention.kava_tap = True  # type: ignore[attr-defined]
@@ -190,12 +190,12 @@ def _tapped_rotation(original: Callable[..., Any]) -> Callable[..., Any]:
     return rotate
 
 
-def _own(x: Tensor) -> Tensor:
+def _own_copy(x: Tensor) -> Tensor:
     """A view of a wider projection would keep all of it alive; a teacher's tensors can be copied."""
     if x.requires_grad or torch.compiler.is_compiling() or x.untyped_storage().nbytes() == x.nbytes:
         return x
     return x.clone()
 
 
-def _extent(x: Tensor) -> str:
+def _axis_extent(x: Tensor) -> str:
     return f"{x.shape[1]} heads × {x.shape[3]}"

@@ -14,21 +14,21 @@ from kava_core import shapecheck
 from kava_core.config import KVLossConfig, Part
 from kava_core.errors import SpecError
 from kava_core.kv.align.aligner import TeacherAligner
-from kava_core.kv.align.boundaries import blame, expect, measure, weigh
-from kava_core.kv.align.finite import assert_finite, precise
-from kava_core.kv.align.per_layer import at_layer
+from kava_core.kv.align.boundaries import attribute_errors_to, require_shape, summed_loss, teacher_weights
+from kava_core.kv.align.finite import assert_finite, part_at_least_float32
+from kava_core.kv.align.per_layer import component_at_layer
 from kava_core.kv.capture.rotation import Rotation
 from kava_core.kv.compare.values import (
     NO_FUSER_INPUTS,
     ROUTER,
     Aligned,
     FuserInputs,
-    _fuse_caches,
-    _layers,
-    _rows,
-    rotated,
+    fuse_caches,
+    rotate_target,
+    rows_of_loss,
+    select_layers,
 )
-from kava_core.kv.compare.weights import _factor
+from kava_core.kv.compare.weights import schedule_factor
 from kava_core.protocols.axes import Cache, Geometry
 from kava_core.protocols.fuser import Chooses, FusionContext, Regularised
 from kava_core.protocols.kv_loss import ObservesCaches
@@ -69,7 +69,7 @@ class KVPipeline(nn.Module):
             for teacher, (name, geometry) in zip(spec.teachers, teachers.items(), strict=True)
         )
         self.configs = active(spec)
-        self.terms = _unique([config.name for config in self.configs])
+        self.terms = _unique_names([config.name for config in self.configs])
         self.matches = spec.rotary == "match"
         self._check_calibration(parts_of(spec))
         self._check_views()
@@ -103,7 +103,7 @@ class KVPipeline(nn.Module):
         return self.teachers if self.separate else self.teachers[:1]
 
     def _loss(self, config: KVLossConfig, aligner: TeacherAligner, layer: int) -> nn.Module:
-        with blame(f"kv_loss {config.name!r}", config):
+        with attribute_errors_to(f"kv_loss {config.name!r}", config):
             return config.build(
                 teacher=aligner.target.with_(layer=layer), student=aligner.view.with_(layer=layer)
             )
@@ -178,7 +178,7 @@ class KVPipeline(nn.Module):
 
     def warped(self, aligner: TeacherAligner, cache: Cache, time_map: TimeMap) -> Aligned:
         """``align`` with the time map already planned."""
-        return Aligned(aligner.align(cache.map(precise), time_map), time_map.valid)
+        return Aligned(aligner.align(cache.map(part_at_least_float32), time_map), time_map.valid)
 
     def forward(
         self,
@@ -215,9 +215,9 @@ class KVPipeline(nn.Module):
         beside: FuserInputs = NO_FUSER_INPUTS,
     ) -> dict[str, Float[Tensor, ""]]:
         """``forward`` for targets that are aligned already."""
-        student = student.map(precise)
+        student = student.map(part_at_least_float32)
         if self.matches and rotation is not None:
-            aligned = [replace(one, target=rotated(one.target, rotation)) for one in aligned]
+            aligned = [replace(one, target=rotate_target(one.target, rotation)) for one in aligned]
         if shapecheck.wanted():
             self._check_values(student, timeline, aligned)
         return self.compare(student, aligned, items, beside)
@@ -240,7 +240,7 @@ class KVPipeline(nn.Module):
         """The fuser's weights, divided by ``items``, and the terms it adds, as for ``compare``."""
         context = self.context(view, aligned, beside)
         with self._blame_fuser():
-            weights = weigh(self.fuser, context, context.valid, layer=view.any.shape[1])
+            weights = teacher_weights(self.fuser, context, context.valid, layer=view.any.shape[1])
             terms = (
                 {ROUTER: self.fuser.penalty(weights) / items} if isinstance(self.fuser, Regularised) else {}
             )
@@ -256,10 +256,12 @@ class KVPipeline(nn.Module):
         for index, (config, rows) in enumerate(zip(self.configs, self.rows, strict=True)):
             if row not in rows:
                 continue
-            with blame(f"kv_loss {config.name!r}", config):
-                loss = at_layer(losses[index], rows.index(row))
-                one = measure(loss, view.pick(config.parts), target.pick(config.parts), weight / len(rows))
-                yield index, expect(one, (), "")
+            with attribute_errors_to(f"kv_loss {config.name!r}", config):
+                loss = component_at_layer(losses[index], rows.index(row))
+                one = summed_loss(
+                    loss, view.pick(config.parts), target.pick(config.parts), weight / len(rows)
+                )
+                yield index, require_shape(one, (), "")
 
     def _shares(
         self, weights: Float[Tensor, "teacher batch"], tasks: tuple[str, ...] | None
@@ -327,13 +329,13 @@ class KVPipeline(nn.Module):
             runs = (True,) * len(aligned) if self.draws else self.choose()
             where = torch.stack(valid) & torch.tensor(runs, device=valid[0].device)[:, None, None]
             even = where.to(views[0].any.dtype)[:, :, None].expand(-1, -1, views[0].any.shape[1], -1)
-            targets, valid = [_fuse_caches(targets, even)], [where.any(0)]
+            targets, valid = [fuse_caches(targets, even)], [where.any(0)]
         for row, view, target, where in zip(self._loss_rows, views, targets, valid, strict=False):
             for index, (loss, config) in enumerate(zip(row, self.configs, strict=True)):
                 if isinstance(loss, ObservesCaches):
                     rows = getattr(self, f"rows_{index}")
-                    mine, theirs = (_layers(side, rows, config.parts) for side in (view, target))
-                    with blame(f"kv_loss {config.name!r}", config):
+                    mine, theirs = (select_layers(side, rows, config.parts) for side in (view, target))
+                    with attribute_errors_to(f"kv_loss {config.name!r}", config):
                         loss.observe(mine, theirs, where)
 
     @property
@@ -371,14 +373,14 @@ class KVPipeline(nn.Module):
         return Aligned(target, torch.zeros_like(like), ran=False)
 
     def _blame_fuser(self) -> AbstractContextManager[None]:
-        return blame(f"fuser {self.fuser_config.name!r}", self.fuser_config)
+        return attribute_errors_to(f"fuser {self.fuser_config.name!r}", self.fuser_config)
 
     def _terms(
         self, views: list[Cache], aligned: list[Aligned], weights: Float[Tensor, "teacher batch layer time"]
     ) -> dict[str, Tensor]:
         targets, losses = [one.target for one in aligned], list(self.losses)
         if not self.separate:
-            targets, weights = [_fuse_caches(targets, weights)], weights.sum(0, keepdim=True)
+            targets, weights = [fuse_caches(targets, weights)], weights.sum(0, keepdim=True)
         elif any(one.ran for one in aligned):
             ran = [place for place, one in enumerate(aligned) if one.ran]
             views, targets = ([each[i] for i in ran] for each in (views, targets))
@@ -387,10 +389,14 @@ class KVPipeline(nn.Module):
         terms = {}
         for index, (name, config) in enumerate(zip(self.terms, self.configs, strict=True)):
             rows = getattr(self, f"rows_{index}")
-            with blame(f"kv_loss {config.name!r}", config):
+            with attribute_errors_to(f"kv_loss {config.name!r}", config):
                 terms[name] = torch.stack(
                     [
-                        expect(measure(one[index], *_rows(view, target, weight, rows, config.parts)), (), "")
+                        require_shape(
+                            summed_loss(one[index], *rows_of_loss(view, target, weight, rows, config.parts)),
+                            (),
+                            "",
+                        )
                         for one, view, target, weight in zip(losses, views, targets, weights, strict=False)
                     ]
                 ).sum()
@@ -404,7 +410,7 @@ class KVPipeline(nn.Module):
 
     def present_weights(self) -> Float[Tensor, " _"]:
         """λ of every term at this point of the run (``progress``, from 0 to 1)."""
-        factors = [_factor(config, self.progress) for config in self.configs]
+        factors = [schedule_factor(config, self.progress) for config in self.configs]
         if all(factor == 1.0 for factor in factors):
             return self.weights
         # One by one: a tensor of the factors would have to be sent to the device.
@@ -416,7 +422,7 @@ class KVPipeline(nn.Module):
             assert_finite(one.target, one.valid, f"the aligned cache of teacher {aligner.name!r}")
 
 
-def _unique(names: list[str]) -> list[str]:
+def _unique_names(names: list[str]) -> list[str]:
     """``relation, relation`` → ``relation, relation_2``."""
     counts: dict[str, int] = {}
     unique = []

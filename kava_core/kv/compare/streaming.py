@@ -23,31 +23,31 @@ from torch.autograd.function import once_differentiable
 from kava_core import shapecheck
 from kava_core.errors import SpecError
 from kava_core.kv.align.aligner import TeacherAligner
-from kava_core.kv.align.finite import assert_finite, precise
-from kava_core.kv.align.streaming import Arrivals, Run
+from kava_core.kv.align.finite import assert_finite, part_at_least_float32
+from kava_core.kv.align.streaming import RunTeacher, WaitingLayers
 from kava_core.kv.capture.rotation import Rotation
 from kava_core.kv.compare.pipeline import KVPipeline
-from kava_core.kv.compare.values import rotated
+from kava_core.kv.compare.values import rotate_target
 from kava_core.kv.maths.masks import without_autocast
 from kava_core.protocols.axes import Cache
 from kava_core.protocols.time_map import TimeMap
 
 
 @dataclass(frozen=True)
-class Stream:
+class TeacherStream:
     """One teacher that is about to run."""
 
     teacher: int
     """Its place among the pipeline's."""
-    run: Run
+    run: RunTeacher
     time_map: TimeMap
 
 
-def stream_terms(
+def terms_layer_by_layer(
     pipeline: KVPipeline,
     student: Cache,
     weights: Float[Tensor, "teacher batch layer time"],
-    streams: Sequence[Stream],
+    streams: Sequence[TeacherStream],
     factors: Float[Tensor, "_ _"],
     rotation: Rotation | None = None,
 ) -> tuple[Float[Tensor, " _"], dict[str, Float[Tensor, ""]]]:
@@ -65,17 +65,17 @@ def stream_terms(
     Equal to ``KVPipeline.terms_of`` up to the order in which layers are added.
     """
     trained = [p for p in (*pipeline.aligners.parameters(), *pipeline.losses.parameters()) if p.requires_grad]
-    parts = dict(student.map(precise).items())
-    job = _Job(pipeline, streams, factors, rotation, tuple(parts), trained)
+    parts = dict(student.map(part_at_least_float32).items())
+    job = _AllTeachers(pipeline, streams, factors, rotation, tuple(parts), trained)
     wanted = torch.is_grad_enabled()
-    sums, terms = _Streamed.apply(job, wanted, weights, *parts.values(), *trained)  # type: ignore[no-untyped-call]
+    sums, terms = _LayerByLayerTerms.apply(job, wanted, weights, *parts.values(), *trained)  # type: ignore[no-untyped-call]
     return sums, dict(zip(pipeline.terms, terms.unbind(), strict=True))
 
 
-class _Streamed(torch.autograd.Function):
+class _LayerByLayerTerms(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, job: _Job, wanted: bool, weights: Tensor, *tensors: Tensor
+        ctx: Any, job: _AllTeachers, wanted: bool, weights: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
         needed = ctx.needs_input_grad[2:] if wanted else (False,) * (1 + len(tensors))
         sums, terms, gradients = job(weights, tensors, needed)
@@ -98,11 +98,11 @@ class _Streamed(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class _Job:
+class _AllTeachers:
     """All teachers of a forward pass."""
 
     pipeline: KVPipeline
-    streams: Sequence[Stream]
+    streams: Sequence[TeacherStream]
     factors: Tensor
     rotation: Rotation | None
     parts: tuple[Any, ...]
@@ -115,11 +115,11 @@ class _Job:
         count = len(self.parts)
         student = Cache(**dict(zip(self.parts, (x.detach() for x in tensors[:count]), strict=True)))
         sums = range(len(self.factors) if any(needed) else 0)
-        gradients = [_zeros((weights, *tensors), needed) for _ in sums]
+        gradients = [_gradient_buffers((weights, *tensors), needed) for _ in sums]
         dtype = torch.promote_types(weights.dtype, student.any.dtype)
         terms = weights.new_zeros(len(self.pipeline.terms), dtype=dtype)
         for stream in self.streams:
-            layers = _Layers(self, stream, student, weights.detach(), needed, gradients, terms)
+            layers = _OneTeacher(self, stream, student, weights.detach(), needed, gradients, terms)
             stream.run(layers.take)
         # Not a matrix product, which autocast would round.
         return (
@@ -129,17 +129,17 @@ class _Job:
         )
 
 
-def _zeros(tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+def _gradient_buffers(tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
     pairs = zip(tensors, needed, strict=True)
     return [torch.zeros_like(x, memory_format=torch.contiguous_format) if one else None for x, one in pairs]
 
 
 @dataclass
-class _Layers:
+class _OneTeacher:
     """One teacher's layers as they come."""
 
-    job: _Job
-    stream: Stream
+    job: _AllTeachers
+    stream: TeacherStream
     student: Cache
     weights: Tensor
     needed: tuple[bool, ...]
@@ -147,7 +147,7 @@ class _Layers:
     terms: Tensor
 
     def __post_init__(self) -> None:
-        self.arrivals = Arrivals(self.aligner)
+        self.arrivals = WaitingLayers(self.aligner)
 
     @property
     def aligner(self) -> TeacherAligner:
@@ -180,7 +180,7 @@ class _Layers:
         pipeline, aligner = self.job.pipeline, self.aligner
         target = aligner.align_layer(sources, self.stream.time_map, row)
         if self.job.rotation is not None:
-            target = rotated(target, self.job.rotation.at(row))
+            target = rotate_target(target, self.job.rotation.at(row))
         view = aligner.view_of(Cache(**dict(zip(self.job.parts, own, strict=True))), row)
         if shapecheck.wanted():
             valid = self.stream.time_map.valid
@@ -217,7 +217,7 @@ class _Layers:
                 total += gradient
 
 
-def by_terms(pipeline: KVPipeline) -> bool:
+def streams_terms(pipeline: KVPipeline) -> bool:
     """Whether to stream the terms of the losses, not the targets alone.
 
     Where an aligner is trained, its backward pass would keep the raw cache; where the student is lifted, the
@@ -226,7 +226,7 @@ def by_terms(pipeline: KVPipeline) -> bool:
     return pipeline.trains_aligners or any(aligner.lifts for aligner in pipeline.teachers)
 
 
-def assert_streams(pipeline: KVPipeline) -> None:
+def assert_can_stream(pipeline: KVPipeline) -> None:
     """SpecError where the losses cannot be had layer by layer."""
     for aligner in pipeline.teachers:
         if aligner.evictor is not None:
@@ -238,7 +238,7 @@ def assert_streams(pipeline: KVPipeline) -> None:
                 f"train.stream: the head adapter of teacher {aligner.name!r} sees all layers as one; use "
                 "structured, or flat without 'layers'"
             )
-    if not by_terms(pipeline):
+    if not streams_terms(pipeline):
         return
     trained = "with a trained aligner or direction: to_teacher"
     if not pipeline.separate:

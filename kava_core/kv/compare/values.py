@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kava_core.config import Part
-from kava_core.kv.align.boundaries import fuse
+from kava_core.kv.align.boundaries import fuse_targets
 from kava_core.kv.capture.rotation import Rotation
 from kava_core.protocols.axes import Cache
 
@@ -41,23 +41,25 @@ NO_FUSER_INPUTS = FuserInputs()
 """For fusers that look at caches alone."""
 
 
-def rotated(target: Cache, rotation: Rotation) -> Cache:
+def rotate_target(target: Cache, rotation: Rotation) -> Cache:
     """Keys and queries as the rotation's forward pass would have them."""
     return target.map(lambda x, part: x if part == "values" else rotation.apply(x))
 
 
-def _fuse_caches(targets: list[Cache], weights: Tensor) -> Cache:
+def fuse_caches(targets: list[Cache], weights: Tensor) -> Cache:
     if len(targets) == 1:
         return targets[0]
     share = weights / weights.sum(0, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-    return targets[0].map(lambda x, part: fuse(torch.stack([getattr(t, part) for t in targets]), share))
+    return targets[0].map(
+        lambda x, part: fuse_targets(torch.stack([getattr(t, part) for t in targets]), share)
+    )
 
 
-def _layers(cache: Cache, rows: Tensor, parts: tuple[Part, ...]) -> Cache:
+def select_layers(cache: Cache, rows: Tensor, parts: tuple[Part, ...]) -> Cache:
     return cache.pick(parts).map(lambda x, _: x.index_select(1, rows))
 
 
-def _rows(
+def rows_of_loss(
     view: Cache, target: Cache, weight: Tensor, rows: Tensor, parts: tuple[Part, ...]
 ) -> tuple[Cache, Cache, Tensor]:
     """Student, target and weight of a loss's layers; the mean over layers is in the weight."""

@@ -7,7 +7,7 @@ import math
 from kava_core.config import KVLossConfig
 
 
-def _factor(config: KVLossConfig, progress: float) -> float:
+def schedule_factor(config: KVLossConfig, progress: float) -> float:
     """What is left of λ: 1 at first, ``end`` at last."""
     if config.schedule == "constant":
         return 1.0

@@ -16,7 +16,7 @@ MOST_ROWS = 512
 """Positions an effective rank is computed from."""
 
 
-def rows_of(
+def valid_rows(
     x: Float[Tensor, "batch layer head time dim"], valid: Bool[Tensor, "batch time"]
 ) -> Float[Tensor, "layer head _ dim"]:
     """The valid positions of all examples, one after another, in float32 or better."""

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from kava_core.kv.capture.attention_layers import unwrapped
+from kava_core.kv.capture.attention_layers import without_adapters
 from kava_core.runs.folder import MAPS, TOKENS, write_json
 
 LAYERS, LONGEST = 3, 64
@@ -42,7 +42,7 @@ def attention_maps(
 @contextmanager
 def _eager(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and eager attention, put back afterwards."""
-    inner, training = unwrapped(model), model.training
+    inner, training = without_adapters(model), model.training
     before = inner.config._attn_implementation
     inner.set_attn_implementation("eager")
     model.eval()

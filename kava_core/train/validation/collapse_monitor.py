@@ -22,7 +22,7 @@ from kava_core.kv.maths.rank_and_cosine import (
     effective_rank,
     mean_cosine,
     mean_variance,
-    rows_of,
+    valid_rows,
 )
 from kava_core.protocols.axes import PARTS, Cache
 from kava_core.protocols.timeline import Timeline
@@ -109,7 +109,7 @@ def _measures(pipeline: KVPipeline, student: Cache, aligned: list[Aligned]) -> d
     for aligner, one in zip(pipeline.teachers, aligned, strict=True):
         views = dict(aligner.view_of(student).items())
         for part, target in one.target.items():
-            rows, own = rows_of(target, one.valid), rows_of(views[part], one.valid)
+            rows, own = valid_rows(target, one.valid), valid_rows(views[part], one.valid)
             if not rows.shape[2]:
                 continue
             found[f"{aligner.name}/{part}/rank"] = float(effective_rank(rows).mean())

@@ -19,7 +19,7 @@ from kava_core.build.time_plans import PlansTime
 from kava_core.data.collate import Collator
 from kava_core.data.dataset import EncodedDataset, nearly_equal
 from kava_core.data.examples import is_correct
-from kava_core.distill.counts import EXAMPLES, LABELLED, READ, TOKENS
+from kava_core.distill.denominators import EXAMPLES, LABELLED, READ, TOKENS
 from kava_core.distill.distiller import LOGITS, Distiller
 from kava_core.distill.hidden_states import CODI, READING, STEPS
 from kava_core.latent.student import Control

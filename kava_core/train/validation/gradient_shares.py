@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kava_core.distill.distiller import Distiller
 from kava_core.errors import SpecError
-from kava_core.kv.capture.attention_layers import hooked
+from kava_core.kv.capture.attention_layers import with_hooks
 
 PREFIX = "share"
 
@@ -42,7 +42,7 @@ def shares(distiller: Distiller, batch: Mapping[str, Any]) -> dict[str, float]:
     Nothing for a student that is sharded or compiled, or without KV losses.
     """
     pipeline = distiller.pipeline
-    if pipeline is None or hooked(distiller.student):
+    if pipeline is None or with_hooks(distiller.student):
         return {}
     norms = gradient_norms(distiller, batch)
     if not norms["ce"] > 0:

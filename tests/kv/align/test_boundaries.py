@@ -27,7 +27,10 @@ def context(valid: Tensor) -> FusionContext:
 
 def blamed(call: Any, *arguments: Any, whilst: str = "the return value", **named: Any) -> list[str]:
     """The notes of the error that a border raises; its complaint must be about what was returned."""
-    with pytest.raises(Exception, match=whilst) as caught, stages.blame("kind 'fake', teacher 'a'"):
+    with (
+        pytest.raises(Exception, match=whilst) as caught,
+        stages.attribute_errors_to("kind 'fake', teacher 'a'"),
+    ):
         call(*arguments, **named)
     return caught.value.__notes__
 
@@ -109,7 +112,12 @@ def test_fuser_of_wrong_extents(shape: tuple[int, ...]) -> None:
     valid = torch.ones(2, 2, 4, dtype=torch.bool)
     fuser = Module(lambda c: torch.ones(shape))
     assert NOTE in blamed(
-        stages.weigh, fuser, context(valid), valid, whilst="the return value|size of tensor", layer=2
+        stages.teacher_weights,
+        fuser,
+        context(valid),
+        valid,
+        whilst="the return value|size of tensor",
+        layer=2,
     )
 
 
@@ -117,11 +125,15 @@ def test_fuser_of_wrong_extents(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("returned", [torch.zeros(1), torch.zeros(2, 3), torch.tensor(1), 0.0])
 def test_loss_that_is_no_scalar(returned: object) -> None:
     loss = Module(lambda student, target, weight: returned)
-    assert NOTE in blamed(stages.measure, loss, Cache(keys=X), Cache(keys=X), torch.ones(2, 3, 5))
+    assert NOTE in blamed(stages.summed_loss, loss, Cache(keys=X), Cache(keys=X), torch.ones(2, 3, 5))
 
 
 def test_blame_notes_every_level() -> None:
-    with pytest.raises(ZeroDivisionError) as caught, stages.blame("outer"), stages.blame("inner"):
+    with (
+        pytest.raises(ZeroDivisionError) as caught,
+        stages.attribute_errors_to("outer"),
+        stages.attribute_errors_to("inner"),
+    ):
         1 / 0  # noqa: B018
     assert caught.value.__notes__ == ["in inner", "in outer"]
 
@@ -141,7 +153,7 @@ def test_weights_are_renormalised_over_the_valid(seed: int, teacher: int, batch:
     raw = torch.rand(teacher, batch, 2, time, generator=generator).double()
     raw = torch.where(torch.rand(raw.shape, generator=generator) < 0.2, 0, raw)
     valid = torch.rand(teacher, batch, time, generator=generator) < 0.6
-    weights = stages.weigh(Module(lambda c: raw), context(valid), valid, layer=2)
+    weights = stages.teacher_weights(Module(lambda c: raw), context(valid), valid, layer=2)
     for b in range(batch):
         for i in range(2):
             for t in range(time):
@@ -154,13 +166,13 @@ def test_weight_of_an_invalid_teacher_may_be_nan() -> None:
     valid = torch.tensor([[[True, True]], [[True, False]]])
     raw = torch.ones(2, 1, 2, 2)
     raw[1, :, :, 1] = torch.nan
-    weights = stages.weigh(Module(lambda c: raw), context(valid), valid, layer=2)
+    weights = stages.teacher_weights(Module(lambda c: raw), context(valid), valid, layer=2)
     assert weights[:, 0, 0].tolist() == [[0.5, 1.0], [0.5, 0.0]]
 
 
 def test_fuse_against_loops() -> None:
     targets, weights = torch.randn(3, 2, 2, 3, 4, 5).double(), torch.rand(3, 2, 2, 4).double()
-    fused = stages.fuse(targets, weights)
+    fused = stages.fuse_targets(targets, weights)
     for b in range(2):
         for i in range(2):
             for t in range(4):
@@ -173,7 +185,7 @@ def test_nan_at_weight_zero_reaches_neither_target_nor_gradient() -> None:
     targets[1, ..., 1, :] = torch.nan
     targets.requires_grad_()
     weights = torch.tensor([[0.5, 1.0], [0.5, 0.0]]).double().view(2, 1, 1, 2).requires_grad_()
-    fused = stages.fuse(targets, weights)
+    fused = stages.fuse_targets(targets, weights)
     torch.testing.assert_close(fused[0, 0, 0, 1], targets[0, 0, 0, 0, 1].detach())
     fused.sum().backward()
     assert targets.grad is not None

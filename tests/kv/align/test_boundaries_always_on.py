@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kava_core.errors import PluginError
-from kava_core.kv.align.boundaries import expect
+from kava_core.kv.align.boundaries import require_shape
 from kava_core.kv.align.time_plan import TimePlan
 from tests.support.pipeline_helpers import STUDENT, WIDE, FakeConfig, Module, fake_align
 from tests.support.repository import ROOT
@@ -63,9 +63,9 @@ def test_wrong_shapes_are_errors_with_debug_mode_off() -> None:
 
 def test_the_right_shape_is_passed_on() -> None:
     x = torch.zeros(2, 3)
-    assert expect(x, (2, 3), "batch time") is x
+    assert require_shape(x, (2, 3), "batch time") is x
     with pytest.raises(PluginError, match=r"returned shape \[2, 3\], must be \[3, 2\] \(batch 3, time 2\)"):
-        expect(x, (3, 2), "batch time")
+        require_shape(x, (3, 2), "batch time")
 
 
 def test_a_time_warper_cannot_be_trained() -> None:

@@ -14,7 +14,7 @@ from kava_core.build.distiller import make_distiller
 from kava_core.config import ComponentConfig
 from kava_core.costs.plan import make_plan
 from kava_core.errors import PluginError, SpecError
-from kava_core.kv.align.eviction import Eviction, evicted, filled_slots
+from kava_core.kv.align.eviction import Eviction, evicted_cache, filled_slots
 from kava_core.kv.capture.capture import Capture
 from kava_core.protocols.axes import Cache
 from kava_core.protocols.timeline import Timeline
@@ -86,7 +86,7 @@ def test_keys_and_values_are_gathered_alike(dtype: torch.dtype) -> None:
     keys, values = (torch.randn(2, 3, 2, 7, 4).to(dtype) for _ in range(2))
     place = torch.randint(7, (2, 3, 2, 5))
     filled = torch.tensor([[True] * 5, [True] * 2 + [False] * 3])
-    found = evicted(Cache(keys, values), place, filled)
+    found = evicted_cache(Cache(keys, values), place, filled)
     for part, x in (("keys", keys), ("values", values)):
         for b, layer, head, slot in torch.cartesian_prod(*map(torch.arange, (2, 3, 2, 5))).tolist():
             wanted = x[b, layer, head, place[b, layer, head, slot]] * filled[b, slot]
@@ -95,9 +95,11 @@ def test_keys_and_values_are_gathered_alike(dtype: torch.dtype) -> None:
 
 def test_empty_slots_are_zero_whatever_stands_there() -> None:
     x = torch.full((1, 1, 1, 3, 2), torch.nan)
-    found = evicted(Cache(keys=x), torch.zeros(1, 1, 1, 4, dtype=torch.long), torch.zeros(1, 4).bool())
+    found = evicted_cache(Cache(keys=x), torch.zeros(1, 1, 1, 4, dtype=torch.long), torch.zeros(1, 4).bool())
     assert torch.equal(found.any, torch.zeros(1, 1, 1, 4, 2))
-    nothing = evicted(Cache(keys=x[:, :, :, :0]), torch.zeros(1, 1, 1, 4).long(), torch.zeros(1, 4).bool())
+    nothing = evicted_cache(
+        Cache(keys=x[:, :, :, :0]), torch.zeros(1, 1, 1, 4).long(), torch.zeros(1, 4).bool()
+    )
     assert torch.equal(nothing.any, torch.zeros(1, 1, 1, 4, 2))
 
 
@@ -109,7 +111,7 @@ def test_as_many_slots_are_filled_as_there_are_reasoning_tokens() -> None:
 def test_queries_are_not_compared() -> None:
     x = torch.zeros(1, 1, 1, 3, 2)
     with pytest.raises(SpecError, match="queries of an evicted teacher"):
-        evicted(Cache(x, x, x), torch.zeros(1, 1, 1, 2).long(), torch.ones(1, 2).bool())
+        evicted_cache(Cache(x, x, x), torch.zeros(1, 1, 1, 2).long(), torch.ones(1, 2).bool())
     with pytest.raises(SpecError, match=r"'rkv' .* losses must compare keys and values alone"):
         made(losses=[{"name": "relation", "parts": ["keys", "queries"]}])
 

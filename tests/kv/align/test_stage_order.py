@@ -7,12 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kava_core.kv.align.stage_order import CANONICAL, Extents, Freedom, cheapest, cost
+from kava_core.kv.align.stage_order import CANONICAL, Commuting, StageExtents, cheapest_order, multiplications
 
-ANY = Freedom(linear_heads=True, linear_width=True, shared_width=True)
+ANY = Commuting(linear_heads=True, linear_width=True, shared_width=True)
 
 
-def counted(order: tuple[str, ...], e: Extents) -> int:
+def counted(order: tuple[str, ...], e: StageExtents) -> int:
     """Multiplications counted by doing them: one per (output element, input read)."""
     shape = {"heads": e.t_head, "time": e.t_time, "width": e.t_dim}
     after = {"heads": e.head, "time": e.time, "width": e.dim}
@@ -24,22 +24,22 @@ def counted(order: tuple[str, ...], e: Extents) -> int:
     return total
 
 
-extents = st.builds(Extents, *(st.integers(1, 9) for _ in range(6)), taps=st.integers(0, 3))
+extents = st.builds(StageExtents, *(st.integers(1, 9) for _ in range(6)), taps=st.integers(0, 3))
 
 
 @given(extents, st.sampled_from(list(permutations(CANONICAL))))
-def test_cost_counts_every_multiplication(e: Extents, order: tuple[str, ...]) -> None:
-    assert cost(order, e) == counted(order, e)
+def test_cost_counts_every_multiplication(e: StageExtents, order: tuple[str, ...]) -> None:
+    assert multiplications(order, e) == counted(order, e)
 
 
 @given(extents)
-def test_cheapest_of_all_orders(e: Extents) -> None:
-    assert counted(cheapest(e, ANY), e) == min(counted(order, e) for order in permutations(CANONICAL))
+def test_cheapest_of_all_orders(e: StageExtents) -> None:
+    assert counted(cheapest_order(e, ANY), e) == min(counted(order, e) for order in permutations(CANONICAL))
 
 
 @given(extents)
-def test_without_promises_the_order_is_canonical(e: Extents) -> None:
-    assert cheapest(e, Freedom()) == CANONICAL
+def test_without_promises_the_order_is_canonical(e: StageExtents) -> None:
+    assert cheapest_order(e, Commuting()) == CANONICAL
 
 
 def test_published_rule_for_heads_first() -> None:
@@ -51,11 +51,11 @@ def test_published_rule_for_heads_first() -> None:
         (4, 4, 64, 32),
         (2, 16, 32, 64),
     ]:
-        e = Extents(t_head, head, 10, 10, t_dim, dim, taps=0)
+        e = StageExtents(t_head, head, 10, 10, t_dim, dim, taps=0)
         mixing = 0 if t_head == head else 1
         heads_first = mixing * t_head * head * t_dim + head * t_dim * dim
         width_first = t_head * t_dim * dim + mixing * t_head * head * dim
-        order = cheapest(e, ANY)
+        order = cheapest_order(e, ANY)
         assert (order.index("heads") < order.index("width")) == (heads_first <= width_first)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from kava_core.errors import UnsupportedModelError
-from kava_core.kv.capture.geometry import geometry_of, probe_geometry
+from kava_core.kv.capture.geometry import model_geometry, probe_geometry
 from kava_core.protocols.axes import Geometry
 from tests.support.tiny_models import REFUSED, SCHEMES, WORKS, Case
 
@@ -45,7 +45,7 @@ def test_a_live_model_is_left_as_it_was() -> None:
     model.model.layers[1].eval()
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
-    assert geometry_of(model) == Geometry(layer=2, head=2, dim=8, qhead=4, hidden=32)
+    assert model_geometry(model) == Geometry(layer=2, head=2, dim=8, qhead=4, hidden=32)
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -60,7 +60,7 @@ def test_unequal_layers_are_named() -> None:
     model = NAMED["Llama"].model()
     narrow(model.model.layers[1].self_attn)
     with pytest.raises(UnsupportedModelError) as caught:
-        geometry_of(model)
+        model_geometry(model)
     assert str(caught.value) == (
         "LlamaForCausalLM: keys of attention layers 1 differ from layer 0: "
         "1 heads × 8 at 4 positions, not 2 × 8 at 4"

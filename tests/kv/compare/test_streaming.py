@@ -189,13 +189,13 @@ def test_one_teacher_layer_is_alive_at_a_time(
     distiller, batch, items = made(tmp_path, student=STUDENT, teachers=[teacher], losses=LOSSES[:1])
     distiller.stream = True
     alive: list[int] = []
-    plain = align_stream.Arrivals.take
+    plain = align_stream.WaitingLayers.take
 
     def counting(self: Any, place: int, cache: Cache) -> Any:
         yield from plain(self, place, cache)
         alive.append(len(self.kept))
 
-    monkeypatch.setattr(align_stream.Arrivals, "take", counting)
+    monkeypatch.setattr(align_stream.WaitingLayers, "take", counting)
     distiller(batch["student"], batch["teachers"], items)["loss"].backward()
     assert alive == [0, 0, 0]
 

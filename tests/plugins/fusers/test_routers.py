@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kava_core.errors import KavaError, SpecError
-from kava_core.kv.align.boundaries import weigh
+from kava_core.kv.align.boundaries import teacher_weights
 from kava_core.protocols.axes import Cache, Geometry
 from kava_core.protocols.fuser import FusionContext
 from kava_plugins.fusers import kava_fusers
@@ -249,7 +249,7 @@ def test_a_router_that_is_certain_has_a_finite_gradient(name: str, entropy: floa
         targets=tuple(one.map(lambda x, _: x.float()) for one in seen.targets),
         student=seen.student.map(lambda x, _: x.float()),
     )
-    weights = weigh(fuser, seen, seen.valid, layer=GEOMETRY.layer)
+    weights = teacher_weights(fuser, seen, seen.valid, layer=GEOMETRY.layer)
     assert (weights[:, 0, :, 0] == 0).any()  # valid everywhere there, and certain
     loss = fuser.penalty(weights) + (weights * torch.arange(3.0)[:, None, None, None]).sum()
     loss.backward()

@@ -14,7 +14,7 @@ from kava_core.kv.maths.rank_and_cosine import (
     effective_rank,
     mean_cosine,
     mean_variance,
-    rows_of,
+    valid_rows,
 )
 from kava_core.train.run import Result, run
 from kava_core.train.summary import warnings
@@ -52,8 +52,8 @@ def test_effective_rank_of_known_spectra() -> None:
 def test_rows_leave_out_what_is_not_valid() -> None:
     x = torch.arange(2 * 1 * 2 * 3 * 1).view(2, 1, 2, 3, 1).float()
     valid = torch.tensor([[True, False, True], [False, False, True]])
-    assert rows_of(x, valid).flatten().tolist() == [0, 2, 8, 3, 5, 11]
-    assert rows_of(x, torch.zeros_like(valid)).shape == (1, 2, 0, 1)
+    assert valid_rows(x, valid).flatten().tolist() == [0, 2, 8, 3, 5, 11]
+    assert valid_rows(x, torch.zeros_like(valid)).shape == (1, 2, 0, 1)
 
 
 def test_variance_and_cosine() -> None:

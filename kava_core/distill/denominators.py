@@ -16,7 +16,7 @@ LABELLED, TOKENS, EXAMPLES, READ = range(4)
 that the student reads as its own teacher."""
 
 
-def counts(
+def loss_denominators(
     student: Mapping[str, Tensor], teachers: Mapping[str, Mapping[str, Any]], own: str | None = None
 ) -> Float[Tensor, "4"]:
     """Those of one batch. ``own``: name of the teacher that is the student itself."""
