@@ -9,17 +9,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from kava_core.build.data import Data
 from kava_core.errors import CheckpointError, SpecError
-from kava_core.kv.capture.geometry import probe_geometry
 from kava_core.kv.compare.freeze_unused import freeze_unused
 from kava_core.kv.compare.pipeline import KVPipeline
-from kava_core.models.load import model_config
+from kava_core.models.config import config_geometry, model_config
 from kava_core.protocols.axes import Geometry
 from kava_core.specfile.questions import parts_of
-from kava_core.specfile.sections.models import ModelSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
 
@@ -31,16 +28,19 @@ def assert_learns(spec: PipelineSpec, pipeline: KVPipeline | None) -> None:
 
 
 def config_geometries(spec: PipelineSpec, data: Data) -> dict[str, Geometry]:
-    """Every teacher's geometry, by name; no model is loaded."""
-    tokenizers = data.teacher_tokenizers
-    return {
-        t.name: config_geometry(t, tokenizers[t.name], where=f"teacher {t.name!r}") for t in spec.teachers
-    }
+    """Return every teacher's geometry, by name; no model is loaded."""
+    geometries = {}
+    for teacher in spec.teachers:
+        where = f"teacher {teacher.name!r}"
+        config = model_config(teacher, data.teacher_tokenizers[teacher.name], where=where)
+        geometries[teacher.name] = config_geometry(config, where=where)
+    return geometries
 
 
-def config_geometry(model: ModelSpec, tokenizer: PreTrainedTokenizerBase, *, where: str) -> Geometry:
-    """A model's geometry, from its config."""
-    return probe_geometry(model_config(model, tokenizer, where=where))
+def student_config_geometry(spec: PipelineSpec, data: Data) -> Geometry:
+    """Return the student's geometry; no model is loaded."""
+    config = model_config(spec.student, data.tokenizer, where="student")
+    return config_geometry(config, where="student")
 
 
 def projector_state(pipeline: KVPipeline) -> dict[str, Tensor]:

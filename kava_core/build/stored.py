@@ -13,7 +13,7 @@ import torch
 
 from kava_core.build.data import Data
 from kava_core.build.layer_maps import wants_measuring
-from kava_core.build.pipeline import config_geometries, config_geometry, make_pipeline
+from kava_core.build.pipeline import config_geometries, make_pipeline, student_config_geometry
 from kava_core.build.provenance import file_hash, models_of, tokenizer_hash
 from kava_core.data.collate import Collator, Item
 from kava_core.data.examples import Example
@@ -160,7 +160,7 @@ def store_ingredients(spec: PipelineSpec, data: Data, *, seed: int) -> Ingredien
         "kava": version_of("kava"),
         "store.dtype": spec.store.dtype,
         "student's tokenizer": tokenizer_hash(data.tokenizer),
-        "student's geometry": _geometry_text(config_geometry(spec.student, data.tokenizer, where="student")),
+        "student's geometry": _geometry_text(student_config_geometry(spec, data)),
         "training examples": _set_hash(data.train_items.examples),
         "validation examples": _set_hash(data.validation_items.examples),
         "data.template": spec.data.template.model_dump(mode="json"),
@@ -191,7 +191,7 @@ def _geometry_text(geometry: Geometry) -> str:
 
 def config_pipeline(spec: PipelineSpec, data: Data, *, seed: int) -> KVPipeline:
     """The run's pipeline, by the models' configs alone: no model is loaded."""
-    student = config_geometry(spec.student, data.tokenizer, where="student")
+    student = student_config_geometry(spec, data)
     return make_pipeline(spec, config_geometries(spec, data), student, seed=seed)
 
 

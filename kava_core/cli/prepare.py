@@ -85,11 +85,11 @@ def plan(
 
     loaded = load(spec, overrides or ())
     from kava_core.costs.plan import default_time, make_plan
-    from kava_core.costs.plan_text import show
+    from kava_core.costs.plan_tables import print_plan
 
     length = time or default_time(loaded.spec)
     found = make_plan(loaded.spec, time=length, t_time=teacher_time or length, processes=processes)
-    show(found, loaded)
+    print_plan(found, loaded)
 
 
 def calibrate(

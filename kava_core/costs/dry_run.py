@@ -1,4 +1,4 @@
-"""The whole pipeline on the meta device: every shape, no weights, no data, no GPU."""
+"""Run the whole pipeline on the meta device: every shape, no weights, no data, no GPU."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from kava_core.build.pipeline import make_pipeline
 from kava_core.data.tokenizers import load_tokenizer
 from kava_core.errors import SpecError
 from kava_core.kv.align.aligner import TeacherAligner
-from kava_core.kv.capture.geometry import probe_geometry
 from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.kv.compare.streaming import assert_can_stream
 from kava_core.kv.compare.values import Aligned
-from kava_core.models.config import model_config
+from kava_core.models.config import config_geometry, model_config
 from kava_core.protocols.axes import Cache, Geometry, meta_cache
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.timeline import ANSWER, PROMPT, REASONING, Timeline
@@ -25,10 +23,12 @@ from kava_core.specfile.questions import active, parts_of
 from kava_core.specfile.sections.models import ModelSpec, TrainTokenizer
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
+AT_MOST, UNKNOWN = "(at most)", "(vocabulary unknown)"
+
 
 @dataclass(frozen=True)
 class StageShape:
-    """The cache after one stage."""
+    """The shape of one part of a teacher's cache after one stage."""
 
     teacher: str
     stage: str
@@ -44,47 +44,36 @@ class DryRun:
     student: Geometry
     teachers: dict[str, Geometry]
     pipeline: KVPipeline | None
+    """None if no loss compares caches."""
     shapes: list[StageShape]
-    own: Cache = field(default_factory=Cache)
-    """The student's cache of the layers looked at, without values."""
-    caches: dict[str, Cache] = field(default_factory=dict)
+    student_cache: Cache = field(default_factory=Cache)
+    """The student's cache of the compared layers, without values."""
+    teacher_caches: dict[str, Cache] = field(default_factory=dict)
     """Every teacher's captured cache, without values."""
-    maps: dict[str, TimeMap] = field(default_factory=dict)
+    time_maps: dict[str, TimeMap] = field(default_factory=dict)
     """Every teacher's time map."""
 
-
-def geometry(model: ModelSpec, *, where: str) -> Geometry:
-    """A model's geometry from its config alone.
-
-    Raises:
-        SpecError: transformers makes no causal language model of this config.
-        UnsupportedModelError: its cache cannot be captured.
-    """
-    config = sized_config(model, where=where)
-    try:
-        return probe_geometry(config)
-    except (ValueError, TypeError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise SpecError(f"{where}: {(lines or [type(error).__name__])[-1]}") from error
+    def aligner(self, teacher: str) -> TeacherAligner:
+        """Return the aligner of the teacher with this name."""
+        assert self.pipeline is not None
+        return next(aligner for aligner in self.pipeline.teachers if aligner.name == teacher)
 
 
 def sized_config(model: ModelSpec, *, where: str) -> PreTrainedConfig:
-    """The model's config; a tokenizer that is yet to be trained counts with its largest vocabulary.
+    """Make the model's config; a tokenizer that is yet to be trained counts with its largest vocabulary.
 
-    A tokenizer that is no folder here, or cannot be loaded, leaves the config's default vocabulary.
+    A tokenizer that is no local folder, or cannot be loaded, leaves the config's default vocabulary.
     """
     config = model_config(model, stored_tokenizer(model), where=where)
     if vocabulary_note(model) == AT_MOST and isinstance(model.tokenizer, TrainTokenizer):
         config.get_text_config().vocab_size = model.tokenizer.vocab_size
+        # The default special tokens may have larger numbers than this vocabulary.
         config.pad_token_id = config.bos_token_id = config.eos_token_id = None
     return config
 
 
-AT_MOST, UNKNOWN = "(at most)", "(vocabulary unknown)"
-
-
 def vocabulary_note(model: ModelSpec) -> str:
-    """How far the vocabulary of ``sized_config`` can be trusted; empty where it is the run's."""
+    """Return how far the vocabulary of ``sized_config`` can be trusted; empty if it is the run's."""
     if model.config is None or "vocab_size" in model.config:
         return ""
     if isinstance(model.tokenizer, TrainTokenizer):
@@ -93,7 +82,7 @@ def vocabulary_note(model: ModelSpec) -> str:
 
 
 def stored_tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a folder that gives a ``config`` model its vocabulary; None where there is none."""
+    """Load the tokenizer of a folder that gives a ``config`` model its vocabulary; None if there is none."""
     if model.config is None or not isinstance(model.tokenizer, str) or not Path(model.tokenizer).is_dir():
         return None
     try:
@@ -108,51 +97,66 @@ def dry_run(spec: PipelineSpec, *, batch: int, time: int, t_time: int) -> DryRun
     Raises:
         SpecError, PluginError, UnsupportedModelError: what training would meet in its first step.
     """
-    student = geometry(spec.student, where="student")
-    teachers = {t.name: geometry(t, where=f"teacher {t.name!r}") for t in spec.teachers}
+    student = config_geometry(sized_config(spec.student, where="student"), where="student")
+    teachers = _teacher_geometries(spec)
     if not active(spec):
         return DryRun(student, teachers, None, [])
     pipeline = make_pipeline(spec, teachers, student, seed=0)
     if spec.train.stream:
         assert_can_stream(pipeline)
-    latent = spec.trajectory == "latent"
-    ours = latent_timeline(batch, spec.latent.count) if latent else timeline(batch, time)
-    time = ours.mask.shape[1]
-    maps, caches = {}, {}
-    for a in pipeline.teachers:
-        length, time_map = _mapped(a, ours, t_time)
-        maps[a.name] = time_map.to("meta")
-        caches[a.name] = meta_cache(
-            teachers[a.name], parts_of(spec), batch=batch, layer=len(a.sources), time=length
+    if spec.trajectory == "latent":
+        student_timeline = latent_timeline(batch, spec.latent.count)
+    else:
+        student_timeline = unpadded_timeline(batch, time)
+    parts = parts_of(spec)
+    time_maps: dict[str, TimeMap] = {}
+    teacher_caches: dict[str, Cache] = {}
+    for aligner in pipeline.teachers:
+        length, time_map = _plan_time_map(aligner, student_timeline, t_time)
+        time_maps[aligner.name] = time_map.to("meta")
+        teacher_caches[aligner.name] = meta_cache(
+            teachers[aligner.name], parts, batch=batch, layer=len(aligner.sources), time=length
         )
     pipeline.to("meta")
-    own = meta_cache(student, parts_of(spec), batch=batch, layer=len(pipeline.layers), time=time)
-    walked = [_walk(aligner, caches[aligner.name], maps[aligner.name]) for aligner in pipeline.teachers]
-    shapes = [shape for steps, _ in walked for shape in steps]
-    pipeline.compare(own, [aligned for _, aligned in walked], torch.ones((), device="meta"))
-    return DryRun(student, teachers, pipeline, shapes, own, caches, maps)
+    compared_time = student_timeline.mask.shape[1]
+    student_cache = meta_cache(student, parts, batch=batch, layer=len(pipeline.layers), time=compared_time)
+    shapes: list[StageShape] = []
+    targets: list[Aligned] = []
+    for aligner in pipeline.teachers:
+        time_map = time_maps[aligner.name]
+        stages = [("captured", teacher_caches[aligner.name])]
+        stages += aligner.steps(teacher_caches[aligner.name], time_map)
+        shapes += _stage_shapes(aligner.name, stages)
+        _, target = stages[-1]
+        targets.append(Aligned(target, time_map.valid))
+    pipeline.compare(student_cache, targets, torch.ones((), device="meta"))
+    return DryRun(student, teachers, pipeline, shapes, student_cache, teacher_caches, time_maps)
 
 
-def _walk(aligner: TeacherAligner, cache: Cache, time_map: TimeMap) -> tuple[list[StageShape], Aligned]:
-    """One teacher's shapes after every stage, and its target."""
-    steps = [("captured", cache), *aligner.steps(cache, time_map)]
-    shapes = [shape for stage, x in steps for shape in _record(aligner.name, stage, x)]
-    return shapes, Aligned(steps[-1][1], time_map.valid)
+def _teacher_geometries(spec: PipelineSpec) -> dict[str, Geometry]:
+    geometries = {}
+    for teacher in spec.teachers:
+        where = f"teacher {teacher.name!r}"
+        geometries[teacher.name] = config_geometry(sized_config(teacher, where=where), where=where)
+    return geometries
 
 
-def _mapped(aligner: TeacherAligner, ours: Timeline, t_time: int) -> tuple[int, TimeMap]:
-    """The teacher's length and its time map: the student's where the warper evicts or takes no other."""
-    batch, time = ours.mask.shape
+def _plan_time_map(aligner: TeacherAligner, student: Timeline, t_time: int) -> tuple[int, TimeMap]:
+    """Return the length of the teacher's cache and its time map.
+
+    That length is the student's if the warper evicts, or accepts no other.
+    """
+    batch, time = student.mask.shape
     if aligner.evictor is not None:
-        return time, aligner.plan(timeline(batch, t_time), ours)
+        return time, aligner.plan(unpadded_timeline(batch, t_time), student)
     try:
-        return t_time, aligner.plan(timeline(batch, t_time), ours)
+        return t_time, aligner.plan(unpadded_timeline(batch, t_time), student)
     except Exception:  # a component can raise anything; at equal lengths it has no excuse
-        return time, aligner.plan(timeline(batch, time), ours)
+        return time, aligner.plan(unpadded_timeline(batch, time), student)
 
 
-def timeline(batch: int, time: int) -> Timeline:
-    """A stand-in batch without padding: a quarter prompt, then reasoning, an eighth answer."""
+def unpadded_timeline(batch: int, time: int) -> Timeline:
+    """Make up a text of ``time`` tokens: a quarter prompt, then reasoning, an eighth answer."""
     positions = torch.arange(time).expand(batch, time)
     segments = torch.full((batch, time), REASONING)
     segments[:, : time // 4] = PROMPT
@@ -162,14 +166,16 @@ def timeline(batch: int, time: int) -> Timeline:
 
 
 def latent_timeline(batch: int, count: int) -> Timeline:
-    """Latent tokens: all of them reasoning, without characters."""
-    places = torch.arange(count).expand(batch, count)
-    real, spans = torch.ones(batch, count, dtype=torch.bool), torch.zeros(batch, count, 2, dtype=torch.long)
-    return Timeline(real, places, torch.full_like(places, REASONING), spans)
+    """Make up ``count`` latent tokens: all of them reasoning, without characters."""
+    positions = torch.arange(count).expand(batch, count)
+    mask = torch.ones(batch, count, dtype=torch.bool)
+    spans = torch.zeros(batch, count, 2, dtype=torch.long)
+    return Timeline(mask, positions, torch.full_like(positions, REASONING), spans)
 
 
-def _record(teacher: str, stage: str, cache: Cache) -> list[StageShape]:
-    def shape(x: Tensor) -> tuple[int, ...]:
-        return tuple(x.shape)
-
-    return [StageShape(teacher, stage, part, shape(x)) for part, x in cache.items()]
+def _stage_shapes(teacher: str, stages: list[tuple[str, Cache]]) -> list[StageShape]:
+    shapes = []
+    for stage, cache in stages:
+        for part, tensor in cache.items():
+            shapes.append(StageShape(teacher, stage, part, tuple(tensor.shape)))
+    return shapes

@@ -22,33 +22,39 @@ from kava_core.specfile.sections.models import ModelSpec, StudentSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
 
-class Readings(NamedTuple):
-    """What the student reads in a step beside its whole text, as multiples of it."""
+class ExtraPasses(NamedTuple):
+    """What the student reads in a step beside its whole text, as multiples of that text."""
 
     jacobi: float
-    """In Jacobi passes, whose head does not run."""
-    own: float
+    """In Jacobi passes over latent tokens, in which the language-model head does not run."""
+    as_own_teacher: float
     """As its own teacher."""
 
 
-def readings(spec: PipelineSpec, *, time: int, t_time: int) -> Readings:
-    """The first Jacobi pass reads the prompt, each later one what is neither final nor too far.
+def extra_passes(spec: PipelineSpec, *, time: int, t_time: int) -> ExtraPasses:
+    """Count what the student reads beside its text of ``time`` tokens.
 
-    As its own teacher the student reads ``t_time`` tokens (which cost less where their cross-entropy has no
-    weight).
+    The first Jacobi pass reads the prompt, each later one only latent tokens that are not final and that a
+    later pass looks at (``kava_core.latent.tokens``). As its own teacher the student reads ``t_time`` tokens
+    (which cost less if their cross-entropy has no weight).
     """
     if spec.trajectory == "text":
-        return Readings(0.0, 0.0)
-    count, passes = spec.latent.count, min(spec.latent.passes, spec.latent.count)
-    prompt, far = time - count, count - passes
-    again = spec.student.gradient_checkpointing
-    read = [prompt + far + number if again or not number else far + 1 for number in range(passes)]
-    own = [t_time for teacher in spec.teachers if teacher.itself is not None]
-    return Readings(sum(read) / time, sum(own) / time)
+        return ExtraPasses(0.0, 0.0)
+    count = spec.latent.count
+    passes = min(spec.latent.passes, count)
+    prompt = time - count
+    keeps_cache = not spec.student.gradient_checkpointing
+    jacobi_tokens = 0
+    for number in range(passes):
+        slots_read = count - passes + number  # no later pass would look at the slots behind them
+        cached = prompt + number - 1 if keeps_cache and number > 0 else 0
+        jacobi_tokens += prompt + slots_read - cached
+    own_teachers = [teacher for teacher in spec.teachers if teacher.itself is not None]
+    return ExtraPasses(jacobi_tokens / time, len(own_teachers) * t_time / time)
 
 
 def step_passes(spec: ModelSpec) -> int:
-    """A step's work in forward passes: the backward pass costs one for activations and one for weights.
+    """Return a step's work in forward passes: the backward pass costs one for activations, one for weights.
 
     Adapters are too small to count; checkpointing runs the forward pass twice.
     """
@@ -58,11 +64,15 @@ def step_passes(spec: ModelSpec) -> int:
 
 
 def forward_flops(config: PreTrainedConfig, time: int, *, head: bool) -> float:
-    """Of one example, attention's matrix products included (eager attention, so that they are counted).
+    """Count a forward pass over one example of ``time`` tokens, attention's matrix products included.
 
-    ``head``: with the language-model head, which a teacher runs only if its logits are distilled.
+    Args:
+        config: the model's.
+        time: tokens.
+        head: whether the language-model head runs; a teacher's does only if its logits are distilled.
     """
     with FakeTensorMode(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        # Eager attention is made of products that the counter sees.
         model: Any = fake_model(config, attn_implementation="eager")
         run = model if head else model.base_model
         ids = torch.zeros(1, time, dtype=torch.long, device=next(model.parameters()).device)
@@ -71,55 +81,60 @@ def forward_flops(config: PreTrainedConfig, time: int, *, head: bool) -> float:
 
 
 def alignment_flops(dry: DryRun, teacher: str | None = None) -> float:
-    """Of one teacher's alignment, or all, and the student's fold; fuser and losses are not counted."""
+    """Count the alignment of one teacher, or of all if none is named, and the student's change of view.
+
+    Fuser and losses are not counted.
+    """
     assert dry.pipeline is not None
     total = 0.0
-    for aligner in dry.pipeline.teachers if teacher is None else (_named(dry, teacher),):
-        time_map = dry.maps[aligner.name]
-        for part, x in dry.caches[aligner.name].items():
-            total += _part_flops(aligner, x, part, time_map)
-        total += sum(_fold_flops(aligner, x, part) for part, x in dry.own.items())
+    for aligner in dry.pipeline.teachers if teacher is None else (dry.aligner(teacher),):
+        time_map = dry.time_maps[aligner.name]
+        for part, tensor in dry.teacher_caches[aligner.name].items():
+            total += _part_flops(aligner, tensor, part, time_map)
+        total += sum(_student_view_flops(aligner, tensor, part) for part, tensor in dry.student_cache.items())
     return total
 
 
-def _named(dry: DryRun, teacher: str) -> TeacherAligner:
-    assert dry.pipeline is not None
-    return next(aligner for aligner in dry.pipeline.teachers if aligner.name == teacher)
+def _student_view_flops(aligner: TeacherAligner, tensor: Tensor, part: Part) -> float:
+    """Count the change of the student's cache into the losses' view, whose gradient always comes back."""
+
+    def to_view(tensor: Tensor) -> Tensor:
+        return aligner.view_of(Cache(**{part: tensor})).any
+
+    return _count_products(to_view, tensor.detach().requires_grad_())[1]
 
 
-def _fold_flops(aligner: TeacherAligner, x: Tensor, part: Part) -> float:
-    """The student's cache in the view the losses see; its gradient always comes back."""
-    return _counted(lambda x: aligner.view_of(Cache(**{part: x})).any, x.detach().requires_grad_())[1]
-
-
-def _part_flops(aligner: TeacherAligner, x: Tensor, part: Part, time_map: TimeMap) -> float:
-    """One part's way through the stages in the order the aligner chooses for it."""
-    order = aligner.stages(part, x.shape[3], time_map)
-    x, total = _counted(aligner.layer_map, x)
+def _part_flops(aligner: TeacherAligner, tensor: Tensor, part: Part, time_map: TimeMap) -> float:
+    """Count one part's way through the stages, in the order that the aligner chooses for it."""
+    order = aligner.stages(part, tensor.shape[3], time_map)
+    tensor, total = _count_products(aligner.layer_map, tensor)
     for stage in order:
-        x, flops = _stage_flops(aligner, stage, x, part, time_map)
+        tensor, flops = _stage_flops(aligner, stage, tensor, part, time_map)
         total += flops
     return total
 
 
 def _stage_flops(
-    aligner: TeacherAligner, stage: Stage, x: Tensor, part: Part, time_map: TimeMap
+    aligner: TeacherAligner, stage: Stage, tensor: Tensor, part: Part, time_map: TimeMap
 ) -> tuple[Tensor, float]:
+    """Run one stage; return what it gives and its operations."""
     if stage != "time":
-        return _counted(lambda x: aligner._stage(stage, x, part, time_map), x)
+        return _count_products(lambda tensor: aligner._stage(stage, tensor, part, time_map), tensor)
+    # A time map gathers and weighs, which the counter of matrix products does not see.
     taps = 0 if time_map.identity else time_map.taps
     with torch.no_grad():
-        y = aligner._stage(stage, x, part, time_map)
-    return y.requires_grad_(x.requires_grad), 2.0 * taps * y.numel() * (2 if x.requires_grad else 1)
+        warped = aligner._stage(stage, tensor, part, time_map)
+    directions = 2 if tensor.requires_grad else 1
+    return warped.requires_grad_(tensor.requires_grad), 2.0 * taps * warped.numel() * directions
 
 
-def _counted(change: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, float]:
-    """``change(x)`` on the meta device, and its matrix products: counted as they are called for.
+def _count_products(change: Callable[[Tensor], Tensor], tensor: Tensor) -> tuple[Tensor, float]:
+    """Run ``change`` on the meta device; return its result and the operations of its matrix products.
 
-    The backward pass is counted as well where something before or in ``change`` is trained.
+    The backward pass is counted as well if something before or in ``change`` is trained.
     """
     with FlopCounterMode(display=False) as counter:
-        y = change(x)
-        if y.requires_grad:
-            y.backward(torch.empty_like(y))
-    return y.detach().requires_grad_(y.requires_grad), float(counter.get_total_flops())
+        result = change(tensor)
+        if result.requires_grad:
+            result.backward(torch.empty_like(result))
+    return result.detach().requires_grad_(result.requires_grad), float(counter.get_total_flops())

@@ -1,31 +1,25 @@
-"""What a run will take: parameters, memory and floating-point operations, computed on the meta device."""
+"""Plan what a step of a run will take: parameters, memory and operations, computed on the meta device."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
-import torch
-from torch import nn
-from transformers import PreTrainedConfig
-
-from kava_core.build.stored import store_layout
-from kava_core.costs.counted import TRAINED_COPIES, ModelCost, StoreSize, _bytes
-from kava_core.costs.divided import _alive, _divided, _elsewhere, _heard, _logits, _memory
-from kava_core.costs.dry_run import DryRun, dry_run, sized_config, vocabulary_note
-from kava_core.costs.flops import alignment_flops, forward_flops, readings, step_passes
-from kava_core.costs.memory import kept_by_student, largest_block
-from kava_core.data.splits import load_splits
-from kava_core.errors import SpecError
-from kava_core.kv.capture.attention_layers import has_rotary
-from kava_core.kv.capture.geometry import fake_model
-from kava_core.models import quantize
+from kava_core.costs.divided_memory import memory_of_devices, memory_of_each_process
+from kava_core.costs.dry_run import DryRun, dry_run, sized_config
+from kava_core.costs.flops import ExtraPasses, alignment_flops, extra_passes, forward_flops, step_passes
+from kava_core.costs.kept_activations import kept_by_student
+from kava_core.costs.model_cost import ModelCost, model_cost
+from kava_core.costs.process_memory import (
+    distilled_logits_memory,
+    memory_alone,
+    student_logit_bytes,
+    student_pass_memory,
+)
+from kava_core.costs.store_size import StoreSize, store_size
 from kava_core.models.config import model_config
-from kava_core.models.fsdp import decoder_layers
-from kava_core.models.student import add_lora
 from kava_core.specfile.questions import active, heard, used_teachers
-from kava_core.specfile.sections.data import HubData
-from kava_core.specfile.sections.models import ModelSpec, StudentSpec
+from kava_core.specfile.sections.models import ModelSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
 
@@ -35,132 +29,110 @@ class Plan:
 
     dry: DryRun
     models: list[ModelCost]
+    """The student, then the teachers that run."""
     memory: dict[str, int]
     """Bytes of a process that trains alone, by what they hold."""
     flops: dict[str, float]
-    """Of one optimizer step, by who does them."""
+    """Operations of one optimizer step, by who does them."""
     store: StoreSize | None = None
-    """Where the spec asks for a store."""
+    """None unless the spec asks for a store."""
     processes: int = 1
     """How many train together."""
     divided: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Bytes of each of several processes, likewise, by how they train together: DDP, FSDP2."""
+    """Bytes of each of several processes, by what they hold, for DDP and for FSDP2."""
     elsewhere: dict[str, int] = field(default_factory=dict)
     """Bytes of teachers on devices of their own, by device."""
 
 
 def default_time(spec: PipelineSpec) -> int:
-    """``train.max_length``, or the fewest positions any of the models has."""
-    models = {"student": spec.student} | (
-        {f"teacher {t.name!r}": t for t in spec.teachers} if active(spec) else {}
-    )
-    configs = [model_config(model, where=where).get_text_config() for where, model in models.items()]
-    limits = [getattr(config, "max_position_embeddings", None) for config in configs]
-    return min([spec.train.max_length, *(limit for limit in limits if limit)])
+    """Return ``train.max_length``, or the fewest positions of any of the models if that is less."""
+    models: dict[str, ModelSpec] = {"student": spec.student}
+    if active(spec):
+        models |= {f"teacher {teacher.name!r}": teacher for teacher in spec.teachers}
+    lengths = [spec.train.max_length]
+    for where, model in models.items():
+        config = model_config(model, where=where).get_text_config()
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit:
+            lengths.append(limit)
+    return min(lengths)
 
 
 def make_plan(spec: PipelineSpec, *, time: int, t_time: int, processes: int = 1) -> Plan:
-    """Everything about a step with ``train.batch_size`` examples of these lengths in each process.
+    """Plan a step with ``train.batch_size`` examples of these lengths in each process.
 
     With ``trajectory: latent`` the text before the latent tokens counts as long as it can be.
+
+    Args:
+        spec: the run's.
+        time: tokens of an example for the student.
+        t_time: tokens of an example for the teachers.
+        processes: how many train together.
     """
-    batch = spec.train.batch_size
-    dry = dry_run(spec, batch=batch, time=time, t_time=t_time)
-    student = _model_cost("student", spec.student, batch, time, geometry=str(dry.student), head=True)
-    lengths = {name: cache.any.shape[3] for name, cache in dry.caches.items()}
-    teachers = [
-        _model_cost(
-            *(t.name, t, batch, lengths.get(t.name, t_time)),
-            geometry=str(dry.teachers[t.name]),
-            head=t.name in heard(spec),
-        )
-        for t in used_teachers(spec)
-        if t.itself is None
-    ]
-    more = readings(spec, time=time, t_time=t_time)
-    body = forward_flops(sized_config(spec.student, where="student"), time, head=False)
-    jacobi = more.jacobi * body * batch * step_passes(spec.student)
-    student = replace(student, flops=student.flops * (1 + more.own) + jacobi)
-    steps = spec.train.accumulate
-    flops = {cost.name: cost.flops * steps for cost in (student, *teachers)}
-    if dry.pipeline is not None:
-        flops["alignment"] = alignment_flops(dry) * steps
-    kept = kept_by_student(spec, sized_config(spec.student, where="student"), batch=batch, time=time)
-    kept = kept.of_passes(1 + more.own + more.jacobi)
-    logits = _logits(spec, student, time, t_time)
-    memory = _memory(spec, dry, [student, *teachers], kept, logits) | _heard(
-        spec, student, teachers, time, t_time
-    )
-    alive = _alive(spec, kept.without_copies(), logits)
-    divided = _divided(memory, alive, [student, *teachers], spec, processes) if processes > 1 else {}
+    dry = dry_run(spec, batch=spec.train.batch_size, time=time, t_time=t_time)
+    extra = extra_passes(spec, time=time, t_time=t_time)
+    student = _student_cost(spec, dry, extra, time)
+    teachers = _teacher_costs(spec, dry, t_time)
+    models = [student, *teachers]
+    student_config = sized_config(spec.student, where="student")
+    kept = kept_by_student(spec, student_config, batch=spec.train.batch_size, time=time)
+    kept = kept.times(1 + extra.as_own_teacher + extra.jacobi)
+    logits = student_logit_bytes(spec, student, time, t_time)
+    memory = memory_alone(spec, dry, models, kept, logits)
+    memory |= distilled_logits_memory(spec, models, time, t_time)
+    divided = {}
+    if processes > 1:
+        # FSDP2 gathers weights in the dtype of the computation, so autocast copies nothing.
+        fsdp_pass = student_pass_memory(spec, kept.without_weight_copies(), logits)
+        divided = memory_of_each_process(memory, fsdp_pass, models, spec, processes)
     return Plan(
         dry,
-        [student, *teachers],
+        models,
         memory,
-        flops,
-        _store_size(spec, dry, time),
+        _step_flops(spec, dry, models),
+        store_size(spec, dry, time),
         processes,
         divided,
-        _elsewhere(spec, teachers),
+        memory_of_devices(spec, teachers),
     )
 
 
-def _model_cost(name: str, spec: ModelSpec, batch: int, time: int, *, geometry: str, head: bool) -> ModelCost:
-    config = sized_config(spec, where=name)
-    model = _weightless(spec, config)
-    learns = isinstance(spec, StudentSpec) and not spec.frozen
-    trained = [p for p in model.parameters() if p.requires_grad and learns]
-    return ModelCost(
-        name,
-        geometry,
-        parameters=sum(p.numel() for p in model.parameters()),
-        trainable=sum(p.numel() for p in trained),
-        weights=_held(model, spec) + TRAINED_COPIES * _bytes(trained),
-        flops=forward_flops(config, time, head=head) * batch * step_passes(spec),
-        vocabulary=int(config.get_text_config().vocab_size),
-        rotary=has_rotary(model),
-        note=vocabulary_note(spec),
-        block=largest_block(model),
-        outside=_bytes(model.parameters())
-        - sum(_bytes(block.parameters()) for block in decoder_layers(model)),
-        trained=_bytes(trained),
-    )
+def _student_cost(spec: PipelineSpec, dry: DryRun, extra: ExtraPasses, time: int) -> ModelCost:
+    """Count the student, with what it reads beside its whole text."""
+    batch = spec.train.batch_size
+    cost = model_cost("student", spec.student, batch, time, geometry=str(dry.student), head=True)
+    body = forward_flops(sized_config(spec.student, where="student"), time, head=False)
+    jacobi = extra.jacobi * body * batch * step_passes(spec.student)
+    return replace(cost, flops=cost.flops * (1 + extra.as_own_teacher) + jacobi)
 
 
-def _weightless(spec: ModelSpec, config: PreTrainedConfig) -> nn.Module:
-    """The model on the meta device with the run's dtypes and adapters; only its parameters are looked at.
-
-    Not made of fake tensors: peft cannot replace their modules' weights.
-    """
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = fake_model(config, dtype=getattr(torch, spec.dtype))
-        if isinstance(spec, StudentSpec) and spec.lora is not None:
-            model = add_lora(model, spec.lora, seed=0)
-    return model
-
-
-def _held(model: nn.Module, spec: ModelSpec) -> int:
-    """Bytes of the weights; a quantised teacher's linear layers without their scales (a few percent more)."""
-    format = getattr(spec, "quantize", None)
-    if format is None:
-        return _bytes(model.parameters())
-    linear = [m.weight for m in model.base_model.modules() if isinstance(m, nn.Linear)]
-    count = sum(weight.numel() for weight in linear)
-    return _bytes(model.parameters()) - _bytes(linear) + int(count * quantize.BYTES[format])
+def _teacher_costs(spec: PipelineSpec, dry: DryRun, t_time: int) -> list[ModelCost]:
+    """Count every teacher that runs as a model of its own."""
+    lengths = _teacher_lengths(dry)
+    costs = []
+    for teacher in used_teachers(spec):
+        if teacher.itself is None:
+            cost = model_cost(
+                teacher.name,
+                teacher,
+                spec.train.batch_size,
+                lengths.get(teacher.name, t_time),
+                geometry=str(dry.teachers[teacher.name]),
+                head=teacher.name in heard(spec),
+            )
+            costs.append(cost)
+    return costs
 
 
-def _store_size(spec: PipelineSpec, dry: DryRun, time: int) -> StoreSize | None:
-    if spec.store is None or dry.pipeline is None:
-        return None
-    return StoreSize(store_layout(spec, dry.pipeline).bytes_per_token(), time, _examples(spec))
+def _teacher_lengths(dry: DryRun) -> Mapping[str, int]:
+    """Return the tokens that each teacher read in the dry run."""
+    return {name: cache.any.shape[3] for name, cache in dry.teacher_caches.items()}
 
 
-def _examples(spec: PipelineSpec) -> int | None:
-    """Examples of generated data and of files that are here; a hub is not asked."""
-    if isinstance(spec.data, HubData):
-        return None
-    try:
-        splits = load_splits(spec.data, root=Path.cwd())
-    except SpecError:
-        return None
-    return len(splits.train) + min(len(splits.validation), spec.evaluate.examples)
+def _step_flops(spec: PipelineSpec, dry: DryRun, models: list[ModelCost]) -> dict[str, float]:
+    """Return the operations of an optimizer step, by who does them."""
+    batches = spec.train.accumulate
+    flops = {cost.name: cost.flops * batches for cost in models}
+    if dry.pipeline is not None:
+        flops["alignment"] = alignment_flops(dry) * batches
+    return flops

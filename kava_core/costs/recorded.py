@@ -1,4 +1,4 @@
-"""From what a run has read to what it cost: the compute that ``run.json`` records."""
+"""Work out what a run cost from what it has read: the ``compute`` that ``run.json`` records."""
 
 from __future__ import annotations
 
@@ -23,21 +23,27 @@ from kava_core.specfile.sections.pipeline import PipelineSpec
 SHORT = 8
 """A pass costs a · time + b · time²; both follow from its cost at this length and at twice that."""
 
+TOKENS = "tokens "
+"""What the ledger's counts of tokens begin with; a model's name follows."""
 
-def compute(
+Counts = Mapping[str, float]
+"""Counts as in ``Ledger.state``: "tokens NAME", "positions NAME", "pairs NAME", "passes NAME"."""
+
+
+def recorded_compute(
     spec: PipelineSpec,
     configs: Mapping[str, PreTrainedConfig],
-    counts: Sequence[Mapping[str, float]],
+    counts: Sequence[Counts],
     *,
-    stored: Mapping[str, float] | None = None,
+    stored: Counts | None = None,
     metrics: Path,
     memory: int,
 ) -> dict[str, Any]:
-    """Tokens, floating-point operations, seconds and bytes of a run.
+    """Return the tokens, floating-point operations, seconds and bytes of a run.
 
     Operations are those of matrix products, attention's included, as ``kava plan`` counts them, at the
-    lengths that were read; of fuser and losses none. What cannot be told is left out, and ``unknown`` says
-    why: a run that has been trained is not lost for that.
+    lengths that were read; of fuser and losses none. What cannot be worked out is left out, and ``unknown``
+    says why: a run that has been trained is not lost for that.
 
     Args:
         spec: the run's, with every model's folder or config.
@@ -47,79 +53,98 @@ def compute(
         metrics: the run's ``metrics.jsonl``; its last line has the seconds, evaluations included.
         memory: the most bytes that a process held.
     """
-    total = {name: sum(one.get(name, 0) for one in counts) for one in counts for name in one}
-    every = total | (stored or {})
-    tokens = {n.removeprefix("tokens "): int(x) for n, x in every.items() if n.startswith("tokens ")}
-    found: dict[str, Any] = {
+    trained = _sum_counts(counts)
+    read = trained | dict(stored or {})
+    tokens = {
+        name.removeprefix(TOKENS): int(count) for name, count in read.items() if name.startswith(TOKENS)
+    }
+    record: dict[str, Any] = {
         "student_tokens": tokens.pop(STUDENT, 0),
         "teacher_tokens": sum(tokens.values()),
         "peak_memory": memory,
     }
     try:
-        found |= _operations(spec, configs, total, stored)
-        found["seconds"] = read_metrics(metrics)[-1]["seconds"]
+        record |= _operations(spec, configs, trained, stored)
+        record["seconds"] = read_metrics(metrics)[-1]["seconds"]
     except Exception as error:  # models and components of others can raise anything
-        found["unknown"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return found
+        record["unknown"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return record
+
+
+def _sum_counts(counts: Sequence[Counts]) -> dict[str, float]:
+    """Add up the counts of all processes."""
+    total: dict[str, float] = {}
+    for of_process in counts:
+        for name, count in of_process.items():
+            total[name] = total.get(name, 0) + count
+    return total
 
 
 def _operations(
-    spec: PipelineSpec,
-    configs: Mapping[str, PreTrainedConfig],
-    total: Mapping[str, float],
-    stored: Mapping[str, float] | None,
+    spec: PipelineSpec, configs: Mapping[str, PreTrainedConfig], trained: Counts, stored: Counts | None
 ) -> dict[str, Any]:
-    flops = {name: _flops(config, name, total) for name, config in configs.items()}
+    """Return the operations of the run, in all and by who did them."""
+    flops = {name: _model_flops(config, name, trained) for name, config in configs.items()}
     if stored is not None:
-        flops[STORE] = _making(spec, total | stored)
+        flops[STORE] = _store_flops(spec, {**trained, **stored})
     elif active(spec):
-        flops["alignment"] = sum(_alignment(spec, teacher.name, total) for teacher in spec.teachers)
+        flops["alignment"] = sum(_alignment_flops(spec, teacher.name, trained) for teacher in spec.teachers)
     return {"flops": sum(flops.values()), "flops_of": flops}
 
 
-def _making(spec: PipelineSpec, total: Mapping[str, float]) -> float:
+def _store_flops(spec: PipelineSpec, counts: Counts) -> float:
+    """Return the operations of making the store: the teachers' passes and their alignment."""
     configs = {teacher.name: sized_config(teacher, where=teacher.name) for teacher in spec.teachers}
     return sum(
-        _flops(config, name, total) + _alignment(spec, name, total) for name, config in configs.items()
+        _model_flops(config, name, counts) + _alignment_flops(spec, name, counts)
+        for name, config in configs.items()
     )
 
 
 def store_counts(spec: PipelineSpec, data: Data, pipeline: KVPipeline) -> dict[str, float]:
-    """What ``Ledger.state`` would say of making the run's store: every training text once, without padding.
+    """Return what ``Ledger.state`` would have counted while the run's store was made.
 
-    Validation examples are stored as well and, like evaluation, not counted.
+    Every training text is read once, without padding. Validation examples are stored as well and, like
+    evaluation, not counted.
     """
     items = {example_key(item.example): item for item in data.train_items.items}.values()
     geometries = config_geometries(spec, data)
-    found: dict[str, float] = {}
+    counts: dict[str, float] = {}
     for aligner in pipeline.teachers:
-        name, times = aligner.name, [len(item.teachers[aligner.name].input_ids) for item in items]
+        name = aligner.name
+        lengths = [len(item.teachers[name].input_ids) for item in items]
+        # The teacher runs only up to the last layer that is read.
         depth = (max(aligner.sources) + 1) / geometries[name].layer
-        found |= {
-            f"tokens {name}": float(sum(times)),
-            f"positions {name}": depth * sum(times),
-            f"pairs {name}": depth * sum(time**2 for time in times),
-            f"passes {name}": len(times) / spec.train.batch_size,
-        }
-    return found
+        counts[f"tokens {name}"] = float(sum(lengths))
+        counts[f"positions {name}"] = depth * sum(lengths)
+        counts[f"pairs {name}"] = depth * sum(length**2 for length in lengths)
+        counts[f"passes {name}"] = len(lengths) / spec.train.batch_size
+    return counts
 
 
-def _flops(config: PreTrainedConfig, name: str, total: Mapping[str, float]) -> float:
-    once, twice = (forward_flops(config, time, head=False) for time in (SHORT, 2 * SHORT))
-    squared = (twice - 2 * once) / (2 * SHORT**2)
-    linear = (once - squared * SHORT**2) / SHORT
-    head = (forward_flops(config, SHORT, head=True) - once) / SHORT
-    positions, pairs = (total.get(f"{field} {name}", 0.0) for field in ("positions", "pairs"))
-    return linear * positions + squared * pairs + head * total.get(f"positions {name} {HEAD}", 0.0)
+def _model_flops(config: PreTrainedConfig, name: str, counts: Counts) -> float:
+    """Return the operations of all passes of one model."""
+    once = forward_flops(config, SHORT, head=False)
+    twice = forward_flops(config, 2 * SHORT, head=False)
+    of_pair = (twice - 2 * once) / (2 * SHORT**2)
+    of_position = (once - of_pair * SHORT**2) / SHORT
+    of_head = (forward_flops(config, SHORT, head=True) - once) / SHORT
+    positions = counts.get(f"positions {name}", 0.0)
+    pairs = counts.get(f"pairs {name}", 0.0)
+    head_positions = counts.get(f"positions {name} {HEAD}", 0.0)
+    return of_position * positions + of_pair * pairs + of_head * head_positions
 
 
-def _alignment(spec: PipelineSpec, teacher: str, total: Mapping[str, float]) -> float:
-    """Of every time the teacher ran, at the mean lengths of its batches and of the student's."""
-    passes = total.get(f"passes {teacher}", 0)
+def _alignment_flops(spec: PipelineSpec, teacher: str, counts: Counts) -> float:
+    """Return the operations of aligning a teacher every time it ran, at the mean lengths of its batches."""
+    passes = counts.get(f"passes {teacher}", 0)
     if not passes:
         return 0.0
-    time, t_time = (
-        max(SHORT, round(total[f"pairs {name}"] / total[f"positions {name}"])) for name in (STUDENT, teacher)
-    )
+    time, t_time = _mean_length(counts, STUDENT), _mean_length(counts, teacher)
     dry = dry_run(spec, batch=spec.train.batch_size, time=time, t_time=t_time)
     return alignment_flops(dry, teacher) * passes
+
+
+def _mean_length(counts: Counts, name: str) -> int:
+    """Return how many positions a model looked back on in the mean, which is the length of its batches."""
+    return max(SHORT, round(counts[f"pairs {name}"] / counts[f"positions {name}"]))

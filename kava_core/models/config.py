@@ -8,7 +8,8 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from kava_core.errors import SpecError, did_you_mean
-from kava_core.kv.capture.geometry import ENCODER
+from kava_core.kv.capture.geometry import ENCODER, probe_geometry
+from kava_core.protocols.axes import Geometry
 from kava_core.specfile.sections.models import ModelSpec
 
 
@@ -89,6 +90,20 @@ def _check_heads(config: PreTrainedConfig, where: str) -> None:
         raise SpecError(
             f"{where}: num_attention_heads={query} is not a multiple of num_key_value_heads={key}"
         )
+
+
+def config_geometry(config: PreTrainedConfig, *, where: str) -> Geometry:
+    """Return a model's geometry from its config alone; no weights are loaded.
+
+    Raises:
+        SpecError: transformers makes no causal language model of this config.
+        UnsupportedModelError: its cache cannot be captured.
+    """
+    try:
+        return probe_geometry(config)
+    except (ValueError, TypeError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise SpecError(f"{where}: {(lines or [type(error).__name__])[-1]}") from error
 
 
 RELATIVE = ("t5", "mt5", "umt5", "longt5", "switch_transformers")

@@ -25,7 +25,7 @@ from kava_core.build.stored import with_store
 from kava_core.build.time_plans import PlansTime
 from kava_core.console import quiet
 from kava_core.costs.flops import step_passes
-from kava_core.costs.recorded import compute, store_counts
+from kava_core.costs.recorded import recorded_compute, store_counts
 from kava_core.data.collate import Collator
 from kava_core.data.splits import load_splits
 from kava_core.distill.distiller import Distiller
@@ -247,7 +247,7 @@ def _finish(trainer: KavaTrainer, folder: RunDir, data: Data, spec: PipelineSpec
         how: dict[str, Any] = {"metrics": folder.metrics, "memory": max(memory)}
         if data.store is not None:
             how["stored"] = store_counts(spec, data, distiller.pipeline)
-        cost = compute(spec, distiller.configs(), counts, **how)
+        cost = recorded_compute(spec, distiller.configs(), counts, **how)
         results = {"steps": trainer.state.global_step, **_last_evaluation(trainer.state)}
         folder.finish(results, {"compute": cost})
     trainer.accelerator.wait_for_everyone()

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from kava_core.cli.app import app
-from kava_core.costs.dry_run import dry_run, geometry, sized_config
-from kava_core.costs.memory import kept_by_losses, kept_by_student
+from kava_core.costs.dry_run import dry_run, sized_config
+from kava_core.costs.kept_activations import kept_by_losses, kept_by_student
 from kava_core.costs.plan import Plan, default_time, make_plan
 from kava_core.data.tokenizers import load_tokenizer
 from kava_core.errors import SpecError
 from kava_core.jobs.check import check
 from kava_core.kv.align.stage_order import StageExtents, multiplications
 from kava_core.kv.capture.capture import Capture
+from kava_core.models.config import config_geometry
 from kava_core.models.load import load_model
 from kava_core.models.student import load_student
 from kava_core.specfile.sections.models import TrainTokenizer
@@ -146,7 +147,7 @@ def test_alignment_flops_are_the_cost_the_order_was_chosen_by(projector: str) ->
     spec = small({"dim_projector": {"name": projector, "trainable": False}})
     dry = dry_run(spec, batch=BATCH, time=TIME, t_time=T_TIME)
     assert dry.pipeline is not None
-    order = dry.pipeline.teachers[0].order("keys", T_TIME, dry.maps["wide"])
+    order = dry.pipeline.teachers[0].order("keys", T_TIME, dry.time_maps["wide"])
     expected = multiplications(
         order, StageExtents(t_head=4, head=2, t_time=T_TIME, time=TIME, t_dim=16, dim=8)
     )
@@ -247,7 +248,7 @@ def test_identity_warper_passes_the_check(tmp_path: Path) -> None:
 def test_models_that_decode_nothing_are_one_line() -> None:
     spec = alone(config={"model_type": "t5"})
     with pytest.raises(SpecError, match=r"^student: [^\n]+$"):
-        geometry(spec.student, where="student")
+        config_geometry(sized_config(spec.student, where="student"), where="student")
 
 
 @pytest.mark.parametrize(("format", "each"), [("int8", 1.0), ("nf4", 0.5)])
@@ -258,7 +259,7 @@ def test_quantised_teachers_hold_smaller_linear_layers(format: str, each: float)
     )
     hidden, inner, layers, kv = 32, 64, 2, 2 * 8
     linear = layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)
-    assert plain.weights - quantised.weights == linear * (4 - each)
+    assert plain.held_bytes - quantised.held_bytes == linear * (4 - each)
 
 
 def with_teacher(**fields: Any) -> PipelineSpec:
@@ -304,8 +305,8 @@ def test_activations_are_what_autograd_keeps(
 def test_checkpointing_keeps_what_enters_the_layers() -> None:
     spec = alone(tokenizer=tiny.CHARS)
     kept = kept_by_student(spec, sized_config(spec.student, where="s"), batch=1, time=50)
-    assert kept.entering == 50 * 32 * 4
-    assert kept.checkpointed == kept.around + 2 * 50 * 32 * 4
+    assert kept.layer_input == 50 * 32 * 4
+    assert kept.checkpointed == kept.outside_layers + 2 * 50 * 32 * 4
     assert kept.total > 3 * kept.checkpointed
 
 

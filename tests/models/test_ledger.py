@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kava_core.build.data import make_data
 from kava_core.costs.dry_run import sized_config
 from kava_core.costs.flops import forward_flops, step_passes
-from kava_core.costs.recorded import compute
+from kava_core.costs.recorded import recorded_compute
 from kava_core.distill.distiller import Distiller
 from kava_core.errors import CheckpointError, Preempted
 from kava_core.jobs.cache import cache
@@ -183,7 +183,9 @@ def test_operations_at_any_length(fields: dict[str, Any], tmp_path: Path) -> Non
         ledger.add_text("student", mask, ledger.backward, head=True)
     config = sized_config(spec.student, where="student")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "seconds": 2.5}\n')
-    cost = compute(spec, {"student": config}, [ledger.state()], metrics=tmp_path / "metrics.jsonl", memory=1)
+    cost = recorded_compute(
+        spec, {"student": config}, [ledger.state()], metrics=tmp_path / "metrics.jsonl", memory=1
+    )
     assert cost["seconds"] == 2.5
     whole = forward_flops(config, 57, head=True)
     assert cost["flops"] == pytest.approx(3 * 2 * whole, rel=1e-12)

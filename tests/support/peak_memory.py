@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kava_core.build.pipeline import make_pipeline
-from kava_core.costs.dry_run import timeline
+from kava_core.costs.dry_run import unpadded_timeline
 from kava_core.distill.distiller import Distiller
 from kava_core.kv.capture.geometry import model_geometry
 from kava_core.models.student import add_lora
@@ -36,7 +36,7 @@ def model(declared: Any) -> Any:
 
 
 def side(batch: int, time: int, *, padded: bool) -> dict[str, torch.Tensor]:
-    ours = timeline(batch, time)
+    ours = unpadded_timeline(batch, time)
     ids = torch.ones(batch, time, dtype=torch.long)
     mask = torch.ones_like(ids)
     if padded:

@@ -22,15 +22,15 @@ class Size:
 
 def size_of(spec: PipelineSpec, processes: int) -> Size:
     """An estimate without loading anything; KavaError where a model or component cannot be planned."""
-    from kava_core.costs.counted import TRAINED_COPIES
+    from kava_core.costs.model_cost import TRAINED_COPIES
     from kava_core.costs.plan import default_time, make_plan
 
     time = default_time(spec)
     plan = make_plan(spec, time=time, t_time=time, processes=processes)
     student = plan.models[0]
-    whole = student.weights - TRAINED_COPIES * student.trained
-    saved = whole if spec.student.lora is None else student.trained
+    whole = student.held_bytes - TRAINED_COPIES * student.trained_bytes
+    saved = whole if spec.student.lora is None else student.trained_bytes
     alignment = plan.memory["alignment: weights, gradients, optimizer"]
-    checkpoint = saved + MOMENTS * student.trained + alignment
+    checkpoint = saved + MOMENTS * student.trained_bytes + alignment
     memory = plan.divided.get("DDP", plan.memory)
     return Size((spec.train.keep_checkpoints + 1) * checkpoint + whole, sum(memory.values()))

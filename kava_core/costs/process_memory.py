@@ -1,0 +1,167 @@
+"""Add up the memory of a process that trains alone, by what holds it."""
+
+from __future__ import annotations
+
+from math import prod
+
+from kava_core.costs.dry_run import DryRun
+from kava_core.costs.kept_activations import KeptActivations, kept_by_losses
+from kava_core.costs.model_cost import DTYPE_BYTES, TRAINED_COPIES, ModelCost, tensor_bytes
+from kava_core.kv.align.streaming import most_layers_alive
+from kava_core.models.placement import REPLICATED, SHARDED
+from kava_core.protocols.axes import Cache
+from kava_core.specfile.questions import heard, weights_key
+from kava_core.specfile.sections.models import ModelSpec, TeacherSpec
+from kava_core.specfile.sections.pipeline import PipelineSpec
+
+STUDENT_STATE = "student: weights, gradients, optimizer"
+TEACHER_WEIGHTS = "teachers: weights"
+
+LOGIT_BYTES = 12
+"""Bytes of one logit at the peak, in the backward pass: the log-probability and two gradients in float32."""
+
+
+def memory_alone(
+    spec: PipelineSpec, dry: DryRun, models: list[ModelCost], kept: KeptActivations, logits: int
+) -> dict[str, int]:
+    """Return the bytes at the peak of a step, by what they hold.
+
+    Args:
+        spec: the run's.
+        dry: its pipeline's dry run.
+        models: the student, then the teachers.
+        kept: what the student's passes keep for the backward pass.
+        logits: bytes of the student's logits.
+    """
+    teachers = models[1:]
+    teacher_weights = [
+        cost.held_bytes for cost, declared in unshared_teachers(spec, teachers) if not own_device(declared)
+    ]
+    return {
+        STUDENT_STATE: models[0].held_bytes,
+        **student_pass_memory(spec, kept, logits),
+        TEACHER_WEIGHTS: sum(teacher_weights),
+        "teachers: captured cache (the largest)": _largest_captured_cache(spec, dry, teachers),
+        "teachers: aligned caches (fp32)": _aligned_cache_bytes(dry),
+        "KV losses: kept for the backward pass": kept_by_losses(dry),
+        "alignment: weights, gradients, optimizer": _alignment_bytes(dry),
+    }
+
+
+def student_pass_memory(spec: PipelineSpec, kept: KeptActivations, logits: int) -> dict[str, int]:
+    """Return the bytes that the student's pass makes, by what they hold.
+
+    With checkpointing either the logits or one layer that is computed again is at its peak, not both.
+    """
+    if not spec.student.gradient_checkpointing:
+        return {"student: activations": kept.total, "student: logits and their gradient": logits}
+    # Autocast does not keep copies of weights that are not trained.
+    weight_copies = 0 if spec.student.lora is not None else kept.weight_copies
+    return {
+        "student: activations": kept.checkpointed,
+        "student: logits, or a layer made again": max(logits + weight_copies, *kept.layers),
+    }
+
+
+def student_logit_bytes(spec: PipelineSpec, student: ModelCost, time: int, t_time: int) -> int:
+    """Return the bytes of the student's logits over its own text and over what it reads as its own teacher.
+
+    Both wait for the backward pass.
+    """
+    positions = time
+    for teacher in spec.teachers:
+        if teacher.itself is not None and teacher.itself.cross_entropy:
+            positions += t_time
+    return spec.train.batch_size * positions * student.vocabulary * LOGIT_BYTES
+
+
+def distilled_logits_memory(
+    spec: PipelineSpec, models: list[ModelCost], time: int, t_time: int
+) -> dict[str, int]:
+    """Return the bytes of logits that are distilled; nothing if none are.
+
+    All teachers' logits wait for the student's, and the loss term keeps its gradient.
+    """
+    distilled = heard(spec)
+    if not distilled:
+        return {}
+    student, teachers = models[0], models[1:]
+    declared = {teacher.name: teacher for teacher in spec.teachers}
+    bytes_of_position = {
+        teacher.name: teacher.vocabulary * _computed_bytes(spec, declared[teacher.name])
+        for teacher in teachers
+    }
+    teacher_bytes = sum(bytes_of_position[name] for name in distilled) * t_time
+    student_bytes = student.vocabulary * _computed_bytes(spec, spec.student) * time
+    batch_bytes = spec.train.batch_size * (teacher_bytes + student_bytes)
+    return {"teachers: logits, and the term's gradient": batch_bytes}
+
+
+def unshared_teachers(spec: PipelineSpec, teachers: list[ModelCost]) -> list[tuple[ModelCost, TeacherSpec]]:
+    """Return the teachers with their declarations, one for all those that share weights."""
+    declared = {teacher.name: teacher for teacher in spec.teachers}
+    by_weights: dict[object, tuple[ModelCost, TeacherSpec]] = {}
+    for cost in reversed(teachers):  # so that of those who share weights the first is kept
+        teacher = declared[cost.name]
+        by_weights[weights_key(teacher)] = (cost, teacher)
+    return list(reversed(by_weights.values()))
+
+
+def own_device(teacher: TeacherSpec) -> str | None:
+    """Return the device of its own on which a teacher is placed; None if it has none."""
+    return None if teacher.placement in (REPLICATED, SHARDED) else teacher.placement
+
+
+def _computed_bytes(spec: PipelineSpec, model: ModelSpec) -> int:
+    """Return the bytes of a number in a model's forward pass."""
+    return 2 if spec.train.precision != "fp32" else DTYPE_BYTES[model.dtype]
+
+
+def _largest_captured_cache(spec: PipelineSpec, dry: DryRun, teachers: list[ModelCost]) -> int:
+    """Return the bytes of the largest raw cache.
+
+    Teachers run one after the other, and a raw cache is let go once it is aligned. With ``train.stream``
+    only the layers that one student layer reads are held at a time.
+    """
+    if dry.pipeline is None:
+        return 0
+    declared = {teacher.name: teacher for teacher in spec.teachers}
+    largest = 0
+    for teacher in teachers:
+        cache = dry.teacher_caches[teacher.name]
+        size = _cache_bytes(spec, declared[teacher.name], cache, teacher.rotary)
+        layers = cache.any.shape[1]
+        largest = max(largest, size * _layers_held(spec, dry, teacher.name) // layers)
+    return largest
+
+
+def _layers_held(spec: PipelineSpec, dry: DryRun, teacher: str) -> int:
+    """Count the teacher layers whose raw caches are held together."""
+    aligner = dry.aligner(teacher)
+    if not spec.train.stream:
+        return len(aligner.sources)
+    return most_layers_alive(aligner.layer_map.reads)
+
+
+def _cache_bytes(spec: PipelineSpec, teacher: ModelSpec, cache: Cache, rotary: bool) -> int:
+    """Return the bytes of a cache; autocast leaves what is rotated in the dtype of the weights."""
+    rotates = rotary and spec.rotary != "strip"
+    total = 0
+    for part, tensor in cache.items():
+        rotated = rotates and part != "values"
+        total += tensor.numel() * (DTYPE_BYTES[teacher.dtype] if rotated else _computed_bytes(spec, teacher))
+    return total
+
+
+def _aligned_cache_bytes(dry: DryRun) -> int:
+    """Return the bytes of every teacher's and part's cache after its last stage."""
+    last_shapes = {(stage.teacher, stage.part): stage.shape for stage in dry.shapes}
+    return sum(prod(shape) * 4 for shape in last_shapes.values())
+
+
+def _alignment_bytes(dry: DryRun) -> int:
+    if dry.pipeline is None:
+        return 0
+    trained = [parameter for parameter in dry.pipeline.parameters() if parameter.requires_grad]
+    held = tensor_bytes(dry.pipeline.parameters()) + tensor_bytes(dry.pipeline.buffers())
+    return held + TRAINED_COPIES * tensor_bytes(trained)
