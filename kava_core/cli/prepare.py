@@ -128,7 +128,7 @@ def profile(
     from kava_core.specfile.load import load
 
     loaded = load(spec, overrides or ())
-    from kava_core.jobs.profile.command import profile_all
-    from kava_core.jobs.profile.profile import Wanted
+    from kava_core.jobs.profile.profile_variants import profile_variants
+    from kava_core.jobs.profile.variant_profile import ProfileOptions
 
-    profile_all(loaded, output, Wanted(batches, gate_examples if gate else None), format)
+    profile_variants(loaded, output, ProfileOptions(batches, gate_examples if gate else None), format)

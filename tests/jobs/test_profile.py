@@ -17,12 +17,29 @@ from torch import nn
 from kava_core.cli.app import main
 from kava_core.console import quiet
 from kava_core.errors import SpecError
-from kava_core.jobs.profile.gate import ARMS, agreement, gates
-from kava_core.jobs.profile.layers import stand_in, student_rules
-from kava_core.jobs.profile.prepared import BOTH, Subject, make_subject, time_map_of
-from kava_core.jobs.profile.profile import Profile, Wanted, measured, with_random_alignment
-from kava_core.jobs.profile.stages import CAPTURED, PLAN, STEP, STUDENT, costs, stages
-from kava_core.jobs.profile.warnings import signs
+from kava_core.jobs.profile.layer_comparison import as_student_keys, student_rules
+from kava_core.jobs.profile.prepared_variant import (
+    KEYS_AND_VALUES,
+    PreparedVariant,
+    plan_time_map,
+    prepare_variant,
+)
+from kava_core.jobs.profile.profile_warnings import profile_warnings
+from kava_core.jobs.profile.profiled_stages import (
+    CAPTURED,
+    PLAN,
+    STEP,
+    STUDENT,
+    profile_costs,
+    profile_stages,
+)
+from kava_core.jobs.profile.quality_gate import ARMS, judge_teachers, output_agreement
+from kava_core.jobs.profile.variant_profile import (
+    Profile,
+    ProfileOptions,
+    profile_variant,
+    with_random_alignment,
+)
 from kava_core.kv.align.finite import part_at_least_float32
 from kava_core.registry import Registry
 from tests.support import tiny
@@ -40,14 +57,14 @@ def _one_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def subject_of(folder: Path, **changes: Any) -> Subject:
+def prepared_variant(folder: Path, **changes: Any) -> PreparedVariant:
     with quiet():
-        return make_subject(tiny.spec(folder, **changes), folder / "maps")
+        return prepare_variant(tiny.spec(folder, **changes), folder / "maps")
 
 
 @torch.no_grad()
-def profile_of(subject: Subject, *, trained: bool = False, gate: int | None = None) -> Profile:
-    return measured(subject, REGISTRY, Wanted(2, gate), trained)
+def profile_of(variant: PreparedVariant, *, trained: bool = False, gate: int | None = None) -> Profile:
+    return profile_variant(variant, REGISTRY, ProfileOptions(2, gate), trained)
 
 
 def spoil(module: nn.Module) -> None:
@@ -58,12 +75,12 @@ def spoil(module: nn.Module) -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Profile:
     """Of two teachers of other shapes."""
-    return profile_of(subject_of(tmp_path_factory.mktemp("two")), gate=8)
+    return profile_of(prepared_variant(tmp_path_factory.mktemp("two")), gate=8)
 
 
 def test_every_teacher_and_part_goes_through_every_stage(found: Profile) -> None:
     for name in ("wide", "gpt"):
-        for part in BOTH:
+        for part in KEYS_AND_VALUES:
             mine = [one.stage for one in found.stages if (one.teacher, one.part) == (name, part)]
             assert mine[:2] == [CAPTURED, "layers"]
             assert sorted(mine[2:]) == ["heads", "time", "width"]
@@ -92,12 +109,14 @@ def test_costs_name_every_stage_and_the_step(found: Profile) -> None:
 
 
 def test_numbers_of_a_stage_are_those_of_the_aligned_cache(tmp_path: Path) -> None:
-    subject = subject_of(tmp_path)
-    (batch,) = subject.batches(8, 8)
-    last = [one for one in stages(subject, [batch]) if (one.teacher, one.part) == ("wide", "values")][-1]
-    side, aligner = batch["teachers"]["wide"], subject.pipeline.teachers[0]
-    time_map = time_map_of(aligner, side, batch["student"])
-    target = aligner.align(subject.teachers[0].cache(side).map(part_at_least_float32), time_map)
+    variant = prepared_variant(tmp_path)
+    (batch,) = variant.validation_batches(8, 8)
+    last = [one for one in profile_stages(variant, [batch]) if (one.teacher, one.part) == ("wide", "values")][
+        -1
+    ]
+    side, aligner = batch["teachers"]["wide"], variant.pipeline.teachers[0]
+    time_map = plan_time_map(aligner, side, batch["student"])
+    target = aligner.align(variant.teachers[0].cache(side).map(part_at_least_float32), time_map)
     values = [
         float(v)
         for b in range(8)
@@ -110,9 +129,9 @@ def test_numbers_of_a_stage_are_those_of_the_aligned_cache(tmp_path: Path) -> No
 
 
 def test_a_planted_nan_is_named_by_layer_and_stage(tmp_path: Path) -> None:
-    subject = subject_of(tmp_path)
-    spoil(subject.teachers[0].model.model.layers[3].self_attn.v_proj)
-    told = signs(profile_of(subject))
+    variant = prepared_variant(tmp_path)
+    spoil(variant.teachers[0].model.model.layers[3].self_attn.v_proj)
+    told = profile_warnings(profile_of(variant))
     assert (
         "teacher 'wide', stage captured: values of layer 3 hold NaN or infinity (50.0% of all values)" in told
     )
@@ -121,24 +140,27 @@ def test_a_planted_nan_is_named_by_layer_and_stage(tmp_path: Path) -> None:
 
 
 def test_a_nan_of_a_projector_is_named_by_its_stage(tmp_path: Path) -> None:
-    subject = subject_of(tmp_path)
-    subject.pipeline.teachers[1].dim_projector.values_basis[1].fill_(torch.nan)
-    (told,) = [line for line in signs(profile_of(subject)) if "NaN" in line]
+    variant = prepared_variant(tmp_path)
+    variant.pipeline.teachers[1].dim_projector.values_basis[1].fill_(torch.nan)
+    (told,) = [line for line in profile_warnings(profile_of(variant)) if "NaN" in line]
     assert told.startswith("teacher 'gpt', stage width: values of layer 1 hold NaN or infinity")
 
 
 def test_a_planted_sleep_is_on_top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = subject_of(tmp_path)
-    kind = type(subject.pipeline.teachers[0].head_adapter)
+    variant = prepared_variant(tmp_path)
+    kind = type(variant.pipeline.teachers[0].head_adapter)
     forward = kind.forward
 
     def slow(*arguments: Any) -> Any:
         time.sleep(0.03)
         return forward(*arguments)
 
-    plain = {(one.teacher, one.stage): one for one in costs(subject, next(subject.batches(8, 8)))}
+    plain = {
+        (one.teacher, one.stage): one
+        for one in profile_costs(variant, next(variant.validation_batches(8, 8)))
+    }
     monkeypatch.setattr(kind, "forward", slow)
-    taken = costs(subject, next(subject.batches(8, 8)))
+    taken = profile_costs(variant, next(variant.validation_batches(8, 8)))
     slowest = max((one for one in taken if one.stage != STEP), key=lambda one: one.milliseconds)
     assert slowest.stage == "heads"
     assert slowest.milliseconds > 60 > plain[slowest.teacher, "heads"].milliseconds
@@ -150,48 +172,48 @@ def test_a_stage_that_takes_most_of_the_step_is_told(found: Profile) -> None:
         type(one)(one.teacher, one.stage, 0.6 * step.milliseconds, 0.0) if one.stage == "time" else one
         for one in found.costs
     ]
-    told = signs(type(found)(**(vars(found) | {"costs": slow})))
+    told = profile_warnings(type(found)(**(vars(found) | {"costs": slow})))
     assert sum("stage time: takes" in line and "60% of a step" in line for line in told) == 2
 
 
 def test_dead_channels_and_positions_without_target_are_told(tmp_path: Path) -> None:
-    subject = subject_of(tmp_path)
+    variant = prepared_variant(tmp_path)
     with torch.no_grad():
-        subject.teachers[0].model.model.layers[1].self_attn.v_proj.weight[:4] = 0
-    told = signs(profile_of(subject))
+        variant.teachers[0].model.model.layers[1].self_attn.v_proj.weight[:4] = 0
+    told = profile_warnings(profile_of(variant))
     assert any(
         line.startswith("teacher 'wide', stage captured: 3.1% of the channels of values") for line in told
     )
     align = {"time_warper": {"name": "segment", "segments": ["answer"]}}
     teachers = [one | {"align": align} for one in tiny.FIELDS["teachers"]]
-    told = signs(profile_of(subject_of(tmp_path, teachers=teachers)))
+    told = profile_warnings(profile_of(prepared_variant(tmp_path, teachers=teachers)))
     assert sum("of the student's positions have a target" in line for line in told) == 2
 
 
 def test_uniform_attention_is_told_of_trained_students_only(tmp_path: Path) -> None:
-    subject = subject_of(tmp_path)
-    told = signs(profile_of(subject, trained=True))
+    variant = prepared_variant(tmp_path)
+    told = profile_warnings(profile_of(variant, trained=True))
     assert any(
         line.startswith("the student: attention of layer 0 looks at all positions alike") for line in told
     )
-    assert not any(line.startswith("the student") for line in signs(profile_of(subject)))
-    loud = subject_of(tmp_path, teachers=[ALIKE], student={"config": LOUD, "tokenizer": tiny.CHARS})
-    assert not any("alike (entropy" in line for line in signs(profile_of(loud, trained=True)))
+    assert not any(line.startswith("the student") for line in profile_warnings(profile_of(variant)))
+    loud = prepared_variant(tmp_path, teachers=[ALIKE], student={"config": LOUD, "tokenizer": tiny.CHARS})
+    assert not any("alike (entropy" in line for line in profile_warnings(profile_of(loud, trained=True)))
 
 
-def twins(folder: Path, **changes: Any) -> Subject:
+def twins(folder: Path, **changes: Any) -> PreparedVariant:
     """A teacher with the student's own weights, nothing to be projected."""
     align = {"layer_mapper": "ratio", "time_warper": "pad", "dim_projector": "identity"}
     teachers = [ALIKE | {"align": align}]
     student = {"config": LOUD, "tokenizer": tiny.CHARS}
-    subject = subject_of(folder, teachers=teachers, student=student, **changes)
-    subject.teachers[0].model.load_state_dict(subject.distiller.student.state_dict())
-    return subject
+    variant = prepared_variant(folder, teachers=teachers, student=student, **changes)
+    variant.teachers[0].model.load_state_dict(variant.distiller.student.state_dict())
+    return variant
 
 
 def test_the_gate_opens_for_the_students_own_cache(tmp_path: Path) -> None:
-    subject = twins(tmp_path, evaluate={"every": 3, "examples": 16, "max_new_tokens": 6})
-    found = profile_of(subject, gate=16)
+    variant = twins(tmp_path, evaluate={"every": 3, "examples": 16, "max_new_tokens": 6})
+    found = profile_of(variant, gate=16)
     assert found.gates is not None
     gate = found.gates["alike"]
     assert gate is not None
@@ -216,23 +238,24 @@ def test_keys_are_rotated_as_the_students_are(tmp_path: Path, rotary: str) -> No
 
 
 def test_the_shuffled_arm_is_the_collators_shuffled_teacher(tmp_path: Path) -> None:
-    subject = subject_of(tmp_path)
-    random = subject.aligners(with_random_alignment(subject.spec, REGISTRY))
+    variant = prepared_variant(tmp_path)
+    random = variant.make_aligners(with_random_alignment(variant.spec, REGISTRY))
     with torch.no_grad():
-        found = gates(subject, random, 8)["wide"]
-    collator = subject.data.plain_collator
-    items = subject.data.validation_items.items[:8]
+        found = judge_teachers(variant, random, 8)["wide"]
+    collator = variant.data.plain_collator
+    items = variant.data.validation_items.items[:8]
     collator.shuffle_teacher = True
-    shuffled, aligner = collator(items), subject.whole[0]
+    shuffled, aligner = collator(items), variant.key_value_aligners[0]
     collator.shuffle_teacher = False
-    own, turn = subject.attended(shuffled["student"])
+    own, turn = variant.attended_student_cache(shuffled["student"])
     valid = [
-        time_map_of(aligner, b["teachers"]["wide"], b["student"]).valid for b in (shuffled, collator(items))
+        plan_time_map(aligner, b["teachers"]["wide"], b["student"]).valid for b in (shuffled, collator(items))
     ]
     side = shuffled["teachers"]["wide"]
-    target = aligner.align(subject.cache(0, side).pick(BOTH), time_map_of(aligner, side, shuffled["student"]))
-    held = stand_in(subject, aligner, target, own, turn)
-    wanted = agreement(own, held, valid[0] & valid[1], student_rules(subject, own))
+    time_map = plan_time_map(aligner, side, shuffled["student"])
+    target = aligner.align(variant.alignable_teacher_cache(0, side).pick(KEYS_AND_VALUES), time_map)
+    held = as_student_keys(variant, aligner, target, own, turn)
+    wanted = output_agreement(own, held, valid[0] & valid[1], student_rules(variant, own))
     assert found is not None
     assert found.layers["shuffled"] == pytest.approx(wanted.mean(0).tolist(), abs=1e-5)
 
@@ -260,7 +283,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 def test_it_works_with(tmp_path: Path, changes: dict[str, Any]) -> None:
     if "lora" in changes.get("student", {}):
         pytest.importorskip("peft")
-    found = profile_of(subject_of(tmp_path, **changes), gate=4)
+    found = profile_of(prepared_variant(tmp_path, **changes), gate=4)
     assert found.gates is not None
     for name in ("wide", "gpt"):
         gate, one = found.gates[name], found.teachers[name]
@@ -277,7 +300,7 @@ def test_it_works_with(tmp_path: Path, changes: dict[str, Any]) -> None:
 )
 def test_targets_in_another_space_have_no_gate(tmp_path: Path, align: dict[str, Any]) -> None:
     teachers = [tiny.FIELDS["teachers"][0] | {"align": align}]
-    found = profile_of(subject_of(tmp_path, teachers=teachers, losses=["relation"]), gate=4)
+    found = profile_of(prepared_variant(tmp_path, teachers=teachers, losses=["relation"]), gate=4)
     assert found.gates == {"wide": None}
     assert found.teachers["wide"].after is None
 
