@@ -30,9 +30,9 @@ def cache(
     from kava_core.specfile.variants import resolve_variants
 
     variants = resolve_variants(load(spec, overrides or ()))
-    from kava_core.jobs.cache import cache_all
+    from kava_core.jobs.cache import write_stores
 
-    for line in cache_all(variants, verify=verify):
+    for line in write_stores(variants, verify=verify):
         typer.echo(line)
 
 
@@ -59,11 +59,10 @@ def sample(
     from kava_core.specfile.load import load
 
     loaded = load(spec, overrides or ())
-    from kava_core.jobs.sample import Drawing
-    from kava_core.jobs.sample import sample as draw
+    from kava_core.jobs.sample import SamplingOptions, sample_rationales
 
-    drawing = Drawing(split, count, temperature, max_new_tokens, batch_size, keep_wrong, seed)
-    typer.echo(draw(loaded.spec, teacher, output, drawing))
+    options = SamplingOptions(split, count, temperature, max_new_tokens, batch_size, keep_wrong, seed)
+    typer.echo(sample_rationales(loaded.spec, teacher, output, options))
 
 
 def plan(
@@ -103,9 +102,9 @@ def calibrate(
     from kava_core.specfile.load import load
 
     loaded = load(spec, overrides or ())
-    from kava_core.jobs.calibrate import calibrate as measure
+    from kava_core.jobs.calibrate import measure_layers
 
-    measure(loaded, output)
+    measure_layers(loaded, output)
 
 
 def profile(

@@ -34,10 +34,10 @@ def export(
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="New folder.", show_default=False)],
 ) -> None:
     """Write a run's student as a plain transformers folder."""
-    from kava_core.jobs.export import export as write
+    from kava_core.jobs.export import export_student
     from kava_core.train.save_student import loader
 
-    write(run, target)
+    export_student(run, target)
     typer.echo(f"{target}: load it with {loader(target)}.from_pretrained({str(target)!r})")
 
 
@@ -68,10 +68,10 @@ def evaluate(
     ] = None,
 ) -> None:
     """Let a run's student answer a file of tasks, and count what is right."""
-    from kava_core.jobs.evaluate.command import Settings, evaluate_run
+    from kava_core.jobs.evaluate.evaluate_run import AnswerOptions, evaluate_run
 
-    settings = Settings(format, limit, batch_size, max_new_tokens)
-    evaluate_run(run, data, output, lm_eval, settings)
+    options = AnswerOptions(format, limit, batch_size, max_new_tokens)
+    evaluate_run(run, data, output, lm_eval, options)
 
 
 def latents(
@@ -92,6 +92,6 @@ def latents(
     top: Annotated[int, typer.Option(min=1, help="Tokens shown for every latent token.")] = 5,
 ) -> None:
     """Show what a run's latent tokens say, and what they resemble."""
-    from kava_core.jobs.latents.command import show_latents
+    from kava_core.jobs.latents.show_latents import show_latents
 
     show_latents(run, output or run / "latents", examples=examples, top=top)

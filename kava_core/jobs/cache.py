@@ -1,4 +1,4 @@
-"""``kava cache``: run the teachers once over all examples and keep their aligned caches."""
+"""Run the teachers once over all examples and keep their aligned caches: ``kava cache``."""
 
 from __future__ import annotations
 
@@ -46,48 +46,55 @@ from kava_core.train.run import with_trained_models
 
 
 @dataclass(frozen=True)
-class Cached:
-    """A complete store."""
+class CompleteStore:
+    """A complete store on disk."""
 
     folder: Path
     examples: int
     tokens: int
     """Student tokens of all examples."""
     bytes: int
-    """On disk, everything included."""
-    made: bool
-    """Whether it was written now; it may have been there."""
+    """Bytes on disk, everything included."""
+    written: bool
+    """Whether it was written now; else it had been there."""
 
     def __str__(self) -> str:
-        each = self.bytes / max(self.tokens, 1)
-        what = "written" if self.made else "there already"
+        token_bytes = self.bytes / max(self.tokens, 1)
+        what = "written" if self.written else "there already"
         return (
             f"{self.folder}: {what}; {self.examples:,} examples, {self.tokens:,} student tokens, "
-            f"{self.bytes / 2**20:,.1f} MiB, {each:,.1f} bytes a token"
+            f"{self.bytes / 2**20:,.1f} MiB, {token_bytes:,.1f} bytes a token"
         )
 
 
-def cache_all(variants: Mapping[str, PipelineSpec], *, verify: bool = False) -> Iterator[str]:
-    """``cache`` for every variant and seed; a line for each store, and for variants without teachers."""
-    told = set()
+def write_stores(variants: Mapping[str, PipelineSpec], *, verify: bool = False) -> Iterator[str]:
+    """Write the store of every variant and seed, as ``write_store`` does.
+
+    Yields:
+        A line for each store, and for each variant without teachers.
+    """
+    reported = set()
     for name, spec in variants.items():
         for seed in spec.seeds:
-            found = cache(spec, seed=seed, verify=verify)
-            if found is None:
+            store = write_store(spec, seed=seed, verify=verify)
+            if store is None:
                 yield f"{name}: runs no teacher, nothing to store"
                 break
-            if found.folder not in told:
-                yield str(found)
-            told.add(found.folder)
+            if store.folder not in reported:
+                yield str(store)
+            reported.add(store.folder)
 
 
-def cache(spec: PipelineSpec, *, seed: int, verify: bool = False) -> Cached | None:
+def write_store(spec: PipelineSpec, *, seed: int, verify: bool = False) -> CompleteStore | None:
     """Write the store of one variant and seed, go on with a half-written one, or find it complete.
 
-    With ``verify`` nothing is written: the content of every file is compared with its sha256.
+    Args:
+        spec: the variant's.
+        seed: the run's.
+        verify: write nothing; compare the content of every file with its sha256.
 
     Returns:
-        The store; None where this spec runs no teacher.
+        The store; None if this spec runs no teacher.
 
     Raises:
         SpecError: the spec asks for no store, or has none yet (``verify``), or cannot have one.
@@ -103,35 +110,37 @@ def cache(spec: PipelineSpec, *, seed: int, verify: bool = False) -> Cached | No
     with quiet():
         spec = with_trained_models(spec)
         data = make_data(spec)
-        wanted = store_ingredients(spec, data, seed=seed)
-        return _verified(spec, wanted) if verify else _made(spec, data, wanted, seed)
+        ingredients = store_ingredients(spec, data, seed=seed)
+        if verify:
+            return _verify_store(spec, ingredients)
+        return _find_or_write(spec, data, ingredients, seed)
 
 
-def _verified(spec: PipelineSpec, wanted: Ingredients) -> Cached:
+def _verify_store(spec: PipelineSpec, ingredients: Ingredients) -> CompleteStore:
     assert spec.store is not None
-    store = open_store(spec.store, wanted)
+    store = open_store(spec.store, ingredients)
     checkpoint.verify(store.folder)
-    return _described(store.folder, made=False)
+    return _describe_store(store.folder, written=False)
 
 
-def _made(spec: PipelineSpec, data: Data, wanted: Ingredients, seed: int) -> Cached:
+def _find_or_write(spec: PipelineSpec, data: Data, ingredients: Ingredients, seed: int) -> CompleteStore:
     assert spec.store is not None
-    final = store_folder(spec.store, wanted)
-    with _alone(final):
+    final = store_folder(spec.store, ingredients)
+    with _store_lock(final):
         if final.is_dir():
-            open_store(spec.store, wanted)
-            return _described(final, made=False)
+            open_store(spec.store, ingredients)
+            return _describe_store(final, written=False)
         partial = unfinished_folder(final)
         partial.mkdir(exist_ok=True)
         if not (partial / INDEX).is_file():
-            _write(spec, data, wanted, partial, seed)
-        _seal(partial, final)
-    return _described(final, made=True)
+            _write_examples(spec, data, ingredients, partial, seed)
+        _seal_store(partial, final)
+    return _describe_store(final, written=True)
 
 
 @contextmanager
-def _alone(final: Path) -> Iterator[None]:
-    """Hold the store's lock file; KavaError where another process does, or where nothing can be written."""
+def _store_lock(final: Path) -> Iterator[None]:
+    """Hold the store's lock file; KavaError if another process does, or if nothing can be written."""
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         stream = final.with_name(f"{final.name}.lock").open("w")
@@ -145,7 +154,7 @@ def _alone(final: Path) -> Iterator[None]:
         yield
 
 
-def _seal(partial: Path, final: Path) -> None:
+def _seal_store(partial: Path, final: Path) -> None:
     try:
         drop_records(partial)
         checkpoint.seal(partial, final)
@@ -153,37 +162,41 @@ def _seal(partial: Path, final: Path) -> None:
         raise KavaError(f"{final}: cannot be written: {error.strerror}") from error
 
 
-def _described(folder: Path, *, made: bool) -> Cached:
+def _describe_store(folder: Path, *, written: bool) -> CompleteStore:
     index = read_index(folder)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return Cached(folder, sum(len(shard.items) for shard in index.shards), index.tokens, size, made)
+    examples = sum(len(shard.items) for shard in index.shards)
+    return CompleteStore(folder, examples, index.tokens, size, written)
 
 
-def _write(spec: PipelineSpec, data: Data, wanted: Ingredients, partial: Path, seed: int) -> None:
-    assert spec.store is not None
+def _write_examples(
+    spec: PipelineSpec, data: Data, ingredients: Ingredients, partial: Path, seed: int
+) -> None:
+    """Write the examples that are missing in the folder ``partial``, then the store's index."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     spec = with_measured_maps(spec, partial / MAPS, data, seed=seed)
     distiller = make_distiller(spec, data, seed=seed).to(device).eval()
     assert distiller.pipeline is not None
     assert spec.store is not None
     distiller.place_teachers(device)
-    _calibrated(distiller, data, spec, device, partial / PROJECTORS)
+    _calibrate_once(distiller, data, spec, device, partial / PROJECTORS)
     writer = Writer(partial, store_layout(spec, distiller.pipeline), shard_mb=spec.store.shard_mb)
-    missing = _missing(data, writer.done)
+    missing = _missing_items(data, writer.done)
     with progress(f"{spec.name}: cached", len(missing)) as advance:
         loader: Any = DataLoader(
             missing,  # type: ignore[arg-type]
             spec.train.batch_size,
-            collate_fn=_WithItems(PlansTime(data.plain_collator, distiller.pipeline)),
+            collate_fn=_CollatorWithItems(PlansTime(data.plain_collator, distiller.pipeline)),
             num_workers=spec.train.workers,
         )
         for items, batch in loader:
-            _add(writer, items, _aligned(distiller, batch, spec.train.precision, device))
+            aligned = _align_batch(distiller, batch, spec.train.precision, device)
+            _write_batch(writer, items, aligned)
             advance(len(items))
-    writer.finish(wanted)
+    writer.finish(ingredients)
 
 
-def _calibrated(
+def _calibrate_once(
     distiller: Distiller, data: Data, spec: PipelineSpec, device: torch.device, file: Path
 ) -> None:
     """Calibrate, or go on with what was computed before: all shards must come from one projection."""
@@ -195,16 +208,21 @@ def _calibrated(
     save_durably(projector_state(distiller.pipeline), file)
 
 
-def _missing(data: Data, done: set[str]) -> list[Item]:
-    """Items that are not stored yet, each text once; the longest first, so that memory runs out at once."""
-    items = {
-        example_key(item.example): item for item in (*data.train_items.items, *data.validation_items.items)
-    }
-    return sorted((item for key, item in items.items() if key not in done), key=lambda i: -len(i.student))
+def _missing_items(data: Data, done: set[str]) -> list[Item]:
+    """Return the items that are not stored yet, each text once.
+
+    The longest come first, so that memory runs out at once if it does.
+    """
+    missing: dict[str, Item] = {}
+    for item in (*data.train_items.items, *data.validation_items.items):
+        key = example_key(item.example)
+        if key not in done:
+            missing[key] = item
+    return sorted(missing.values(), key=lambda item: -len(item.student))
 
 
-class _WithItems:
-    """A collator that also hands out what it was given."""
+class _CollatorWithItems:
+    """A collator that also returns the items it was given."""
 
     def __init__(self, collate: PlansTime) -> None:
         self.collate = collate
@@ -214,45 +232,49 @@ class _WithItems:
 
 
 @torch.no_grad()
-def _aligned(
+def _align_batch(
     distiller: Distiller, batch: dict[str, Any], precision: str, device: torch.device
 ) -> dict[str, Aligned]:
-    """Every teacher's target, by the training step's own code and in its precision."""
+    """Return every teacher's target, made by the training step's own code and in its precision."""
     assert distiller.pipeline is not None
     batch = send_to_device(batch, device)
     half = torch.float16 if precision == "fp16" else torch.bfloat16
+    timeline = Timeline.from_batch(batch["student"])  # type: ignore[arg-type]
     with torch.autocast(device.type, half, enabled=precision != "fp32"):
-        found = distiller.aligned(
-            batch["teachers"], Timeline.from_batch(batch["student"]), distiller.pipeline
-        )  # type: ignore[arg-type]
-    return dict(zip(distiller.pipeline.names, found, strict=True))
+        aligned = distiller.aligned(batch["teachers"], timeline, distiller.pipeline)
+    return dict(zip(distiller.pipeline.names, aligned, strict=True))
 
 
-def _add(writer: Writer, items: Sequence[Item], aligned: dict[str, Aligned]) -> None:
-    """Encode a batch on its device and hand it, example by example, to the writer."""
-    tensors = {
-        name: tensor.cpu()
-        for teacher, one in aligned.items()
-        for name, tensor in _encoded(teacher, one, writer.layout).items()
-    }
+def _write_batch(writer: Writer, items: Sequence[Item], aligned: dict[str, Aligned]) -> None:
+    """Encode a batch on its device and give it, example by example, to the writer."""
+    tensors: dict[str, Tensor] = {}
+    for teacher, target in aligned.items():
+        for name, tensor in encode_target(teacher, target, writer.layout).items():
+            tensors[name] = tensor.cpu()
     for row, item in enumerate(items):
         time = len(item.student)
         blocks = {name: row_of(tensor, row, time) for name, tensor in tensors.items()}
         writer.add(example_key(item.example), time, blocks)
 
 
-def _encoded(teacher: str, aligned: Aligned, layout: Layout) -> dict[str, Tensor]:
-    """Stored tensors of a batch by name, each ``batch layer head time dim``; zero where nothing is valid."""
+def encode_target(teacher: str, aligned: Aligned, layout: Layout) -> dict[str, Tensor]:
+    """Return the tensors to store of a batch, by name, each ``batch layer head time dim``.
+
+    They are zero at positions that are not valid.
+
+    Raises:
+        NonFiniteError: a valid position holds NaN or infinity.
+    """
     valid = aligned.valid[:, None, None, :, None]
-    found = {tensor_name(teacher, VALID): valid}
-    for part, x in aligned.target.items():
-        x = x.where(valid, 0)
-        if not torch.isfinite(x).all():
+    tensors = {tensor_name(teacher, VALID): valid}
+    for part, tensor in aligned.target.items():
+        tensor = tensor.where(valid, 0)
+        if not torch.isfinite(tensor).all():
             raise NonFiniteError(
                 f"teacher {teacher!r}: its aligned {part} hold NaN or infinity; nothing stored"
             )
-        numbers, scale = encode(x, layout.dtype)
-        found[tensor_name(teacher, part)] = numbers
+        numbers, scale = encode(tensor, layout.dtype)
+        tensors[tensor_name(teacher, part)] = numbers
         if scale is not None:
-            found[tensor_name(teacher, part + SCALE)] = scale[..., None]
-    return found
+            tensors[tensor_name(teacher, part + SCALE)] = scale[..., None]
+    return tensors

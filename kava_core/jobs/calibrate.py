@@ -1,4 +1,4 @@
-"""``kava calibrate``: measure the layers of every teacher, show what was found, keep it for later runs."""
+"""Measure the layers of every teacher, show what was found, keep it for later runs: ``kava calibrate``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.train.run import with_trained_models
 
 
-def calibrate(loaded: LoadedSpec, folder: Path) -> None:
+def measure_layers(loaded: LoadedSpec, folder: Path) -> None:
     """Measure and print; models to be pretrained are trained first.
 
     Teachers whose layer mapper is not one that is measured are measured with the defaults of ``cka``.
@@ -42,26 +42,26 @@ def calibrate(loaded: LoadedSpec, folder: Path) -> None:
         data = make_data(spec)
         console = Console()
         for teacher in spec.teachers:
-            config = _config(loaded, teacher)
+            config = _measuring_config(loaded, teacher)
             path = measured_map(spec, teacher, config, folder, data, seed=spec.seeds[0])
-            _show(console, spec, teacher, config, path)
+            _show_layer_map(console, spec, teacher, config, path)
 
 
-def _config(loaded: LoadedSpec, teacher: TeacherSpec) -> ComponentConfig:
-    """What to measure with; a map that the spec names is measured again."""
+def _measuring_config(loaded: LoadedSpec, teacher: TeacherSpec) -> ComponentConfig:
+    """Return the layer mapper to measure with; a map that the spec names is measured again."""
     config = teacher.align.layer_mapper
     if can_measure(config):
         return config.model_copy(update={"map": None})
     return loaded.registry.get("layer_mapper", "cka").model_validate({})
 
 
-def _show(
+def _show_layer_map(
     console: Console, spec: PipelineSpec, teacher: TeacherSpec, config: ComponentConfig, path: Path
 ) -> None:
     state = load_file(path)
     weights = state["matrix"]
     similarity = state.get("similarity", weights)
-    print_whole(_table(teacher.name, similarity, weights), console)
+    print_whole(_layer_table(teacher.name, similarity, weights), console)
     if spec.student.path is None:
         seed = spec.seeds[0]
         console.print(
@@ -77,19 +77,22 @@ def _show(
     console.print(spec_line(config, path), soft_wrap=True, markup=False, highlight=False)
 
 
-def _table(teacher: str, similarity: Tensor, weights: Tensor) -> Table:
-    """One row a student layer: the teacher layers it reads, with weight and similarity."""
-    shown = Table(title=f"layers of teacher {teacher}")
-    shown.add_column("student layer", justify="right")
-    shown.add_column("teacher layers: weight (similarity)")
-    for i, row in enumerate(choose_layers(weights)):
-        cells = (f"{j}: {weight:.2f} ({float(similarity[i, j]):.2f})" for j, weight in row)
-        shown.add_row(str(i), "   ".join(cells))
-    return shown
+def _layer_table(teacher: str, similarity: Tensor, weights: Tensor) -> Table:
+    """Return a row for each student layer: the teacher layers it reads, with weight and similarity."""
+    table = Table(title=f"layers of teacher {teacher}")
+    table.add_column("student layer", justify="right")
+    table.add_column("teacher layers: weight (similarity)")
+    for layer, chosen in enumerate(choose_layers(weights)):
+        cells = [
+            f"{t_layer}: {weight:.2f} ({float(similarity[layer, t_layer]):.2f})" for t_layer, weight in chosen
+        ]
+        table.add_row(str(layer), "   ".join(cells))
+    return table
 
 
 def spec_line(config: ComponentConfig, path: Path) -> str:
-    """The line that makes a spec use the file: ``layer_mapper: {name: cka, map: …}``."""
-    fields = {"name": config.name, **config.model_dump(mode="json", exclude_defaults=True), "map": str(path)}
+    """Return the line that makes a spec use the file: ``layer_mapper: {name: cka, map: …}``."""
+    changed = config.model_dump(mode="json", exclude_defaults=True)
+    fields = {"name": config.name, **changed, "map": str(path)}
     flow = yaml.safe_dump(fields, default_flow_style=True, sort_keys=False, width=10_000).strip()
     return f"layer_mapper: {flow}"

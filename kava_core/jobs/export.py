@@ -1,4 +1,4 @@
-"""The trained student as a plain Hugging Face folder, with a card that holds the exact spec."""
+"""Write the trained student as a plain Hugging Face folder, with a card that holds the exact spec."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Data: {data}
 """
 
 
-def export(run: Path, target: Path) -> None:
+def export_student(run: Path, target: Path) -> None:
     """Copy a finished run's student to ``target`` with a model card.
 
     Raises:
@@ -46,7 +46,7 @@ def export(run: Path, target: Path) -> None:
     """
     record = finished_record(run)
     verify_student(run / "student")
-    card = _card(run, record)
+    card = _model_card(run, record)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise KavaError(f"{target}: exists already; give a new folder")
     staging = target.with_name(f"{target.name}.{os.getpid()}.staging")
@@ -62,24 +62,25 @@ def export(run: Path, target: Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _card(run: Path, record: dict[str, Any]) -> str:
-    rows = "\n".join(
-        f"| {name} | {value:.6g} |" for name, value in record["results"].items() if name != "steps"
-    )
+def _model_card(run: Path, record: dict[str, Any]) -> str:
+    results = record["results"]
+    rows = [f"| {name} | {value:.6g} |" for name, value in results.items() if name != "steps"]
+    loading_class = loader(run / "student")
     return CARD.format(
-        use=f"Load it with `{loader(run / 'student')}.from_pretrained`; {USES[loader(run / 'student')]}.",
+        use=f"Load it with `{loading_class}.from_pretrained`; {USES[loading_class]}.",
         name=record["name"],
         version=record["versions"].get("kava", "from source"),
         variant=record["variant"],
         seed=record["seed"],
-        steps=record["results"]["steps"],
-        rows=rows,
+        steps=results["steps"],
+        rows="\n".join(rows),
         data=json.dumps(record["data"]),
-        spec=_spec(run / "spec.json"),
+        spec=_read_spec_text(run / "spec.json"),
     )
 
 
-def _spec(file: Path) -> str:
+def _read_spec_text(file: Path) -> str:
+    """Read a spec as it was written; CheckpointError if it is no JSON."""
     try:
         text = file.read_text(encoding="utf-8")
         json.loads(text)

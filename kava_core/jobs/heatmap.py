@@ -1,4 +1,4 @@
-"""A picture of how similar the layers of two models are."""
+"""Draw how similar the layers of two models are."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-WRITTEN = 16
+MOST_WITH_VALUES = 16
 """Most layers on a side for which the values are written into the cells."""
 
 
@@ -20,17 +20,17 @@ def draw_similarity(
     teacher: str,
     title: str,
 ) -> bool:
-    """Student layers upwards, teacher layers to the right; the layers that are read have a frame.
+    """Draw student layers upwards, teacher layers to the right, and a frame around what is read.
 
     Args:
         similarity: what the colours show.
-        weights: above 0 where a student layer reads a teacher layer.
+        weights: above 0 if a student layer reads a teacher layer.
         path: of the PNG file.
         teacher: the teacher's name.
         title: what was measured.
 
     Returns:
-        False where matplotlib is not installed.
+        False if matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -41,40 +41,41 @@ def draw_similarity(
     size = (2.6 + cell * max(t_layer, 6), 1.6 + cell * max(layer, 3))
     figure = Figure(figsize=size, layout="constrained")
     axis = figure.add_subplot()
-    low, high = _range(similarity)
+    low, high = _colour_range(similarity)
     image = axis.imshow(similarity.numpy(), origin="lower", cmap="viridis", vmin=low, vmax=high)
-    beside = axis.inset_axes((1 + 0.3 / t_layer, 0, 0.4 / t_layer, 1))  # as high as the map
-    figure.colorbar(image, cax=beside, label="similarity")
+    colour_bar = axis.inset_axes((1 + 0.3 / t_layer, 0, 0.4 / t_layer, 1))  # as high as the map
+    figure.colorbar(image, cax=colour_bar, label="similarity")
     axis.set(xlabel=f"layer of teacher {teacher}", ylabel="student layer", title=title)
-    axis.set(xticks=_ticks(t_layer), yticks=_ticks(layer))
-    if max(layer, t_layer) <= WRITTEN:
+    axis.set(xticks=_layer_ticks(t_layer), yticks=_layer_ticks(layer))
+    if max(layer, t_layer) <= MOST_WITH_VALUES:
         write_values(axis, similarity, dark_below=low + 0.6 * (high - low))
-    _frame(axis, weights)
+    _frame_read_layers(axis, weights)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return True
 
 
-def _ticks(count: int) -> list[int]:
+def _layer_ticks(count: int) -> list[int]:
     return list(range(0, count, 1 if count <= 32 else 4))
 
 
-def _range(similarity: Tensor) -> tuple[float, float]:
-    """From the least to the largest value, at least a tenth apart."""
+def _colour_range(similarity: Tensor) -> tuple[float, float]:
+    """Return the least and the largest value, at least a tenth apart."""
     low, high = float(similarity.min()), float(similarity.max())
     return min(low, high - 0.1), high
 
 
-def write_values(axis: Any, similarity: Tensor, dark_below: float) -> None:
-    """Every cell's value in it; white where the cell is dark."""
-    style = {"ha": "center", "va": "center", "fontsize": 8}
-    for i, row in enumerate(similarity.tolist()):
-        for j, value in enumerate(row):
-            axis.text(j, i, f"{value:.2f}", color="white" if value < dark_below else "black", **style)
+def write_values(axis: Any, values: Tensor, dark_below: float) -> None:
+    """Write every cell's value into it, in white if the cell is dark."""
+    for row, cells in enumerate(values.tolist()):
+        for column, value in enumerate(cells):
+            colour = "white" if value < dark_below else "black"
+            axis.text(column, row, f"{value:.2f}", color=colour, ha="center", va="center", fontsize=8)
 
 
-def _frame(axis: Any, weights: Tensor) -> None:
+def _frame_read_layers(axis: Any, weights: Tensor) -> None:
     from matplotlib.patches import Rectangle
 
-    for i, j in weights.gt(0).nonzero().tolist():
-        axis.add_patch(Rectangle((j - 0.45, i - 0.45), 0.9, 0.9, fill=False, edgecolor="red", linewidth=1.8))
+    for layer, t_layer in weights.gt(0).nonzero().tolist():
+        corner = (t_layer - 0.45, layer - 0.45)
+        axis.add_patch(Rectangle(corner, 0.9, 0.9, fill=False, edgecolor="red", linewidth=1.8))

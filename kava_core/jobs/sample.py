@@ -1,4 +1,4 @@
-"""``kava sample``: several rationales of one teacher for every example, as a file to train from."""
+"""Let a teacher write several rationales for every example, as a file to train from: ``kava sample``."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from kava_core.train.run import with_trained_models
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """How rationales are drawn."""
+class SamplingOptions:
+    """How rationales are sampled."""
 
     split: Literal["train", "validation"] = "train"
     """Examples of this split."""
     count: int = 4
     """Texts the teacher writes for each example."""
     temperature: float = 0.8
-    """Of the sampling."""
+    """Temperature of the sampling."""
     max_new_tokens: int = 256
     """Longest text written."""
     batch_size: int = 32
@@ -45,39 +45,46 @@ class Drawing:
     keep_wrong: bool = False
     """Keep rationales that end in a wrong answer as well."""
     seed: int = 0
-    """Of the sampling."""
+    """Seed of the sampling."""
 
 
-def sample(spec: PipelineSpec, teacher: str, output: Path, drawing: Drawing) -> str:
-    """Write every example of a split with the rationales a teacher wrote for it; a sentence about them.
+def sample_rationales(spec: PipelineSpec, teacher: str, output: Path, options: SamplingOptions) -> str:
+    """Write every example of a split with the rationales a teacher wrote for it.
 
     A line holds prompt, reasoning, answer, task and ``rationales``: those texts that differ from one another
     and from the example's own. Interrupted, the same call goes on where it stopped.
+
+    Returns:
+        A sentence on what was written.
 
     Raises:
         SpecError: no such teacher.
         KavaError: the file is there already or cannot be written.
     """
-    if _declared(spec, teacher).encoder:
+    if _find_teacher(spec, teacher).encoder:
         raise SpecError(f"teacher {teacher!r} is an encoder: it writes nothing")
     if output.exists():
         raise KavaError(f"{output}: is there already; choose another file or delete it")
     # The one teacher, reading text, with nothing but its logits wanted.
-    only = (_declared(spec, teacher),)
-    alone = {"teachers": only, "losses": (), "logits": LogitsSpec(), "trajectory": "text"}
+    only_teacher = {
+        "teachers": (_find_teacher(spec, teacher),),
+        "losses": (),
+        "logits": LogitsSpec(),
+        "trajectory": "text",
+    }
     with quiet():
-        spec = with_trained_models(spec.model_copy(update=alone))
-        partial = output.with_name(f"{output.name}.{_settings(spec, teacher, drawing)}.partial")
+        spec = with_trained_models(spec.model_copy(update=only_teacher))
+        partial = output.with_name(f"{output.name}.{_settings_hash(spec, teacher, options)}.partial")
         try:
-            _write_missing(_Writer(spec, _declared(spec, teacher), drawing), partial, drawing)
-            found = _counted(partial)
+            _write_missing_lines(_RationaleWriter(spec, _find_teacher(spec, teacher), options), partial)
+            counts = _describe_counts(partial)
             os.replace(partial, output)
         except OSError as error:
             raise KavaError(f"{output}: cannot be written: {error.strerror}") from error
-    return f"{output}: {found}"
+    return f"{output}: {counts}"
 
 
-def _declared(spec: PipelineSpec, name: str) -> TeacherSpec:
+def _find_teacher(spec: PipelineSpec, name: str) -> TeacherSpec:
     names = [teacher.name for teacher in spec.teachers]
     if name not in names:
         near = did_you_mean(name, names)
@@ -85,88 +92,112 @@ def _declared(spec: PipelineSpec, name: str) -> TeacherSpec:
     return spec.teachers[names.index(name)]
 
 
-def _settings(spec: PipelineSpec, teacher: str, drawing: Drawing) -> str:
-    said = [_declared(spec, teacher).model_dump_json(), spec.data.model_dump_json(), repr(drawing)]
-    return hashlib.sha256("\n".join(said).encode()).hexdigest()[:8]
+def _settings_hash(spec: PipelineSpec, teacher: str, options: SamplingOptions) -> str:
+    """Name everything that the sampled texts depend on, so that only the same call goes on with a file."""
+    settings = [_find_teacher(spec, teacher).model_dump_json(), spec.data.model_dump_json(), repr(options)]
+    return hashlib.sha256("\n".join(settings).encode()).hexdigest()[:8]
 
 
-def _write_missing(writer: _Writer, partial: Path, drawing: Drawing) -> None:
+def _write_missing_lines(writer: _RationaleWriter, partial: Path) -> None:
     """Append the lines that are not there; a line that was cut off is written anew."""
     partial.parent.mkdir(parents=True, exist_ok=True)
-    kept = [line for line in _lines(partial) if line.endswith(b"\n")]
-    done = len(kept) - len(kept) % drawing.batch_size  # whole batches: each has its own random numbers
+    complete = [line for line in _read_lines(partial) if line.endswith(b"\n")]
+    # Whole batches only: each has its own random numbers.
+    done = len(complete) - len(complete) % writer.options.batch_size
     with partial.open("wb") as stream:
-        stream.writelines(kept[:done])
+        stream.writelines(complete[:done])
         stream.flush()
         with progress("sampled", len(writer.examples), done) as advance:
-            for batch in writer.batches(done):
-                stream.write("".join(batch).encode())
+            for lines in writer.line_batches(done):
+                stream.write("".join(lines).encode())
                 stream.flush()
                 os.fsync(stream.fileno())
-                advance(len(batch))
+                advance(len(lines))
 
 
-def _lines(file: Path) -> list[bytes]:
+def _read_lines(file: Path) -> list[bytes]:
     return file.read_bytes().splitlines(keepends=True) if file.exists() else []
 
 
-def _counted(file: Path) -> str:
-    counts = [len(json.loads(line)["rationales"]) for line in _lines(file)]
+def _describe_counts(file: Path) -> str:
+    counts = [len(json.loads(line)["rationales"]) for line in _read_lines(file)]
     without = counts.count(0)
     return f"{len(counts):,} examples, {sum(counts):,} rationales, {without:,} examples without any"
 
 
-class _Writer:
-    """One teacher, writing."""
+class _RationaleWriter:
+    """One teacher that writes rationales."""
 
-    def __init__(self, spec: PipelineSpec, teacher: TeacherSpec, drawing: Drawing) -> None:
+    def __init__(self, spec: PipelineSpec, teacher: TeacherSpec, options: SamplingOptions) -> None:
         data = make_data(spec)
         splits = data.splits
-        self.examples: Sequence[Example] = splits.train if drawing.split == "train" else splits.validation
+        self.examples: Sequence[Example] = splits.train if options.split == "train" else splits.validation
         self.template: Template = teacher_reading(spec, teacher).template
         self.tokenizer = data.teacher_tokenizers[teacher.name]
         self.collator = Collator(self.tokenizer, {}, self.template)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         where = f"teacher {teacher.name!r}"
-        model: Any = load_model(teacher, self.tokenizer, seed=0, where=where).to(self.device).eval()
-        self.model, self.drawing = model, drawing
+        self.model: Any = load_model(teacher, self.tokenizer, seed=0, where=where).to(self.device).eval()
+        self.options = options
 
-    def batches(self, start: int) -> Iterator[list[str]]:
-        """JSON lines of the examples from ``start`` on."""
-        size = self.drawing.batch_size
+    def line_batches(self, start: int) -> Iterator[list[str]]:
+        """Yield the JSON lines of the examples from ``start`` on, a batch at a time."""
+        size = self.options.batch_size
         for begin in range(start, len(self.examples), size):
             examples = list(self.examples[begin : begin + size])
-            yield [
-                _line(example, self._kept(example, texts))
-                for example, texts in zip(examples, self._written(examples, begin), strict=True)
-            ]
+            lines = []
+            for example, texts in zip(examples, self._sample_texts(examples, begin), strict=True):
+                lines.append(_json_line(example, self._kept_rationales(example, texts)))
+            yield lines
 
-    def _written(self, examples: list[Example], begin: int) -> list[list[str]]:
+    def _sample_texts(self, examples: list[Example], begin: int) -> list[list[str]]:
+        """Let the teacher write ``options.count`` texts for each example; ``begin`` is the first's number."""
+        options = self.options
         prompts = send_to_device(self.collator.prompts(examples)[0], self.device)
         length = prompts["input_ids"].shape[1]
-        check_answer_fits(self.model.config, length, self.drawing.max_new_tokens)
-        drawing = self.drawing
-        count, seed = drawing.count, drawing.seed * 1_000_003 + begin
-        how: dict[str, Any] = {"temperature": drawing.temperature, "max_new_tokens": drawing.max_new_tokens}
-        tokens = sample_tokens(self.model, prompts, seed=seed, count=count, **how)
+        check_answer_fits(self.model.config, length, options.max_new_tokens)
+        tokens = sample_tokens(
+            self.model,
+            prompts,
+            seed=options.seed * 1_000_003 + begin,
+            count=options.count,
+            temperature=options.temperature,
+            max_new_tokens=options.max_new_tokens,
+        )
         texts = decode_new_tokens(self.tokenizer, tokens, length)
-        return [texts[place * count : (place + 1) * count] for place in range(len(examples))]
+        return [texts[row * options.count : (row + 1) * options.count] for row in range(len(examples))]
 
-    def _kept(self, example: Example, texts: list[str]) -> list[str]:
-        """Different rationales, in the order they were written; texts without an answer have none."""
-        right = (t for t in texts if self.drawing.keep_wrong or is_correct(t, example, self.template))
-        found = dict.fromkeys(rationale for t in right if (rationale := rationale_of(t, self.template)))
-        return [rationale for rationale in found if rationale != example.reasoning]
+    def _kept_rationales(self, example: Example, texts: list[str]) -> list[str]:
+        """Return the different rationales, in the order they were written.
+
+        Texts without an answer have none; a rationale that is the example's own is left out.
+        """
+        kept: list[str] = []
+        for text in texts:
+            if not self.options.keep_wrong and not is_correct(text, example, self.template):
+                continue
+            rationale = rationale_of(text, self.template)
+            if rationale and rationale != example.reasoning and rationale not in kept:
+                kept.append(rationale)
+        return kept
 
 
 def rationale_of(written: str, template: Template) -> str | None:
-    """What stands for ``{reasoning}`` in a written text; None where the answer's marker is missing."""
-    found = marker_in(written, template)
+    """Return what a written text has in the place of ``{reasoning}``; None without the answer's marker."""
+    marker = marker_in(written, template)
+    if not marker:
+        return None
     before, _, after = template.reasoning.partition("{reasoning}")
-    return written[: found[0]].removeprefix(before).removesuffix(after) if found else None
+    return written[: marker[0]].removeprefix(before).removesuffix(after)
 
 
-def _line(example: Example, rationales: list[str]) -> str:
-    fields = {"prompt": example.prompt, "reasoning": example.reasoning, "answer": example.answer}
-    task = {} if example.task is None else {"task": example.task}
-    return json.dumps(fields | task | {"rationales": rationales}, ensure_ascii=False) + "\n"
+def _json_line(example: Example, rationales: list[str]) -> str:
+    fields: dict[str, Any] = {
+        "prompt": example.prompt,
+        "reasoning": example.reasoning,
+        "answer": example.answer,
+    }
+    if example.task is not None:
+        fields["task"] = example.task
+    fields["rationales"] = rationales
+    return json.dumps(fields, ensure_ascii=False) + "\n"

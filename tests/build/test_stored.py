@@ -17,7 +17,7 @@ from kava_core.build.stored import store_ingredients, unfinished_folder
 from kava_core.cli.app import app, explained
 from kava_core.data.store.index import differences
 from kava_core.errors import CheckpointError, KavaError, Preempted, SpecError
-from kava_core.jobs.cache import cache, cache_all
+from kava_core.jobs.cache import write_store, write_stores
 from kava_core.runs import checkpoint
 from kava_core.runs.metrics import read_metrics
 from kava_core.specfile.sections.pipeline import PipelineSpec
@@ -81,7 +81,7 @@ def live(folder: Path) -> list[dict[str, float]]:
 def kept(folder: Path) -> PipelineSpec:
     """A spec whose bfloat16 store has been written."""
     made = spec(folder, "bfloat16")
-    cache(made, seed=0)
+    write_store(made, seed=0)
     return made
 
 
@@ -93,7 +93,7 @@ def test_stored_and_live_teachers_give_the_same_curve(
     folder: Path, live: list[dict[str, float]], dtype: str, tolerance: float
 ) -> None:
     made = spec(folder, dtype)
-    cache(made, seed=0)
+    write_store(made, seed=0)
     assert_same_curve(curve(made), live, tolerance=tolerance)
 
 
@@ -112,7 +112,7 @@ OTHERS = {
 @pytest.mark.parametrize("case", OTHERS)
 def test_every_way_of_aligning_can_be_stored(tmp_path: Path, case: str) -> None:
     make = partial(spec, tmp_path, **OTHERS[case])
-    cache(make("float32"), seed=3)
+    write_store(make("float32"), seed=3)
     tolerance = 2e-2 if case == "mixed precision" else 1e-5
     assert_same_curve(curve(make("float32"), seed=3), curve(make(), seed=3), tolerance=tolerance)
 
@@ -141,7 +141,7 @@ def test_a_resumed_run_ends_in_the_same_numbers(kept: PipelineSpec, monkeypatch:
 
 def test_run_json_names_the_store(kept: PipelineSpec) -> None:
     record = json.loads((run(kept, variant="main", seed=0).folder / "run.json").read_text())
-    assert record["store"] == str(cache(kept, seed=0).folder)  # type: ignore[union-attr]
+    assert record["store"] == str(write_store(kept, seed=0).folder)  # type: ignore[union-attr]
 
 
 def test_the_order_of_the_data_does_not_matter(folder: Path, kept: PipelineSpec, tmp_path: Path) -> None:
@@ -150,14 +150,14 @@ def test_the_order_of_the_data_does_not_matter(folder: Path, kept: PipelineSpec,
     (tmp_path / "train").write_text("".join(reversed(lines)))
     frozen = [GPT | {"align": {"dim_projector": {"name": "linear", "trainable": False}}}]
     make = partial(spec, folder, "float32", teachers=frozen)
-    cache(make(), seed=0)
+    write_store(make(), seed=0)
     data = {
         "name": "jsonl",
         "train": str(tmp_path / "train"),
         "validation": str(folder / "data" / "validation"),
     }
     reordered = make(data=data)
-    assert not cache(reordered, seed=0).made  # type: ignore[union-attr]
+    assert not write_store(reordered, seed=0).written  # type: ignore[union-attr]
     live = reordered.model_copy(update={"store": None})
     assert_same_curve(curve(reordered), curve(live), tolerance=2e-6)
 
@@ -259,7 +259,7 @@ def test_training_without_a_store_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_training_from_a_stale_store_says_what_changed(kept: PipelineSpec) -> None:
-    folder = cache(kept, seed=0).folder  # type: ignore[union-attr]
+    folder = write_store(kept, seed=0).folder  # type: ignore[union-attr]
     with pytest.raises(SpecError) as error:
         run(nested(kept, "data", template={"prompt": "{prompt}!"}), variant="main", seed=0)
     assert str(error.value).startswith(f"store: {folder} is out of date: student's tokenizer changed; data.")
@@ -277,7 +277,7 @@ def test_a_trained_target_is_refused_by_name(kept: PipelineSpec) -> None:
     }
     for what, align in trained.items():
         with pytest.raises(SpecError, match=f"^store: {what} of teacher 'wide' is trained with the student"):
-            cache(teacher(kept, align=align), seed=0)
+            write_store(teacher(kept, align=align), seed=0)
 
 
 def test_a_shuffled_teacher_is_refused(kept: PipelineSpec) -> None:
@@ -290,30 +290,30 @@ def test_a_shuffled_teacher_is_refused(kept: PipelineSpec) -> None:
 
 def test_a_truncated_shard_is_refused_at_once(tmp_path: Path) -> None:
     made = spec(tmp_path, "int8")
-    shard = next(cache(made, seed=0).folder.glob("shard-*"))  # type: ignore[union-attr]
+    shard = next(write_store(made, seed=0).folder.glob("shard-*"))  # type: ignore[union-attr]
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=rf"{shard.name}: altered since it was saved") as error:
         run(made, variant="main", seed=0)
     assert error.value.exit_code == 5
     with pytest.raises(CheckpointError):
-        cache(made, seed=0)
+        write_store(made, seed=0)
 
 
 def test_verify_finds_a_flipped_bit(tmp_path: Path) -> None:
     made = spec(tmp_path, "int8")
-    assert cache(made, seed=0).made  # type: ignore[union-attr]
+    assert write_store(made, seed=0).written  # type: ignore[union-attr]
     shard = next((tmp_path / "stores").glob("*/shard-*"))
-    assert not cache(made, seed=0, verify=True).made  # type: ignore[union-attr]
+    assert not write_store(made, seed=0, verify=True).written  # type: ignore[union-attr]
     raw = bytearray(shard.read_bytes())
     raw[-5] ^= 1
     shard.write_bytes(raw)
     with pytest.raises(CheckpointError, match=rf"{shard.name}: altered since it was saved"):
-        cache(made, seed=0, verify=True)
+        write_store(made, seed=0, verify=True)
 
 
 def test_an_unfinished_store_is_not_taken(tmp_path: Path, kept: PipelineSpec) -> None:
     made = nested(kept, "store", folder=str(tmp_path))
-    unfinished_folder(tmp_path / cache(kept, seed=0).folder.name).mkdir()  # type: ignore[union-attr]
+    unfinished_folder(tmp_path / write_store(kept, seed=0).folder.name).mkdir()  # type: ignore[union-attr]
     with pytest.raises(SpecError, match=r"not finished; run `kava cache` .*: it goes on where it stopped$"):
         run(made, variant="main", seed=0)
 
@@ -323,8 +323,8 @@ def test_an_unfinished_store_is_not_taken(tmp_path: Path, kept: PipelineSpec) ->
 
 def test_cache_describes_each_store_once(folder: Path, kept: PipelineSpec) -> None:
     without = changed(kept, losses=[{"name": "mercator", "weight": 0.0}])
-    found = list(cache_all({"main": kept, "same": kept, "ce": without}))
-    done = cache(kept, seed=0)
+    found = list(write_stores({"main": kept, "same": kept, "ce": without}))
+    done = write_store(kept, seed=0)
     assert done is not None
     size = sum(file.stat().st_size for file in done.folder.rglob("*") if file.is_file())
     assert done.bytes == size
@@ -337,7 +337,7 @@ def test_cache_describes_each_store_once(folder: Path, kept: PipelineSpec) -> No
 
 def test_cache_needs_a_store_in_the_spec(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="store: the spec names none; add store"):
-        cache(spec(tmp_path), seed=0)
+        write_store(spec(tmp_path), seed=0)
 
 
 def test_cache_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,11 +359,11 @@ def test_two_processes_do_not_write_one_store(tmp_path: Path) -> None:
     import fcntl
 
     made = spec(tmp_path, "int8")
-    folder = cache(made, seed=0).folder  # type: ignore[union-attr]
+    folder = write_store(made, seed=0).folder  # type: ignore[union-attr]
     with folder.with_name(f"{folder.name}.lock").open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         with pytest.raises(KavaError, match="another process is writing this store"):
-            cache(made, seed=0)
+            write_store(made, seed=0)
 
 
 # killed
@@ -390,10 +390,10 @@ def test_going_on_runs_only_what_is_missing(
 
     monkeypatch.setattr(module, "_add", dying)
     with pytest.raises(Killed):
-        cache(made, seed=0)
+        write_store(made, seed=0)
     after = 10**6
     first = sum(calls)
-    done = cache(made, seed=0)
+    done = write_store(made, seed=0)
     assert done is not None
     assert first > 0
     assert sum(calls) == done.examples == 48

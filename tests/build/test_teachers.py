@@ -18,7 +18,7 @@ from kava_core.data.examples import Example, from_fields, render
 from kava_core.data.splits import split_hash
 from kava_core.data.tokenizers import load_tokenizer
 from kava_core.errors import KavaError, SpecError
-from kava_core.jobs.sample import Drawing, rationale_of, sample
+from kava_core.jobs.sample import SamplingOptions, rationale_of, sample_rationales
 from kava_core.paths import cache_folder
 from kava_core.specfile.sections.data import Template
 from kava_core.specfile.sections.models import TrainTokenizer
@@ -164,11 +164,11 @@ def test_another_text_gives_another_target(tmp_path: Path) -> None:
 
 def test_rationales_are_sampled_kept_apart_and_resumed(tmp_path: Path) -> None:
     spec = tiny.spec(tmp_path, teachers=[teacher(pretrain={"steps": 10, "batch_size": 16})])
-    drawing = Drawing(
+    options = SamplingOptions(
         split="validation", count=3, temperature=1.0, max_new_tokens=8, batch_size=4, keep_wrong=True
     )
     whole = tmp_path / "whole.jsonl"
-    told = sample(spec, "t", whole, drawing)
+    told = sample_rationales(spec, "t", whole, options)
     lines = [json.loads(line) for line in whole.read_text().splitlines()]
     assert len(lines) == 16
     assert "16 examples" in told
@@ -176,7 +176,7 @@ def test_rationales_are_sampled_kept_apart_and_resumed(tmp_path: Path) -> None:
     assert all(line["reasoning"] not in line["rationales"] for line in lines)
 
     again = tmp_path / "again.jsonl"
-    sample(spec, "t", again, drawing)
+    sample_rationales(spec, "t", again, options)
     assert list(tmp_path.glob("again.jsonl*")) == [again]
     assert again.read_bytes() == whole.read_bytes()
 
@@ -185,19 +185,19 @@ def test_a_cut_file_of_rationales_is_gone_on_with(tmp_path: Path, monkeypatch: p
     import kava_core.jobs.sample as module
 
     spec = tiny.spec(tmp_path, teachers=[teacher(pretrain={"steps": 10, "batch_size": 16})])
-    drawing = Drawing(split="validation", count=2, max_new_tokens=8, batch_size=4, keep_wrong=True)
+    options = SamplingOptions(split="validation", count=2, max_new_tokens=8, batch_size=4, keep_wrong=True)
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-    sample(spec, "t", whole, drawing)
+    sample_rationales(spec, "t", whole, options)
     monkeypatch.setattr(module.os, "replace", stop)
     with pytest.raises(KeyboardInterrupt):
-        sample(spec, "t", cut, drawing)
+        sample_rationales(spec, "t", cut, options)
     monkeypatch.undo()
     (partial,) = tmp_path.glob("cut.jsonl.*.partial")
     partial.write_bytes(partial.read_bytes()[:-20])
-    sample(spec, "t", cut, drawing)
+    sample_rationales(spec, "t", cut, options)
     assert cut.read_bytes() == whole.read_bytes()
     with pytest.raises(KavaError, match="is there already"):
-        sample(spec, "t", cut, drawing)
+        sample_rationales(spec, "t", cut, options)
 
 
 def stop(*_: Any) -> None:
@@ -206,7 +206,7 @@ def stop(*_: Any) -> None:
 
 def test_an_unknown_teacher_is_named_with_the_likely_one(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"no teacher 'wid'; there are wide, gpt.*'wide'"):
-        sample(tiny.spec(tmp_path), "wid", tmp_path / "x.jsonl", Drawing())
+        sample_rationales(tiny.spec(tmp_path), "wid", tmp_path / "x.jsonl", SamplingOptions())
 
 
 def test_the_rationale_is_cut_out_of_what_was_written() -> None:

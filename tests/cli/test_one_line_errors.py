@@ -24,7 +24,7 @@ from transformers import (
 from kava_core.console import print_whole
 from kava_core.data.tokenizers import train_tokenizer
 from kava_core.errors import CheckpointError, KavaError, SpecError
-from kava_core.jobs.export import export
+from kava_core.jobs.export import export_student
 from kava_core.models.config import max_positions, model_config
 from kava_core.models.load import load_model
 from kava_core.models.student import load_student
@@ -122,7 +122,7 @@ def test_a_damaged_record(finished: Path, tmp_path: Path, case: str) -> None:
     file = finished / "run.json"
     content = damage(json.loads(file.read_text()))
     file.write_bytes(content.encode() if isinstance(content, str) else content)
-    for act in (lambda: again(finished), lambda: export(finished, tmp_path / "out")):
+    for act in (lambda: again(finished), lambda: export_student(finished, tmp_path / "out")):
         said = told(CheckpointError, act)
         assert said.startswith(f"{file}: ")
         assert expected in said
@@ -149,20 +149,20 @@ STUDENTS: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_a_damaged_student_is_not_exported(finished: Path, tmp_path: Path, case: str) -> None:
     damage, expected = STUDENTS[case]
     damage(finished)
-    assert expected in told(CheckpointError, lambda: export(finished, tmp_path / "out"))
+    assert expected in told(CheckpointError, lambda: export_student(finished, tmp_path / "out"))
     assert not list(tmp_path.glob("out*"))
 
 
 def test_the_student_loads_with_its_manifest_and_is_exported_without(finished: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(finished / "student")
-    export(finished, tmp_path / "out")
+    export_student(finished, tmp_path / "out")
     kept = {file.name for file in (finished / "student").iterdir()}
     assert {file.name for file in (tmp_path / "out").iterdir()} == kept - {"manifest.json"} | {"README.md"}
 
 
 def test_an_export_under_a_file(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    said = told(KavaError, lambda: export(finished, tmp_path / "file" / "out"))
+    said = told(KavaError, lambda: export_student(finished, tmp_path / "file" / "out"))
     assert said == f"{tmp_path}/file/out: cannot be written: Not a directory"
 
 

@@ -16,16 +16,16 @@ from kava_core.data.jsonl import read_examples
 from kava_core.data.pal import from_pal
 from kava_core.data.splits import load_splits
 from kava_core.errors import SpecError
-from kava_core.jobs.evaluate.command import Settings, evaluate_run
-from kava_core.jobs.evaluate.harness import write_task
-from kava_core.jobs.evaluate.judged import judged, wilson
-from kava_core.jobs.evaluate.student import load_answering
-from kava_core.jobs.export import export
+from kava_core.jobs.evaluate.answering_student import load_answering_student
+from kava_core.jobs.evaluate.evaluate_run import AnswerOptions, evaluate_run
+from kava_core.jobs.evaluate.harness_task import write_harness_task
+from kava_core.jobs.evaluate.scored_answers import score_answers, wilson_interval
+from kava_core.jobs.export import export_student
 from kava_core.specfile.sections.data import JsonlData, Template
 from kava_core.train.run import Result, run
 from tests.support import tiny
 
-HOW = Settings("fields", None, 5, 8)
+HOW = AnswerOptions("fields", None, 5, 8)
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +68,11 @@ def test_the_lines_are_those_the_last_evaluation_counted(ran: Result, tmp_path: 
 
 
 def test_batches_change_no_answer(ran: Result) -> None:
-    student = load_answering(ran.folder)
+    student = load_answering_student(ran.folder)
     examples = [Example(f"{a}+{b}", "", str((a + b) % 4)) for a in range(4) for b in (1, 2, 3)]
-    whole, parts = (list(judged(student, examples, batch_size=size, max_new_tokens=6)) for size in (12, 5))
+    whole, parts = (
+        list(score_answers(student, examples, batch_size=size, max_new_tokens=6)) for size in (12, 5)
+    )
     assert whole == parts
 
 
@@ -93,7 +95,7 @@ def test_latent_students_answer_too(tmp_path: Path) -> None:
 
 def test_a_file_of_the_training_examples_is_told(ran: Result, tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "known.jsonl"
-    spec = load_answering(ran.folder).spec
+    spec = load_answering_student(ran.folder).spec
     known = load_splits(spec.data, root=tmp_path).train[:3]
     fields = [{"prompt": e.prompt, "reasoning": e.reasoning, "answer": e.answer} for e in known]
     file.write_text("".join(json.dumps(one) + "\n" for one in fields))
@@ -106,7 +108,7 @@ def test_a_file_of_the_training_examples_is_told(ran: Result, tmp_path: Path, ca
 
 def test_what_does_not_fit_is_refused(ran: Result, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"^--max-new-tokens: the longest prompt and 128 new tokens"):
-        evaluate_run(ran.folder, None, tmp_path, None, Settings("fields", None, 5, 128))
+        evaluate_run(ran.folder, None, tmp_path, None, AnswerOptions("fields", None, 5, 128))
     with pytest.raises(SpecError, match="not a run directory"):
         evaluate_run(tmp_path, None, tmp_path, None, HOW)
 
@@ -114,7 +116,7 @@ def test_what_does_not_fit_is_refused(ran: Result, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("right", "count"), [(0, 7), (7, 7), (3, 11), (500, 1000)])
 def test_wilsons_interval_is_scipys(right: int, count: int) -> None:
     expected = stats.binomtest(right, count).proportion_ci(method="wilson")
-    assert wilson(right, count) == pytest.approx((expected.low, expected.high))
+    assert wilson_interval(right, count) == pytest.approx((expected.low, expected.high))
 
 
 @pytest.mark.parametrize(
@@ -173,8 +175,8 @@ def harness(task: dict[str, Any], text: str, gold: str) -> bool:
 @pytest.mark.parametrize("gold", ["5", "1005", "-5", "12"])
 def test_the_harness_judges_as_kava_does(ran: Result, tmp_path: Path, gold: str) -> None:
     """Where the number ends the line; what stands behind it kava wants away, the harness does not see."""
-    student = load_answering(ran.folder)
-    assert write_task(tmp_path, student, [Example("1+2", "", gold)], 6) == "kava_tiny"
+    student = load_answering_student(ran.folder)
+    assert write_harness_task(tmp_path, student, [Example("1+2", "", gold)], 6) == "kava_tiny"
     task = yaml.safe_load((tmp_path / "task.yaml").read_text())
     template = Template(answer=" #{answer}")
     differ = [
@@ -187,7 +189,7 @@ def test_the_harness_judges_as_kava_does(ran: Result, tmp_path: Path, gold: str)
 
 def test_the_harness_wants_numbers(ran: Result, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="--lm-eval: the answer 'five' is no number"):
-        write_task(tmp_path, load_answering(ran.folder), [Example("1+2", "", "five")], 6)
+        write_harness_task(tmp_path, load_answering_student(ran.folder), [Example("1+2", "", "five")], 6)
 
 
 def test_the_real_harness_gives_the_same_score(ran: Result, tmp_path: Path) -> None:
@@ -195,7 +197,7 @@ def test_the_real_harness_gives_the_same_score(ran: Result, tmp_path: Path) -> N
     from lm_eval.tasks import TaskManager
 
     evaluate_run(ran.folder, None, tmp_path / "out", tmp_path / "task", HOW)
-    export(ran.folder, tmp_path / "student")
+    export_student(ran.folder, tmp_path / "student")
     found = lm_eval.simple_evaluate(
         model="hf",
         model_args=f"pretrained={tmp_path / 'student'},device=cpu",

@@ -15,10 +15,15 @@ from torch import Tensor
 
 from kava_core.cli.app import main
 from kava_core.data.collate import Collator
-from kava_core.jobs.latents import finished_run as finished
-from kava_core.jobs.latents.command import decoded
-from kava_core.jobs.latents.cosine_map import cosine_maps, slot_sums, step_sums, unaligned
-from kava_core.jobs.latents.finished_run import FinishedRun, finished_run
+from kava_core.jobs.latents import latent_run
+from kava_core.jobs.latents.cosine_map import (
+    compute_cosine_maps,
+    sum_slot_cosines,
+    sum_step_cosines,
+    time_unaligned_cache,
+)
+from kava_core.jobs.latents.latent_run import LatentRun, load_latent_run
+from kava_core.jobs.latents.show_latents import decode_examples
 from kava_core.latent.exported import LatentStudent
 from kava_core.protocols.timeline import REASONING, Timeline
 from kava_core.runs import checkpoint
@@ -60,8 +65,8 @@ def alike(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(alike: Path) -> FinishedRun:
-    return finished_run(alike)
+def made(alike: Path) -> LatentRun:
+    return load_latent_run(alike)
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +105,9 @@ def cosine(x: Tensor, y: Tensor) -> float:
 
 
 @torch.no_grad()
-def test_decoded_tokens_are_those_of_one_example_at_a_time(alike: Path, made: FinishedRun) -> None:
+def test_decoded_tokens_are_those_of_one_example_at_a_time(alike: Path, made: LatentRun) -> None:
     student = LatentStudent.from_pretrained(alike / "student")
-    found = decoded(made, examples=8, top=3)
+    found = decode_examples(made, examples=8, top=3)
     assert len(found) == 8
     for one in found:
         outputs, begin = final_pass(student, one["prompt"])
@@ -115,20 +120,20 @@ def test_decoded_tokens_are_those_of_one_example_at_a_time(alike: Path, made: Fi
             assert [share for _, share in likely] == pytest.approx(chances[order].tolist(), rel=1e-4)
 
 
-def test_beside_them_stand_the_teachers_written_tokens(made: FinishedRun) -> None:
-    for one in decoded(made, examples=5, top=1):
+def test_beside_them_stand_the_teachers_written_tokens(made: LatentRun) -> None:
+    for one in decode_examples(made, examples=5, top=1):
         assert "".join(one["written"]["alike"]).split() == one["reasoning"].split()
         assert all(one[field] for field in ("prompt", "answer", "reasoning"))
 
 
-def test_more_tokens_than_there_are_is_all_of_them(made: FinishedRun) -> None:
-    (one,) = decoded(made, examples=1, top=10_000)
+def test_more_tokens_than_there_are_is_all_of_them(made: LatentRun) -> None:
+    (one,) = decode_examples(made, examples=1, top=10_000)
     assert {len(likely) for likely in one["slots"]} == {len(made.data.tokenizer)}
     assert sum(share for _, share in one["slots"][0]) == pytest.approx(1, abs=1e-4)
 
 
 @torch.no_grad()
-def by_loop(run: Path, made: FinishedRun, part: str, examples: int, shift: int) -> tuple[Tensor, Tensor]:
+def by_loop(run: Path, made: LatentRun, part: str, examples: int, shift: int) -> tuple[Tensor, Tensor]:
     """Both maps in float64 from plain transformers; every second teacher layer is read by a student's."""
     student, batch = LatentStudent.from_pretrained(run / "student"), next(made.batches(examples))
     side, pipeline = batch["teachers"]["alike"], made.distiller.pipeline
@@ -172,10 +177,8 @@ def by_loop(run: Path, made: FinishedRun, part: str, examples: int, shift: int) 
 
 @pytest.mark.parametrize("part", ["keys", "values"])
 @pytest.mark.parametrize("shift", [0, 1])
-def test_cosines_are_those_of_a_loop_in_float64(
-    alike: Path, made: FinishedRun, part: str, shift: int
-) -> None:
-    found: Any = cosine_maps(made.distiller, made.batches(5))["alike"][part]
+def test_cosines_are_those_of_a_loop_in_float64(alike: Path, made: LatentRun, part: str, shift: int) -> None:
+    found: Any = compute_cosine_maps(made.distiller, made.batches(5))["alike"][part]
     slots, steps = by_loop(alike, made, part, 5, shift)
     by_slot, by_step = (found.slots_next, found.steps_next) if shift else (found.slots, found.steps)
     torch.testing.assert_close(by_slot.mean, slots, rtol=1e-4, atol=1e-5)
@@ -186,12 +189,12 @@ def test_cosines_are_those_of_a_loop_in_float64(
 
 def test_the_control_is_the_collators_shuffled_teacher(wide: Path) -> None:
     """Where every side of a batch is shuffled, its own teacher is the next example's."""
-    made = finished_run(wide)
+    made = load_latent_run(wide)
     items = made.data.validation_items.items[:6]
-    found: Any = cosine_maps(made.distiller, made.batches(6))
+    found: Any = compute_cosine_maps(made.distiller, made.batches(6))
     collator: Collator = made.data.plain_collator
     collator.shuffle_teacher = True
-    shuffled: Any = cosine_maps(made.distiller, [collator(items)])
+    shuffled: Any = compute_cosine_maps(made.distiller, [collator(items)])
     assert set(found) == {"wide", "gpt"}
     for teacher, parts in found.items():
         for part, maps in parts.items():
@@ -203,21 +206,21 @@ def test_the_control_is_the_collators_shuffled_teacher(wide: Path) -> None:
 def test_the_trained_aligners_are_used(wide: Path) -> None:
     last = checkpoint.newest(wide / "checkpoints")
     saved = load_file(last / "aligner.safetensors")
-    state = finished_run(wide).distiller.pipeline.state_dict()
+    state = load_latent_run(wide).distiller.pipeline.state_dict()
     assert any("dim_projector" in name for name in saved)
     assert all(torch.equal(state[name].cpu(), saved[name]) for name in saved)
 
 
-def test_batches_change_no_mean(made: FinishedRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = cosine_maps(made.distiller, made.batches(7))["alike"]
-    tokens = decoded(made, examples=7, top=2)
-    monkeypatch.setattr(finished, "MOST", 3)
+def test_batches_change_no_mean(made: LatentRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = compute_cosine_maps(made.distiller, made.batches(7))["alike"]
+    tokens = decode_examples(made, examples=7, top=2)
+    monkeypatch.setattr(latent_run, "MOST", 3)
     assert [len(batch["labels"]) for batch in made.batches(7)] == [2, 2, 3]
-    parts = cosine_maps(made.distiller, made.batches(7))["alike"]
+    parts = compute_cosine_maps(made.distiller, made.batches(7))["alike"]
     for part, maps in whole.items():
         torch.testing.assert_close(maps.slots.mean, parts[part].slots.mean)
         torch.testing.assert_close(maps.steps.mean, parts[part].steps.mean)
-    again = decoded(made, examples=7, top=2)
+    again = decode_examples(made, examples=7, top=2)
     for one, other in zip(tokens, again, strict=True):
         for likely, more in zip(one["slots"], other["slots"], strict=True):
             assert dict(likely) == pytest.approx(dict(more), abs=1e-5)
@@ -238,7 +241,7 @@ def random_caches(lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
 def test_steps_of_unequal_length_count_where_they_are() -> None:
     lengths = [4, 0, 2]
     own, teacher, segments = random_caches(lengths)
-    found = step_sums(own, teacher, segments)
+    found = sum_step_cosines(own, teacher, segments)
     assert found.count.tolist() == [2, 2, 1, 1]
     for slot in range(2):
         for step in range(4):
@@ -255,7 +258,7 @@ def test_steps_of_unequal_length_count_where_they_are() -> None:
 def test_slots_without_target_are_left_out() -> None:
     own, teacher, _ = random_caches([1, 1, 1])
     valid = torch.tensor([[True, False], [False, False], [True, False]])
-    found = slot_sums(own, teacher[:, :, :, :2], valid)
+    found = sum_slot_cosines(own, teacher[:, :, :, :2], valid)
     one = [cosine(own[row, 1, h, 0], teacher[row, 1, h, 0]) for row in (0, 2) for h in range(3)]
     assert float(found.mean[1, 0]) == pytest.approx(sum(one) / 6, abs=1e-5)
     assert found.mean[:, 1].isnan().all()
@@ -263,9 +266,9 @@ def test_slots_without_target_are_left_out() -> None:
 
 def test_no_reasoning_at_all_and_zero_vectors() -> None:
     own, teacher, segments = random_caches([0, 0])
-    assert step_sums(own, teacher, segments).mean.shape == (2, 0)
+    assert sum_step_cosines(own, teacher, segments).mean.shape == (2, 0)
     valid = torch.ones(2, 2, dtype=torch.bool)
-    assert slot_sums(torch.zeros_like(own), teacher[:, :, :, :2], valid).mean.eq(0).all()
+    assert sum_slot_cosines(torch.zeros_like(own), teacher[:, :, :, :2], valid).mean.eq(0).all()
 
 
 def test_the_command_prints_and_writes(
@@ -351,8 +354,8 @@ def test_the_student_as_its_own_teacher(
     assert "no cosine map" not in capsys.readouterr().out
     maps = json.loads((folder / "latents" / "cosine.json").read_text())["teachers"]["itself"]
     assert maps["keys"]["steps"]["examples"] == [5] * 4  # two steps, each a space and a digit
-    distiller, side = (made := finished_run(folder)).distiller, next(made.batches(5))["teachers"]["itself"]
-    found: Any = unaligned(distiller, distiller.pipeline.teachers[0], side)
+    distiller, side = (made := load_latent_run(folder)).distiller, next(made.batches(5))["teachers"]["itself"]
+    found: Any = time_unaligned_cache(distiller, distiller.pipeline.teachers[0], side)
     model: Any = LatentStudent.from_pretrained(folder / "student").model
     for row in range(5):
         ids = side["input_ids"][row][side["attention_mask"][row].bool()][None]
@@ -381,7 +384,7 @@ def test_pretrained_models_are_those_of_the_run(tmp_path: Path, capsys: pytest.C
 def test_adapters_are_merged(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     folder = trained(tmp_path, student={"lora": {"rank": 2}}, losses=["mse"])
-    student, made = LatentStudent.from_pretrained(folder / "student"), finished_run(folder)
+    student, made = LatentStudent.from_pretrained(folder / "student"), load_latent_run(folder)
     prompts = [item.example.prompt + "?" for item in made.data.validation_items.items[:3]]
     again = LatentStudent(made.distiller.student, made.distiller.latents, made.data.tokenizer)
     assert student.answer(prompts, max_new_tokens=5) == again.answer(prompts, max_new_tokens=5)

@@ -18,7 +18,7 @@ from kava_core.build.distiller import make_distiller
 from kava_core.cli.app import main
 from kava_core.costs.plan import make_plan
 from kava_core.errors import CheckpointError, SpecError
-from kava_core.jobs.export import export
+from kava_core.jobs.export import export_student
 from kava_core.latent.collate import with_thought_tokens
 from kava_core.latent.exported import LatentStudent, load_latents
 from kava_core.latent.growing_text import GrowingText
@@ -269,7 +269,7 @@ def test_other_special_tokens_stay_special(tmp_path: Path) -> None:
 
 def test_the_exported_card_names_the_class_that_thinks(tmp_path: Path) -> None:
     result = run(spec(tmp_path), variant="main", seed=0)
-    export(result.folder, tmp_path / "exported")
+    export_student(result.folder, tmp_path / "exported")
     card = (tmp_path / "exported" / "README.md").read_text()
     assert "kava_core.latent.exported.LatentStudent" in card
     assert "kava is not needed" not in card

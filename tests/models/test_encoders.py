@@ -22,9 +22,9 @@ from kava_core.build.data import load_or_train_tokenizer, make_data
 from kava_core.build.distiller import make_distiller
 from kava_core.data.splits import load_splits
 from kava_core.errors import Preempted, SpecError
-from kava_core.jobs.evaluate.student import load_answering
-from kava_core.jobs.export import export
-from kava_core.jobs.sample import Drawing, sample
+from kava_core.jobs.evaluate.answering_student import load_answering_student
+from kava_core.jobs.export import export_student
+from kava_core.jobs.sample import SamplingOptions, sample_rationales
 from kava_core.kv.capture.capture import Capture
 from kava_core.models.config import max_positions
 from kava_core.models.denoiser import Denoiser
@@ -216,7 +216,7 @@ def test_what_an_encoder_cannot_do_is_refused(changes: dict[str, Any], said: str
 
 def test_an_encoder_writes_no_rationales(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="teacher 'bert' is an encoder: it writes nothing"):
-        sample(spec(tmp_path), "bert", tmp_path / "out.jsonl", Drawing())
+        sample_rationales(spec(tmp_path), "bert", tmp_path / "out.jsonl", SamplingOptions())
 
 
 def test_unrotated_keys_are_not_compared_with_rotated_ones(tmp_path: Path) -> None:
@@ -259,8 +259,8 @@ def test_an_encoder_s_run_is_not_judged_and_its_card_names_its_loader(tmp_path: 
     made = tiny.spec(tmp_path, student=student, teachers=[], losses=[], evaluate={"generate": False})
     folder = run(made, variant="main", seed=0).folder
     with pytest.raises(SpecError, match="its student is an encoder, which writes no answers"):
-        load_answering(folder)
-    export(folder, tmp_path / "out")
+        load_answering_student(folder)
+    export_student(folder, tmp_path / "out")
     assert (
         "`transformers.AutoModelForTextEncoding.from_pretrained`"
         in (tmp_path / "out" / "README.md").read_text()

@@ -18,7 +18,7 @@ from kava_core.costs.flops import forward_flops, step_passes
 from kava_core.costs.recorded import recorded_compute
 from kava_core.distill.distiller import Distiller
 from kava_core.errors import CheckpointError, Preempted
-from kava_core.jobs.cache import cache
+from kava_core.jobs.cache import write_store
 from kava_core.kv.capture.taps import StopForward
 from kava_core.models.ledger import Ledger, ModelCounts, peak_memory, reset_peak_memory
 from kava_core.models.teacher import Teacher
@@ -86,7 +86,7 @@ def test_a_store_costs_one_reading_of_the_training_examples(tmp_path: Path) -> N
     live = ran(tmp_path / "live")
     fields = {"store": {"folder": str(tmp_path / "stores")}}
     made = tiny.spec(tmp_path, train=WHOLE, data=DATA, **fields)
-    cache(made, seed=0)
+    write_store(made, seed=0)
     stored = ran(tmp_path, **fields)
     assert set(stored["flops_of"]) == {"student", "store"}
     assert stored["flops"] == sum(stored["flops_of"].values())

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from kava_core.data.tokenizers import train_tokenizer
 from kava_core.errors import Preempted, SpecError
-from kava_core.jobs.export import export
+from kava_core.jobs.export import export_student
 from kava_core.models.config import model_config
 from kava_core.models.load import load_model
 from kava_core.models.student import load_student
@@ -214,6 +214,6 @@ def test_tied_embeddings_survive_saving_resuming_and_export(
         assert found.keys() == expected.keys()
         assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
         assert "lm_head.weight" not in found
-    export(resumed.folder, tmp_path / "out")
+    export_student(resumed.folder, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -18,7 +18,7 @@ from kava_core.build.data import make_data
 from kava_core.build.distiller import make_distiller
 from kava_core.build.provenance import model_facts
 from kava_core.errors import KavaError, NonFiniteError, Preempted, SpecError
-from kava_core.jobs.export import export
+from kava_core.jobs.export import export_student
 from kava_core.models.teacher import Teacher
 from kava_core.runs import checkpoint
 from kava_core.runs.folder import RunDir
@@ -216,14 +216,14 @@ def test_lora_run_exports_a_plain_model(tmp_path: Path) -> None:
     result = run(
         tiny.spec(tmp_path, student={"lora": {"rank": 2}}, train={"steps": 2}), variant="main", seed=0
     )
-    export(result.folder, tmp_path / "out")
+    export_student(result.folder, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(model).__name__ == "LlamaForCausalLM"
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == model.config.vocab_size
 
 
 def test_export_holds_the_trained_weights_and_the_spec(whole: Result, tmp_path: Path) -> None:
-    export(whole.folder, tmp_path / "out")
+    export_student(whole.folder, tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
     trained = weights(whole)
     assert all(torch.equal(found[name], trained[name]) for name in found)
@@ -231,9 +231,9 @@ def test_export_holds_the_trained_weights_and_the_spec(whole: Result, tmp_path: 
     assert '"name": "tiny"' in card
     assert "variant `main`, seed 1, 7 steps" in card
     with pytest.raises(KavaError, match="exists already"):
-        export(whole.folder, tmp_path / "out")
+        export_student(whole.folder, tmp_path / "out")
     with pytest.raises(SpecError, match="not a run directory"):
-        export(tmp_path, tmp_path / "elsewhere")
+        export_student(tmp_path, tmp_path / "elsewhere")
 
 
 def test_teachers_are_moved_to_the_device_of_the_batches(

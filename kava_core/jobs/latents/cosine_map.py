@@ -1,7 +1,7 @@
-"""Where the keys and values of latent tokens resemble a teacher's: mean cosines, and a control beside them.
+"""Measure where the keys and values of latent tokens resemble a teacher's: mean cosines, and a control.
 
 The control is the teacher of the next example: what is alike there as well is due to position and to the
-kind of task, not to what the example says.
+kind of task, not to the example's content.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kava_core.protocols.timeline import REASONING, Timeline
 
 
 @dataclass(frozen=True)
-class Sums:
+class CosineSums:
     """Summed cosines and how many there are, to be added up over batches."""
 
     total: Float[Tensor, "layer _"]
@@ -34,137 +34,162 @@ class Sums:
 
     @property
     def mean(self) -> Float[Tensor, "layer _"]:
-        """NaN in a column that no example has."""
+        """Return the mean cosine; NaN in a column that no example has."""
         return self.total / self.count
 
 
 @dataclass(frozen=True)
 class CosineMaps:
-    """Of one teacher and one part, keys say. Columns that no example has are NaN."""
+    """Maps of one teacher and one part, such as keys. Columns that no example has are NaN."""
 
-    slots: Sums
+    slots: CosineSums
     """``layer time``: the student's layer and slot against the aligned target there, mean over heads."""
-    steps: Sums
+    steps: CosineSums
     """``time t_time``: slot against the teacher's reasoning token, before time alignment, mean over layers
     and heads."""
-    slots_next: Sums | None
-    """The same against the next example's teacher; None for a single example."""
-    steps_next: Sums | None
+    slots_next: CosineSums | None
+    """As ``slots``, against the next example's teacher; None for a single example."""
+    steps_next: CosineSums | None
+    """As ``steps``, against the next example's teacher; None for a single example."""
 
 
-Maps = dict[str, dict[Part, CosineMaps]]
-"""By teacher and part."""
+TeacherMaps = dict[str, dict[Part, CosineMaps]]
+"""Maps by teacher and part."""
 
 
-def comparable(distiller: Distiller) -> list[TeacherAligner]:
-    """The aligners that bring a teacher to the student's heads and width, without which is no cosine."""
+def comparable_aligners(distiller: Distiller) -> list[TeacherAligner]:
+    """Return the aligners that bring a teacher to the student's heads and width; others have no cosine."""
     pipeline = distiller.pipeline
-    return [] if pipeline is None else [a for a in pipeline.teachers if _same_extents(a, pipeline.parts)]
+    if pipeline is None:
+        return []
+    return [aligner for aligner in pipeline.teachers if _has_student_extents(aligner, pipeline.parts)]
 
 
-def _same_extents(aligner: TeacherAligner, parts: Sequence[Part]) -> bool:
+def _has_student_extents(aligner: TeacherAligner, parts: Sequence[Part]) -> bool:
     target, view = aligner.target, aligner.view
-    heads = all(target.heads(part) == view.heads(part) for part in parts)
-    return heads and (target.layer, target.dim) == (view.layer, view.dim)
+    same_heads = all(target.heads(part) == view.heads(part) for part in parts)
+    return same_heads and (target.layer, target.dim) == (view.layer, view.dim)
 
 
 @torch.no_grad()
-def cosine_maps(distiller: Distiller, batches: Iterable[Mapping[str, Any]]) -> Maps:
-    """Means over all examples of the batches, for every teacher that is ``comparable``.
+def compute_cosine_maps(distiller: Distiller, batches: Iterable[Mapping[str, Any]]) -> TeacherMaps:
+    """Average over all examples of the batches, for every teacher that can be compared.
 
     The next example is that of the same batch, and the first after the last.
     """
-    found: dict[str, dict[Part, list[CosineMaps]]] = {}
+    by_batch: dict[str, dict[Part, list[CosineMaps]]] = {}
     for batch in batches:
-        for name, part, maps in _of_batch(distiller, batch):
-            found.setdefault(name, {}).setdefault(part, []).append(maps)
-    return {name: {part: _added(maps) for part, maps in parts.items()} for name, parts in found.items()}
+        for name, part, maps in _batch_maps(distiller, batch):
+            by_batch.setdefault(name, {}).setdefault(part, []).append(maps)
+    summed: TeacherMaps = {}
+    for name, parts in by_batch.items():
+        summed[name] = {part: _add_maps(maps) for part, maps in parts.items()}
+    return summed
 
 
-def _of_batch(distiller: Distiller, batch: Mapping[str, Any]) -> Iterator[tuple[str, Part, CosineMaps]]:
+def _batch_maps(distiller: Distiller, batch: Mapping[str, Any]) -> Iterator[tuple[str, Part, CosineMaps]]:
     pipeline = distiller.pipeline
     assert pipeline is not None
     student, timeline = distiller.still_cache(batch["student"]), Timeline.from_batch(batch["student"])
-    aligned = distiller.aligned(batch["teachers"], timeline, pipeline)
-    usable = {aligner.name for aligner in comparable(distiller)}
-    for aligner, one in zip(pipeline.teachers, aligned, strict=True):
-        if aligner.name not in usable:
+    targets = distiller.aligned(batch["teachers"], timeline, pipeline)
+    comparable = {aligner.name for aligner in comparable_aligners(distiller)}
+    for aligner, aligned in zip(pipeline.teachers, targets, strict=True):
+        if aligner.name not in comparable:
             continue
         side = batch["teachers"][aligner.name]
-        view, steps = aligner.view_of(student), dict(unaligned(distiller, aligner, side).items())
-        targets = dict(one.target.items())
-        for part, own in view.items():
-            yield aligner.name, part, _maps(own, (targets[part], one.valid), (steps[part], side["segments"]))
+        view = aligner.view_of(student)
+        unaligned = time_unaligned_cache(distiller, aligner, side)
+        for part, slots in view.items():
+            target, steps = getattr(aligned.target, part), getattr(unaligned, part)
+            yield aligner.name, part, _part_maps(slots, target, aligned.valid, steps, side["segments"])
 
 
-def unaligned(distiller: Distiller, aligner: TeacherAligner, side: Mapping[str, Any]) -> Cache:
-    """A teacher's cache in the student's layers, heads and width, at all of the teacher's positions."""
-    (teacher,) = (one for one in distiller.__dict__["teachers"] if one.name == aligner.name)
-    if aligner.evictor is not None:  # else its cache would hold what is kept alone
-        how: dict[str, Any] = {"parts": distiller.parts, "rotary": distiller.rotary}
-        teacher = type(teacher)(teacher.name, teacher.model, layers=aligner.sources, **how)
-    same = TimeMap.same(side["attention_mask"].bool())
-    return aligner.align(teacher.cache(side).map(part_at_least_float32), same)
+def time_unaligned_cache(distiller: Distiller, aligner: TeacherAligner, side: Mapping[str, Any]) -> Cache:
+    """Return a teacher's cache in the student's layers, heads and width, at all its own positions."""
+    (teacher,) = (each for each in distiller.__dict__["teachers"] if each.name == aligner.name)
+    if aligner.evictor is not None:  # its own cache would hold only what is kept
+        teacher = type(teacher)(
+            teacher.name,
+            teacher.model,
+            layers=aligner.sources,
+            parts=distiller.parts,
+            rotary=distiller.rotary,
+        )
+    same_time = TimeMap.same(side["attention_mask"].bool())
+    return aligner.align(teacher.cache(side).map(part_at_least_float32), same_time)
 
 
-def _maps(own: Tensor, target: tuple[Tensor, Tensor], steps: tuple[Tensor, Tensor]) -> CosineMaps:
-    following = [tuple(x.roll(-1, 0) for x in pair) for pair in (target, steps)]
-    has_next = len(own) > 1
+def _part_maps(slots: Tensor, target: Tensor, valid: Tensor, steps: Tensor, segments: Tensor) -> CosineMaps:
+    """Compare the student's latent tokens with their own example's teacher, and with the next example's.
+
+    Args:
+        slots: the student's latent tokens, ``batch layer head time dim``.
+        target: the aligned teacher, of the same extents.
+        valid: where there is a target, ``batch time``.
+        steps: the teacher at its own positions, ``batch layer head t_time dim``.
+        segments: of the teacher's positions, ``batch t_time``.
+    """
+    slots_next = steps_next = None
+    if len(slots) > 1:
+        slots_next = sum_slot_cosines(slots, target.roll(-1, 0), valid.roll(-1, 0))
+        steps_next = sum_step_cosines(slots, steps.roll(-1, 0), segments.roll(-1, 0))
     return CosineMaps(
-        slot_sums(own, *target),
-        step_sums(own, *steps),
-        slot_sums(own, *following[0]) if has_next else None,
-        step_sums(own, *following[1]) if has_next else None,
+        sum_slot_cosines(slots, target, valid),
+        sum_step_cosines(slots, steps, segments),
+        slots_next,
+        steps_next,
     )
 
 
-def slot_sums(
-    own: Float[Tensor, "batch layer head time dim"],
+def sum_slot_cosines(
+    student: Float[Tensor, "batch layer head time dim"],
     target: Float[Tensor, "batch layer head time dim"],
     valid: Bool[Tensor, "batch time"],
-) -> Sums:
-    """``layer time``: cosines of the student with its target where there is one, mean over heads."""
-    cosines = (_unit(own) * _unit(target)).sum(-1).mean(2)
-    return Sums(torch.where(valid[:, None], cosines, 0).double().sum(0), valid.sum(0))
+) -> CosineSums:
+    """Sum the cosines of the student with its target at valid positions, mean over heads: ``layer time``."""
+    cosines = (_normalised(student) * _normalised(target)).sum(-1).mean(2)
+    return CosineSums(torch.where(valid[:, None], cosines, 0).double().sum(0), valid.sum(0))
 
 
-def step_sums(
-    own: Float[Tensor, "batch layer head time dim"],
+def sum_step_cosines(
+    student: Float[Tensor, "batch layer head time dim"],
     teacher: Float[Tensor, "batch layer head t_time dim"],
     segments: Int[Tensor, "batch t_time"],
-) -> Sums:
-    """``time t_time``: cosines of every slot with every token of the teacher's reasoning, counted from 0."""
-    pattern = "blhsd, blhtd -> bst"
-    cosines = torch.einsum(pattern, _unit(own), _unit(teacher)) / (own.shape[1] * own.shape[2])
+) -> CosineSums:
+    """Sum the cosines of every slot with every token of the teacher's reasoning: ``time t_time``.
+
+    The tokens of the reasoning are counted from 0 in every example.
+    """
+    sums = torch.einsum("blhsd, blhtd -> bst", _normalised(student), _normalised(teacher))
+    cosines = sums / (student.shape[1] * student.shape[2])
     inside = segments.eq(REASONING)
     longest = int(inside.sum(1).amax())
     order = inside.long().argsort(dim=1, descending=True, stable=True)[:, :longest]
-    there = inside.gather(1, order)
-    cosines = cosines.gather(2, order[:, None].expand(-1, own.shape[3], -1))
-    return Sums(torch.where(there[:, None], cosines, 0).double().sum(0), there.sum(0))
+    exists = inside.gather(1, order)
+    cosines = cosines.gather(2, order[:, None].expand(-1, student.shape[3], -1))
+    return CosineSums(torch.where(exists[:, None], cosines, 0).double().sum(0), exists.sum(0))
 
 
-def _unit(x: Tensor) -> Tensor:
-    """A zero vector stays one, so its cosines are 0."""
-    return F.normalize(x, dim=-1, eps=torch.finfo(x.dtype).tiny)
+def _normalised(vectors: Tensor) -> Tensor:
+    """Return vectors of length 1; a zero vector stays one, so its cosines are 0."""
+    return F.normalize(vectors, dim=-1, eps=torch.finfo(vectors.dtype).tiny)
 
 
-def _added(maps: Sequence[CosineMaps]) -> CosineMaps:
-    slots_next = [one.slots_next for one in maps if one.slots_next is not None]
-    steps_next = [one.steps_next for one in maps if one.steps_next is not None]
+def _add_maps(maps: Sequence[CosineMaps]) -> CosineMaps:
+    """Add up the maps of all batches; a batch of a single example has no control."""
+    slots_next = [each.slots_next for each in maps if each.slots_next is not None]
+    steps_next = [each.steps_next for each in maps if each.steps_next is not None]
     return CosineMaps(
-        _sum([one.slots for one in maps]),
-        _sum([one.steps for one in maps]),
-        _sum(slots_next) if slots_next else None,
-        _sum(steps_next) if steps_next else None,
+        _add_sums([each.slots for each in maps]),
+        _add_sums([each.steps for each in maps]),
+        _add_sums(slots_next) if slots_next else None,
+        _add_sums(steps_next) if steps_next else None,
     )
 
 
-def _sum(sums: Sequence[Sums]) -> Sums:
-    """Columns that only some have count as far as they go."""
-    width = max(len(one.count) for one in sums)
-    total, count = (
-        torch.stack([F.pad(x, (0, width - x.shape[-1])) for x in each]).sum(0)
-        for each in ([one.total for one in sums], [one.count for one in sums])
-    )
-    return Sums(total.cpu(), count.cpu())
+def _add_sums(sums: Sequence[CosineSums]) -> CosineSums:
+    """Add up sums whose columns may differ in number; those that are missing count as 0."""
+    width = max(len(each.count) for each in sums)
+    totals = [F.pad(each.total, (0, width - each.total.shape[-1])) for each in sums]
+    counts = [F.pad(each.count, (0, width - each.count.shape[-1])) for each in sums]
+    return CosineSums(torch.stack(totals).sum(0).cpu(), torch.stack(counts).sum(0).cpu())

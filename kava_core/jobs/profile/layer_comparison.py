@@ -234,13 +234,14 @@ def to_student_view(aligner: TeacherAligner, target: Cache, student: Cache) -> C
 
 def _to_student_order(
     aligner: TeacherAligner,
-    target: Float[Tensor, "batch layer head time dim"],
+    target: Tensor,
     student: Float[Tensor, "batch layer head time dim"],
     part: Part,
 ) -> Tensor | None:
     """Undo the order in which a view such as ``flat`` puts the student's channels.
 
-    A view changes no channel, so the numbers of the channels, sent through it, show how to undo it.
+    The target has the view's extents, the result the student's. A view changes no channel, so the numbers
+    of the channels, sent through it, show how to undo it.
     """
     _, layer, head, _, dim = student.shape
     if aligner.lifts:

@@ -99,7 +99,8 @@ def _teacher_steps(
     for part, tensor in cache.items():
         orders[part] = ("layers", *aligner.stages(part, tensor.shape[3], time_map))
     with without_autocast(variant.device):
-        for done, (_, staged) in enumerate(aligner.steps(cache.map(part_at_least_float32), time_map)):
+        caches = aligner.steps(cache.map(part_at_least_float32), time_map)
+        for done, (_, staged) in enumerate(caches, start=1):
             step = {}
             for part, tensor in staged.items():
                 stages_done = orders[part][:done]

@@ -16,7 +16,7 @@ from kava_core.data.store.index import INDEX, Layout, differences, digest, neare
 from kava_core.data.store.reader import SCALE, VALID, Store, target_of, tensor_name
 from kava_core.data.store.writer import Writer, drop_records
 from kava_core.errors import CheckpointError, KavaError, NonFiniteError
-from kava_core.jobs.cache import _encoded
+from kava_core.jobs.cache import encode_target
 from kava_core.kv.compare.values import Aligned
 from kava_core.protocols.axes import Cache
 
@@ -105,7 +105,7 @@ def test_invalid_positions_are_stored_as_zeros_whatever_they_hold() -> None:
     x[0, :, :, 1] = torch.nan
     valid = torch.tensor([[True, False, True], [True, True, False]])
     layout = Layout("int8", {"a": {"keys": (1, 1, 4)}})
-    found = _encoded("a", Aligned(Cache(keys=x), valid), layout)
+    found = encode_target("a", Aligned(Cache(keys=x), valid), layout)
     back = decode(found["a/keys"], found["a/keys.scale"][..., 0])
     assert torch.equal(back.ne(0).any(-1)[:, 0, 0], valid)
 
@@ -115,7 +115,7 @@ def test_a_valid_position_that_is_not_finite_is_refused() -> None:
     x[..., 1, 2] = torch.inf
     layout = Layout("bfloat16", {"a": {"keys": (1, 1, 4)}})
     with pytest.raises(NonFiniteError, match=r"^teacher 'a': its aligned keys hold NaN or infinity"):
-        _encoded("a", Aligned(Cache(keys=x), torch.ones(1, 2, dtype=torch.bool)), layout)
+        encode_target("a", Aligned(Cache(keys=x), torch.ones(1, 2, dtype=torch.bool)), layout)
 
 
 # reading
@@ -147,7 +147,7 @@ def test_any_order_reads_the_same_targets(tmp_path: Path, order: list[int]) -> N
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_reading_gives_back_what_was_encoded(tmp_path: Path, dtype: StoredDtype) -> None:
+def test_reading_gives_back_what_wasencode_target(tmp_path: Path, dtype: StoredDtype) -> None:
     originals = made_store(tmp_path, dtype)
     store = pickle.loads(pickle.dumps(Store(tmp_path)))
     side = store.batch(["example 2"], 7)["a"]

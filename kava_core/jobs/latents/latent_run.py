@@ -1,4 +1,4 @@
-"""A finished run with latent tokens, put together again as it was after its last step."""
+"""Load a finished run with latent tokens as it was after its last step."""
 
 from __future__ import annotations
 
@@ -38,28 +38,28 @@ MOST = 64
 
 
 @dataclass(frozen=True)
-class FinishedRun:
-    """The trained student, and the teachers it was compared with where they can still be had."""
+class LatentRun:
+    """The trained student, and the teachers it was compared with if they can still be loaded."""
 
     spec: PipelineSpec
     data: Data
     distiller: Distiller
-    """In evaluation mode, with the trained aligners; without pipeline where ``missing`` says why."""
+    """In evaluation mode, with the trained aligners; without pipeline if ``missing`` names a reason."""
     missing: str | None
     """Why there is no teacher to compare with."""
 
     def batches(self, examples: int) -> Iterator[dict[str, Any]]:
-        """The first validation examples in batches of nearly equal sizes, on the student's device."""
+        """Yield the first validation examples in batches of nearly equal sizes, on the student's device."""
         items = self.data.validation_items.items[:examples]
         collate = PlansTime(self.data.plain_collator, self.distiller.pipeline)
         device = next(self.distiller.parameters()).device
-        for some in nearly_equal(items, MOST):
-            made = send_to_device(collate(some), device)
-            yield made | {"student": self.distiller.staged(made["student"])}
+        for batch_items in nearly_equal(items, MOST):
+            batch = send_to_device(collate(batch_items), device)
+            yield batch | {"student": self.distiller.staged(batch["student"])}
 
 
-def finished_run(run: Path) -> FinishedRun:
-    """Load ``run``.
+def load_latent_run(run: Path) -> LatentRun:
+    """Load the run in a directory.
 
     Raises:
         SpecError: no finished run with latent tokens; or the data, or a model's folder, are not what they
@@ -67,14 +67,14 @@ def finished_run(run: Path) -> FinishedRun:
         CheckpointError: the run directory is damaged.
     """
     record = finished_record(run)
-    spec = _spec(run)
+    spec = _latent_spec(run)
     verify_student(run / "student")
-    last = run / "checkpoints" / f"checkpoint-{record['results']['steps']}"
-    missing = _missing(spec, record, last)
+    last_checkpoint = run / "checkpoints" / f"checkpoint-{record['results']['steps']}"
+    missing = _why_no_teacher(spec, record, last_checkpoint)
     if missing is not None:
         spec = spec.model_copy(update={"losses": (), "teachers": (), "codi": None, "logits": None})
     with quiet():
-        spec = _with_models(spec, record, run)
+        spec = _with_trained_models(spec, record, run)
         data = make_data(spec)
         if not data.splits.same_as(record["data"]):
             raise SpecError(f"{run}: the data changed since this run ended")
@@ -82,11 +82,12 @@ def finished_run(run: Path) -> FinishedRun:
     assert distiller.latents is not None
     distiller.latents.load_state_dict(load_latents(run / "student").state_dict())
     if distiller.pipeline is not None:
-        _load_aligners(distiller, last)
-    return FinishedRun(spec, data, _placed(distiller, spec), missing)
+        _load_aligners(distiller, last_checkpoint)
+    return LatentRun(spec, data, _placed_distiller(distiller, spec), missing)
 
 
-def _spec(run: Path) -> PipelineSpec:
+def _latent_spec(run: Path) -> PipelineSpec:
+    """Read a run's spec; SpecError if it has no latent tokens."""
     spec = finished_spec(run)
     if spec.trajectory != "latent":
         raise SpecError(
@@ -97,51 +98,53 @@ def _spec(run: Path) -> PipelineSpec:
     return spec
 
 
-def _missing(spec: PipelineSpec, record: dict[str, Any], last: Path) -> str | None:
+def _why_no_teacher(spec: PipelineSpec, record: dict[str, Any], last_checkpoint: Path) -> str | None:
+    """Return why the run's teachers cannot be compared with; None if they can."""
     if not active(spec):
         return "the run compared no teacher's cache (no KV loss)"
-    if not last.is_dir():
-        return f"{last} is gone, and the trained aligners with it"
+    if not last_checkpoint.is_dir():
+        return f"{last_checkpoint} is gone, and the trained aligners with it"
     for teacher in used_teachers(spec):
-        if _was_trained(teacher) and not Path(_origin(record, teacher)).is_dir():
-            return (
-                f"teacher {teacher.name!r}: its pretrained model is no longer at {_origin(record, teacher)}"
-            )
+        origin = _model_origin(record, teacher)
+        if _was_pretrained(teacher) and not Path(origin).is_dir():
+            return f"teacher {teacher.name!r}: its pretrained model is no longer at {origin}"
     return None
 
 
-def _was_trained(teacher: TeacherSpec) -> bool:
-    """Whether its weights are a pretraining's, and not the student's."""
+def _was_pretrained(teacher: TeacherSpec) -> bool:
+    """Return whether its weights are a pretraining's, and not the student's."""
     return teacher.pretrain is not None and teacher.itself is None
 
 
-def _origin(record: dict[str, Any], teacher: TeacherSpec) -> str:
-    """The folder that the run loaded a teacher from."""
+def _model_origin(record: dict[str, Any], teacher: TeacherSpec) -> str:
+    """Return the folder that the run loaded a teacher from."""
     return str(record.get("models", {}).get(teacher.name, {}).get("origin", "a known place"))
 
 
-def _with_models(spec: PipelineSpec, record: dict[str, Any], run: Path) -> PipelineSpec:
-    """The spec with the trained student as it was saved, and the teachers it had."""
-    teachers = tuple(_teacher(teacher, record, run / "student") for teacher in used_teachers(spec))
-    return spec.model_copy(update={"student": trained_student(spec, run), "teachers": teachers})
+def _with_trained_models(spec: PipelineSpec, record: dict[str, Any], run: Path) -> PipelineSpec:
+    """Return the spec with the trained student as it was saved, and the teachers it had."""
+    teachers = []
+    for teacher in used_teachers(spec):
+        if teacher.itself is not None:
+            teacher = from_folder(teacher, run / "student")
+        elif _was_pretrained(teacher):
+            teacher = from_folder(teacher, _model_origin(record, teacher))
+        teachers.append(teacher)
+    return spec.model_copy(update={"student": trained_student(spec, run), "teachers": tuple(teachers)})
 
 
-def _teacher(teacher: TeacherSpec, record: dict[str, Any], student: Path) -> TeacherSpec:
-    if teacher.itself is not None:
-        return from_folder(teacher, student)
-    return from_folder(teacher, _origin(record, teacher)) if _was_trained(teacher) else teacher
-
-
-def _load_aligners(distiller: Distiller, last: Path) -> None:
+def _load_aligners(distiller: Distiller, checkpoint_folder: Path) -> None:
     assert distiller.pipeline is not None
-    checkpoint.verify(last)
+    checkpoint.verify(checkpoint_folder)
+    file = checkpoint_folder / ALIGNER_FILE
     try:
-        distiller.pipeline.load_state_dict(load_file(last / ALIGNER_FILE))
+        distiller.pipeline.load_state_dict(load_file(file))
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{last / ALIGNER_FILE}: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{file}: {str(error).splitlines()[0]}") from error
 
 
-def _placed(distiller: Distiller, spec: PipelineSpec) -> Distiller:
+def _placed_distiller(distiller: Distiller, spec: PipelineSpec) -> Distiller:
+    """Move the models to their devices, in evaluation mode."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     distiller.to(device).eval()
     distiller.place_teachers(device, {teacher.name: teacher.placement for teacher in spec.teachers})

@@ -1,4 +1,4 @@
-"""A finished run's student, ready to answer."""
+"""Load a finished run's student so that it can answer."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from kava_core.specfile.sections.pipeline import PipelineSpec
 
 
 @dataclass(frozen=True)
-class Student:
-    """What answers, and how its prompts are made."""
+class AnsweringStudent:
+    """A student that can answer, and how its prompts are made."""
 
     run: Path
     spec: PipelineSpec
@@ -33,7 +33,7 @@ class Student:
     collator: Collator
 
 
-def load_answering(run: Path) -> Student:
+def load_answering_student(run: Path) -> AnsweringStudent:
     """Load a finished run's student in evaluation mode, on a GPU if there is one.
 
     Raises:
@@ -46,15 +46,14 @@ def load_answering(run: Path) -> Student:
     verify_student(run / "student")
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(run / "student")
-        own = trained_student(spec, run)
-        student = load_student(own, tokenizer, seed=0)
+        student = load_student(trained_student(spec, run), tokenizer, seed=0)
     latent = None
     collator = Collator(tokenizer, {}, spec.data.template)
     if spec.trajectory == "latent":
-        alone = spec.model_copy(update={"codi": None, "teachers": ()})
-        latent = make_latent(alone, student, seed=0)
+        spec_without_teachers = spec.model_copy(update={"codi": None, "teachers": ()})
+        latent = make_latent(spec_without_teachers, student, seed=0)
         latent.tokens.load_state_dict(load_latents(run / "student").state_dict())
         collator = LatentCollator(tokenizer, {}, spec.data.template, latent=spec.latent)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     distiller = Distiller(student, latent=latent).to(device).eval()
-    return Student(run, spec, record, distiller, tokenizer, collator)
+    return AnsweringStudent(run, spec, record, distiller, tokenizer, collator)
