@@ -35,10 +35,10 @@ def export(
 ) -> None:
     """Write a run's student as a plain transformers folder."""
     from kava_core.jobs.export import export_student
-    from kava_core.train.save_student import loader
+    from kava_core.train.save_student import loading_class
 
     export_student(run, target)
-    typer.echo(f"{target}: load it with {loader(target)}.from_pretrained({str(target)!r})")
+    typer.echo(f"{target}: load it with {loading_class(target)}.from_pretrained({str(target)!r})")
 
 
 def evaluate(

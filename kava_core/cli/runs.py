@@ -29,11 +29,11 @@ def train(
     runs = chosen_runs(resolve_variants(load(spec, overrides or ())), variant, seed)
     from kava_core.processes import is_main, leave, world_size
     from kava_core.train.run import run
-    from kava_core.train.summary import show
+    from kava_core.train.summary import print_summary
 
     results = [run(resolved, variant=name, seed=number) for name, number, resolved in runs]
     if is_main():
-        show(results)
+        print_summary(results)
     if world_size() > 1:
         leave(0)
 

@@ -51,18 +51,17 @@ def memory_of_devices(spec: PipelineSpec, teachers: list[ModelCost]) -> dict[str
 
 def _teacher_memory(spec: PipelineSpec, teachers: list[ModelCost], processes: int) -> dict[str, int]:
     """Return what a process holds of the teachers: replicated ones whole, of sharded ones its share."""
-    replicated: list[ModelCost] = []
-    sharded: list[ModelCost] = []
+    held = 0
+    gathered: list[int] = []
     for cost, teacher in unshared_teachers(spec, teachers):
         if teacher.placement == REPLICATED:
-            replicated.append(cost)
+            held += cost.held_bytes
         elif teacher.placement == SHARDED:
-            sharded.append(cost)
-    whole = sum(cost.held_bytes for cost in replicated)
-    memory = {TEACHER_WEIGHTS: whole + sum(cost.held_bytes // processes for cost in sharded)}
-    if sharded:
-        # A layer is gathered while the one before it runs, so two are whole at a time.
-        gathered = [cost.outside_layers_bytes + 2 * cost.largest_layer_bytes for cost in sharded]
+            held += cost.held_bytes // processes
+            # A layer is gathered while the one before it runs, so two are whole at a time.
+            gathered.append(cost.outside_layers_bytes + 2 * cost.largest_layer_bytes)
+    memory = {TEACHER_WEIGHTS: held}
+    if gathered:
         memory[GATHERED_TEACHERS] = max(gathered)
     return memory
 

@@ -67,9 +67,10 @@ class _StorageCounter:
     """Counts the bytes of storages once, whoever views them, but not those of ``known`` tensors."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
-        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.known: set[int] = set()
         self.counted: dict[int, Any] = {}
         self.bytes = 0
+        self.ignore(known)
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
         self.known |= {tensor.untyped_storage()._cdata for tensor in tensors}
@@ -136,12 +137,18 @@ def _is_floating_point(value: Any) -> bool:
 
 def _weight_copies(model: nn.Module, autocast: torch.dtype | None) -> int:
     """Return the bytes of autocast's copies of the decoder layers' matrices."""
-    weights: dict[int, nn.Parameter] = {}
-    for layer in decoder_layers(model):
-        weights |= {id(weight): weight for weight in layer.parameters()}
-    if autocast is None or any(weight.dtype == autocast for weight in weights.values()):
+    if autocast is None:
         return 0
-    return sum(weight.numel() * autocast.itemsize for weight in weights.values() if weight.dim() > 1)
+    counted: set[int] = set()
+    copies = 0
+    for layer in decoder_layers(model):
+        for weight in layer.parameters():
+            if weight.dtype == autocast:
+                return 0
+            if weight.dim() > 1 and id(weight) not in counted:
+                counted.add(id(weight))
+                copies += weight.numel() * autocast.itemsize
+    return copies
 
 
 def _autocast(dtype: torch.dtype | None) -> AbstractContextManager[Any]:
@@ -170,10 +177,9 @@ def kept_by_losses(dry: DryRun) -> int:
     if pipeline is None:
         return 0
     student_cache = dry.student_cache.map(lambda tensor, _: tensor.detach().requires_grad_())
-    known: list[Tensor] = [*pipeline.parameters(), *pipeline.buffers()]
+    counter = _StorageCounter((*pipeline.parameters(), *pipeline.buffers()))
     for cache in (student_cache, *dry.teacher_caches.values()):
-        known += [tensor for _, tensor in cache.items()]
-    counter = _StorageCounter(known)
+        counter.ignore(tensor for _, tensor in cache.items())
     with counter.counting_saved_tensors():
         aligned = [_align_teacher(dry, aligner, counter) for aligner in pipeline.teachers]
         pipeline.compare(student_cache, aligned, torch.ones((), device="meta"))

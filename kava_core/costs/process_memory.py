@@ -34,13 +34,14 @@ def memory_alone(
         logits: bytes of the student's logits.
     """
     teachers = models[1:]
-    teacher_weights = [
-        cost.held_bytes for cost, declared in unshared_teachers(spec, teachers) if not own_device(declared)
-    ]
+    teacher_weights = 0
+    for cost, declared in unshared_teachers(spec, teachers):
+        if not own_device(declared):
+            teacher_weights += cost.held_bytes
     return {
         STUDENT_STATE: models[0].held_bytes,
         **student_pass_memory(spec, kept, logits),
-        TEACHER_WEIGHTS: sum(teacher_weights),
+        TEACHER_WEIGHTS: teacher_weights,
         "teachers: captured cache (the largest)": _largest_captured_cache(spec, dry, teachers),
         "teachers: aligned caches (fp32)": _aligned_cache_bytes(dry),
         "KV losses: kept for the backward pass": kept_by_losses(dry),
@@ -87,11 +88,10 @@ def distilled_logits_memory(
         return {}
     student, teachers = models[0], models[1:]
     declared = {teacher.name: teacher for teacher in spec.teachers}
-    bytes_of_position = {
-        teacher.name: teacher.vocabulary * _computed_bytes(spec, declared[teacher.name])
-        for teacher in teachers
-    }
-    teacher_bytes = sum(bytes_of_position[name] for name in distilled) * t_time
+    teacher_bytes = 0
+    for teacher in teachers:
+        if teacher.name in distilled:
+            teacher_bytes += teacher.vocabulary * _computed_bytes(spec, declared[teacher.name]) * t_time
     student_bytes = student.vocabulary * _computed_bytes(spec, spec.student) * time
     batch_bytes = spec.train.batch_size * (teacher_bytes + student_bytes)
     return {"teachers: logits, and the term's gradient": batch_bytes}

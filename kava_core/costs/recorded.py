@@ -55,9 +55,10 @@ def recorded_compute(
     """
     trained = _sum_counts(counts)
     read = trained | dict(stored or {})
-    tokens = {
-        name.removeprefix(TOKENS): int(count) for name, count in read.items() if name.startswith(TOKENS)
-    }
+    tokens: dict[str, int] = {}
+    for name, count in read.items():
+        if name.startswith(TOKENS):
+            tokens[name.removeprefix(TOKENS)] = int(count)
     record: dict[str, Any] = {
         "student_tokens": tokens.pop(STUDENT, 0),
         "teacher_tokens": sum(tokens.values()),
@@ -95,10 +96,10 @@ def _operations(
 def _store_flops(spec: PipelineSpec, counts: Counts) -> float:
     """Return the operations of making the store: the teachers' passes and their alignment."""
     configs = {teacher.name: sized_config(teacher, where=teacher.name) for teacher in spec.teachers}
-    return sum(
-        _model_flops(config, name, counts) + _alignment_flops(spec, name, counts)
-        for name, config in configs.items()
-    )
+    total = 0.0
+    for name, config in configs.items():
+        total += _model_flops(config, name, counts) + _alignment_flops(spec, name, counts)
+    return total
 
 
 def store_counts(spec: PipelineSpec, data: Data, pipeline: KVPipeline) -> dict[str, float]:

@@ -41,8 +41,8 @@ from kava_core.protocols.timeline import Timeline
 from kava_core.runs import checkpoint
 from kava_core.specfile.questions import used_teachers
 from kava_core.specfile.sections.pipeline import PipelineSpec
-from kava_core.train.before_training import calibrate
-from kava_core.train.run import with_trained_models
+from kava_core.train.before_training import calibrate_components
+from kava_core.train.run import with_pretrained_models
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def write_store(spec: PipelineSpec, *, seed: int, verify: bool = False) -> Compl
     if not used_teachers(spec):
         return None
     with quiet():
-        spec = with_trained_models(spec)
+        spec = with_pretrained_models(spec)
         data = make_data(spec)
         ingredients = store_ingredients(spec, data, seed=seed)
         if verify:
@@ -204,7 +204,7 @@ def _calibrate_once(
     if file.is_file():
         load_projectors(distiller.pipeline, file)
         return
-    calibrate(distiller, data, spec, device)
+    calibrate_components(distiller, data, spec, device)
     save_durably(projector_state(distiller.pipeline), file)
 
 

@@ -22,7 +22,7 @@ from kava_core.specfile.load import LoadedSpec
 from kava_core.specfile.questions import used_teachers
 from kava_core.specfile.sections.models import TeacherSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
-from kava_core.train.run import with_trained_models
+from kava_core.train.run import with_pretrained_models
 
 
 def measure_layers(loaded: LoadedSpec, folder: Path) -> None:
@@ -38,7 +38,7 @@ def measure_layers(loaded: LoadedSpec, folder: Path) -> None:
     assert_measures_text(loaded.spec)
     make_folder(folder)
     with quiet():
-        spec = with_trained_models(loaded.spec)
+        spec = with_pretrained_models(loaded.spec)
         data = make_data(spec)
         console = Console()
         for teacher in spec.teachers:

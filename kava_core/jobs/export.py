@@ -11,7 +11,7 @@ from typing import Any
 from kava_core.errors import CheckpointError, KavaError
 from kava_core.runs import checkpoint
 from kava_core.runs.finished import finished_record, verify_student
-from kava_core.train.save_student import USES, _reason, loader
+from kava_core.train.save_student import LOADING_NOTES, copy_error_text, loading_class
 
 CARD = """---
 library_name: transformers
@@ -57,7 +57,7 @@ def export_student(run: Path, target: Path) -> None:
             target.rmdir()
         staging.rename(target)
     except OSError as error:
-        raise KavaError(f"{target}: cannot be written: {_reason(error)}") from error
+        raise KavaError(f"{target}: cannot be written: {copy_error_text(error)}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -65,9 +65,9 @@ def export_student(run: Path, target: Path) -> None:
 def _model_card(run: Path, record: dict[str, Any]) -> str:
     results = record["results"]
     rows = [f"| {name} | {value:.6g} |" for name, value in results.items() if name != "steps"]
-    loading_class = loader(run / "student")
+    class_name = loading_class(run / "student")
     return CARD.format(
-        use=f"Load it with `{loading_class}.from_pretrained`; {USES[loading_class]}.",
+        use=f"Load it with `{class_name}.from_pretrained`; {LOADING_NOTES[class_name]}.",
         name=record["name"],
         version=record["versions"].get("kava", "from source"),
         variant=record["variant"],

@@ -25,7 +25,7 @@ from kava_core.specfile.sections.data import Template
 from kava_core.specfile.sections.losses import LogitsSpec
 from kava_core.specfile.sections.models import TeacherSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
-from kava_core.train.run import with_trained_models
+from kava_core.train.run import with_pretrained_models
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def sample_rationales(spec: PipelineSpec, teacher: str, output: Path, options: S
         "trajectory": "text",
     }
     with quiet():
-        spec = with_trained_models(spec.model_copy(update=only_teacher))
+        spec = with_pretrained_models(spec.model_copy(update=only_teacher))
         partial = output.with_name(f"{output.name}.{_settings_hash(spec, teacher, options)}.partial")
         try:
             _write_missing_lines(_RationaleWriter(spec, _find_teacher(spec, teacher), options), partial)

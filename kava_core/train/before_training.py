@@ -15,18 +15,21 @@ from kava_core.build.time_plans import PlansTime
 from kava_core.distill.distiller import Distiller
 from kava_core.protocols.fuser import ObservesTeachers
 from kava_core.specfile.sections.pipeline import PipelineSpec
-from kava_core.train.validation.gradient_shares import set_weights
+from kava_core.train.validation.gradient_shares import set_weights_by_share
+
+WEIGHING_BATCHES = 4
+"""Training batches from which loss weights are set."""
 
 
-def calibrate(distiller: Distiller, data: Data, spec: PipelineSpec, device: torch.device) -> None:
-    """Show the first training examples to projectors, then to fuser and losses, where they want to see data.
+def calibrate_components(distiller: Distiller, data: Data, spec: PipelineSpec, device: torch.device) -> None:
+    """Show the first training examples to projectors, then to fuser and losses, if they want to see data.
 
     The random state is left as it was. A store holds its projectors calibrated.
     """
     pipeline = distiller.pipeline
     if pipeline is None:
         return
-    if data.store is None and any(a.wants_calibration for a in pipeline.teachers):
+    if data.store is None and any(aligner.wants_calibration for aligner in pipeline.teachers):
         for batch in _calibration_batches(distiller, data, spec, device):
             distiller.calibrate(batch)
         distiller.finish_calibration()
@@ -34,32 +37,32 @@ def calibrate(distiller: Distiller, data: Data, spec: PipelineSpec, device: torc
         for batch in _calibration_batches(distiller, data, spec, device):
             distiller.show_fuser(batch)
         pipeline.fuser.finish()
-    if losses := pipeline.observing_losses:
+    losses = pipeline.observing_losses
+    if losses:
         for batch in _calibration_batches(distiller, data, spec, device):
             distiller.show_losses(batch)
         for loss in losses:
             loss.finish()
 
 
-WEIGHING_BATCHES = 4
-
-
-def weigh(distiller: Distiller, data: Data, spec: PipelineSpec, device: torch.device) -> None:
+def set_loss_weights(distiller: Distiller, data: Data, spec: PipelineSpec, device: torch.device) -> None:
     """Set λ of the losses that give a share of the gradient, from the first training batches."""
-    if distiller.pipeline is None or all(config.share is None for config in distiller.pipeline.configs):
+    pipeline = distiller.pipeline
+    if pipeline is None or all(config.share is None for config in pipeline.configs):
         return
     distiller.eval()
-    set_weights(
-        distiller, list(islice(_calibration_batches(distiller, data, spec, device), WEIGHING_BATCHES))
-    )
+    batches = islice(_calibration_batches(distiller, data, spec, device), WEIGHING_BATCHES)
+    set_weights_by_share(distiller, list(batches))
     distiller.train()
 
 
 def _calibration_batches(
     distiller: Distiller, data: Data, spec: PipelineSpec, device: torch.device
 ) -> Iterator[Any]:
-    some = Subset(data.train_items, range(min(spec.train.calibration_examples, len(data.train_items))))
+    """Yield the first training examples, as evaluation collates them, and leave the random state alone."""
+    count = min(spec.train.calibration_examples, len(data.train_items))
+    items = Subset(data.train_items, range(count))
     collate = PlansTime(data.plain_collator, distiller.pipeline)
     with torch.random.fork_rng(devices=[]):
-        for batch in DataLoader(some, spec.train.batch_size, collate_fn=collate):
+        for batch in DataLoader(items, spec.train.batch_size, collate_fn=collate):
             yield send_to_device(batch, device)

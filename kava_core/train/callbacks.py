@@ -1,4 +1,4 @@
-"""What happens around steps: metrics to disk, progress to people, signals to a clean stop."""
+"""Act around steps: metrics to disk, progress to people, signals to a clean stop."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """Every process stops at the same step, whichever got the signal."""
-        if self._anyone(args):
+        """Stop every process at the same step, whichever got the signal."""
+        if self._anyone_received(args):
             control.should_save = control.should_training_stop = True
         return control
 
-    def _anyone(self, args: TrainingArguments) -> bool:
+    def _anyone_received(self, args: TrainingArguments) -> bool:
         if args.world_size == 1:
             return self.received is not None
         flag = torch.tensor(float(self.received is not None), device=args.device)
@@ -55,7 +55,7 @@ class StopOnSignal(TrainerCallback):
         return bool(flag.item())
 
 
-class EndComplete(TrainerCallback):
+class EvaluateAtEnd(TrainerCallback):
     """Log and evaluate at the last step, whatever the intervals: its checkpoint then holds the results."""
 
     def on_step_end(
@@ -68,7 +68,7 @@ class EndComplete(TrainerCallback):
 
 
 class ScheduleWeights(TrainerCallback):
-    """Tells the pipeline how far the run is: 0 at the first step, 1 at the last."""
+    """Keeps the pipeline's progress through the run: 0 at the first step, 1 at the last."""
 
     def __init__(self, pipeline: KVPipeline | None) -> None:
         self.pipeline = pipeline
@@ -76,13 +76,13 @@ class ScheduleWeights(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Before the forward pass, after a resume as well."""
+        """Set the progress before the forward pass, after a resume as well."""
         if self.pipeline is not None:
             self.pipeline.progress = state.global_step / max(state.max_steps - 1, 1)
 
 
 class MetricsFile(TrainerCallback):
-    """One JSON object a line in ``metrics.jsonl``: step, seconds, and whatever was logged."""
+    """Writes ``metrics.jsonl``, one JSON object a line: step, seconds, and whatever was logged."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -97,11 +97,9 @@ class MetricsFile(TrainerCallback):
         """
         if not state.is_world_process_zero or not self.path.exists():
             return
-        kept = [
-            line
-            for line in read_metrics(self.path)
-            if line["step"] <= state.global_step and state.global_step
-        ]
+        kept = []
+        if state.global_step:  # a run from the start keeps no line, not even one of step 0
+            kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
         if kept:
             self.begin = time.monotonic() - kept[-1].get("seconds", 0)
         temporary = self.path.with_suffix(".tmp")
@@ -124,7 +122,7 @@ class MetricsFile(TrainerCallback):
 
 
 class ShowProgress(TrainerCallback):
-    """A bar on a terminal, a line for every log otherwise. Writes to stderr."""
+    """Shows a bar on a terminal, a line for every log otherwise, on stderr."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -139,8 +137,8 @@ class ShowProgress(TrainerCallback):
         from rich.console import Console
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, TextColumn("{task.fields[said]}"), console=Console(stderr=True))
-        self.task = self.bar.add_task(self.title, total=state.max_steps, completed=state.global_step, said="")
+        self.bar = Progress(*columns, TextColumn("{task.fields[news]}"), console=Console(stderr=True))
+        self.task = self.bar.add_task(self.title, total=state.max_steps, completed=state.global_step, news="")
         self.bar.start()
 
     def on_step_end(
@@ -159,14 +157,14 @@ class ShowProgress(TrainerCallback):
         **_: Any,
     ) -> None:
         """Show the newest numbers."""
-        said = summary(logs)
-        if not state.is_world_process_zero or not said:
+        news = log_summary(logs)
+        if not state.is_world_process_zero or not news:
             return
         if self.bar is not None:
-            self.bar.update(self.task, said=said)
+            self.bar.update(self.task, news=news)
         else:
             print(
-                f"{self.title}  step {state.global_step}/{state.max_steps}  {said}",
+                f"{self.title}  step {state.global_step}/{state.max_steps}  {news}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -179,8 +177,8 @@ class ShowProgress(TrainerCallback):
             self.bar.stop()
 
 
-def summary(logs: dict[str, Any]) -> str:
-    """``ce 1.23  relation 0.4`` from a log line; empty for lines without news."""
+def log_summary(logs: dict[str, Any]) -> str:
+    """Return ``ce 1.23  relation 0.4`` from a log line; empty for lines without news."""
     hidden = {"epoch", "learning_rate", "grad_norm", "loss", "step"}
     if "train_runtime" in logs:
         return ""

@@ -1,7 +1,8 @@
-"""Online distillation: a share of every batch is read in the words the student has written itself.
+"""Replace a share of every batch with texts that the student writes itself: online distillation.
 
-Text of the present student, not of the data: on-policy distillation (arXiv 2306.13649) with keys and values
-in place of next-token distributions.
+These are texts of the present student, not of the data.
+
+Source: on-policy distillation (arXiv 2306.13649), with keys and values in place of next-token distributions.
 """
 
 from __future__ import annotations
@@ -18,40 +19,41 @@ from kava_core.build.time_plans import Collate
 from kava_core.data.collate import Collator, Item
 from kava_core.data.examples import Example, Text, split_written
 from kava_core.distill.distiller import Distiller
+from kava_core.kv.capture.evaluation_mode import evaluation_mode
 from kava_core.models.ledger import HEAD, STUDENT, Ledger
 from kava_core.models.sampling import decode_new_tokens, real_tokens, sample_tokens
 from kava_core.specfile.sections.training import OnlineSpec
 
 EXAMPLES = "examples"
-"""Where a batch keeps what it was made of."""
+"""Key under which a batch keeps the examples it was made of."""
 
 SALT = 0x6F776E
 """Keeps the random numbers of writing apart from those of dropout."""
 
 
-class KeepsExamples:
-    """A collator whose batches bring along their examples, not its tensors, which workers share as files."""
+class CollatorWithExamples:
+    """A collator whose batches hold their examples, and not their tensors, which workers share as files."""
 
     def __init__(self, collate: Collate) -> None:
         self.collate = collate
 
     def __call__(self, batch: Sequence[Item]) -> dict[str, Any]:
-        """The collator's batch with its examples."""
+        """Return the collator's batch with its examples."""
         return {**self.collate(batch), EXAMPLES: tuple(item.example for item in batch)}
 
 
 class OwnTexts:
-    """Puts texts of the student's own in the place of a batch's first ones.
+    """Replaces a batch's first texts with the student's own.
 
     These rows have no cross-entropy: only caches are compared. A text that is too long for ``max_length`` or
     for a model's positions is not used; the example then keeps its own.
 
     Args:
-        spec: how much, and how it is drawn.
+        spec: how much is replaced, and how texts are sampled.
         collator: encodes, and makes prompts.
         collate: makes batches of items, as in training.
         seed: the run's.
-        rooms: positions of the student, under None, and of every teacher, by name; None: without limit.
+        position_limits: positions of the student, under None, and of every teacher, by name; None: no limit.
     """
 
     def __init__(
@@ -61,10 +63,10 @@ class OwnTexts:
         collate: Collate,
         *,
         seed: int,
-        rooms: Mapping[str | None, int | None],
+        position_limits: Mapping[str | None, int | None],
     ) -> None:
         self.spec, self.collator, self.collate, self.seed = spec, collator, collate, seed
-        self.rooms = rooms
+        self.position_limits = position_limits
 
     def __call__(
         self,
@@ -74,10 +76,10 @@ class OwnTexts:
         place: tuple[int, ...],
         autocast: torch.dtype | None = None,
     ) -> dict[str, Any]:
-        """The batch with the student's texts in its first rows.
+        """Return the batch with the student's texts in its first rows.
 
         Args:
-            batch: of ``KeepsExamples``.
+            batch: of ``CollatorWithExamples``.
             distiller: its student writes. Without KV losses nobody would read that: the rows only lose their
                 labels.
             ledger: counts what writing costs.
@@ -87,26 +89,28 @@ class OwnTexts:
         examples, device = list(batch[EXAMPLES]), batch["student"]["input_ids"].device
         items = [item for item in self.collator.encode(examples) if item is not None]
         count = round(self.spec.share * len(items))
-        new: list[Item | None] = [None] * count
+        replaced = items[:count]
         if count and distiller.pipeline is not None:
-            texts = self._written(distiller, examples[:count], device, ledger, place, autocast)
-            new = [self._fitting(item) for item in self.collator.encode_written(examples[:count], texts)]
-        kept = [one or old for one, old in zip(new, items[:count], strict=True)]
-        made: dict[str, Any] = send_to_device(
-            self.collate([*map(self.collator.unlabelled, kept), *items[count:]]), device
-        )
-        return made
+            texts = self._write_texts(distiller, examples[:count], device, ledger, place, autocast)
+            written = self.collator.encode_written(examples[:count], texts)
+            for row, item in enumerate(written):
+                if item is not None and self._fits_positions(item):
+                    replaced[row] = item
+        mixed = [*map(self.collator.unlabelled, replaced), *items[count:]]
+        collated: dict[str, Any] = send_to_device(self.collate(mixed), device)
+        return collated
 
-    def _fitting(self, item: Item | None) -> Item | None:
-        """None where a side has more tokens than its model positions."""
-        if item is None:
-            return None
-        lengths: dict[str | None, int] = {name: len(side) for name, side in item.teachers.items()}
-        lengths[None] = len(item.student)
-        fits = all((room := self.rooms.get(name)) is None or n <= room for name, n in lengths.items())
-        return item if fits else None
+    def _fits_positions(self, item: Item) -> bool:
+        """Return whether no side has more tokens than its model positions."""
+        lengths: dict[str | None, int] = {None: len(item.student)}
+        lengths |= {name: len(side) for name, side in item.teachers.items()}
+        for name, length in lengths.items():
+            limit = self.position_limits.get(name)
+            if limit is not None and length > limit:
+                return False
+        return True
 
-    def _written(
+    def _write_texts(
         self,
         distiller: Distiller,
         examples: Sequence[Example],
@@ -115,30 +119,36 @@ class OwnTexts:
         place: tuple[int, ...],
         autocast: torch.dtype | None,
     ) -> list[Text]:
+        """Let the student write a text for every example's prompt."""
         prompts = send_to_device(self.collator.prompts(examples)[0], device)
         seed = int(SeedSequence((self.seed, SALT, *place)).generate_state(1)[0])
-        how: dict[str, Any] = {
-            "temperature": self.spec.temperature,
-            "max_new_tokens": self.spec.max_new_tokens,
-        }
-        training, student = distiller.training, distiller.student.eval()
         with (
+            evaluation_mode(distiller.student),
             torch.autocast(device.type, autocast, enabled=autocast is not None),
             torch.compiler.set_stance("force_eager"),
         ):
-            tokens = sample_tokens(student, prompts, seed=seed, **how)
-        student.train(training)
+            tokens = sample_tokens(
+                distiller.student,
+                prompts,
+                seed=seed,
+                temperature=self.spec.temperature,
+                max_new_tokens=self.spec.max_new_tokens,
+            )
         length, tokenizer = prompts["input_ids"].shape[1], self.collator.student_tokenizer
         real = real_tokens(tokens[:, length:], tokenizer.eos_token_id)
-        self._note(ledger, prompts["attention_mask"], real)
+        self._count_writing(ledger, prompts["attention_mask"], real)
         texts, template = decode_new_tokens(tokenizer, tokens, length), self.collator.template
-        return [split_written(e, text, template) for e, text in zip(examples, texts, strict=True)]
+        return [split_written(example, text, template) for example, text in zip(examples, texts, strict=True)]
 
-    def _note(self, ledger: Ledger, mask: Tensor, real: Tensor) -> None:
-        """A pass over the prompts, and one over each new token but the last, which reads those before it."""
-        (rows, length), count = mask.shape, real.shape[1]
+    def _count_writing(self, ledger: Ledger, prompt_mask: Tensor, real: Tensor) -> None:
+        """Count a pass over the prompts, and one over each new token but the last.
+
+        Each of them reads the tokens before it, half of the new ones in the mean.
+        """
+        rows, length = prompt_mask.shape
+        count = real.shape[1]
         with ledger.noting():
-            ledger.add_tokens(STUDENT, mask)
+            ledger.add_tokens(STUDENT, prompt_mask)
             ledger.add_tokens(STUDENT, real)
             ledger.add(STUDENT, rows, length, length)
             ledger.add(STUDENT, rows, count - 1, length + count // 2)

@@ -1,4 +1,4 @@
-"""Models that are trained on the spot before they teach (or are taught), and kept in the cache.
+"""Train models on the spot before they teach (or are taught), and keep them in the cache.
 
 Pretraining is an ordinary run with cross-entropy alone: one training loop for everything. An encoder learns
 to restore corrupted texts.
@@ -21,7 +21,7 @@ from kava_core.specfile.sections.training import EvaluateSpec, TrainSpec
 
 
 def pretraining_spec(spec: PipelineSpec, model: ModelSpec) -> PipelineSpec:
-    """The run that trains ``model`` on the data of ``spec``, or its own changes of them.
+    """Return the run that trains ``model`` on the data of ``spec``, or its own changes of them.
 
     Nothing else of the spec enters it, so that variants share the trained model.
     """
@@ -29,70 +29,78 @@ def pretraining_spec(spec: PipelineSpec, model: ModelSpec) -> PipelineSpec:
     assert plan is not None
     fields = {name: getattr(model, name) for name in ModelSpec.model_fields if name != "pretrain"}
     if plan.data and isinstance(model.tokenizer, TrainTokenizer):
-        fields["tokenizer"] = _tokenizer_of_all(spec, model)
+        fields["tokenizer"] = _full_tokenizer(spec, model)
     return type(spec)(
         name="pretrained",
         student=StudentSpec(**fields),
-        data=_data(spec, model),
-        train=_train(plan, spec.train, all_tokens=model.encoder),
-        evaluate=_evaluate(spec, model, plan),
+        data=_pretraining_data(spec, model),
+        train=_train_section(plan, spec.train, all_tokens=model.encoder),
+        evaluate=_evaluate_section(spec, model, plan),
         seeds=(plan.seed,),
         output=str(cache_folder()),
     )
 
 
 def pretraining_name(spec: PipelineSpec, model: ModelSpec) -> str:
-    """The run's variant: architecture and hash of the training examples, which a path does not hold."""
-    examples = load_splits(_data(spec, model), root=Path.cwd()).train
-    return f"{(model.config or {})['model_type']}-{split_hash(examples)[:8]}"
+    """Return the run's variant: architecture, and hash of the training examples, which no path holds."""
+    return f"{(model.config or {})['model_type']}-{split_hash(_pretraining_examples(spec, model))[:8]}"
 
 
 def pretraining_report(spec: PipelineSpec) -> dict[str, dict[str, Any]]:
-    """What every model that is trained on the spot learns from, by name, and how much of it the run also has.
+    """Return what every model that is trained on the spot learns from, and what of it the run also has.
 
     ``shared_with_train``, ``shared_with_validation``: examples of the run whose prompt is among them. Of
     models from a folder or hub nothing is known.
     """
     splits = load_splits(spec.data, root=Path.cwd())
-    models = {"student": spec.student} | {teacher.name: teacher for teacher in spec.teachers}
-    return {
-        name: _shared(load_splits(_data(spec, model), root=Path.cwd()).train, splits)
-        for name, model in models.items()
-        if model.pretrain is not None
-    }
+    models: dict[str, ModelSpec] = {"student": spec.student}
+    models |= {teacher.name: teacher for teacher in spec.teachers}
+    report = {}
+    for name, model in models.items():
+        if model.pretrain is not None:
+            report[name] = _describe_examples(_pretraining_examples(spec, model), splits)
+    return report
 
 
-def _shared(learnt: Sequence[Example], splits: Splits) -> dict[str, Any]:
+def _describe_examples(learnt: Sequence[Example], splits: Splits) -> dict[str, Any]:
     prompts = {fingerprint(example.prompt) for example in learnt}
-    found: dict[str, Any] = {"examples": len(learnt), "sha256": split_hash(learnt)}
+    description: dict[str, Any] = {"examples": len(learnt), "sha256": split_hash(learnt)}
     for name, split in (("train", splits.train), ("validation", splits.validation)):
-        found[f"shared_with_{name}"] = sum(fingerprint(example.prompt) in prompts for example in split)
-    return found
+        shared = sum(fingerprint(example.prompt) in prompts for example in split)
+        description[f"shared_with_{name}"] = shared
+    return description
 
 
-def _data(spec: PipelineSpec, model: ModelSpec) -> DataSpec:
-    """The spec's data with the changes that ``pretrain`` asks for; a teacher's own text is none of them."""
+def _pretraining_data(spec: PipelineSpec, model: ModelSpec) -> DataSpec:
+    """Return the spec's data with the changes that ``pretrain`` asks for; a teacher's own text is none."""
     changes = model.pretrain.data if model.pretrain is not None else {}
     return changed_data(spec.data, changes) if changes else spec.data
 
 
-def _tokenizer_of_all(spec: PipelineSpec, model: ModelSpec) -> str:
-    """The folder of the tokenizer trained on all of the spec's texts: others may lack its words."""
+def _pretraining_examples(spec: PipelineSpec, model: ModelSpec) -> Sequence[Example]:
+    return load_splits(_pretraining_data(spec, model), root=Path.cwd()).train
+
+
+def _full_tokenizer(spec: PipelineSpec, model: ModelSpec) -> str:
+    """Return the folder of the tokenizer trained on all of the spec's texts: others may lack its words."""
     splits = load_splits(spec.data, root=Path.cwd())
-    return str(
-        load_or_train_tokenizer(model, splits, _data(spec, model).template, where="pretrain").name_or_path
-    )
+    template = _pretraining_data(spec, model).template
+    return str(load_or_train_tokenizer(model, splits, template, where="pretrain").name_or_path)
 
 
-def _evaluate(spec: PipelineSpec, model: ModelSpec, plan: Pretrain) -> EvaluateSpec:
-    """Without answers for a student of latent tokens, as ``max_new_tokens`` has no room for written steps,
-    and of an encoder, which writes none."""
-    changes = {"every": plan.steps, "controls": False}
-    changes |= {"generate": False} if model.encoder or spec.trajectory == "latent" else {}
+def _evaluate_section(spec: PipelineSpec, model: ModelSpec, plan: Pretrain) -> EvaluateSpec:
+    """Return the section ``evaluate``: at the end, with answers unless the model cannot write them.
+
+    A student of latent tokens cannot, as ``max_new_tokens`` has no room for written steps; an encoder writes
+    none.
+    """
+    changes: dict[str, Any] = {"every": plan.steps, "controls": False}
+    if model.encoder or spec.trajectory == "latent":
+        changes["generate"] = False
     return EvaluateSpec(**spec.evaluate.model_dump() | changes)
 
 
-def _train(plan: Pretrain, train: TrainSpec, *, all_tokens: bool) -> TrainSpec:
+def _train_section(plan: Pretrain, train: TrainSpec, *, all_tokens: bool) -> TrainSpec:
     return TrainSpec(
         steps=plan.steps,
         batch_size=plan.batch_size,

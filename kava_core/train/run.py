@@ -1,4 +1,4 @@
-"""One run: a resolved spec, a variant's name and a seed, from start or from where it stopped."""
+"""Train one run, a resolved spec with a variant's name and a seed, from start or from where it stopped."""
 
 from __future__ import annotations
 
@@ -40,41 +40,46 @@ from kava_core.runs.folder import FAILURE, RunDir
 from kava_core.specfile.questions import used_teachers
 from kava_core.specfile.sections.models import ModelSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
-from kava_core.train.arguments import arguments
-from kava_core.train.before_training import calibrate, weigh
+from kava_core.train.before_training import calibrate_components, set_loss_weights
 from kava_core.train.callbacks import (
-    EndComplete,
+    EvaluateAtEnd,
     MetricsFile,
     ScheduleWeights,
     ShowProgress,
     StopOnSignal,
 )
-from kava_core.train.own_texts import KeepsExamples, OwnTexts
+from kava_core.train.own_texts import CollatorWithExamples, OwnTexts
 from kava_core.train.pretrain import pretraining_name, pretraining_report, pretraining_spec
 from kava_core.train.save_student import save_student
 from kava_core.train.trainer import KavaTrainer
-from kava_core.train.validation.attention_maps import keep_attention
+from kava_core.train.training_arguments import training_arguments
 from kava_core.train.validation.collapse_monitor import CollapseMonitor
-from kava_core.train.validation.evaluate import Evaluator
+from kava_core.train.validation.evaluator import Evaluator
+from kava_core.train.validation.save_attention_maps import save_attention_maps
 from kava_core.train.weights import load_weights
 
 M = TypeVar("M", bound=ModelSpec)
 
 
 @dataclass(frozen=True)
-class Result:
-    """A finished run."""
+class RunResult:
+    """What a finished run came to."""
 
     variant: str
     seed: int
     folder: Path
     results: dict[str, Any]
+    """Metrics of the last evaluation, and ``steps``."""
 
 
-def run(spec: PipelineSpec, *, variant: str, seed: int, wait: bool = False) -> Result:
+def run(spec: PipelineSpec, *, variant: str, seed: int, wait: bool = False) -> RunResult:
     """Train, or resume, or skip what is already complete.
 
-    With ``wait`` another run that holds the directory is waited for, and its result taken.
+    Args:
+        spec: the variant's, resolved.
+        variant: its name.
+        seed: the run's.
+        wait: wait for another run that holds the directory, and take its result.
 
     Raises:
         SpecError, CheckpointError, NonFiniteError: exit codes 2, 5, 4.
@@ -83,18 +88,20 @@ def run(spec: PipelineSpec, *, variant: str, seed: int, wait: bool = False) -> R
     """
     folder = RunDir(spec, variant, seed)
     with folder.lock(wait=wait) if is_main() else nullcontext():
-        _meet()
+        _wait_for_all_processes()
         if folder.complete:
-            _same_data(spec, folder)
+            _check_same_data(spec, folder)
         else:
-            with _failure_noted(folder):
-                _train(with_trained_models(spec), folder)
-    return Result(variant, seed, folder.path, folder.record()["results"])
+            with _recording_failure(folder):
+                spec = with_pretrained_models(spec)
+                with quiet():
+                    _train(spec, folder)
+    return RunResult(variant, seed, folder.path, folder.record()["results"])
 
 
 @contextmanager
-def _failure_noted(folder: RunDir) -> Iterator[None]:
-    """What ends the run, other than a request to stop, is written down beside it."""
+def _recording_failure(folder: RunDir) -> Iterator[None]:
+    """Write down beside the run what ends it, other than a request to stop."""
     if is_main():
         (folder.path / FAILURE).unlink(missing_ok=True)
     try:
@@ -107,27 +114,28 @@ def _failure_noted(folder: RunDir) -> Iterator[None]:
         raise
 
 
-def _meet() -> None:
+def _wait_for_all_processes() -> None:
     """Wait for the process that holds the lock: from here on all find the directory in the same state."""
     if world_size() > 1:
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(minutes=30))
         state.wait_for_everyone()
 
 
-def with_trained_models(spec: PipelineSpec) -> PipelineSpec:
-    """The spec with every model to be pretrained replaced by its trained folder."""
-    teachers = tuple(_trained(spec, teacher) for teacher in used_teachers(spec))
-    return spec.model_copy(update={"teachers": teachers, "student": _trained(spec, spec.student)})
+def with_pretrained_models(spec: PipelineSpec) -> PipelineSpec:
+    """Train every model that is to be pretrained; return the spec with their folders in its place."""
+    teachers = tuple(_with_pretrained_folder(spec, teacher) for teacher in used_teachers(spec))
+    student = _with_pretrained_folder(spec, spec.student)
+    return spec.model_copy(update={"teachers": teachers, "student": student})
 
 
-def _same_data(spec: PipelineSpec, folder: RunDir) -> None:
-    """SpecError where a finished run was trained on other examples than the spec's files hold now."""
+def _check_same_data(spec: PipelineSpec, folder: RunDir) -> None:
+    """Raise SpecError if a finished run was trained on other examples than the spec's files hold now."""
     if not load_splits(spec.data, root=Path.cwd()).same_as(folder.record()["data"]):
         raise SpecError(f"{folder.path}: the data changed since this run ended; give the run another name")
 
 
-def _trained(spec: PipelineSpec, model: M) -> M:
-    """The model with its trained folder in place of its config."""
+def _with_pretrained_folder(spec: PipelineSpec, model: M) -> M:
+    """Return the model with its trained folder in place of its config."""
     if model.pretrain is None:
         return model
     plan = pretraining_spec(spec, model)
@@ -137,48 +145,59 @@ def _trained(spec: PipelineSpec, model: M) -> M:
 
 
 def _train(spec: PipelineSpec, folder: RunDir) -> None:
-    with quiet():
-        _train_quietly(spec, folder)
-
-
-def _train_quietly(spec: PipelineSpec, folder: RunDir) -> None:
+    """Train from the start or the newest checkpoint, and finish the run unless a signal stops it."""
     with StopOnSignal() as stop:
         spec, data = with_store(spec, make_data(spec, folder.spec.teachers), seed=folder.seed)
         if is_main():
             folder.check_data(data.report())
         spec = with_measured_maps(spec, folder.path / "layer_maps", data, seed=folder.seed)
         if is_main():
-            store = {} if data.store is None else {"store": str(data.store.folder)}
-            learnt = {"pretraining_data": pretraining_report(folder.spec)}
-            folder.begin({"data": data.report(), **run_provenance(spec), **store, **learnt})
+            folder.begin(_beginning_record(spec, folder, data))
         distiller = make_distiller(spec, data, seed=folder.seed)
         if spec.train.compile is not None:
             compile_forward(distiller.student, spec.train.compile)
-        trainer = _trainer(spec, folder, data, distiller, stop)
-        distiller.place_teachers(trainer.args.device, {t.name: t.placement for t in spec.teachers})
-        resume = _recovered(folder)
-        if resume is not None and checkpoint.step_of(resume) >= spec.train.steps:
-            load_weights(distiller, resume)
-            trainer.load_ledger(resume)
-            trainer.state = TrainerState.load_from_json(str(resume / TRAINER_STATE_NAME))
-        else:
-            reset_peak_memory()
-            if resume is None:
-                calibrate(distiller, data, spec, trainer.args.device)
-                weigh(distiller, data, spec, trainer.args.device)
-                trainer.evaluator.begin(distiller, trainer.args.device)
-            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        trainer = _make_trainer(spec, folder, data, distiller, stop)
+        placements = {teacher.name: teacher.placement for teacher in spec.teachers}
+        distiller.place_teachers(trainer.args.device, placements)
+        _train_to_the_end(trainer, distiller, spec, folder, data)
         if trainer.state.global_step < spec.train.steps:
             if is_main():
                 folder.stop()
-            raise Preempted(_stopped(folder, stop, trainer.state.global_step))
-        _finish(trainer, folder, data, spec)
+            raise Preempted(_describe_stop(folder, stop, trainer.state.global_step))
+        _finish_run(trainer, folder, data, spec)
     if stop.received:
         raise Preempted(f"{folder.path}: finished; {stop.received.name} stops what comes after it")
 
 
-def _recovered(folder: RunDir) -> Path | None:
-    """The checkpoint to go on from, chosen by one process for all; what is damaged is reported on stderr."""
+def _beginning_record(spec: PipelineSpec, folder: RunDir, data: Data) -> dict[str, Any]:
+    """Return what ``run.json`` holds from the beginning of a run."""
+    record = {"data": data.report(), **run_provenance(spec)}
+    if data.store is not None:
+        record["store"] = str(data.store.folder)
+    record["pretraining_data"] = pretraining_report(folder.spec)
+    return record
+
+
+def _train_to_the_end(
+    trainer: KavaTrainer, distiller: Distiller, spec: PipelineSpec, folder: RunDir, data: Data
+) -> None:
+    """Train all steps that are left; a checkpoint of the last step is only loaded."""
+    resume = _recover_checkpoint(folder)
+    if resume is not None and checkpoint.step_of(resume) >= spec.train.steps:
+        load_weights(distiller, resume)
+        trainer.load_ledger(resume)
+        trainer.state = TrainerState.load_from_json(str(resume / TRAINER_STATE_NAME))
+        return
+    reset_peak_memory()
+    if resume is None:
+        calibrate_components(distiller, data, spec, trainer.args.device)
+        set_loss_weights(distiller, data, spec, trainer.args.device)
+        trainer.evaluator.begin(distiller, trainer.args.device)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+
+
+def _recover_checkpoint(folder: RunDir) -> Path | None:
+    """Return the checkpoint to go on from, chosen by one process for all; report damage on stderr."""
     chosen: list[Path | None] = [None]
     if is_main():
         chosen[0], damaged = checkpoint.recover(folder.checkpoints)
@@ -189,12 +208,12 @@ def _recovered(folder: RunDir) -> Path | None:
     return broadcast_object_list(chosen)[0]
 
 
-def _stopped(folder: RunDir, stop: StopOnSignal, step: int) -> str:
+def _describe_stop(folder: RunDir, stop: StopOnSignal, step: int) -> str:
     name = stop.received.name if stop.received else "a signal"
     return f"{folder.path}: stopped by {name} at step {step}, saved; run the same command again to go on"
 
 
-def _trainer(
+def _make_trainer(
     spec: PipelineSpec, folder: RunDir, data: Data, distiller: Distiller, stop: StopOnSignal
 ) -> KavaTrainer:
     evaluator = Evaluator(
@@ -211,18 +230,20 @@ def _trainer(
     collate: Any = PlansTime(data.collator, distiller.pipeline)
     own_texts = None
     if spec.online is not None:
-        rooms = {name: max_positions(config) for name, config in distiller.configs().items()}
-        how: dict[str, Any] = {"seed": folder.seed, "rooms": rooms | {None: rooms[STUDENT]}}
-        own_texts = OwnTexts(spec.online, data.collator, collate, **how)
-        collate = KeepsExamples(collate)
+        limits: dict[str | None, int | None] = {}
+        for name, config in distiller.configs().items():
+            limits[name] = max_positions(config)
+        limits[None] = limits[STUDENT]
+        own_texts = OwnTexts(spec.online, data.collator, collate, seed=folder.seed, position_limits=limits)
+        collate = CollatorWithExamples(collate)
     trainer = KavaTrainer(
         model=distiller,
-        args=arguments(spec, folder, examples=len(data.train_items)),
+        args=training_arguments(spec, folder, examples=len(data.train_items)),
         train_dataset=data.train_items,
         eval_dataset=data.validation_items,
         data_collator=collate,
         callbacks=[
-            EndComplete(),
+            EvaluateAtEnd(),
             ScheduleWeights(distiller.pipeline),
             MetricsFile(folder.metrics),
             stop,
@@ -237,36 +258,48 @@ def _trainer(
     return trainer
 
 
-def _finish(trainer: KavaTrainer, folder: RunDir, data: Data, spec: PipelineSpec) -> None:
+def _finish_run(trainer: KavaTrainer, folder: RunDir, data: Data, spec: PipelineSpec) -> None:
+    """Save the student and the run's record."""
     distiller = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    ledger, memory = trainer.ledger, gather_object([trainer.ledger.peak()])
-    counts = gather_object([ledger.state()])
+    peak_of_each_process = gather_object([trainer.ledger.peak()])
+    counts = gather_object([trainer.ledger.state()])
     if is_main():
         save_student(distiller.student, data.tokenizer, folder.student, distiller.latents)
-        _keep_attention(distiller, folder, data, spec)
-        how: dict[str, Any] = {"metrics": folder.metrics, "memory": max(memory)}
-        if data.store is not None:
-            how["stored"] = store_counts(spec, data, distiller.pipeline)
-        cost = recorded_compute(spec, distiller.configs(), counts, **how)
+        _save_attention(distiller, folder, data, spec)
+        compute = recorded_compute(
+            spec,
+            distiller.configs(),
+            counts,
+            stored=None if data.store is None else store_counts(spec, data, distiller.pipeline),
+            metrics=folder.metrics,
+            memory=max(peak_of_each_process),
+        )
         results = {"steps": trainer.state.global_step, **_last_evaluation(trainer.state)}
-        folder.finish(results, {"compute": cost})
+        folder.finish(results, {"compute": compute})
     trainer.accelerator.wait_for_everyone()
 
 
-def _keep_attention(distiller: Distiller, folder: RunDir, data: Data, spec: PipelineSpec) -> None:
-    """Not of latent tokens, which stand for no text, nor of teachers that all processes would have to run."""
+def _save_attention(distiller: Distiller, folder: RunDir, data: Data, spec: PipelineSpec) -> None:
+    """Save what the models attend to in one validation example.
+
+    Latent tokens are left out, as they are no text, and so are sharded teachers, which all processes would
+    have to run.
+    """
     if spec.trajectory == "latent" or spec.student.encoder:
         return
+    models: dict[str, Any] = {"student": distiller.student}
     whole = {teacher.name for teacher in spec.teachers if teacher.placement != SHARDED}
-    teachers = {t.name: t.model for t in distiller.__dict__["teachers"] if t.name in whole}
+    for teacher in distiller.__dict__["teachers"]:
+        if teacher.name in whole:
+            models[teacher.name] = teacher.model
     tokenizers = {"student": data.tokenizer, **data.teacher_tokenizers}
     # Texts of all sides, also where training reads a store and this collator brings targets instead.
     batch = Collator.__call__(data.plain_collator, [data.validation_items[0]])
     with torch.compiler.set_stance("force_eager"):
-        keep_attention(folder.path, {"student": distiller.student, **teachers}, batch, tokenizers)
+        save_attention_maps(folder.path, models, batch, tokenizers)
 
 
 def _last_evaluation(state: TrainerState) -> dict[str, float]:
-    """The metrics of the last evaluation, which is that of the last step."""
+    """Return the metrics of the last evaluation, which is that of the last step."""
     last = [line for line in state.log_history if "eval_ce" in line][-1]
     return {name.removeprefix("eval_"): value for name, value in last.items() if name.startswith("eval_")}

@@ -15,13 +15,12 @@ from kava_core.latent.tokens import LatentTokens
 from kava_core.models.denoiser import Denoiser
 from kava_core.runs import checkpoint
 
-TEXT, LATENT = "transformers.AutoModelForCausalLM", "kava_core.latent.exported.LatentStudent"
-
-
+TEXT = "transformers.AutoModelForCausalLM"
+LATENT = "kava_core.latent.exported.LatentStudent"
 ENCODERS = "transformers.AutoModelForTextEncoding"
+"""Classes that load a saved student."""
 
-
-USES = {
+LOADING_NOTES = {
     TEXT: "kava is not needed",
     ENCODERS: "kava is not needed",
     LATENT: "it thinks in latent tokens before it answers, which transformers alone would leave out",
@@ -34,9 +33,15 @@ def save_student(
     folder: Path,
     latents: LatentTokens | None = None,
 ) -> None:
-    """Weights (adapters merged, an encoder without its head), tokenizer and manifest; complete or absent.
+    """Write weights (adapters merged, an encoder without its head), tokenizer and manifest.
 
-    With ``latents`` their weights as well: ``kava_core.latent.exported.LatentStudent`` reads the folder.
+    The folder is complete or absent.
+
+    Args:
+        student: the trained model.
+        tokenizer: its tokenizer.
+        folder: where they go.
+        latents: latent tokens, whose weights are written as well; ``LatentStudent`` then reads the folder.
     """
     if hasattr(student, "merge_and_unload"):
         student = student.merge_and_unload()
@@ -50,17 +55,16 @@ def save_student(
     checkpoint.seal(staging, folder)
 
 
-def _reason(error: OSError) -> str:
-    """One line; ``shutil.copytree`` raises a list of errors, of which the first is told."""
+def copy_error_text(error: OSError) -> str:
+    """Return one line on a failed copy; ``shutil.copytree`` raises a list of errors, the first counts."""
     if error.strerror is None and error.args and isinstance(error.args[0], list):
         return str(error.args[0][0][-1])
     return error.strerror or str(error)
 
 
-def loader(student: Path) -> str:
-    """The class that loads a saved student."""
+def loading_class(student: Path) -> str:
+    """Return the name of the class that loads a saved student."""
     if (student / SHAPE).exists():
         return LATENT
-    return (
-        ENCODERS if json.loads((student / "config.json").read_text(encoding="utf-8")).get(ENCODER) else TEXT
-    )
+    config = json.loads((student / "config.json").read_text(encoding="utf-8"))
+    return ENCODERS if config.get(ENCODER) else TEXT

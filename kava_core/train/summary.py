@@ -1,4 +1,4 @@
-"""What a person sees at the end of ``kava train``: a table of all variants and seeds, and one plot."""
+"""Print the end of ``kava train`` for people: a table of all variants and seeds, and one plot."""
 
 from __future__ import annotations
 
@@ -14,88 +14,97 @@ from kava_core.console import print_whole
 from kava_core.distill.hidden_states import CODI, READING, STEPS
 from kava_core.runs.folder import RECORD, read_record
 from kava_core.runs.metrics import read_metrics
-from kava_core.train.run import Result
+from kava_core.train.run import RunResult
 from kava_core.train.validation.collapse_monitor import PREFIX
 
 
-def show(results: Sequence[Result]) -> None:
+def print_summary(results: Sequence[RunResult]) -> None:
     """Print the table, save the plot beside the run directories, say where everything is."""
     console = Console()
-    print_whole(table(results), console)
+    print_whole(results_table(results), console)
     folder = results[0].folder.parent
     picture = folder / "curves.png"
-    if plot(results, picture):
+    if plot_curves(results, picture):
         console.print(f"curves: {picture}", soft_wrap=True)
     else:
         console.print("no plot: matplotlib is not installed (pip install 'kava[plots]')")
     console.print(f"runs:   {folder}", soft_wrap=True)
-    for line in skills(results):
+    for line in pretrained_scores(results):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
-    for line in warnings(results):
+    for line in collapse_warnings(results):
         console.print(line, style="yellow", soft_wrap=True)
 
 
-def skills(results: Sequence[Result]) -> list[str]:
-    """A line for every model that was trained on the spot: a student is not better than what it is shown."""
-    models = [read_record(one.folder / RECORD).get("models", {}) for one in results]
-    found = {
-        f"{name}: trained on the spot; validation {_skill(facts['results'])}": None
-        for one in models
-        for name, facts in one.items()
-        if "results" in facts
-    }
-    return list(found)
+def pretrained_scores(results: Sequence[RunResult]) -> list[str]:
+    """Return a line for every model that was trained on the spot, with its validation scores.
+
+    A student is not better than what it is shown.
+    """
+    lines: dict[str, None] = {}  # a set that keeps its order
+    for result in results:
+        models = read_record(result.folder / RECORD).get("models", {})
+        for name, provenance in models.items():
+            if "results" in provenance:
+                scores = _score_text(provenance["results"])
+                lines[f"{name}: trained on the spot; validation {scores}"] = None
+    return list(lines)
 
 
-def _skill(results: Mapping[str, Any]) -> str:
-    names = {"ce": "cross-entropy", "exact_match": "exact match"}
-    return ", ".join(f"{title} {results[name]:.3g}" for name, title in names.items() if name in results)
+def _score_text(results: Mapping[str, Any]) -> str:
+    titles = {"ce": "cross-entropy", "exact_match": "exact match"}
+    return ", ".join(f"{title} {results[name]:.3g}" for name, title in titles.items() if name in results)
 
 
 ABSORBED = 0.5
 """Share of the loss's fall, due to the aligner alone, from which on a run is pointed out."""
 
 
-def warnings(results: Sequence[Result]) -> list[str]:
-    """A line for every run whose KV loss fell because of its aligner more than because of its student."""
-    shares = [(result, result.results.get(f"{PREFIX}/absorbed", 0.0)) for result in results]
-    return [
-        f"{result.variant} seed {result.seed}: {share:.0%} of the fall of the KV loss is due to the trained "
-        "aligner alone; a low loss says little about this student (docs/training.md, collapse)"
-        for result, share in shares
-        if share > ABSORBED
-    ]
+def collapse_warnings(results: Sequence[RunResult]) -> list[str]:
+    """Return a line for every run whose KV loss fell because of its aligner more than of its student."""
+    lines = []
+    for result in results:
+        share = result.results.get(f"{PREFIX}/absorbed", 0.0)
+        if share > ABSORBED:
+            lines.append(
+                f"{result.variant} seed {result.seed}: {share:.0%} of the fall of the KV loss is due to the "
+                "trained aligner alone; a low loss says little about this student "
+                "(docs/training.md, collapse)"
+            )
+    return lines
 
 
-def table(results: Sequence[Result]) -> Table:
-    """One row for every run, then the mean of every variant with more than one seed."""
-    shown = Table(title="validation at the last step")
-    columns = _columns(results)
-    for name in ("variant", "seed", *columns):
-        shown.add_column(name, justify="left" if name == "variant" else "right")
+def results_table(results: Sequence[RunResult]) -> Table:
+    """Return a row for every run, then the mean of every variant with more than one seed."""
+    table = Table(title="validation at the last step")
+    metrics = _table_metrics(results)
+    for name in ("variant", "seed", *metrics):
+        table.add_column(name, justify="left" if name == "variant" else "right")
     for variant in dict.fromkeys(result.variant for result in results):
         runs = [result for result in results if result.variant == variant]
-        for result in runs:
-            shown.add_row(variant, str(result.seed), *(_cell(result.results.get(name)) for name in columns))
+        for run in runs:
+            table.add_row(variant, str(run.seed), *(_metric_cell(run.results.get(name)) for name in metrics))
         if len(runs) > 1:
-            means = [_mean([run.results.get(name) for run in runs]) for name in columns]
-            shown.add_row(variant, f"mean of {len(runs)}", *map(_cell, means), style="bold", end_section=True)
-    return shown
+            means = [_mean_of_all([run.results.get(name) for run in runs]) for name in metrics]
+            cells = map(_metric_cell, means)
+            table.add_row(variant, f"mean of {len(runs)}", *cells, style="bold", end_section=True)
+    return table
 
 
-def _columns(results: Sequence[Result]) -> list[str]:
-    """Every metric but those of a teacher or part (``a/b``), of which there are many."""
-    names = dict.fromkeys(name for result in results for name in result.results)
+def _table_metrics(results: Sequence[RunResult]) -> list[str]:
+    """Return every metric but those of a teacher or part (``a/b``), of which there are many."""
+    names: dict[str, None] = {}  # a set that keeps its order
+    for result in results:
+        names |= dict.fromkeys(result.results)
     return [name for name in names if "/" not in name]
 
 
-def _mean(values: Sequence[int | float | None]) -> int | float | None:
-    """The mean, or None where a run lacks the metric: a missing number is never a zero."""
-    there = [value for value in values if value is not None]
-    return mean(there) if len(there) == len(values) else None
+def _mean_of_all(values: Sequence[int | float | None]) -> int | float | None:
+    """Return the mean, or None if a run lacks the metric: a missing number is never a zero."""
+    present = [value for value in values if value is not None]
+    return mean(present) if len(present) == len(values) else None
 
 
-def _cell(value: int | float | None) -> str:
+def _metric_cell(value: int | float | None) -> str:
     if value is None:
         return "–"
     return str(value) if isinstance(value, int) else f"{value:.4g}"
@@ -107,47 +116,56 @@ PANELS = {
     "kv": "KV loss (validation)",
     "weight": "teachers' weights (validation)",
 }
+"""Titles of the plot's panels, by metric; ``kv`` is every KV term, ``weight`` every teacher's weight."""
+
 Curves = list[tuple[list[int], list[float]]]
 """Steps and values, for every metric of a panel."""
 
 
-def plot(results: Sequence[Result], path: Path) -> bool:
-    """Accuracy and losses against steps, a line for every seed, a colour for every variant.
+def plot_curves(results: Sequence[RunResult], path: Path) -> bool:
+    """Plot accuracy and losses against steps, a line for every seed, a colour for every variant.
 
-    Metrics that no run has get no panel. Returns False where matplotlib is not installed.
+    Metrics that no run has get no panel.
+
+    Returns:
+        False if matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    panels = _panels(results)
+    panels = panel_curves(results)
     figure = Figure(figsize=(1 + 4 * max(1, len(panels)), 4), layout="constrained")
-    for place, (name, curves) in enumerate(panels.items(), 1):
-        axis = figure.add_subplot(1, len(panels), place)
-        _draw(axis, name, curves, results)
-        if place == 1:
+    for number, (name, curves) in enumerate(panels.items(), 1):
+        axis = figure.add_subplot(1, len(panels), number)
+        _draw_panel(axis, name, curves, results)
+        if number == 1:
             axis.legend(title=f"{len(results)} runs, a line each")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return True
 
 
-def _panels(results: Sequence[Result]) -> dict[str, list[Curves]]:
-    """The metrics that some run has, each with the curves of every run."""
-    lines = [_evaluations(result) for result in results]
-    found = {name: [_curves(of_run, name) for of_run in lines] for name in PANELS}
-    return {name: curves for name, curves in found.items() if any(curves)}
+def panel_curves(results: Sequence[RunResult]) -> dict[str, list[Curves]]:
+    """Return the panels that some run has curves for, each with the curves of every run."""
+    evaluations = [_evaluation_lines(result) for result in results]
+    panels = {}
+    for name in PANELS:
+        curves = [_run_curves(lines, name) for lines in evaluations]
+        if any(curves):
+            panels[name] = curves
+    return panels
 
 
-def _draw(axis: Any, name: str, curves: list[Curves], results: Sequence[Result]) -> None:
-    """One panel; the first curve of every variant bears its name."""
+def _draw_panel(axis: Any, name: str, curves: list[Curves], results: Sequence[RunResult]) -> None:
+    """Draw one panel; the first curve of every variant bears its name."""
     variants = list(dict.fromkeys(result.variant for result in results))
-    named: set[str] = set()
-    for result, of_run in zip(results, curves, strict=True):
+    labelled: set[str] = set()
+    for result, curves_of_run in zip(results, curves, strict=True):
         colour = f"C{variants.index(result.variant)}"
-        for steps, values in of_run:
-            label = None if result.variant in named else result.variant
-            named.add(result.variant)
+        for steps, values in curves_of_run:
+            label = None if result.variant in labelled else result.variant
+            labelled.add(result.variant)
             axis.plot(steps, values, color=colour, alpha=0.8, marker=".", label=label)
     axis.set(xlabel="step", title=PANELS[name])
     axis.grid(alpha=0.3)
@@ -158,28 +176,36 @@ def _draw(axis: Any, name: str, curves: list[Curves], results: Sequence[Result])
 
 
 NOT_KV = {f"eval_{name}" for name in ("ce", "perplexity", "exact_match", "passes", CODI, STEPS, READING)}
+"""Metrics of an evaluation that are no KV terms."""
 
 
-def _evaluations(result: Result) -> list[dict[str, Any]]:
+def _evaluation_lines(result: RunResult) -> list[dict[str, Any]]:
     return [line for line in read_metrics(result.folder / "metrics.jsonl") if "eval_ce" in line]
 
 
-def _curves(lines: list[dict[str, Any]], name: str) -> Curves:
-    """Steps and values of a metric; ``kv`` stands for every KV term, ``weight`` for every teacher.
-
-    Teachers that all keep one weight have no curves.
-    """
-    found = [[(line["step"], line[key]) for line in lines if key in line] for key in _names(lines, name)]
-    curves = [([step for step, _ in curve], [value for _, value in curve]) for curve in found if curve]
+def _run_curves(lines: list[dict[str, Any]], panel: str) -> Curves:
+    """Return steps and values of every metric of a panel; none of teachers that all keep one weight."""
+    curves: Curves = []
+    for metric in _panel_metrics(lines, panel):
+        with_metric = [line for line in lines if metric in line]
+        if with_metric:
+            steps = [line["step"] for line in with_metric]
+            curves.append((steps, [line[metric] for line in with_metric]))
     moves = any(max(values) - min(values) > 1e-6 for _, values in curves)
-    return curves if moves or name != "weight" else []
+    return curves if moves or panel != "weight" else []
 
 
-def _names(lines: list[dict[str, Any]], name: str) -> list[str]:
-    """The metrics that a panel draws."""
-    keys = sorted({key for line in lines for key in line})
-    if name == "kv":
-        return [key for key in keys if key.startswith("eval_") and "/" not in key and key not in NOT_KV]
-    if name == "weight":
-        return [key for key in keys if key.startswith("eval_weight/") and "@" not in key]
-    return [name]
+def _panel_metrics(lines: list[dict[str, Any]], panel: str) -> list[str]:
+    """Return the metrics that a panel draws."""
+    names: set[str] = set()
+    for line in lines:
+        names |= line.keys()
+    if panel == "kv":
+        return [
+            name
+            for name in sorted(names)
+            if name.startswith("eval_") and "/" not in name and name not in NOT_KV
+        ]
+    if panel == "weight":
+        return [name for name in sorted(names) if name.startswith("eval_weight/") and "@" not in name]
+    return [panel]

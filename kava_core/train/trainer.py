@@ -1,4 +1,4 @@
-"""``transformers.Trainer`` around the composite module: what kava changes, and why.
+"""Train the composite module with ``transformers.Trainer``: what kava changes, and why.
 
 - the loss is divided by counts of the whole batch, over accumulation and processes;
 - a non-finite loss or gradient stops the run before the weights are touched;
@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 
 from kava_core.distill.distiller import Distiller
-from kava_core.errors import CheckpointError, KavaError, NonFiniteError, SpecError
+from kava_core.errors import KavaError, NonFiniteError, SpecError
 from kava_core.latent.curriculum import latents_at
 from kava_core.models.fsdp import (
     average_gradients,
@@ -41,60 +40,11 @@ from kava_core.models.fsdp import (
 from kava_core.models.ledger import Ledger
 from kava_core.models.placement import check_even_evaluation
 from kava_core.runs import checkpoint
+from kava_core.train.optimizer_groups import parameter_learning_rates, split_parameter_group
 from kava_core.train.own_texts import OwnTexts
-from kava_core.train.validation.evaluate import Evaluator
-from kava_core.train.weights import assert_finite_weights, load_weights, save_weights, under
-
-
-class RunningMeans:
-    """Means of the loss terms since the last log line; saved with every checkpoint, so no step is lost."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.steps = 0
-
-    def add(self, terms: Mapping[str, Tensor]) -> None:
-        """Take in the terms of a forward pass; they add up over the passes of a step."""
-        for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
-
-    def take(self) -> dict[str, Tensor]:
-        """The means, by name; begins anew."""
-        means = {name: value / self.steps for name, value in self.sums.items()}
-        self.sums, self.steps = {}, 0
-        return means
-
-    def save(self, file: Path) -> None:
-        """As JSON, in which float32 survives exactly."""
-        sums = {name: value.item() for name, value in self.sums.items()}
-        file.write_text(json.dumps({"steps": self.steps, "sums": sums}), encoding="utf-8")
-
-    def load(self, file: Path, device: torch.device) -> None:
-        """Go on from what ``save`` wrote; CheckpointError where there is nothing to read."""
-        try:
-            saved = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{file}: unreadable: {error}") from error
-        self.sums = {name: torch.tensor(value, device=device) for name, value in saved["sums"].items()}
-        self.steps = saved["steps"]
-
-
-def own_rates(pipeline: nn.Module, common: float) -> dict[Tensor, float]:
-    """Every parameter with the ``learning_rate`` its module names, or the common one."""
-    rates: dict[Tensor, float] = dict.fromkeys(pipeline.parameters(), common)
-    for module in pipeline.modules():
-        rate = getattr(module, "learning_rate", None)
-        if isinstance(rate, int | float):
-            rates |= dict.fromkeys(module.parameters(), float(rate))
-    return rates
-
-
-def split_group(optimizer: torch.optim.Optimizer, group: dict[str, Any], own: Mapping[Tensor, float]) -> None:
-    """Move a group's parameters that are in ``own`` to a new group for each rate, without weight decay."""
-    for rate in sorted({own[p] for p in group["params"] if p in own}):
-        apart = [p for p in group["params"] if own.get(p) == rate]
-        group["params"] = [p for p in group["params"] if own.get(p) != rate]
-        optimizer.add_param_group({**group, "params": apart, "lr": rate, "weight_decay": 0.0})
+from kava_core.train.term_means import TermMeans
+from kava_core.train.validation.evaluator import Evaluator
+from kava_core.train.weights import assert_finite_weights, entries_under, load_weights, save_weights
 
 
 class KavaTrainer(Trainer):
@@ -124,62 +74,69 @@ class KavaTrainer(Trainer):
         self.keep = keep
         self.loss_is_scaled_for_ga = True
         self._staging = False
-        self._means = RunningMeans()
-        self._bones: nn.Module | None = None
-        self._check_launch()
+        self._term_means = TermMeans()
+        self._empty_student: nn.Module | None = None
+        self._check_launcher()
 
-    def _check_launch(self) -> None:
-        args = self.args
-        check_precision(
-            os.environ.get("ACCELERATE_MIXED_PRECISION"),
-            "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
-        )
-        check_launch(self._plugin)
-        if self._plugin is not None and self.distiller.latents is not None:
+    def _check_launcher(self) -> None:
+        """Refuse what accelerate's launcher asks for and kava does not do."""
+        precision = "fp32"
+        if self.args.bf16:
+            precision = "bf16"
+        elif self.args.fp16:
+            precision = "fp16"
+        check_precision(os.environ.get("ACCELERATE_MIXED_PRECISION"), precision)
+        check_launch(self._fsdp_plugin)
+        if self._fsdp_plugin is None:
+            return
+        if self.distiller.latents is not None:
             raise SpecError("trajectory: latent: not with FSDP yet; use DDP or one process")
-        if self._plugin is not None and self.own_texts is not None:
+        if self.own_texts is not None:
             raise SpecError("online: not with FSDP yet; use DDP or one process")
-        if self._plugin is not None:
-            self.distiller.to(args.device)
+        self.distiller.to(self.args.device)
 
     @property
-    def _plugin(self) -> Any:
-        """accelerate's FSDP plugin; None where nothing is sharded."""
+    def _fsdp_plugin(self) -> Any:
+        """Return accelerate's FSDP plugin; None if nothing is sharded."""
         return getattr(self.accelerator.state, "fsdp_plugin", None)
 
     @property
-    def _autocast(self) -> torch.dtype | None:
+    def _autocast_dtype(self) -> torch.dtype | None:
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(self.args.mixed_precision))
 
     @property
     def distiller(self) -> Distiller:
-        """What is trained, seen through DDP."""
-        found: Distiller = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        return found
+        """Return what is trained, without the wrapper of DDP."""
+        distiller: Distiller = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return distiller
 
     # counting
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
-        """The batches of a step; before they are counted, the student writes its part of them, and a
-        curriculum's latent tokens are told their stage.
+        """Return the batches of a step.
 
-        Evaluation after the step, and after the last one, then looks at the stage that was trained.
+        Before they are counted, the student writes its part of them, and a curriculum's latent tokens are set
+        to their stage. Evaluation after the step, and after the last one, then looks at the stage that was
+        trained.
         """
         latent = self.distiller.latent
         if latent is not None:
             latent.tokens.active = latents_at(self.state.global_step, latent.spec)
         if self.own_texts is not None:
-            epoch_iterator = (self._with_own_texts(*entry) for entry in enumerate(epoch_iterator))
+            epoch_iterator = self._replace_with_own_texts(epoch_iterator)
         return super().get_batch_samples(epoch_iterator, *args, **kwargs)
 
-    def _with_own_texts(self, number: int, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def _replace_with_own_texts(self, batches: Iterator[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Let the student write its part of every batch when its turn comes."""
         assert self.own_texts is not None
-        place = (self.state.global_step, number, self.args.process_index)
-        return self.own_texts(batch, self.distiller, self.ledger, place, self._autocast)
+        for number, batch in enumerate(batches):
+            place = (self.state.global_step, number, self.args.process_index)
+            yield self.own_texts(batch, self.distiller, self.ledger, place, self._autocast_dtype)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        """``counts`` over accumulation and processes."""
-        items = torch.stack([self.distiller.counts(batch) for batch in batch_samples]).sum(0).to(device)
+        """Return the loss denominators, summed over accumulation and processes."""
+        counts = [self.distiller.counts(batch) for batch in batch_samples]
+        items = torch.stack(counts).sum(0).to(device)
         if self.args.world_size > 1:
             items = self.accelerator.gather(items[None]).sum(0)
         return items.clamp_min(1)
@@ -191,70 +148,80 @@ class KavaTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The loss of one forward pass; DDP's mean over processes is undone, as counts are global."""
+        """Return the loss of one forward pass; DDP's mean over processes is undone, as counts are global."""
         distiller = self.distiller
         distiller.dropout_seed = self._dropout_seed()
         with self.ledger.counting():
             distiller.note(self.ledger, inputs["student"])
             outputs = model(inputs["student"], inputs["teachers"], items=num_items_in_batch)
-        self._means.add(outputs)
+        self._term_means.add_terms(outputs)
         loss = outputs["loss"] * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def _dropout_seed(self) -> int:
-        """By the run's seed, the forward pass and the process: the same in every variant of an experiment."""
-        where = (self.args.seed, self.ledger.passes, self.args.process_index)
-        return int(SeedSequence(where).generate_state(1)[0])
+        """Draw a seed from the run's seed, the forward pass and the process.
+
+        It is the same in every variant of an experiment.
+        """
+        entropy = (self.args.seed, self.ledger.passes, self.args.process_index)
+        return int(SeedSequence(entropy).generate_state(1)[0])
 
     # sharding
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
     ) -> Any:
-        if self._plugin is not None:
-            self._before_sharding(resume_from_checkpoint)
+        if self._fsdp_plugin is not None:
+            self._prepare_sharding(resume_from_checkpoint)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
-    def _before_sharding(self, resume_from_checkpoint: str | None) -> None:
+    def _prepare_sharding(self, resume_from_checkpoint: str | None) -> None:
         if resume_from_checkpoint is not None:
             load_weights(self.distiller, Path(resume_from_checkpoint))
-        self._bones = copy_without_weights(self.distiller.student)
-        prepare_for_sharding(self.distiller, self._plugin, device=self.args.device, autocast=self._autocast)
+        self._empty_student = copy_without_weights(self.distiller.student)
+        prepare_for_sharding(
+            self.distiller, self._fsdp_plugin, device=self.args.device, autocast=self._autocast_dtype
+        )
         # Else every process holds the whole gradient while it accumulates.
         self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``Trainer.train``; afterwards the first process holds the whole student, sharded or not."""
+        """Train as ``Trainer.train`` does.
+
+        Afterwards the first process holds the whole student, sharded or not.
+        """
         check_even_evaluation(self.distiller, self.evaluator, self.accelerator.num_processes)
-        ended = super().train(*args, **kwargs)
-        if self._bones is not None:
+        output = super().train(*args, **kwargs)
+        if self._empty_student is not None:
             state = self._gathered_state()
             if self.args.should_save:
-                self.distiller.student = fill_with_weights(self._bones, under(state, "student."))
-        return ended
+                self.distiller.student = fill_with_weights(
+                    self._empty_student, entries_under(state, "student.")
+                )
+        return output
 
     # optimizer
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """AdamW; what aligns and routes does not decay, and may have a ``learning_rate`` of its own."""
+        """Create AdamW; what aligns and routes does not decay, and may have its own ``learning_rate``."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         distiller = self.distiller
         if distiller.pipeline is not None:
-            own = own_rates(distiller.pipeline, self.args.learning_rate)
+            rates = parameter_learning_rates(distiller.pipeline, self.args.learning_rate)
             for group in list(optimizer.param_groups):
-                split_group(optimizer, group, own)
-        if self._plugin is not None:  # torch cannot load the sharded state of an empty group
+                split_parameter_group(optimizer, group, rates)
+        if self._fsdp_plugin is not None:  # torch cannot load the sharded state of an empty group
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
     # stopping on NaN
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        if self._plugin is not None:
+        if self._fsdp_plugin is not None:
             average_gradients(self.distiller.pipeline)
         norm = gathered_tensor(super()._clip_grad_norm(model))
-        self._means.steps += 1
-        finite = torch.isfinite(self._means.sums["loss"])
+        self._term_means.steps += 1
+        finite = torch.isfinite(self._term_means.sums["loss"])
         if not self.args.fp16:  # with fp16 an infinite gradient makes the scaler skip the step
             finite = finite & torch.isfinite(torch.as_tensor(norm, device=finite.device))
         if not finite:
@@ -262,9 +229,11 @@ class KavaTrainer(Trainer):
         return norm
 
     def _describe_non_finite(self, norm: Tensor) -> str:
-        terms = {name: value for name, value in self._means.sums.items() if name != "loss"}
-        bad = [name for name, value in terms.items() if not torch.isfinite(value)]
-        what = f"{', '.join(bad)} not finite" if bad else f"gradient norm is {float(norm)}"
+        terms = {name: value for name, value in self._term_means.sums.items() if name != "loss"}
+        non_finite = [name for name, value in terms.items() if not torch.isfinite(value)]
+        what = f"gradient norm is {float(norm)}"
+        if non_finite:
+            what = f"{', '.join(non_finite)} not finite"
         return (
             f"step {self.state.global_step + 1}: {what}; stopped before the update, nothing saved. "
             "Lower the learning rate, or run with --check-shapes to see where it begins"
@@ -273,9 +242,9 @@ class KavaTrainer(Trainer):
     # logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of every loss term since the last line."""
-        if "loss" in logs and self._means.steps:
-            means = self._means.take()
+        """Log, with the mean of every loss term since the last line."""
+        if "loss" in logs and self._term_means.steps:
+            means = self._term_means.take_means()
             terms = torch.stack(list(means.values()))
             if self.args.world_size > 1:
                 terms = self.accelerator.reduce(terms, "sum")
@@ -283,29 +252,32 @@ class KavaTrainer(Trainer):
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Not estimated here: ``kava plan`` counts a step exactly."""
+        """Return 0: nothing is estimated here, as ``kava plan`` counts a step exactly."""
         return 0
 
     # evaluation
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Validation metrics; see ``kava_core.train.validation.evaluate``."""
+        """Measure validation metrics; see ``kava_core.train.validation.evaluator``."""
         with self._whole_student():
-            found = self.evaluator(self.distiller)
-        metrics = {f"eval_{name}": value for name, value in found.items()}
+            measured = self.evaluator(self.distiller)
+        metrics = {f"eval_{name}": value for name, value in measured.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     @contextmanager
     def _whole_student(self) -> Iterator[None]:
-        """Without a call to other processes; a sharded student is gathered in autocast's precision."""
-        if self._plugin is None:
+        """Make the student run without a call to other processes; a sharded one is gathered for that.
+
+        It is gathered in autocast's precision.
+        """
+        if self._fsdp_plugin is None:
             yield
             return
-        sharded = self._plugin.mixed_precision_policy is not None
-        autocast = torch.autocast(self.args.device.type, self._autocast, enabled=sharded)
-        with gathered_weights(self.distiller, reshard=self._plugin.reshard_after_forward), autocast:
+        sharded = self._fsdp_plugin.mixed_precision_policy is not None
+        autocast = torch.autocast(self.args.device.type, self._autocast_dtype, enabled=sharded)
+        with gathered_weights(self.distiller, reshard=self._fsdp_plugin.reshard_after_forward), autocast:
             yield
 
     # checkpoints
@@ -315,7 +287,7 @@ class KavaTrainer(Trainer):
         return str(folder / checkpoint.STAGING if self._staging else folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes into a staging folder; the rename that ends it makes the checkpoint exist.
+        """Write into a staging folder; the rename that ends it makes the checkpoint exist.
 
         Raises:
             NonFiniteError: a weight is NaN or infinite.
@@ -328,7 +300,7 @@ class KavaTrainer(Trainer):
             checkpoint.clear(folder)
         self.accelerator.wait_for_everyone()
         try:
-            staged = self._stage(model, trial)
+            staged = self._save_staged(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 checkpoint.seal(staged, folder / staged.name)
@@ -341,63 +313,67 @@ class KavaTrainer(Trainer):
             self._staging = False
         self.accelerator.wait_for_everyone()
 
-    def _stage(self, model: nn.Module, trial: Any) -> Path:
+    def _save_staged(self, model: nn.Module, trial: Any) -> Path:
+        """Write everything into the staging folder; return the checkpoint's folder there."""
         self._staging = True
         super()._save_checkpoint(model, trial)
         staged = Path(self._get_output_dir()) / f"checkpoint-{self.state.global_step}"
-        self._means.save(staged / self._of_process("means"))
-        self.ledger.save(staged / self._of_process("ledger"))
+        self._term_means.save(staged / self._process_file("means"))
+        self.ledger.save(staged / self._process_file("ledger"))
         return staged
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of checkpoints."""
+        """Return the folder of checkpoints."""
         return Path(str(self.args.output_dir))
 
-    def _of_process(self, name: str) -> str:
+    def _process_file(self, name: str) -> str:
         return f"{name}_{self.args.process_index}.json"
 
     def _describe_unwritten(self, error: Exception) -> str:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         where = self.checkpoints / f"checkpoint-{self.state.global_step}"
-        return f"{where}: cannot be written: {said}; earlier checkpoints are untouched. Is the disk full?"
+        return f"{where}: cannot be written: {reason}; earlier checkpoints are untouched. Is the disk full?"
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Always whole: a sharded student is gathered on the first process."""
-        if self._plugin is None:
+        """Save the whole student; a sharded one is gathered on the first process."""
+        if self._fsdp_plugin is None:
             super().save_model(output_dir, _internal_call)
         else:
             self._save(output_dir, self._gathered_state())
 
     def _gathered_state(self) -> dict[str, Tensor]:
-        """On the first process everything, weights that several modules share once; elsewhere nothing."""
+        """Gather everything on the first process; elsewhere return nothing.
+
+        Weights that several modules share are there once.
+        """
         state = self.accelerator.get_state_dict(self.model)
-        every, once = (
-            {n for n, _ in self.distiller.named_parameters(remove_duplicate=d)} for d in (False, True)
-        )
-        return {name: tensor for name, tensor in state.items() if name not in every - once}
+        with_duplicates = {name for name, _ in self.distiller.named_parameters(remove_duplicate=False)}
+        without_duplicates = {name for name, _ in self.distiller.named_parameters()}
+        duplicates = with_duplicates - without_duplicates
+        return {name: tensor for name, tensor in state.items() if name not in duplicates}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
             save_weights(self.distiller, Path(output_dir or self.checkpoints), state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Without accelerate's own copy of the weights, which nobody would read."""
-        if self._plugin is None:
+        """Save both, without accelerate's copy of a sharded student's weights, which nobody would read."""
+        if self._fsdp_plugin is None:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        save_fsdp_optimizer(self._plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        save_fsdp_optimizer(self._fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """What is sharded by now was loaded before."""
+        """Load a checkpoint; the weights of what is sharded by now were loaded before."""
         distiller = self.accelerator.unwrap_model(model or self.model)
         if not is_sharded(distiller):
             load_weights(distiller, Path(resume_from_checkpoint))
-        self._means.load(Path(resume_from_checkpoint) / self._of_process("means"), self.args.device)
+        self._term_means.load(Path(resume_from_checkpoint) / self._process_file("means"), self.args.device)
         self.load_ledger(Path(resume_from_checkpoint))
 
-    def load_ledger(self, saved: Path) -> None:
+    def load_ledger(self, checkpoint_folder: Path) -> None:
         """Go on counting from a checkpoint."""
-        self.ledger.load(saved / self._of_process("ledger"))
+        self.ledger.load(checkpoint_folder / self._process_file("ledger"))

@@ -1,4 +1,4 @@
-"""The trained weights on disk: the student as Hugging Face stores it, everything else beside it."""
+"""Save and load the trained weights: the student as Hugging Face stores it, everything else beside it."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ ALIGNER_FILE = "aligner.safetensors"
 
 
 def aligner_state(distiller: Distiller) -> dict[str, Tensor]:
-    """Parameters and buffers of aligners, fuser and losses."""
+    """Return parameters and buffers of aligners, fuser and losses."""
     if distiller.pipeline is None:
         return {}
     return {name: tensor.contiguous() for name, tensor in distiller.pipeline.state_dict().items()}
 
 
 def save_weights(distiller: Distiller, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-    """``folder/student`` (``save_pretrained``), ``folder/aligner.safetensors`` and latent tokens' weights.
+    """Write ``folder/student`` (``save_pretrained``), ``folder/aligner.safetensors`` and latent tokens.
 
-    ``state_dict`` is the whole module's, where the student is sharded; None takes the student's own.
+    Args:
+        distiller: what is trained.
+        folder: of a checkpoint.
+        state_dict: the whole module's if the student is sharded; None takes the student's own.
     """
-    student = None if state_dict is None else under(state_dict, "student.")
+    student = None if state_dict is None else entries_under(state_dict, "student.")
     distiller.student.save_pretrained(folder / STUDENT, state_dict=student)
     save_file(aligner_state(distiller), folder / ALIGNER_FILE)
     if distiller.latents is not None:
@@ -39,9 +42,13 @@ def save_weights(distiller: Distiller, folder: Path, state_dict: dict[str, Tenso
 
 @torch.no_grad()
 def assert_finite_weights(module: nn.Module, where: str) -> None:
-    """NonFiniteError naming the first weight that holds NaN or infinity: such weights are never saved."""
-    trained = {name: local_part(p) for name, p in module.named_parameters() if p.requires_grad}
-    finite = torch.stack([torch.isfinite(p).all() for p in trained.values()]).float()
+    """Refuse weights that hold NaN or infinity: they are never saved.
+
+    Raises:
+        NonFiniteError: names the first such weight.
+    """
+    trained = {name: local_part(weight) for name, weight in module.named_parameters() if weight.requires_grad}
+    finite = torch.stack([torch.isfinite(weight).all() for weight in trained.values()]).float()
     if is_sharded(module):
         torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
     if not finite.all():
@@ -49,13 +56,17 @@ def assert_finite_weights(module: nn.Module, where: str) -> None:
         raise NonFiniteError(f"{where}: {name} holds NaN or infinity after the update; nothing saved")
 
 
-def under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The part of a state dict whose names begin with ``prefix``, without it."""
+def entries_under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the part of a state dict whose names begin with ``prefix``, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def load_weights(distiller: Distiller, folder: Path) -> None:
-    """Load what ``save_weights`` wrote, every tensor exactly; CheckpointError where one does not fit."""
+    """Load what ``save_weights`` wrote, every tensor exactly.
+
+    Raises:
+        CheckpointError: a file cannot be read, or a tensor does not fit.
+    """
     try:
         _load_student(distiller.student, folder / STUDENT)
         if distiller.pipeline is not None:
@@ -76,10 +87,11 @@ def _load_student(student: nn.Module, folder: Path) -> None:
     if len(shards) == 1:
         load_model(student, shards[0])
         return
-    state = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    state: dict[str, Tensor] = {}
+    for shard in shards:
+        state |= load_file(shard)
     missing, unexpected = student.load_state_dict(state, strict=False)
     tied = set(getattr(student, "all_tied_weights_keys", None) or ())
-    if unexpected or set(missing) - tied:
-        raise CheckpointError(
-            f"{folder}: missing {sorted(set(missing) - tied)}, unexpected {sorted(unexpected)}"
-        )
+    untied = sorted(set(missing) - tied)  # tied weights are stored once
+    if unexpected or untied:
+        raise CheckpointError(f"{folder}: missing {untied}, unexpected {sorted(unexpected)}")

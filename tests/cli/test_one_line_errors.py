@@ -31,8 +31,8 @@ from kava_core.models.student import load_student
 from kava_core.runs.metrics import read_metrics
 from kava_core.specfile.sections.models import ModelSpec, StudentSpec, TrainTokenizer
 from kava_core.train.callbacks import MetricsFile
-from kava_core.train.run import Result, run
-from kava_core.train.summary import PANELS, _panels, plot, table
+from kava_core.train.run import RunResult, run
+from kava_core.train.summary import PANELS, panel_curves, plot_curves, results_table
 from tests.support import tiny
 
 TEXTS = ["7+3*2?", " 10 0 #0"]
@@ -61,7 +61,7 @@ def finished(pristine: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def again(folder: Path) -> Result:
+def again(folder: Path) -> RunResult:
     """Train what is complete already."""
     return run(tiny.spec(folder.parents[1], **SHORT), variant="main", seed=0)
 
@@ -169,7 +169,7 @@ def test_an_export_under_a_file(finished: Path, tmp_path: Path) -> None:
 def test_metrics_of_a_complete_run_that_are_gone(finished: Path) -> None:
     pytest.importorskip("matplotlib")
     (finished / "metrics.jsonl").unlink()
-    said = told(CheckpointError, lambda: plot([again(finished)], finished.parent / "p.png"))
+    said = told(CheckpointError, lambda: plot_curves([again(finished)], finished.parent / "p.png"))
     assert said == f"{finished}/metrics.jsonl: cannot be read: No such file or directory"
 
 
@@ -203,28 +203,28 @@ def test_seconds_go_on_after_resuming(tmp_path: Path) -> None:
 
 def test_panels_without_data_are_left_out(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    results = [Result(name, seed, tmp_path, {}) for name in ("a", "b") for seed in (0, 1)]
+    results = [RunResult(name, seed, tmp_path, {}) for name in ("a", "b") for seed in (0, 1)]
     lines = [{"step": step, "eval_ce": 1.0 / step, "ce": 2.0} for step in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert list(_panels(results)) == ["eval_ce"]
+    assert list(panel_curves(results)) == ["eval_ce"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert plot(results, tmp_path / "p.png")
+        assert plot_curves(results, tmp_path / "p.png")
         (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-        assert plot(results, tmp_path / "none.png")
+        assert plot_curves(results, tmp_path / "none.png")
     lines = [{**line, "eval_relation": 0.1, "eval_exact_match": 0.5} for line in lines]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert list(_panels(results)) == ["eval_exact_match", "eval_ce", "kv"]
+    assert list(panel_curves(results)) == ["eval_exact_match", "eval_ce", "kv"]
     routed = [{**line, "eval_weight/a": line["step"] / 3, "eval_weight/b@math": 0.2} for line in lines]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in routed))
-    assert list(_panels(results)) == list(PANELS)
+    assert list(panel_curves(results)) == list(PANELS)
 
 
 def test_the_table_is_never_cut() -> None:
     numbers = {"steps": 400, "exact_match": 0.5, "ce": 1.234, "perplexity": 3.4, "relation": 0.1234}
-    results = [Result("cross-entropy-and-everything", seed, Path(), numbers) for seed in (0, 1)]
+    results = [RunResult("cross-entropy-and-everything", seed, Path(), numbers) for seed in (0, 1)]
     out = StringIO()
-    print_whole(table(results), Console(file=out, width=40))
+    print_whole(results_table(results), Console(file=out, width=40))
     assert "…" not in out.getvalue()
     for word in ("cross-entropy-and-everything", "mean of 2", *numbers, "0.1234"):
         assert word in out.getvalue()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kava_core.train.run import Result
-from kava_core.train.summary import plot, table
+from kava_core.train.run import RunResult
+from kava_core.train.summary import plot_curves, results_table
 from tests.support import tiny
 
 VARIANTS = {"cross-entropy": {"losses": []}, "kv": {}}
@@ -112,8 +112,8 @@ def test_errors_are_one_line(tmp_path: Path, words: tuple[str, ...], code: int, 
 
 
 def test_a_missing_metric_is_not_a_zero(tmp_path: Path) -> None:
-    results = [Result("a", 0, tmp_path, {"ce": 1.0, "x": 2.0}), Result("a", 1, tmp_path, {"ce": 3.0})]
-    columns = {column.header: list(column.cells) for column in table(results).columns}
+    results = [RunResult("a", 0, tmp_path, {"ce": 1.0, "x": 2.0}), RunResult("a", 1, tmp_path, {"ce": 3.0})]
+    columns = {column.header: list(column.cells) for column in results_table(results).columns}
     assert columns["ce"] == ["1", "3", "2"]
     assert columns["x"] == ["2", "–", "–"]
 
@@ -129,6 +129,6 @@ def test_plot_draws_every_seed(tmp_path: Path) -> None:
             for s in range(3)
         ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        results.append(Result("kv", seed, folder, {}))
-    assert plot(results, tmp_path / "p.png")
+        results.append(RunResult("kv", seed, folder, {}))
+    assert plot_curves(results, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

@@ -11,7 +11,7 @@ import pytest
 from kava_core.errors import Preempted, SpecError
 from kava_core.train import run as run_module
 from kava_core.train.run import run
-from kava_core.train.validation.evaluate import Evaluator
+from kava_core.train.validation.evaluator import Evaluator
 from tests.support import tiny
 
 

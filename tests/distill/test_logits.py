@@ -18,7 +18,7 @@ from kava_core.distill import logits as module
 from kava_core.distill.logits import assert_same_vocabulary, logit_divergence, same_tokens
 from kava_core.errors import SpecError
 from kava_core.specfile.sections.data import Template
-from kava_core.train.before_training import calibrate
+from kava_core.train.before_training import calibrate_components
 from kava_core.train.run import run
 from tests.support import tiny
 
@@ -252,7 +252,7 @@ def test_logits_of_another_batch_are_not_kept(tmp_path: Path) -> None:
     spec = tiny.spec(tmp_path, teachers=[{"name": "a"} | same, {"name": "b"} | same], logits={})
     data = make_data(spec)
     distiller = make_distiller(spec, data, seed=0)
-    calibrate(distiller, data, spec, torch.device("cpu"))
+    calibrate_components(distiller, data, spec, torch.device("cpu"))
     batch = data.plain_collator([data.train_items[index] for index in range(3)])
     distiller.terms(batch["student"], batch["teachers"], torch.ones(4))
     assert all(teacher.take_logits() is None for teacher in distiller.__dict__["teachers"])

@@ -54,7 +54,7 @@ def counted(monkeypatch):
     names = []
     measure = layer_maps._measure_layers
     monkeypatch.setattr(
-        layer_maps, "_measure", lambda spec, t, *rest: names.append(t.name) or measure(spec, t, *rest)
+        layer_maps, "_measure_layers", lambda spec, t, *rest: names.append(t.name) or measure(spec, t, *rest)
     )
     return names
 

@@ -22,14 +22,14 @@ from kava_core.jobs.evaluate.harness_task import write_harness_task
 from kava_core.jobs.evaluate.scored_answers import score_answers, wilson_interval
 from kava_core.jobs.export import export_student
 from kava_core.specfile.sections.data import JsonlData, Template
-from kava_core.train.run import Result, run
+from kava_core.train.run import RunResult, run
 from tests.support import tiny
 
 HOW = AnswerOptions("fields", None, 5, 8)
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Result:
+def ran(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     """A student that always answers 5, which is right for two thirds of the examples."""
     folder = tmp_path_factory.mktemp("ran")
     for name, count in (("train", 48), ("validation", 12)):
@@ -57,7 +57,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
 
 
-def test_the_lines_are_those_the_last_evaluation_counted(ran: Result, tmp_path: Path) -> None:
+def test_the_lines_are_those_the_last_evaluation_counted(ran: RunResult, tmp_path: Path) -> None:
     evaluate_run(ran.folder, None, tmp_path, None, HOW)
     found = [int(line["correct"]) for line in lines(tmp_path)]
     assert found == json.loads((ran.folder / "correct.json").read_text())
@@ -67,7 +67,7 @@ def test_the_lines_are_those_the_last_evaluation_counted(ran: Result, tmp_path: 
     assert len({line["sha256"] for line in lines(tmp_path)}) == 12
 
 
-def test_batches_change_no_answer(ran: Result) -> None:
+def test_batches_change_no_answer(ran: RunResult) -> None:
     student = load_answering_student(ran.folder)
     examples = [Example(f"{a}+{b}", "", str((a + b) % 4)) for a in range(4) for b in (1, 2, 3)]
     whole, parts = (
@@ -93,7 +93,7 @@ def test_latent_students_answer_too(tmp_path: Path) -> None:
         evaluate_run(result.folder, None, tmp_path / "out", tmp_path / "task", HOW)
 
 
-def test_a_file_of_the_training_examples_is_told(ran: Result, tmp_path: Path, capsys: Any) -> None:
+def test_a_file_of_the_training_examples_is_told(ran: RunResult, tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "known.jsonl"
     spec = load_answering_student(ran.folder).spec
     known = load_splits(spec.data, root=tmp_path).train[:3]
@@ -106,7 +106,7 @@ def test_a_file_of_the_training_examples_is_told(ran: Result, tmp_path: Path, ca
     assert "judged here 1 times before: a test set is for one look" in told
 
 
-def test_what_does_not_fit_is_refused(ran: Result, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused(ran: RunResult, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"^--max-new-tokens: the longest prompt and 128 new tokens"):
         evaluate_run(ran.folder, None, tmp_path, None, AnswerOptions("fields", None, 5, 128))
     with pytest.raises(SpecError, match="not a run directory"):
@@ -173,7 +173,7 @@ def harness(task: dict[str, Any], text: str, gold: str) -> bool:
 
 
 @pytest.mark.parametrize("gold", ["5", "1005", "-5", "12"])
-def test_the_harness_judges_as_kava_does(ran: Result, tmp_path: Path, gold: str) -> None:
+def test_the_harness_judges_as_kava_does(ran: RunResult, tmp_path: Path, gold: str) -> None:
     """Where the number ends the line; what stands behind it kava wants away, the harness does not see."""
     student = load_answering_student(ran.folder)
     assert write_harness_task(tmp_path, student, [Example("1+2", "", gold)], 6) == "kava_tiny"
@@ -187,12 +187,12 @@ def test_the_harness_judges_as_kava_does(ran: Result, tmp_path: Path, gold: str)
     assert set(differ) <= {"#5 and more", "#05", "#5#6"}
 
 
-def test_the_harness_wants_numbers(ran: Result, tmp_path: Path) -> None:
+def test_the_harness_wants_numbers(ran: RunResult, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="--lm-eval: the answer 'five' is no number"):
         write_harness_task(tmp_path, load_answering_student(ran.folder), [Example("1+2", "", "five")], 6)
 
 
-def test_the_real_harness_gives_the_same_score(ran: Result, tmp_path: Path) -> None:
+def test_the_real_harness_gives_the_same_score(ran: RunResult, tmp_path: Path) -> None:
     lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'kava[eval]')")
     from lm_eval.tasks import TaskManager
 

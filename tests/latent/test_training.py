@@ -25,8 +25,8 @@ from kava_core.latent.curriculum import latents_at, step_of_tokens
 from kava_core.latent.student import RefinedLatents
 from kava_core.train.run import run
 from kava_core.train.trainer import KavaTrainer
-from kava_core.train.validation.answers import Answers
-from kava_core.train.validation.evaluate import Evaluator
+from kava_core.train.validation.answer_writer import AnswerWriter
+from kava_core.train.validation.evaluator import Evaluator
 from tests.support import tiny
 
 ALIGN = {"time_warper": {"name": "segment", "segments": ["reasoning"]}, "dim_projector": "identity"}
@@ -437,7 +437,7 @@ def test_forward_passes_of_an_answer_are_counted(tmp_path: Path, passes: int, mo
     data = make_data(one)
     distiller = make_distiller(one, data, seed=0).eval()
     examples = [item.example for item in data.validation_items.items[:1]]
-    answers = Answers(data.plain_collator, data.tokenizer, one.evaluate.max_new_tokens)
+    answers = AnswerWriter(data.plain_collator, data.tokenizer, one.evaluate.max_new_tokens)
     calls: list[int] = []
     plain = LlamaModel.forward
     monkeypatch.setattr(LlamaModel, "forward", lambda *a, **k: calls.append(1) or plain(*a, **k))

@@ -30,7 +30,7 @@ from kava_core.models.config import max_positions
 from kava_core.models.denoiser import Denoiser
 from kava_core.models.load import load_model
 from kava_core.specfile.sections.pipeline import PipelineSpec
-from kava_core.train.before_training import calibrate
+from kava_core.train.before_training import calibrate_components
 from kava_core.train.run import run
 from tests.support import tiny
 from tests.support.stops import stop
@@ -113,7 +113,7 @@ def test_pretraining_restores_and_keeps_the_encoder_alone(tmp_path: Path) -> Non
     plan = {"steps": 40, "batch_size": 32, "learning_rate": 3e-3}
     made = spec(tmp_path, teachers=[encoder("bert", BERT, tokenizer=tiny.CHARS, pretrain=plan)])
     result = run(made, variant="main", seed=0)
-    trained = run_module.with_trained_models(made).teachers[0]
+    trained = run_module.with_pretrained_models(made).teachers[0]
     again = AutoModelForTextEncoding.from_pretrained(str(trained.path))
     assert type(again).__name__ == "BertModel"
     record = json.loads((Path(str(trained.path)).parent / "run.json").read_text())
@@ -188,7 +188,7 @@ def test_the_space_is_fitted_before_the_first_step_and_saved(tmp_path: Path) -> 
     losses: Any = distiller.pipeline.observing_losses
     assert len(losses) == 2  # one space for each teacher
     assert not any(loss.ready for loss in losses)
-    calibrate(distiller, data, made, torch.device("cpu"))
+    calibrate_components(distiller, data, made, torch.device("cpu"))
     assert all(loss.ready for loss in losses)
     assert all((loss.values_correlation > 0).any() for loss in losses)
     assert any("correlation" in name for name in distiller.pipeline.state_dict())
@@ -276,7 +276,7 @@ def test_fused_spaces_look_at_the_teachers_that_run(tmp_path: Path) -> None:
         made = spec(tmp_path, teachers=teachers, target="fused", fuser=fuser)
         distiller = make_distiller(made, data := make_data(made), seed=0)
         assert distiller.pipeline is not None
-        calibrate(distiller, data, made, torch.device("cpu"))
+        calibrate_components(distiller, data, made, torch.device("cpu"))
         losses: Any = distiller.pipeline.observing_losses
         found.append(losses[0].values_correlation)
     assert not torch.allclose(found[0], found[1])

@@ -30,7 +30,7 @@ from kava_core.runs.checkpoint import MANIFEST, STAGING
 from kava_core.runs.folder import RunDir
 from kava_core.runs.metrics import read_metrics
 from kava_core.train import run as run_module
-from kava_core.train.run import Result, run
+from kava_core.train.run import RunResult, run
 from kava_core.train.weights import ALIGNER_FILE
 from tests.support import tiny
 
@@ -223,7 +223,7 @@ def test_kill_9_inside_a_save_leaves_only_complete_checkpoints(tmp_path: Path) -
 # in a run
 
 
-def weights(result: Result) -> dict[str, Tensor]:
+def weights(result: RunResult) -> dict[str, Tensor]:
     last = checkpoint.newest(result.folder / "checkpoints")
     assert last is not None
     return load_file(last / "student" / "model.safetensors") | load_file(last / ALIGNER_FILE)
@@ -254,7 +254,7 @@ def crash() -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Result:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     return run(tiny.spec(tmp_path_factory.mktemp("whole")), variant="main", seed=0)
 
 
@@ -272,7 +272,7 @@ def crashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
 
 
 def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(
-    whole: Result, crashed: RunDir, capsys: pytest.CaptureFixture[str]
+    whole: RunResult, crashed: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flip(crashed.checkpoints / "checkpoint-4" / "optimizer.pt")
     result = run(crashed.spec, variant="main", seed=0)
@@ -282,13 +282,15 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(
     assert names == ["checkpoint-4", "checkpoint-4.damaged-1", "checkpoint-6"]
 
 
-def test_only_damaged_checkpoints_begin_anew(whole: Result, crashed: RunDir) -> None:
+def test_only_damaged_checkpoints_begin_anew(whole: RunResult, crashed: RunDir) -> None:
     for path in checkpoint.steps(crashed.checkpoints).values():
         flip(path / "trainer_state.json")
     assert_same(weights(run(crashed.spec, variant="main", seed=0)), weights(whole))
 
 
-def test_a_pickle_offered_as_checkpoint_is_not_opened(whole: Result, crashed: RunDir, tmp_path: Path) -> None:
+def test_a_pickle_offered_as_checkpoint_is_not_opened(
+    whole: RunResult, crashed: RunDir, tmp_path: Path
+) -> None:
     class Evil:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return os.mkdir, (str(tmp_path / "executed"),)
@@ -303,7 +305,7 @@ def test_a_pickle_offered_as_checkpoint_is_not_opened(whole: Result, crashed: Ru
     assert not (tmp_path / "executed").exists()
 
 
-def test_what_a_killed_save_left_in_staging_is_not_taken_over(whole: Result, crashed: RunDir) -> None:
+def test_what_a_killed_save_left_in_staging_is_not_taken_over(whole: RunResult, crashed: RunDir) -> None:
     left = crashed.checkpoints / STAGING / "checkpoint-6"
     left.mkdir(parents=True)
     (left / "rng_state_1.pth").write_bytes(b"half of an earlier save")
@@ -312,7 +314,7 @@ def test_what_a_killed_save_left_in_staging_is_not_taken_over(whole: Result, cra
     assert not (crashed.checkpoints / "checkpoint-6" / "rng_state_1.pth").exists()
 
 
-def test_a_metrics_line_cut_off_by_a_kill_is_written_again(whole: Result, crashed: RunDir) -> None:
+def test_a_metrics_line_cut_off_by_a_kill_is_written_again(whole: RunResult, crashed: RunDir) -> None:
     with crashed.metrics.open("a") as stream:
         stream.write('{"step": 5, "lo')
     run(crashed.spec, variant="main", seed=0)
@@ -322,7 +324,7 @@ def test_a_metrics_line_cut_off_by_a_kill_is_written_again(whole: Result, crashe
 
 
 def test_a_signal_while_the_data_are_made_saves_after_one_step(
-    whole: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = tiny.spec(tmp_path)
     with monkeypatch.context() as patched:
@@ -347,7 +349,7 @@ def small_files() -> Iterator[Callable[[int], None]]:
 
 @pytest.mark.parametrize("file", ["student/config.json", "student/model.safetensors", "optimizer.pt"])
 def test_a_full_disk_is_explained_and_costs_nothing(
-    whole: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+    whole: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
     """The size limit is just below the file that must not fit; smaller files before it do."""
     spec = tiny.spec(tmp_path, train={"log_every": 100})

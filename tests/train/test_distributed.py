@@ -37,8 +37,9 @@ import torch
 from transformers import TrainerCallback
 from kava_core.errors import KavaError
 from kava_core.train import run as run_module
-from kava_core.train.run import leave, run
-from tests import tiny
+from kava_core.processes import leave
+from kava_core.train.run import run
+from tests.support import tiny
 
 class Signal(TrainerCallback):
     def on_step_begin(self, args, state, control, **_):

@@ -34,7 +34,7 @@ import json, os, sys, time
 import torch
 torch.set_num_threads(1)
 from kava_core.train.run import run
-from tests import tiny
+from tests.support import tiny
 
 def attempt(output, changes):
     sys.stderr = open(os.devnull, "w")

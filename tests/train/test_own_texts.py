@@ -25,7 +25,7 @@ from kava_core.models.sampling import decode_new_tokens, real_tokens, sample_tok
 from kava_core.runs.metrics import read_metrics
 from kava_core.specfile.sections.data import Template
 from kava_core.specfile.sections.pipeline import PipelineSpec
-from kava_core.train.own_texts import KeepsExamples, OwnTexts
+from kava_core.train.own_texts import CollatorWithExamples, OwnTexts
 from kava_core.train.run import run
 from tests.support import tiny
 from tests.support.stops import stop
@@ -58,14 +58,14 @@ def prepared(tmp_path: Path, **online: Any) -> tuple[PipelineSpec, Data, Distill
     spec = tiny.spec(tmp_path, online=ONLINE | online)
     data = make_data(spec)
     distiller = make_distiller(spec, data, seed=0)
-    collate = KeepsExamples(PlansTime(data.collator, distiller.pipeline))
+    collate = CollatorWithExamples(PlansTime(data.collator, distiller.pipeline))
     return spec, data, distiller, collate([data.train_items[i] for i in range(8)])
 
 
 def own_texts(spec: PipelineSpec, data: Data, distiller: Distiller) -> OwnTexts:
     assert spec.online is not None
     return OwnTexts(
-        spec.online, data.collator, PlansTime(data.collator, distiller.pipeline), seed=0, rooms={}
+        spec.online, data.collator, PlansTime(data.collator, distiller.pipeline), seed=0, position_limits={}
     )
 
 
@@ -124,13 +124,13 @@ def test_writing_is_entered_in_the_ledger_up_to_eos(tmp_path: Path, monkeypatch:
     spec, data, distiller, _ = prepared(tmp_path)
     eos = data.tokenizer.eos_token_id
     items: list[Any] = data.collator.encode([EXAMPLE] * 4)
-    batch = KeepsExamples(data.collator)(items)
+    batch = CollatorWithExamples(data.collator)(items)
 
     def fixed(model: Any, prompts: Any, **_: Any) -> torch.Tensor:
         new = torch.tensor([[5, eos, 0, 0, 0], [5, 6, 5, 6, 5]])
         return torch.cat([prompts["input_ids"], new], 1)
 
-    monkeypatch.setattr("kava_core.train.own_texts.write", fixed)
+    monkeypatch.setattr("kava_core.train.own_texts.sample_tokens", fixed)
     ledger = Ledger(3)
     own_texts(spec, data, distiller)(batch, distiller, ledger, (0, 0, 0))
     read, prompt = ledger.read["student"], data.collator.prompts([EXAMPLE])[0]["input_ids"].shape[1]
@@ -144,7 +144,7 @@ def test_without_kv_losses_rows_only_lose_their_labels(tmp_path: Path) -> None:
     spec = tiny.spec(tmp_path, online=ONLINE, losses=[])
     data = make_data(spec)
     distiller = make_distiller(spec, data, seed=0)
-    batch = KeepsExamples(PlansTime(data.collator, None))([data.train_items[i] for i in range(8)])
+    batch = CollatorWithExamples(PlansTime(data.collator, None))([data.train_items[i] for i in range(8)])
     ledger = Ledger(3)
     made = own_texts(spec, data, distiller)(batch, distiller, ledger, (0, 0, 0))
     assert not ledger.read
@@ -167,7 +167,7 @@ def test_a_text_too_long_for_a_teacher_is_not_used(tmp_path: Path) -> None:
 def test_a_text_too_long_for_a_model_s_positions_is_not_used(tmp_path: Path, side: str) -> None:
     spec, data, distiller, batch = prepared(tmp_path, max_new_tokens=40)
     writer = own_texts(spec, data, distiller)
-    writer.rooms = {None if side == "student" else side: 20}
+    writer.position_limits = {None if side == "student" else side: 20}
     made = writer(batch, distiller, Ledger(3), (0, 0, 0))
     there = made["student"] if side == "student" else made["teachers"][side]
     assert there["attention_mask"].sum(1).max() <= 20

@@ -10,7 +10,7 @@ import pytest
 
 from kava_core.train.pretrain import pretraining_report
 from kava_core.train.run import run
-from kava_core.train.summary import skills
+from kava_core.train.summary import pretrained_scores
 from tests.support import tiny
 
 DATA = {"name": "chain", "steps": 2, "train": 32, "validation": 16}
@@ -48,5 +48,5 @@ def test_the_run_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert record["pretraining_data"]["wide"]["examples"] == 32
     skill = record["models"]["wide"]["results"]
     assert skill["ce"] > 0
-    (told,) = skills([result])
+    (told,) = pretrained_scores([result])
     assert told.startswith(f"wide: trained on the spot; validation cross-entropy {skill['ce']:.3g}, exact")

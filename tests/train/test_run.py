@@ -25,14 +25,14 @@ from kava_core.runs.folder import RunDir
 from kava_core.runs.metrics import read_metrics
 from kava_core.specfile.sections.models import ModelSpec
 from kava_core.train import run as run_module
-from kava_core.train.run import Result, run
-from kava_core.train.trainer import own_rates, split_group
+from kava_core.train.optimizer_groups import parameter_learning_rates, split_parameter_group
+from kava_core.train.run import RunResult, run
 from kava_core.train.weights import ALIGNER_FILE
 from tests.support import tiny
 from tests.support.stops import stop
 
 
-def weights(result: Result | Path) -> dict[str, Tensor]:
+def weights(result: RunResult | Path) -> dict[str, Tensor]:
     """Student and aligners of the last checkpoint."""
     folder = result if isinstance(result, Path) else result.folder
     last = checkpoint.newest(folder / "checkpoints")
@@ -46,7 +46,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Result:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     """The uninterrupted run that others are compared with: dropout, a second epoch, a trained aligner."""
     return run(bumpy(tmp_path_factory.mktemp("whole")), variant="main", seed=1)
 
@@ -65,7 +65,7 @@ def bumpy(output: Path, **changes: object) -> object:
 
 @pytest.mark.parametrize(("at", "number"), [(1, signal.SIGTERM), (4, signal.SIGUSR1), (5, signal.SIGUSR2)])
 def test_a_signal_saves_once_and_resuming_is_bit_exact(
-    whole: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, number: signal.Signals
+    whole: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, number: signal.Signals
 ) -> None:
     spec = bumpy(tmp_path)
     stop(monkeypatch, at, number)
@@ -85,14 +85,14 @@ def test_a_signal_saves_once_and_resuming_is_bit_exact(
     assert strip[0] == strip[1]
 
 
-def test_a_complete_run_is_skipped(whole: Result) -> None:
+def test_a_complete_run_is_skipped(whole: RunResult) -> None:
     before = {p: p.stat().st_mtime_ns for p in whole.folder.rglob("*") if p.name != "lock"}
     again = run(bumpy(whole.folder.parents[1]), variant="main", seed=1)
     assert again.results == whole.results
     assert before == {p: p.stat().st_mtime_ns for p in whole.folder.rglob("*") if p.name != "lock"}
 
 
-def test_run_directory_says_what_happened(whole: Result) -> None:
+def test_run_directory_says_what_happened(whole: RunResult) -> None:
     record = json.loads((whole.folder / "run.json").read_text())
     assert record["status"] == "complete"
     assert record["data"]["train"]["examples"] == 64
@@ -222,7 +222,7 @@ def test_lora_run_exports_a_plain_model(tmp_path: Path) -> None:
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == model.config.vocab_size
 
 
-def test_export_holds_the_trained_weights_and_the_spec(whole: Result, tmp_path: Path) -> None:
+def test_export_holds_the_trained_weights_and_the_spec(whole: RunResult, tmp_path: Path) -> None:
     export_student(whole.folder, tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
     trained = weights(whole)
@@ -286,7 +286,7 @@ def test_components_are_trained_at_their_own_rate() -> None:
         [{"params": [a, b], "weight_decay": 0.1}, {"params": [c], "weight_decay": 0.0}], lr=1e-3
     )
     for group in list(optimizer.param_groups):
-        split_group(optimizer, group, {b: 1e-5, c: 1e-4})
+        split_parameter_group(optimizer, group, {b: 1e-5, c: 1e-4})
     found = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
     assert found == {id(a): (1e-3, 0.1), id(b): (1e-5, 0.0), id(c): (1e-4, 0.0)}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 3
@@ -296,4 +296,4 @@ def test_own_rates_are_those_of_the_modules_that_name_one() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     model[0].learning_rate, model[1].learning_rate = None, 1e-5
     common = dict.fromkeys(model[0].parameters(), 1e-3)
-    assert own_rates(model, 1e-3) == common | dict.fromkeys(model[1].parameters(), 1e-5)
+    assert parameter_learning_rates(model, 1e-3) == common | dict.fromkeys(model[1].parameters(), 1e-5)

@@ -15,7 +15,7 @@ from kava_core.build.distiller import make_distiller
 from kava_core.distill.distiller import Distiller
 from kava_core.runs.metrics import read_metrics
 from kava_core.train.run import run
-from kava_core.train.validation.gradient_shares import gradient_norms, set_weights, shares
+from kava_core.train.validation.gradient_shares import gradient_norms, gradient_shares, set_weights_by_share
 from tests.support import tiny
 
 FROZEN = {"dim_projector": {"name": "linear", "trainable": False}}
@@ -63,14 +63,14 @@ def test_norms_are_those_of_separate_backward_passes() -> None:
     for name in ("ce", "mercator", "relation"):
         ce, terms = distiller.terms(side, batch["teachers"], items)
         assert float(norms[name]) == pytest.approx(norm({"ce": ce, **terms}[name]), rel=1e-4)
-    found = shares(distiller, batch)
+    found = gradient_shares(distiller, batch)
     assert found["share/relation"] == pytest.approx(3 * float(norms["relation"] / norms["ce"]), rel=1e-5)
 
 
 def test_a_share_sets_the_weight() -> None:
     distiller, batch = made([{"name": "mercator", "share": 0.25}, {"name": "relation", "weight": 3.0}])
-    set_weights(distiller.eval(), [batch])
-    assert shares(distiller, batch)["share/mercator"] == pytest.approx(0.25, rel=1e-4)
+    set_weights_by_share(distiller.eval(), [batch])
+    assert gradient_shares(distiller, batch)["share/mercator"] == pytest.approx(0.25, rel=1e-4)
     assert distiller.pipeline.weights[1] == 3.0
 
 

@@ -21,7 +21,7 @@ from kava_core.jobs.evaluate.answering_student import AnsweringStudent
 from kava_core.models.config import check_answer_fits
 from kava_core.paths import make_folder
 from kava_core.runs.folder import environment, write_json
-from kava_core.train.validation.answers import Answers
+from kava_core.train.validation.answer_writer import AnswerWriter
 
 QUANTILE_95 = 1.959963984540054
 """Half the width of a 95 % interval, in standard deviations."""
@@ -52,7 +52,7 @@ def score_answers(
     ``sha256`` names the prompt as the student read it, so that lines of two evaluations can be paired.
     """
     template = student.spec.data.template
-    answers = Answers(student.collator, student.tokenizer, max_new_tokens)
+    answers = AnswerWriter(student.collator, student.tokenizer, max_new_tokens)
     device = next(student.distiller.parameters()).device
     for batch in nearly_equal(examples, batch_size):
         texts, _ = answers(student.distiller, batch, device)

@@ -177,11 +177,19 @@ def _normalised(vectors: Tensor) -> Tensor:
 
 def _add_maps(maps: Sequence[CosineMaps]) -> CosineMaps:
     """Add up the maps of all batches; a batch of a single example has no control."""
-    slots_next = [each.slots_next for each in maps if each.slots_next is not None]
-    steps_next = [each.steps_next for each in maps if each.steps_next is not None]
+    slots: list[CosineSums] = []
+    steps: list[CosineSums] = []
+    slots_next: list[CosineSums] = []
+    steps_next: list[CosineSums] = []
+    for each in maps:
+        slots.append(each.slots)
+        steps.append(each.steps)
+        if each.slots_next is not None and each.steps_next is not None:
+            slots_next.append(each.slots_next)
+            steps_next.append(each.steps_next)
     return CosineMaps(
-        _add_sums([each.slots for each in maps]),
-        _add_sums([each.steps for each in maps]),
+        _add_sums(slots),
+        _add_sums(steps),
         _add_sums(slots_next) if slots_next else None,
         _add_sums(steps_next) if steps_next else None,
     )
@@ -190,6 +198,10 @@ def _add_maps(maps: Sequence[CosineMaps]) -> CosineMaps:
 def _add_sums(sums: Sequence[CosineSums]) -> CosineSums:
     """Add up sums whose columns may differ in number; those that are missing count as 0."""
     width = max(len(each.count) for each in sums)
-    totals = [F.pad(each.total, (0, width - each.total.shape[-1])) for each in sums]
-    counts = [F.pad(each.count, (0, width - each.count.shape[-1])) for each in sums]
+    totals: list[Tensor] = []
+    counts: list[Tensor] = []
+    for each in sums:
+        missing_columns = (0, width - len(each.count))
+        totals.append(F.pad(each.total, missing_columns))
+        counts.append(F.pad(each.count, missing_columns))
     return CosineSums(torch.stack(totals).sum(0).cpu(), torch.stack(counts).sum(0).cpu())

@@ -86,8 +86,12 @@ class _NewStorages(TorchDispatchMode):
 
 def _storage_sizes(values: Iterable[Any]) -> dict[int, int]:
     """Return the bytes of every storage that one of the tensors among the values views."""
-    storages = [value.untyped_storage() for value in values if isinstance(value, Tensor)]
-    return {int(storage._cdata): storage.nbytes() for storage in storages}
+    sizes = {}
+    for value in values:
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            sizes[int(storage._cdata)] = storage.nbytes()
+    return sizes
 
 
 def measure_repeatedly(

@@ -143,7 +143,7 @@ class PreparedVariant:
 
     @cached_property
     def key_value_aligners(self) -> list[TeacherAligner]:
-        """Aligners of keys and values: the pipeline's, or new ones if the losses compare one part only."""
+        """Return aligners of keys and values: the pipeline's, or new ones if the losses compare one part."""
         return self.make_aligners(self.spec) if self.has_own_aligners else self.pipeline.teachers
 
     @property
@@ -222,7 +222,7 @@ def prepare_variant(spec: PipelineSpec, maps: Path) -> PreparedVariant:
     """
     check_can_profile(spec)
     seed = spec.seeds[0]
-    spec = run.with_trained_models(spec)
+    spec = run.with_pretrained_models(spec)
     data = make_data(spec)
     spec = with_measured_maps(spec, maps, data, seed=seed)
     distiller = make_distiller(spec, data, seed=seed)

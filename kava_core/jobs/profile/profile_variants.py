@@ -40,7 +40,7 @@ def profile_variants(
         SpecError: no variant compares a teacher's cache; latent tokens, a store or placed teachers.
         KavaError: the folder cannot be written.
     """
-    variants = {name: spec for name, spec in _declared_variants(loaded).items() if compares_caches(spec)}
+    variants = _comparing_variants(loaded)
     if not variants:
         raise SpecError("kava profile: no variant compares a teacher's cache; it needs a loss of weight > 0")
     for spec in variants.values():
@@ -62,10 +62,14 @@ def profile_variants(
         _draw_picture(profiles, folder / "profile.png", loaded.spec.name, console)
 
 
-def _declared_variants(loaded: LoadedSpec) -> dict[str, PipelineSpec]:
-    """Return the variants that the spec itself declares, without controls."""
+def _comparing_variants(loaded: LoadedSpec) -> dict[str, PipelineSpec]:
+    """Return the variants that compare caches and that the spec itself declares, without controls."""
     declared = loaded.spec.variants or (MAIN,)
-    return {name: spec for name, spec in resolve_variants(loaded).items() if name in declared}
+    variants = {}
+    for name, spec in resolve_variants(loaded).items():
+        if name in declared and compares_caches(spec):
+            variants[name] = spec
+    return variants
 
 
 def _profile_each(

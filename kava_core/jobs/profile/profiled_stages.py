@@ -74,12 +74,12 @@ def profile_stages(variant: PreparedVariant, batches: Sequence[Mapping[str, Any]
     for index in range(len(variant.teachers)):
         steps_of_batches = [_teacher_steps(variant, index, batch) for batch in batches]
         stages += _teacher_stages(variant, index, steps_of_batches)
-    student_sides = [batch["student"] for batch in batches]
-    student_caches = [variant.compared_student_cache(side) for side in student_sides]
-    masks = [side["attention_mask"].bool() for side in student_sides]
+    student_caches: list[tuple[Cache, Tensor]] = []
+    for batch in batches:
+        side = batch["student"]
+        student_caches.append((variant.compared_student_cache(side), side["attention_mask"].bool()))
     for part in variant.pipeline.parts:
-        tensors = [getattr(cache, part) for cache in student_caches]
-        numbers = part_numbers(list(zip(tensors, masks, strict=True)))
+        numbers = part_numbers([(getattr(cache, part), mask) for cache, mask in student_caches])
         stages.append(Stage(None, part, STUDENT, numbers, variant.pipeline.layers))
     return stages
 

@@ -66,12 +66,17 @@ def gate_verdict(cosines: Mapping[str, Float[Tensor, "batch layer"]]) -> Gate:
     Examples with NaN are left out. A single example has no spread, which keeps the gate closed.
     """
     complete = torch.stack([of_arm.isfinite().all(1) for of_arm in cosines.values()]).all(0)
-    kept = {arm: of_arm[complete].double() for arm, of_arm in cosines.items()}
-    differences = (kept["true"] - kept["shuffled"]).mean(1)
+    layers: dict[str, tuple[float, ...]] = {}
+    mean: dict[str, float] = {}
+    for arm, of_arm in cosines.items():
+        kept = of_arm[complete].double()
+        layers[arm] = tuple(kept.mean(0).tolist())
+        mean[arm] = float(kept.mean())
+    differences = (cosines["true"][complete].double() - cosines["shuffled"][complete].double()).mean(1)
     return Gate(
         examples=int(complete.sum()),
-        layers={arm: tuple(of_arm.mean(0).tolist()) for arm, of_arm in kept.items()},
-        mean={arm: float(of_arm.mean()) for arm, of_arm in kept.items()},
+        layers=layers,
+        mean=mean,
         difference=float(differences.mean()),
         spread=float(differences.std()) if len(differences) > 1 else torch.inf,
         above=float((differences > 0).double().mean()),
@@ -97,13 +102,16 @@ def judge_teachers(
             cosines = _batch_cosines(variant, index, random_aligners[index], batch)
             if cosines is not None:
                 batches[name].append(cosines)
-    verdicts: dict[str, Gate | None] = {}
-    for name, of_teacher in batches.items():
-        if of_teacher:
-            verdicts[name] = gate_verdict({arm: torch.cat([x[arm] for x in of_teacher]) for arm in ARMS})
-        else:
-            verdicts[name] = None
-    return verdicts
+    return {name: _verdict_of_batches(of_teacher) for name, of_teacher in batches.items()}
+
+
+def _verdict_of_batches(batches: list[ArmCosines]) -> Gate | None:
+    if not batches:
+        return None
+    cosines = {}
+    for arm in ARMS:
+        cosines[arm] = torch.cat([of_batch[arm] for of_batch in batches])
+    return gate_verdict(cosines)
 
 
 def _batch_cosines(

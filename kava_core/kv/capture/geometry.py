@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTextEncoding, Pretrai
 from kava_core.errors import UnsupportedModelError
 from kava_core.kv.capture.attention_layers import model_name
 from kava_core.kv.capture.capture import Capture
+from kava_core.kv.capture.evaluation_mode import evaluation_mode
 from kava_core.protocols.axes import PARTS, Geometry
 
 PROBE_LENGTH = 4
@@ -67,7 +66,7 @@ def model_geometry(model: nn.Module) -> Geometry:
     )  # no token looks like padding
     ids = torch.full((1, PROBE_LENGTH), real, dtype=torch.long, device=device)
     capture = Capture(model, parts=PARTS, rotary="keep")
-    with torch.no_grad(), _evaluation_mode(model), capture:
+    with torch.no_grad(), evaluation_mode(model), capture:
         model(input_ids=ids, use_cache=False)
     parts = dict(capture.take().items())
     _, layer, head, _, dim = parts["keys"].shape
@@ -87,15 +86,3 @@ def _plain_angles(parameters: Any) -> Any:
         return parameters
     plain = {key: _plain_angles(value) for key, value in parameters.items()}
     return plain | {"rope_type": "default"} if "rope_type" in plain else plain
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, which draws no random numbers; every module gets its own mode back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

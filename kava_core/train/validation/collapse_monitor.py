@@ -1,4 +1,4 @@
-"""The collapse monitor: at every evaluation, what the aligner did and what the student did."""
+"""Monitor collapse: measure at every evaluation what the aligner did and what the student did."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from kava_core.protocols.timeline import Timeline
 
 PREFIX = "collapse"
 EXAMPLES = 8
-"""Validation examples that are looked at."""
+"""Validation examples that are measured."""
 
 
 class CollapseMonitor:
@@ -37,7 +37,7 @@ class CollapseMonitor:
 
     Args:
         file: where that state is kept, for a run that is resumed: the aligners' weights and the student's
-            cache of the examples. Written only where an aligner or a loss is trained.
+            cache of the examples. Written only if an aligner or a loss is trained.
     """
 
     def __init__(self, file: Path) -> None:
@@ -45,85 +45,101 @@ class CollapseMonitor:
 
     def begin(self, distiller: Distiller, batch: Mapping[str, Any]) -> None:
         """Keep the state before the first step."""
-        if PartialState().is_main_process and _trained(distiller.pipeline):
+        if PartialState().is_main_process and _trains_yardstick(distiller.pipeline):
             draft = self.file.with_suffix(".draft")
-            save_file(_state(distiller, batch), draft)
+            save_file(_first_state(distiller, batch), draft)
             os.replace(draft, self.file)
         PartialState().wait_for_everyone()
 
     @torch.no_grad()
     def __call__(self, distiller: Distiller, batch: Mapping[str, Any]) -> dict[str, float]:
-        """``collapse/TEACHER/PART/…`` for every teacher and part, and ``collapse/absorbed``."""
+        """Return ``collapse/TEACHER/PART/…`` for every teacher and part, and ``collapse/absorbed``."""
         pipeline = distiller.pipeline
         if pipeline is None:
             return {}
-        student, aligned = distiller.still_cache(batch["student"]), _aligned(distiller, pipeline, batch)
-        found = _measures(pipeline, student, aligned)
-        if _trained(pipeline) and self.file.exists():
-            found |= self._against_the_start(distiller, batch, student, aligned)
-        return {f"{PREFIX}/{name}": value for name, value in found.items() if not math.isnan(value)}
+        student = distiller.still_cache(batch["student"])
+        aligned = _align_teachers(distiller, pipeline, batch)
+        measures = _measure_parts(pipeline, student, aligned)
+        if _trains_yardstick(pipeline) and self.file.exists():
+            measures |= self._compare_with_start(distiller, batch, student, aligned)
+        return {f"{PREFIX}/{name}": value for name, value in measures.items() if not math.isnan(value)}
 
-    def _against_the_start(
+    def _compare_with_start(
         self, distiller: Distiller, batch: Mapping[str, Any], student: Cache, aligned: list[Aligned]
     ) -> dict[str, float]:
-        now = distiller.pipeline
-        assert now is not None
+        """Return ``absorbed``, and cosines through the aligners as they were before the first step."""
+        pipeline = distiller.pipeline
+        assert pipeline is not None
         saved = load_file(self.file, device=str(student.any.device))
-        first = copy.deepcopy(now)
-        first.load_state_dict({k.removeprefix("pipeline."): v for k, v in saved.items() if "pipeline." in k})
-        then = Cache(**{part: saved[part] for part in PARTS if part in saved})
-        frozen = _aligned(distiller, first, batch)
+        weights: dict[str, Tensor] = {}
+        for name, tensor in saved.items():
+            if "pipeline." in name:
+                weights[name.removeprefix("pipeline.")] = tensor
+        first_pipeline = copy.deepcopy(pipeline)
+        first_pipeline.load_state_dict(weights)
+        first_student = Cache(**{part: saved[part] for part in PARTS if part in saved})
+        first_aligned = _align_teachers(distiller, first_pipeline, batch)
         timeline = Timeline.from_batch(batch["student"])
         share = absorbed_share(
-            _loss(first, then, frozen, timeline),
-            _loss(now, then, aligned, timeline),
-            _loss(now, student, aligned, timeline),
+            _unrouted_loss(first_pipeline, first_student, first_aligned, timeline),
+            _unrouted_loss(pipeline, first_student, aligned, timeline),
+            _unrouted_loss(pipeline, student, aligned, timeline),
         )
-        return _frozen_cosines(first, student, frozen) | {"absorbed": float(share)}
+        return _frozen_cosines(first_pipeline, student, first_aligned) | {"absorbed": float(share)}
 
 
-def _trained(pipeline: KVPipeline | None) -> bool:
+def _trains_yardstick(pipeline: KVPipeline | None) -> bool:
     return pipeline is not None and pipeline.trains_yardstick
 
 
-def _state(distiller: Distiller, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+def _first_state(distiller: Distiller, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the pipeline's weights and the student's cache, to be saved."""
     assert distiller.pipeline is not None
-    weights = {f"pipeline.{name}": value for name, value in distiller.pipeline.state_dict().items()}
-    cache = dict(distiller.still_cache(batch["student"]).items())
-    return {name: value.detach().contiguous().cpu() for name, value in (weights | cache).items()}
+    state = {f"pipeline.{name}": value for name, value in distiller.pipeline.state_dict().items()}
+    state |= dict(distiller.still_cache(batch["student"]).items())
+    return {name: value.detach().contiguous().cpu() for name, value in state.items()}
 
 
-def _aligned(distiller: Distiller, pipeline: KVPipeline, batch: Mapping[str, Any]) -> list[Aligned]:
+def _align_teachers(distiller: Distiller, pipeline: KVPipeline, batch: Mapping[str, Any]) -> list[Aligned]:
     return distiller.aligned(batch["teachers"], Timeline.from_batch(batch["student"]), pipeline)
 
 
-def _loss(pipeline: KVPipeline, student: Cache, aligned: list[Aligned], timeline: Timeline) -> Tensor:
-    """With all teachers counting alike, whatever the fuser says: this is about aligners."""
-    valid = torch.stack([one.valid for one in aligned]).float()
+def _unrouted_loss(
+    pipeline: KVPipeline, student: Cache, aligned: list[Aligned], timeline: Timeline
+) -> Tensor:
+    """Return the KV loss with all teachers counting alike, whatever the fuser chooses.
+
+    This is about aligners.
+    """
+    valid = torch.stack([target.valid for target in aligned]).float()
     weights = valid / (valid.sum(0).clamp_min(1) * timeline.mask.sum())
     return pipeline.total(pipeline.weighed(student, aligned, weights))
 
 
-def _measures(pipeline: KVPipeline, student: Cache, aligned: list[Aligned]) -> dict[str, float]:
-    found = {}
-    for aligner, one in zip(pipeline.teachers, aligned, strict=True):
+def _measure_parts(pipeline: KVPipeline, student: Cache, aligned: list[Aligned]) -> dict[str, float]:
+    """Return rank, variance and cosine of every teacher's and part's target."""
+    measures = {}
+    for aligner, of_teacher in zip(pipeline.teachers, aligned, strict=True):
         views = dict(aligner.view_of(student).items())
-        for part, target in one.target.items():
-            rows, own = valid_rows(target, one.valid), valid_rows(views[part], one.valid)
-            if not rows.shape[2]:
+        for part, target in of_teacher.target.items():
+            target_rows = valid_rows(target, of_teacher.valid)
+            student_rows = valid_rows(views[part], of_teacher.valid)
+            if not target_rows.shape[2]:
                 continue
-            found[f"{aligner.name}/{part}/rank"] = float(effective_rank(rows).mean())
-            found[f"{aligner.name}/{part}/variance"] = float(mean_variance(rows))
-            if own.shape == rows.shape:
-                found[f"{aligner.name}/{part}/cosine"] = float(mean_cosine(own, rows))
-    return found
+            name = f"{aligner.name}/{part}"
+            measures[f"{name}/rank"] = float(effective_rank(target_rows).mean())
+            measures[f"{name}/variance"] = float(mean_variance(target_rows))
+            if student_rows.shape == target_rows.shape:
+                measures[f"{name}/cosine"] = float(mean_cosine(student_rows, target_rows))
+    return measures
 
 
-def _frozen_cosines(first: KVPipeline, student: Cache, frozen: list[Aligned]) -> dict[str, float]:
-    """Cosines through the aligners as they were before the first step."""
-    measures = _measures(first, student, frozen)
-    return {
-        name.replace("/cosine", "/frozen_cosine"): value
-        for name, value in measures.items()
-        if name.endswith("/cosine")
-    }
+def _frozen_cosines(
+    first_pipeline: KVPipeline, student: Cache, first_aligned: list[Aligned]
+) -> dict[str, float]:
+    """Return cosines through the aligners as they were before the first step."""
+    cosines = {}
+    for name, value in _measure_parts(first_pipeline, student, first_aligned).items():
+        if name.endswith("/cosine"):
+            cosines[name.replace("/cosine", "/frozen_cosine")] = value
+    return cosines

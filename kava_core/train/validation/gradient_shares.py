@@ -1,4 +1,4 @@
-"""How strongly each KV loss pulls at the student, beside cross-entropy."""
+"""Measure how strongly each KV loss pulls at the student, beside cross-entropy."""
 
 from __future__ import annotations
 
@@ -16,30 +16,34 @@ PREFIX = "share"
 
 
 def gradient_norms(distiller: Distiller, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Norm of the gradient of ``ce`` and of every unweighted KV term over the student's trained weights.
+    """Return the norms of the gradients of ``ce`` and of every unweighted KV term.
 
-    Each is a mean over its own positions of this batch. Gradients that are being collected stay as they are.
+    Gradients are those of the student's trained weights; each term is a mean over its own positions of this
+    batch. Gradients that are being collected stay as they are.
     """
     assert distiller.pipeline is not None
     items = distiller.counts(batch).clamp_min(1)
     with torch.enable_grad():
         ce, terms = distiller.terms(batch["student"], batch["teachers"], items)
-        trained = [p for p in distiller.student.parameters() if p.requires_grad]
-        named = {"ce": ce} | {name: terms[name] for name in distiller.pipeline.terms}
-        return {name: _norm(value, trained) for name, value in named.items()}
+        trained = [weight for weight in distiller.student.parameters() if weight.requires_grad]
+        norms = {"ce": _gradient_norm(ce, trained)}
+        for name in distiller.pipeline.terms:
+            norms[name] = _gradient_norm(terms[name], trained)
+        return norms
 
 
-def _norm(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+def _gradient_norm(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     if not value.requires_grad or not parameters:
         return value.new_zeros(())
-    found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-    return torch.stack([gradient.float().norm() for gradient in found if gradient is not None]).norm()
+    gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    norms = [gradient.float().norm() for gradient in gradients if gradient is not None]
+    return torch.stack(norms).norm()
 
 
-def shares(distiller: Distiller, batch: Mapping[str, Any]) -> dict[str, float]:
-    """``share/TERM``: norm of λ · gradient of the term over that of cross-entropy.
+def gradient_shares(distiller: Distiller, batch: Mapping[str, Any]) -> dict[str, float]:
+    """Return ``share/TERM``: the norm of λ · gradient of the term over that of cross-entropy.
 
-    Nothing for a student that is sharded or compiled, or without KV losses.
+    There are none for a student that is sharded or compiled, or without KV losses.
     """
     pipeline = distiller.pipeline
     if pipeline is None or with_hooks(distiller.student):
@@ -47,22 +51,27 @@ def shares(distiller: Distiller, batch: Mapping[str, Any]) -> dict[str, float]:
     norms = gradient_norms(distiller, batch)
     if not norms["ce"] > 0:
         return {}
-    weights = dict(zip(pipeline.terms, pipeline.present_weights(), strict=True))
-    return {f"{PREFIX}/{name}": float(weights[name] * norms[name] / norms["ce"]) for name in pipeline.terms}
+    shares = {}
+    for name, weight in zip(pipeline.terms, pipeline.present_weights(), strict=True):
+        shares[f"{PREFIX}/{name}"] = float(weight * norms[name] / norms["ce"])
+    return shares
 
 
-def set_weights(distiller: Distiller, batches: Sequence[Mapping[str, Any]]) -> None:
-    """λ of every loss with a ``share``, from the mean norms over some batches before the first step.
+def set_weights_by_share(distiller: Distiller, batches: Sequence[Mapping[str, Any]]) -> None:
+    """Set λ of every loss with a ``share``, from the mean norms over some batches before the first step.
 
-    SpecError where a gradient is 0, so that no λ gives the share.
+    Raises:
+        SpecError: a gradient is 0, so that no λ gives the share.
     """
     pipeline = distiller.pipeline
     assert pipeline is not None
-    norms = [gradient_norms(distiller, batch) for batch in batches]
-    means = {name: torch.stack([each[name] for each in norms]).mean() for name in norms[0]}
-    for place, (name, config) in enumerate(zip(pipeline.terms, pipeline.configs, strict=True)):
+    norms_of_batches = [gradient_norms(distiller, batch) for batch in batches]
+    means = {}
+    for name in norms_of_batches[0]:
+        means[name] = torch.stack([norms[name] for norms in norms_of_batches]).mean()
+    for index, (name, config) in enumerate(zip(pipeline.terms, pipeline.configs, strict=True)):
         if config.share is None:
             continue
         if not (means[name] > 0 and means["ce"] > 0):
             raise SpecError(f"loss {name!r}: share: a gradient is 0 before the first step; give a weight")
-        pipeline.weights[place] = config.share * means["ce"] / means[name]
+        pipeline.weights[index] = config.share * means["ce"] / means[name]

@@ -20,7 +20,7 @@ from kava_core.protocols.axes import Cache
 from kava_core.protocols.timeline import Timeline
 from kava_core.testing import TimeWarperTests
 from kava_core.train.run import run
-from kava_core.train.validation.score_spreads import spread, spreads
+from kava_core.train.validation.score_spreads import eviction_score_spreads, score_spread
 from kava_plugins.time_warpers.reasoning import highest, is_reasoning
 from tests.support import tiny
 from tests.support.pipeline_helpers import FakeConfig, Module, timeline
@@ -242,16 +242,16 @@ def test_spread_is_the_standard_deviation_over_a_trace() -> None:
     wanted = (
         torch.tensor([1.0, 3.0, 8.0]).std(correction=0) + torch.tensor([4.0, 6.0]).std(correction=0)
     ) / 2
-    torch.testing.assert_close(spread(score), wanted)
-    assert spread(score[1:2]).isnan()
+    torch.testing.assert_close(score_spread(score), wanted)
+    assert score_spread(score[1:2]).isnan()
 
 
 def test_spreads_are_of_teachers_with_scores() -> None:
     distiller, batch = made()
     names = {f"spread/{t}/{score}" for t in ("wide", "gpt") for score in ("importance", "redundancy")}
-    assert set(spreads(distiller, batch)) == names
+    assert set(eviction_score_spreads(distiller, batch)) == names
     for warper in ("random", "crop"):
-        assert spreads(*made(align={"time_warper": warper})) == {}
+        assert eviction_score_spreads(*made(align={"time_warper": warper})) == {}
 
 
 def test_a_dry_run_sees_slots() -> None:

@@ -15,7 +15,7 @@ from kava_core.distill.distiller import Distiller
 from kava_core.errors import KavaError, SpecError
 from kava_core.kv.align import streaming as align_stream
 from kava_core.protocols.axes import Cache
-from kava_core.train.before_training import calibrate
+from kava_core.train.before_training import calibrate_components
 from kava_core.train.run import run
 from tests.support import tiny
 
@@ -31,7 +31,7 @@ def made(tmp_path: Path, **changes: Any) -> tuple[Distiller, dict[str, Any], Ten
     for teacher in distiller.__dict__["teachers"]:
         teacher.model.double()
     batch = data.plain_collator([data.train_items[index] for index in range(5)])
-    calibrate(distiller, data, spec, torch.device("cpu"))
+    calibrate_components(distiller, data, spec, torch.device("cpu"))
     return distiller.double(), batch, torch.tensor([40.0, 60.0], dtype=torch.float64)
 
 

@@ -16,8 +16,8 @@ from kava_core.kv.maths.rank_and_cosine import (
     mean_variance,
     valid_rows,
 )
-from kava_core.train.run import Result, run
-from kava_core.train.summary import warnings
+from kava_core.train.run import RunResult, run
+from kava_core.train.summary import collapse_warnings
 from tests.support import tiny
 
 ALIGN = {"dim_projector": "linear"}
@@ -72,7 +72,7 @@ def test_absorbed_share() -> None:
     assert np.isnan(share(1.0, 0.5, 2.0))
 
 
-def trained(folder: Path, *, learning_rate: float, own: float | None) -> Result:
+def trained(folder: Path, *, learning_rate: float, own: float | None) -> RunResult:
     """A run whose student hardly moves, or moves as its aligner does."""
     projector = {"name": "linear", "learning_rate": own}
     teacher = tiny.fields()["teachers"][0] | {"align": {"dim_projector": projector}}
@@ -93,7 +93,7 @@ def test_an_aligner_that_does_all_the_work_is_pointed_out(tmp_path: Path) -> Non
     honest = trained(tmp_path / "honest", learning_rate=1e-2, own=1e-7)
     assert absorbing.results["collapse/absorbed"] > 0.9
     assert abs(honest.results["collapse/absorbed"]) < 0.1
-    assert [line.split(":")[0] for line in warnings([absorbing, honest])] == ["main seed 0"]
+    assert [line.split(":")[0] for line in collapse_warnings([absorbing, honest])] == ["main seed 0"]
     moved = (
         absorbing.results["collapse/wide/keys/cosine"] - absorbing.results["collapse/wide/keys/frozen_cosine"]
     )

@@ -20,7 +20,7 @@ from kava_core.distill.student_pass import IGNORED
 from kava_core.runs import checkpoint
 from kava_core.train.run import run
 from kava_core.train.validation.collapse_monitor import CollapseMonitor
-from kava_core.train.validation.evaluate import Evaluator
+from kava_core.train.validation.evaluator import Evaluator
 from kava_core.train.weights import ALIGNER_FILE
 from tests.support import tiny
 

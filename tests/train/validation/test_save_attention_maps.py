@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kava_core.errors import CheckpointError
 from kava_core.experiment.report.command import report
 from kava_core.train.run import run
-from kava_core.train.validation.attention_maps import (
+from kava_core.train.validation.save_attention_maps import (
     LAYERS,
     MAPS,
     TOKENS,
-    attention_maps,
-    keep_attention,
-    spread,
+    compute_attention_maps,
+    evenly_spaced_layers,
+    save_attention_maps,
 )
 from tests.experiment.report.report_runs import declare, falling, write_run
 from tests.support import tiny
@@ -29,7 +29,7 @@ from tests.support import tiny
 
 @pytest.mark.parametrize(("count", "kept"), [(1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (7, [0, 3, 6])])
 def test_layers_are_spread_from_the_first_to_the_last(count: int, kept: list[int]) -> None:
-    assert spread(count) == kept
+    assert evenly_spaced_layers(count) == kept
 
 
 def test_a_run_keeps_what_its_models_attend_to(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_the_maps_are_softmax_of_the_layer_s_scores(tmp_path: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(made.folder / "student").train()
     tokenizer = AutoTokenizer.from_pretrained(made.folder / "student")
     ids = torch.tensor(tokenizer("1+2*3?")["input_ids"])
-    layers, found = attention_maps(model, ids)
+    layers, found = compute_attention_maps(model, ids)
     assert model.training
     assert model.config._attn_implementation == "sdpa"
     attention, seen = model.model.layers[0].self_attn, []
@@ -84,7 +84,7 @@ def test_a_model_that_cannot_tell_is_noted(tmp_path: Path) -> None:
         config = type("Config", (), {"_attn_implementation": "sdpa"})
 
     side = {"input_ids": torch.ones(1, 3).long(), "attention_mask": torch.ones(1, 3).long()}
-    keep_attention(tmp_path, {"student": Silent(1, 1)}, {"student": side, "teachers": {}}, {})
+    save_attention_maps(tmp_path, {"student": Silent(1, 1)}, {"student": side, "teachers": {}}, {})
     told = json.loads((tmp_path / TOKENS).read_text())
     assert "set_attn_implementation" in told["student"]["unknown"]
     assert load_file(tmp_path / MAPS) == {}

@@ -1,4 +1,4 @@
-"""Say the spec's ``train`` section in transformers' words."""
+"""Translate the spec's ``train`` section into transformers' arguments."""
 
 from __future__ import annotations
 
@@ -14,13 +14,22 @@ from kava_core.runs.folder import RunDir
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
 
-def arguments(spec: PipelineSpec, folder: RunDir, *, examples: int) -> TrainingArguments:
-    """The spec's ``train`` section in transformers' words."""
+def training_arguments(spec: PipelineSpec, folder: RunDir, *, examples: int) -> TrainingArguments:
+    """Translate the spec's ``train`` section into transformers' arguments.
+
+    Args:
+        spec: the run's.
+        folder: its directory.
+        examples: how many training examples there are.
+
+    Raises:
+        SpecError: fp16 without a GPU, or a tracker that is not installed.
+    """
     train = spec.train
     cuda = torch.cuda.is_available()
     if train.precision == "fp16" and not cuda:
         raise SpecError("train.precision: fp16 needs a CUDA device; on CPU use fp32 or bf16")
-    _assert_installed(train.trackers)
+    _check_trackers_installed(train.trackers)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.path / "tensorboard")
     args = TrainingArguments(
         output_dir=str(folder.checkpoints),
@@ -56,7 +65,7 @@ def arguments(spec: PipelineSpec, folder: RunDir, *, examples: int) -> TrainingA
     return args
 
 
-def _assert_installed(trackers: tuple[str, ...]) -> None:
+def _check_trackers_installed(trackers: tuple[str, ...]) -> None:
     for tracker in trackers:
         if find_spec(tracker) is None:
             raise SpecError(f"train.trackers: {tracker} is not installed: pip install {tracker}")

@@ -1,4 +1,4 @@
-"""Greedy answers of a student, with latent tokens or written steps."""
+"""Write greedy answers of a student, with latent tokens or written steps."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from kava_core.latent.collate import END, token_id
 from kava_core.latent.student import Control, write_answers
 
 
-class Answers:
-    """Writes answers.
+class AnswerWriter:
+    """Lets a student write greedy answers.
 
     Args:
         collator: makes prompts.
@@ -35,16 +35,21 @@ class Answers:
         device: torch.device,
         control: Control | None = None,
     ) -> tuple[list[str], int]:
-        """Texts, and how many forward passes they took together."""
+        """Return the texts, and how many forward passes they took together."""
         student = distiller.student
         prompts = send_to_device(self.collator.prompts(examples)[0], device)
         if distiller.latents is not None:
-            how: dict[str, Any] = {
-                "end": token_id(self.tokenizer, END),
-                "max_new_tokens": self.max_new_tokens,
-            }
-            tokens = write_answers(student, distiller.latents, **prompts, **how, control=control)
-            return self._told(tokens, len(examples) * distiller.latents.rounds)
+            tokens = write_answers(
+                student,
+                distiller.latents,
+                **prompts,
+                end=token_id(self.tokenizer, END),
+                max_new_tokens=self.max_new_tokens,
+                control=control,
+            )
+            return self._decode_tokens(tokens), len(examples) * distiller.latents.rounds + self._passes(
+                tokens
+            )
         with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
             tokens = student.generate(
                 input_ids=prompts["input_ids"],
@@ -52,10 +57,16 @@ class Answers:
                 max_new_tokens=self.max_new_tokens,
                 do_sample=False,
             )
-        return self._told(tokens[:, prompts["input_ids"].shape[1] :], 0)
+        new_tokens = tokens[:, prompts["input_ids"].shape[1] :]
+        return self._decode_tokens(new_tokens), self._passes(new_tokens)
 
-    def _told(self, tokens: Tensor, before: int) -> tuple[list[str], int]:
-        """Each token took a pass, EOS too; what stands after it took none."""
-        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        ended = tokens.eq(-1 if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id)
-        return texts, before + int((ended.long().cumsum(1) - ended.long()).eq(0).sum())
+    def _decode_tokens(self, tokens: Tensor) -> list[str]:
+        texts: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return texts
+
+    def _passes(self, tokens: Tensor) -> int:
+        """Count the passes that tokens took: one each, EOS too; what is behind it took none."""
+        eos = -1 if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
+        is_eos = tokens.eq(eos).long()
+        eos_before = is_eos.cumsum(1) - is_eos
+        return int(eos_before.eq(0).sum())
