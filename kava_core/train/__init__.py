@@ -1,1 +1,1 @@
-"""The engine: models, the composite module, the trainer, checkpoints, run directories."""
+"""Train a student: runs, the trainer, checkpoints, what is measured meanwhile."""

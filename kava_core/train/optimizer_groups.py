@@ -23,8 +23,13 @@ def split_parameter_group(
     optimizer: torch.optim.Optimizer, group: dict[str, Any], rates: Mapping[Tensor, float]
 ) -> None:
     """Move a group's parameters that are in ``rates`` to a new group for each rate, without weight decay."""
-    own_rates = {rates[parameter] for parameter in group["params"] if parameter in rates}
-    for rate in sorted(own_rates):
-        moved = [parameter for parameter in group["params"] if rates.get(parameter) == rate]
-        group["params"] = [parameter for parameter in group["params"] if rates.get(parameter) != rate]
-        optimizer.add_param_group({**group, "params": moved, "lr": rate, "weight_decay": 0.0})
+    staying: list[Tensor] = []
+    moved: dict[float, list[Tensor]] = {}
+    for parameter in group["params"]:
+        if parameter in rates:
+            moved.setdefault(rates[parameter], []).append(parameter)
+        else:
+            staying.append(parameter)
+    group["params"] = staying
+    for rate, parameters in sorted(moved.items()):
+        optimizer.add_param_group({**group, "params": parameters, "lr": rate, "weight_decay": 0.0})

@@ -51,8 +51,11 @@ def pretrained_scores(results: Sequence[RunResult]) -> list[str]:
 
 
 def _score_text(results: Mapping[str, Any]) -> str:
-    titles = {"ce": "cross-entropy", "exact_match": "exact match"}
-    return ", ".join(f"{title} {results[name]:.3g}" for name, title in titles.items() if name in results)
+    scores = []
+    for name, title in (("ce", "cross-entropy"), ("exact_match", "exact match")):
+        if name in results:
+            scores.append(f"{title} {results[name]:.3g}")
+    return ", ".join(scores)
 
 
 ABSORBED = 0.5
@@ -79,15 +82,21 @@ def results_table(results: Sequence[RunResult]) -> Table:
     metrics = _table_metrics(results)
     for name in ("variant", "seed", *metrics):
         table.add_column(name, justify="left" if name == "variant" else "right")
-    for variant in dict.fromkeys(result.variant for result in results):
-        runs = [result for result in results if result.variant == variant]
+    for variant, runs in _runs_by_variant(results).items():
         for run in runs:
-            table.add_row(variant, str(run.seed), *(_metric_cell(run.results.get(name)) for name in metrics))
+            cells = [_metric_cell(run.results.get(metric)) for metric in metrics]
+            table.add_row(variant, str(run.seed), *cells)
         if len(runs) > 1:
-            means = [_mean_of_all([run.results.get(name) for run in runs]) for name in metrics]
-            cells = map(_metric_cell, means)
+            cells = [_metric_cell(_mean_of_runs(runs, metric)) for metric in metrics]
             table.add_row(variant, f"mean of {len(runs)}", *cells, style="bold", end_section=True)
     return table
+
+
+def _runs_by_variant(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
+    runs: dict[str, list[RunResult]] = {}
+    for result in results:
+        runs.setdefault(result.variant, []).append(result)
+    return runs
 
 
 def _table_metrics(results: Sequence[RunResult]) -> list[str]:
@@ -98,10 +107,15 @@ def _table_metrics(results: Sequence[RunResult]) -> list[str]:
     return [name for name in names if "/" not in name]
 
 
-def _mean_of_all(values: Sequence[int | float | None]) -> int | float | None:
+def _mean_of_runs(runs: Sequence[RunResult], metric: str) -> int | float | None:
     """Return the mean, or None if a run lacks the metric: a missing number is never a zero."""
-    present = [value for value in values if value is not None]
-    return mean(present) if len(present) == len(values) else None
+    values = []
+    for run in runs:
+        value = run.results.get(metric)
+        if value is None:
+            return None
+        values.append(value)
+    return mean(values)
 
 
 def _metric_cell(value: int | float | None) -> str:
@@ -159,7 +173,7 @@ def panel_curves(results: Sequence[RunResult]) -> dict[str, list[Curves]]:
 
 def _draw_panel(axis: Any, name: str, curves: list[Curves], results: Sequence[RunResult]) -> None:
     """Draw one panel; the first curve of every variant bears its name."""
-    variants = list(dict.fromkeys(result.variant for result in results))
+    variants = list(_runs_by_variant(results))
     labelled: set[str] = set()
     for result, curves_of_run in zip(results, curves, strict=True):
         colour = f"C{variants.index(result.variant)}"
@@ -187,10 +201,14 @@ def _run_curves(lines: list[dict[str, Any]], panel: str) -> Curves:
     """Return steps and values of every metric of a panel; none of teachers that all keep one weight."""
     curves: Curves = []
     for metric in _panel_metrics(lines, panel):
-        with_metric = [line for line in lines if metric in line]
-        if with_metric:
-            steps = [line["step"] for line in with_metric]
-            curves.append((steps, [line[metric] for line in with_metric]))
+        steps: list[int] = []
+        values: list[float] = []
+        for line in lines:
+            if metric in line:
+                steps.append(line["step"])
+                values.append(line[metric])
+        if steps:
+            curves.append((steps, values))
     moves = any(max(values) - min(values) > 1e-6 for _, values in curves)
     return curves if moves or panel != "weight" else []
 
@@ -201,11 +219,15 @@ def _panel_metrics(lines: list[dict[str, Any]], panel: str) -> list[str]:
     for line in lines:
         names |= line.keys()
     if panel == "kv":
-        return [
-            name
-            for name in sorted(names)
-            if name.startswith("eval_") and "/" not in name and name not in NOT_KV
-        ]
+        return sorted(filter(_is_kv_term, names))
     if panel == "weight":
-        return [name for name in sorted(names) if name.startswith("eval_weight/") and "@" not in name]
+        return sorted(filter(_is_teacher_weight, names))
     return [panel]
+
+
+def _is_kv_term(metric: str) -> bool:
+    return metric.startswith("eval_") and "/" not in metric and metric not in NOT_KV
+
+
+def _is_teacher_weight(metric: str) -> bool:
+    return metric.startswith("eval_weight/") and "@" not in metric

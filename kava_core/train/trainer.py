@@ -348,9 +348,9 @@ class KavaTrainer(Trainer):
         Weights that several modules share are there once.
         """
         state = self.accelerator.get_state_dict(self.model)
-        with_duplicates = {name for name, _ in self.distiller.named_parameters(remove_duplicate=False)}
-        without_duplicates = {name for name, _ in self.distiller.named_parameters()}
-        duplicates = with_duplicates - without_duplicates
+        with_duplicates = dict(self.distiller.named_parameters(remove_duplicate=False))
+        without_duplicates = dict(self.distiller.named_parameters())
+        duplicates = with_duplicates.keys() - without_duplicates.keys()
         return {name: tensor for name, tensor in state.items() if name not in duplicates}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:

@@ -52,7 +52,7 @@ def assert_finite_weights(module: nn.Module, where: str) -> None:
     if is_sharded(module):
         torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
     if not finite.all():
-        name = list(trained)[int(finite.argmin())]
+        name = names[int(finite.argmin())]
         raise NonFiniteError(f"{where}: {name} holds NaN or infinity after the update; nothing saved")
 
 

@@ -157,7 +157,8 @@ class Evaluator:
 
     def _save_samples(self, lines: list[dict[str, Any]]) -> None:
         with self.samples.open("w", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            for line in lines:
+                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def _save_marks(self, indices: list[int], marks: list[bool], accelerator: Accelerator) -> None:
         """Save which examples the newest evaluation found right, for resampling; 1 or 0 in their order."""
@@ -168,11 +169,11 @@ class Evaluator:
 
 def _sum_over_processes(own_sums: dict[str, float]) -> dict[str, float]:
     """Add up the sums of all processes, of which one may have had no example and so no names."""
-    of_all = gather_object([own_sums])
-    names: dict[str, None] = {}  # a set that keeps its order
-    for sums in of_all:
-        names |= dict.fromkeys(sums)
-    return {name: sum(sums.get(name, 0.0) for sums in of_all) for name in names}
+    total: dict[str, float] = {}
+    for sums in gather_object([own_sums]):
+        for name, value in sums.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
 
 
 def _divide_sums(sums: dict[str, float]) -> dict[str, float]:
