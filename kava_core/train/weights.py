@@ -47,8 +47,13 @@ def assert_finite_weights(module: nn.Module, where: str) -> None:
     Raises:
         NonFiniteError: names the first such weight.
     """
-    trained = {name: local_part(weight) for name, weight in module.named_parameters() if weight.requires_grad}
-    finite = torch.stack([torch.isfinite(weight).all() for weight in trained.values()]).float()
+    names: list[str] = []
+    is_finite: list[Tensor] = []
+    for name, weight in module.named_parameters():
+        if weight.requires_grad:
+            names.append(name)
+            is_finite.append(torch.isfinite(local_part(weight)).all())
+    finite = torch.stack(is_finite).float()
     if is_sharded(module):
         torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
     if not finite.all():
