@@ -27,6 +27,7 @@ from kava_core.build.distiller import make_latent
 from kava_core.build.pipeline import make_pipeline
 from kava_core.build.teachers import make_teachers
 from kava_core.data.encode import NO_LABEL
+from kava_core.distill.calibration import calibrate_projectors, finish_projectors
 from kava_core.distill.distiller import Distiller
 from kava_core.kv.capture.geometry import model_geometry
 from kava_core.latent.curriculum import ALWAYS
@@ -137,7 +138,7 @@ class Step:
 
     def __init__(self, distiller: Distiller, batch: dict[str, Any]) -> None:
         self.distiller, self.batch = distiller, batch
-        self.items = distiller.counts(batch)
+        self.items = distiller.loss_denominators(batch)
         self.optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-4)
 
     def loss(self) -> Tensor:
@@ -179,8 +180,8 @@ def latent_step(form: str, size: Size, count: int, passes: int, device: str) -> 
     pipeline = make_pipeline(spec, known, model_geometry(student), seed=0)
     teachers = make_teachers(spec, models, pipeline)
     distiller = Distiller(student, pipeline, teachers, latent=latent, rotary=spec.rotary).to(device)
-    distiller.calibrate(batch)
-    distiller.finish_calibration()
+    calibrate_projectors(distiller, batch)
+    finish_projectors(distiller.pipeline)
     return Step(distiller, batch)
 
 

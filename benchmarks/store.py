@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from step import VOCAB, build, config
 
+from kava_core.build.pipeline import build_pipeline
 from kava_core.data.store.codec import encode
 from kava_core.data.store.index import Layout
 from kava_core.data.store.reader import VALID, Store
 from kava_core.data.store.writer import Writer
 from kava_core.distill.distiller import Distiller
 from kava_core.kv.capture.geometry import model_geometry
-from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.models.teacher import Teacher
 from kava_core.registry import Registry
 from kava_core.specfile.bind import bind
@@ -117,7 +117,7 @@ def step(options: argparse.Namespace, folder: Path) -> None:
     }
     spec = bind(Registry.build()).model_validate(fields)
     student, models = llama(192, 4, 6, 2), {"a": llama(512, 8, 8, 4), "b": llama(384, 8, 6, 6)}
-    pipeline = KVPipeline(
+    pipeline = build_pipeline(
         spec, teachers={n: model_geometry(m) for n, m in models.items()}, student=model_geometry(student)
     )
     teachers = [
@@ -170,10 +170,11 @@ def stored_sides(
     """What the collator reads for the same batch in every step."""
     from kava_core.protocols.timeline import Timeline
 
-    assert distiller.pipeline is not None
     with torch.no_grad():
         timeline = Timeline.from_batch(live["student"])
-        aligned = distiller.aligned(live["teachers"](), timeline, distiller.pipeline)
+        aligned, _ = distiller.alignment.targets.read_targets(
+            live["teachers"](), timeline, distiller.pipeline
+        )
     found = dict(zip(distiller.pipeline.names, aligned, strict=True))
     extents: Any = {
         name: {part: (*x.shape[1:3], x.shape[4]) for part, x in one.target.items()}

@@ -106,10 +106,10 @@ def _stage_flops(
     aligner: TeacherAligner, stage: Stage, x: Tensor, part: Part, time_map: TimeMap
 ) -> tuple[Tensor, float]:
     if stage != "time":
-        return _counted(lambda x: aligner._stage(stage, x, part, time_map), x)
+        return _counted(lambda x: aligner.apply_stage(stage, x, part, time_map), x)
     taps = 0 if time_map.identity else time_map.taps
     with torch.no_grad():
-        y = aligner._stage(stage, x, part, time_map)
+        y = aligner.apply_stage(stage, x, part, time_map)
     return y.requires_grad_(x.requires_grad), 2.0 * taps * y.numel() * (2 if x.requires_grad else 1)
 
 

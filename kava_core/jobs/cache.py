@@ -33,11 +33,11 @@ from kava_core.data.store.codec import encode
 from kava_core.data.store.index import INDEX, MAPS, PROJECTORS, Ingredients, Layout, read_index
 from kava_core.data.store.reader import SCALE, VALID, row_of, tensor_name
 from kava_core.data.store.writer import Writer, drop_records, save_durably
+from kava_core.distill.calibration import aligned_targets
 from kava_core.distill.distiller import Distiller
 from kava_core.errors import KavaError, NonFiniteError, SpecError
 from kava_core.kv.compare.values import Aligned
 from kava_core.processes import world_size
-from kava_core.protocols.timeline import Timeline
 from kava_core.runs import checkpoint
 from kava_core.specfile.questions import used_teachers
 from kava_core.specfile.sections.pipeline import PipelineSpec
@@ -164,7 +164,6 @@ def _write(spec: PipelineSpec, data: Data, wanted: Ingredients, partial: Path, s
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     spec = with_measured_maps(spec, partial / MAPS, data, seed=seed)
     distiller = make_distiller(spec, data, seed=seed).to(device).eval()
-    assert distiller.pipeline is not None
     assert spec.store is not None
     distiller.place_teachers(device)
     _calibrated(distiller, data, spec, device, partial / PROJECTORS)
@@ -187,7 +186,6 @@ def _calibrated(
     distiller: Distiller, data: Data, spec: PipelineSpec, device: torch.device, file: Path
 ) -> None:
     """Calibrate, or go on with what was computed before: all shards must come from one projection."""
-    assert distiller.pipeline is not None
     if file.is_file():
         load_projectors(distiller.pipeline, file)
         return
@@ -218,13 +216,10 @@ def _aligned(
     distiller: Distiller, batch: dict[str, Any], precision: str, device: torch.device
 ) -> dict[str, Aligned]:
     """Every teacher's target, by the training step's own code and in its precision."""
-    assert distiller.pipeline is not None
     batch = send_to_device(batch, device)
     half = torch.float16 if precision == "fp16" else torch.bfloat16
     with torch.autocast(device.type, half, enabled=precision != "fp32"):
-        found = distiller.aligned(
-            batch["teachers"], Timeline.from_batch(batch["student"]), distiller.pipeline
-        )  # type: ignore[arg-type]
+        found = aligned_targets(distiller, batch)  # type: ignore[arg-type]
     return dict(zip(distiller.pipeline.names, found, strict=True))
 
 

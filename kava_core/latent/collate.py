@@ -26,9 +26,9 @@ BEGIN, END = "<bot>", "<eot>"
 
 @dataclass(frozen=True)
 class LatentEncoded:
-    """One example as the latent student reads it; ``time`` tokens each."""
+    """One example as the latent student reads it."""
 
-    before: Int[Tensor, " time"]
+    before: Int[Tensor, " _"]
     """Prompt, and BEGIN if it is used."""
     after: Int[Tensor, " time"]
     """END, with a curriculum the written steps, answer and EOS."""

@@ -51,8 +51,8 @@ def final_pass(model: Any, thought: RefinedLatents, side: Mapping[str, Tensor], 
     """The final pass: transformers' outputs over prompt, latent tokens and answer (``after`` of the side).
 
     Keys and values of the latent tokens stand at ``latent_columns``; ``answer_logits`` are the answer's,
-    ``writer_logits`` those where the latent tokens are written, ``states_at_answer_boundary`` the states before
-    the answer.
+    ``writer_logits`` those where the latent tokens are written, ``states_at_answer_boundary`` the states
+    before the answer.
     """
     answer = model.get_input_embeddings()(side["after"])
     mask = torch.cat([thought.mask, side["after_mask"].bool()], 1)

@@ -88,7 +88,7 @@ class OwnTexts:
         items = [item for item in self.collator.encode(examples) if item is not None]
         count = round(self.spec.share * len(items))
         new: list[Item | None] = [None] * count
-        if count and distiller.pipeline is not None:
+        if count and distiller.pipeline.compared:
             texts = self._written(distiller, examples[:count], device, ledger, place, autocast)
             new = [self._fitting(item) for item in self.collator.encode_written(examples[:count], texts)]
         kept = [one or old for one, old in zip(new, items[:count], strict=True)]

@@ -207,11 +207,11 @@ def _trainer(
         CollapseMonitor(folder.path / "before_training.safetensors"),
     )
     ledger = Ledger(step_passes(spec.student))
-    distiller.watched(ledger)
+    distiller.attach_ledger(ledger)
     collate: Any = PlansTime(data.collator, distiller.pipeline)
     own_texts = None
     if spec.online is not None:
-        rooms = {name: max_positions(config) for name, config in distiller.configs().items()}
+        rooms = {name: max_positions(config) for name, config in distiller.model_configs().items()}
         how: dict[str, Any] = {"seed": folder.seed, "rooms": rooms | {None: rooms[STUDENT]}}
         own_texts = OwnTexts(spec.online, data.collator, collate, **how)
         collate = KeepsExamples(collate)
@@ -247,7 +247,7 @@ def _finish(trainer: KavaTrainer, folder: RunDir, data: Data, spec: PipelineSpec
         how: dict[str, Any] = {"metrics": folder.metrics, "memory": max(memory)}
         if data.store is not None:
             how["stored"] = store_counts(spec, data, distiller.pipeline)
-        cost = compute(spec, distiller.configs(), counts, **how)
+        cost = compute(spec, distiller.model_configs(), counts, **how)
         results = {"steps": trainer.state.global_step, **_last_evaluation(trainer.state)}
         folder.finish(results, {"compute": cost})
     trainer.accelerator.wait_for_everyone()
@@ -258,7 +258,7 @@ def _keep_attention(distiller: Distiller, folder: RunDir, data: Data, spec: Pipe
     if spec.trajectory == "latent" or spec.student.encoder:
         return
     whole = {teacher.name for teacher in spec.teachers if teacher.placement != SHARDED}
-    teachers = {t.name: t.model for t in distiller.__dict__["teachers"] if t.name in whole}
+    teachers = {t.name: t.model for t in distiller.teachers if t.name in whole}
     tokenizers = {"student": data.tokenizer, **data.teacher_tokenizers}
     # Texts of all sides, also where training reads a store and this collator brings targets instead.
     batch = Collator.__call__(data.plain_collator, [data.validation_items[0]])

@@ -179,7 +179,11 @@ class KavaTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """``counts`` over accumulation and processes."""
-        items = torch.stack([self.distiller.counts(batch) for batch in batch_samples]).sum(0).to(device)
+        items = (
+            torch.stack([self.distiller.loss_denominators(batch) for batch in batch_samples])
+            .sum(0)
+            .to(device)
+        )
         if self.args.world_size > 1:
             items = self.accelerator.gather(items[None]).sum(0)
         return items.clamp_min(1)
@@ -195,7 +199,7 @@ class KavaTrainer(Trainer):
         distiller = self.distiller
         distiller.dropout_seed = self._dropout_seed()
         with self.ledger.counting():
-            distiller.note(self.ledger, inputs["student"])
+            distiller.count_student_pass(self.ledger, inputs["student"])
             outputs = model(inputs["student"], inputs["teachers"], items=num_items_in_batch)
         self._means.add(outputs)
         loss = outputs["loss"] * self.accelerator.num_processes
@@ -239,10 +243,9 @@ class KavaTrainer(Trainer):
         """AdamW; what aligns and routes does not decay, and may have a ``learning_rate`` of its own."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         distiller = self.distiller
-        if distiller.pipeline is not None:
-            own = own_rates(distiller.pipeline, self.args.learning_rate)
-            for group in list(optimizer.param_groups):
-                split_group(optimizer, group, own)
+        own = own_rates(distiller.pipeline, self.args.learning_rate)
+        for group in list(optimizer.param_groups):
+            split_group(optimizer, group, own)
         if self._plugin is not None:  # torch cannot load the sharded state of an empty group
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer

@@ -20,8 +20,6 @@ ALIGNER_FILE = "aligner.safetensors"
 
 def aligner_state(distiller: Distiller) -> dict[str, Tensor]:
     """Parameters and buffers of aligners, fuser and losses."""
-    if distiller.pipeline is None:
-        return {}
     return {name: tensor.contiguous() for name, tensor in distiller.pipeline.state_dict().items()}
 
 
@@ -58,7 +56,7 @@ def load_weights(distiller: Distiller, folder: Path) -> None:
     """Load what ``save_weights`` wrote, every tensor exactly; CheckpointError where one does not fit."""
     try:
         _load_student(distiller.student, folder / STUDENT)
-        if distiller.pipeline is not None:
+        if distiller.pipeline.compared:
             distiller.pipeline.load_state_dict(load_file(folder / ALIGNER_FILE))
         if distiller.latents is not None:
             distiller.latents.load_state_dict(load_latents(folder).state_dict())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
+from kava_core.build.aligner import build_aligner
 from kava_core.jobs.profile import attention
 from kava_core.jobs.profile.attention import Rule, entropy, handed_on, rules
 from kava_core.jobs.profile.gate import agreement, judged
@@ -240,7 +241,7 @@ def aligner(align: dict[str, object], **changes: object) -> TeacherAligner:
     plain = {"head_adapter": "structured", "dim_projector": "identity", "time_warper": "pad"}
     made = spec(plain | align, losses=["relation"])
     both = {"teacher": WIDE, "student": STUDENT} | changes
-    return TeacherAligner(
+    return build_aligner(
         made.teachers[0].align,
         name="a",
         layers=(0, 1),

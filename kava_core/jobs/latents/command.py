@@ -129,7 +129,6 @@ def _show_cosines(made: FinishedRun, folder: Path, console: Console, *, examples
 def _layers(made: FinishedRun) -> list[int]:
     """Numbers of the compared layers; counted anew where the head adapter merges them."""
     pipeline = made.distiller.pipeline
-    assert pipeline is not None
     merged = pipeline.teachers[0].view.layer
     return list(pipeline.layers) if merged == len(pipeline.layers) else list(range(merged))
 

@@ -16,12 +16,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kava_core.config import Part
+from kava_core.distill.calibration import aligned_targets, student_cache_without_dropout
 from kava_core.distill.distiller import Distiller
 from kava_core.kv.align.aligner import TeacherAligner
 from kava_core.kv.align.finite import part_at_least_float32
 from kava_core.protocols.axes import Cache
 from kava_core.protocols.time_map import TimeMap
-from kava_core.protocols.timeline import REASONING, Timeline
+from kava_core.protocols.timeline import REASONING
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ Maps = dict[str, dict[Part, CosineMaps]]
 def comparable(distiller: Distiller) -> list[TeacherAligner]:
     """The aligners that bring a teacher to the student's heads and width, without which is no cosine."""
     pipeline = distiller.pipeline
-    return [] if pipeline is None else [a for a in pipeline.teachers if _same_extents(a, pipeline.parts)]
+    return [a for a in pipeline.teachers if _same_extents(a, pipeline.parts)]
 
 
 def _same_extents(aligner: TeacherAligner, parts: Sequence[Part]) -> bool:
@@ -83,9 +84,8 @@ def cosine_maps(distiller: Distiller, batches: Iterable[Mapping[str, Any]]) -> M
 
 def _of_batch(distiller: Distiller, batch: Mapping[str, Any]) -> Iterator[tuple[str, Part, CosineMaps]]:
     pipeline = distiller.pipeline
-    assert pipeline is not None
-    student, timeline = distiller.still_cache(batch["student"]), Timeline.from_batch(batch["student"])
-    aligned = distiller.aligned(batch["teachers"], timeline, pipeline)
+    student = student_cache_without_dropout(distiller, batch["student"])
+    aligned = aligned_targets(distiller, batch)
     usable = {aligner.name for aligner in comparable(distiller)}
     for aligner, one in zip(pipeline.teachers, aligned, strict=True):
         if aligner.name not in usable:
@@ -99,7 +99,7 @@ def _of_batch(distiller: Distiller, batch: Mapping[str, Any]) -> Iterator[tuple[
 
 def unaligned(distiller: Distiller, aligner: TeacherAligner, side: Mapping[str, Any]) -> Cache:
     """A teacher's cache in the student's layers, heads and width, at all of the teacher's positions."""
-    (teacher,) = (one for one in distiller.__dict__["teachers"] if one.name == aligner.name)
+    (teacher,) = (one for one in distiller.teachers if one.name == aligner.name)
     if aligner.evictor is not None:  # else its cache would hold what is kept alone
         how: dict[str, Any] = {"parts": distiller.parts, "rotary": distiller.rotary}
         teacher = type(teacher)(teacher.name, teacher.model, layers=aligner.sources, **how)

@@ -55,7 +55,7 @@ class FinishedRun:
         device = next(self.distiller.parameters()).device
         for some in nearly_equal(items, MOST):
             made = send_to_device(collate(some), device)
-            yield made | {"student": self.distiller.staged(made["student"])}
+            yield made | {"student": self.distiller.at_curriculum_stage(made["student"])}
 
 
 def finished_run(run: Path) -> FinishedRun:
@@ -81,7 +81,7 @@ def finished_run(run: Path) -> FinishedRun:
         distiller = make_distiller(spec, data, seed=record["seed"])
     assert distiller.latents is not None
     distiller.latents.load_state_dict(load_latents(run / "student").state_dict())
-    if distiller.pipeline is not None:
+    if distiller.pipeline.compared:
         _load_aligners(distiller, last)
     return FinishedRun(spec, data, _placed(distiller, spec), missing)
 
@@ -133,7 +133,6 @@ def _teacher(teacher: TeacherSpec, record: dict[str, Any], student: Path) -> Tea
 
 
 def _load_aligners(distiller: Distiller, last: Path) -> None:
-    assert distiller.pipeline is not None
     checkpoint.verify(last)
     try:
         distiller.pipeline.load_state_dict(load_file(last / ALIGNER_FILE))

@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
+from kava_core.build.aligner import build_aligner
 from kava_core.build.data import Data, make_data
 from kava_core.build.distiller import make_distiller
 from kava_core.build.layer_maps import with_measured_maps
@@ -75,13 +76,12 @@ class Subject:
     @property
     def pipeline(self) -> KVPipeline:
         """Every variant that is profiled has one."""
-        assert self.distiller.pipeline is not None
         return self.distiller.pipeline
 
     @property
     def teachers(self) -> tuple[Teacher, ...]:
         """In the order of the pipeline's aligners."""
-        found: tuple[Teacher, ...] = self.distiller.__dict__["teachers"]
+        found: tuple[Teacher, ...] = self.distiller.teachers
         return tuple(next(t for t in found if t.name == name) for name in self.pipeline.names)
 
     def batches(self, count: int, size: int) -> Iterator[dict[str, Any]]:
@@ -147,7 +147,7 @@ class Subject:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             made = [
-                TeacherAligner(
+                build_aligner(
                     teacher.align,
                     name=teacher.name,
                     teacher=model_geometry(model.model),

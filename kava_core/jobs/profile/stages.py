@@ -134,7 +134,7 @@ def _captured(subject: Subject, place: int, side: Mapping[str, Any]) -> Cache:
 
 def _work_of_step(subject: Subject, batch: Mapping[str, Any], gauge: Gauge) -> Iterator[tuple[str, float]]:
     yield STUDENT, gauge(lambda: _forward(subject, batch["student"]))[0]
-    items = subject.distiller.counts(batch)
+    items = subject.distiller.loss_denominators(batch)
     yield STEP, gauge(lambda: _step(subject, batch, items))[0]
 
 

@@ -14,6 +14,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kava_core.distill.calibration import aligned_targets, student_cache_without_dropout
 from kava_core.distill.distiller import Distiller
 from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.kv.compare.values import Aligned
@@ -45,7 +46,7 @@ class CollapseMonitor:
 
     def begin(self, distiller: Distiller, batch: Mapping[str, Any]) -> None:
         """Keep the state before the first step."""
-        if PartialState().is_main_process and _trained(distiller.pipeline):
+        if PartialState().is_main_process and distiller.pipeline.trains_without_student:
             draft = self.file.with_suffix(".draft")
             save_file(_state(distiller, batch), draft)
             os.replace(draft, self.file)
@@ -55,11 +56,14 @@ class CollapseMonitor:
     def __call__(self, distiller: Distiller, batch: Mapping[str, Any]) -> dict[str, float]:
         """``collapse/TEACHER/PART/…`` for every teacher and part, and ``collapse/absorbed``."""
         pipeline = distiller.pipeline
-        if pipeline is None:
+        if not pipeline.compared:
             return {}
-        student, aligned = distiller.still_cache(batch["student"]), _aligned(distiller, pipeline, batch)
+        student, aligned = (
+            student_cache_without_dropout(distiller, batch["student"]),
+            _aligned(distiller, pipeline, batch),
+        )
         found = _measures(pipeline, student, aligned)
-        if _trained(pipeline) and self.file.exists():
+        if pipeline.trains_without_student and self.file.exists():
             found |= self._against_the_start(distiller, batch, student, aligned)
         return {f"{PREFIX}/{name}": value for name, value in found.items() if not math.isnan(value)}
 
@@ -67,7 +71,6 @@ class CollapseMonitor:
         self, distiller: Distiller, batch: Mapping[str, Any], student: Cache, aligned: list[Aligned]
     ) -> dict[str, float]:
         now = distiller.pipeline
-        assert now is not None
         saved = load_file(self.file, device=str(student.any.device))
         first = copy.deepcopy(now)
         first.load_state_dict({k.removeprefix("pipeline."): v for k, v in saved.items() if "pipeline." in k})
@@ -82,26 +85,21 @@ class CollapseMonitor:
         return _frozen_cosines(first, student, frozen) | {"absorbed": float(share)}
 
 
-def _trained(pipeline: KVPipeline | None) -> bool:
-    return pipeline is not None and pipeline.trains_yardstick
-
-
 def _state(distiller: Distiller, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    assert distiller.pipeline is not None
     weights = {f"pipeline.{name}": value for name, value in distiller.pipeline.state_dict().items()}
-    cache = dict(distiller.still_cache(batch["student"]).items())
+    cache = dict(student_cache_without_dropout(distiller, batch["student"]).items())
     return {name: value.detach().contiguous().cpu() for name, value in (weights | cache).items()}
 
 
 def _aligned(distiller: Distiller, pipeline: KVPipeline, batch: Mapping[str, Any]) -> list[Aligned]:
-    return distiller.aligned(batch["teachers"], Timeline.from_batch(batch["student"]), pipeline)
+    return aligned_targets(distiller, batch, pipeline)
 
 
 def _loss(pipeline: KVPipeline, student: Cache, aligned: list[Aligned], timeline: Timeline) -> Tensor:
     """With all teachers counting alike, whatever the fuser says: this is about aligners."""
     valid = torch.stack([one.valid for one in aligned]).float()
     weights = valid / (valid.sum(0).clamp_min(1) * timeline.mask.sum())
-    return pipeline.total(pipeline.weighed(student, aligned, weights))
+    return pipeline.weighted_total(pipeline.terms_with_weights(student, aligned, weights))
 
 
 def _measures(pipeline: KVPipeline, student: Cache, aligned: list[Aligned]) -> dict[str, float]:

@@ -112,7 +112,7 @@ class Evaluator:
         for batch in DataLoader(Subset(self.items, mine), self.spec.batch_size, collate_fn=collate):
             batch = send_to_device(batch, accelerator.device)
             found = distiller(batch["student"], batch["teachers"], items=one)
-            found |= dict(zip(COUNTS, distiller.counts(batch), strict=True))
+            found |= dict(zip(COUNTS, distiller.loss_denominators(batch), strict=True))
             for name, value in found.items():
                 sums[name] = sums.get(name, 0) + value.double()
         return _means(_added({name: value.item() for name, value in sums.items()}))

@@ -20,12 +20,11 @@ def gradient_norms(distiller: Distiller, batch: Mapping[str, Any]) -> dict[str, 
 
     Each is a mean over its own positions of this batch. Gradients that are being collected stay as they are.
     """
-    assert distiller.pipeline is not None
-    items = distiller.counts(batch).clamp_min(1)
+    items = distiller.loss_denominators(batch).clamp_min(1)
     with torch.enable_grad():
         ce, terms = distiller.terms(batch["student"], batch["teachers"], items)
         trained = [p for p in distiller.student.parameters() if p.requires_grad]
-        named = {"ce": ce} | {name: terms[name] for name in distiller.pipeline.terms}
+        named = {"ce": ce} | {name: terms[name] for name in distiller.pipeline.term_names}
         return {name: _norm(value, trained) for name, value in named.items()}
 
 
@@ -42,13 +41,15 @@ def shares(distiller: Distiller, batch: Mapping[str, Any]) -> dict[str, float]:
     Nothing for a student that is sharded or compiled, or without KV losses.
     """
     pipeline = distiller.pipeline
-    if pipeline is None or with_hooks(distiller.student):
+    if not pipeline.compared or with_hooks(distiller.student):
         return {}
     norms = gradient_norms(distiller, batch)
     if not norms["ce"] > 0:
         return {}
-    weights = dict(zip(pipeline.terms, pipeline.present_weights(), strict=True))
-    return {f"{PREFIX}/{name}": float(weights[name] * norms[name] / norms["ce"]) for name in pipeline.terms}
+    weights = dict(zip(pipeline.term_names, pipeline.current_weights(), strict=True))
+    return {
+        f"{PREFIX}/{name}": float(weights[name] * norms[name] / norms["ce"]) for name in pipeline.term_names
+    }
 
 
 def set_weights(distiller: Distiller, batches: Sequence[Mapping[str, Any]]) -> None:
@@ -57,10 +58,9 @@ def set_weights(distiller: Distiller, batches: Sequence[Mapping[str, Any]]) -> N
     SpecError where a gradient is 0, so that no λ gives the share.
     """
     pipeline = distiller.pipeline
-    assert pipeline is not None
     norms = [gradient_norms(distiller, batch) for batch in batches]
     means = {name: torch.stack([each[name] for each in norms]).mean() for name in norms[0]}
-    for place, (name, config) in enumerate(zip(pipeline.terms, pipeline.configs, strict=True)):
+    for place, (name, config) in enumerate(zip(pipeline.term_names, pipeline.configs, strict=True)):
         if config.share is None:
             continue
         if not (means[name] > 0 and means["ce"] > 0):

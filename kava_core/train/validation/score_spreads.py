@@ -17,9 +17,9 @@ PREFIX = "spread"
 def spreads(distiller: Distiller, batch: Mapping[str, Any]) -> dict[str, float]:
     """``spread/TEACHER/SCORE`` for every teacher whose tokens are chosen by scores; runs these once more."""
     found = {}
-    for teacher in distiller.__dict__["teachers"]:
+    for teacher in distiller.teachers:
         if teacher.eviction is not None:
-            for name, score in teacher.scores(batch["teachers"][teacher.name]).items():
+            for name, score in teacher.eviction_scores(batch["teachers"][teacher.name]).items():
                 found[f"{PREFIX}/{teacher.name}/{name}"] = float(spread(score))
     return {name: value for name, value in found.items() if value == value}
 
