@@ -15,8 +15,8 @@ from kava_core.errors import KavaError
 from kava_core.kv.maths.moments import Moments, rows_of
 from kava_core.protocols.axes import Geometry
 from kava_plugins.dim_projectors import CalibratedConfig
-from kava_plugins.dim_projectors.closed_form import principal_components, procrustes, ridge
-from kava_plugins.dim_projectors.matrices import project
+from kava_plugins.dim_projectors._closed_form import principal_components, procrustes, ridge
+from kava_plugins.dim_projectors._matrices import project
 
 
 class Calibrated(nn.Module):

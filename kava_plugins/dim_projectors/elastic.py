@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kava_core.config import Part
 from kava_core.protocols.axes import PARTS, Geometry
 from kava_plugins.dim_projectors import ElasticConfig
-from kava_plugins.dim_projectors.matrices import normal, owners, project
+from kava_plugins.dim_projectors._matrices import normal, owners, project
 
 LARGE, MIDDLE = 70.0, 7.0
 """Billions of parameters from which the ratio is 2.0 and 1.0; below, it is 0.5."""

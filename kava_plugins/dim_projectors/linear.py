@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from kava_core.config import Part
 from kava_core.protocols.axes import PARTS, Geometry
 from kava_plugins.dim_projectors import LinearConfig
-from kava_plugins.dim_projectors.matrices import normal, orthogonal, owners, project
+from kava_plugins.dim_projectors._matrices import normal, orthogonal, owners, project
 
 
 class Linear(nn.Module):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from kava_core.protocols.axes import Geometry
 from kava_core.protocols.fuser import FusionContext
 from kava_plugins.fusers import AttentionConfig
+from kava_plugins.fusers._routing import imbalance, negative_entropy, routed
 from kava_plugins.fusers.learnable import require_hidden
-from kava_plugins.fusers.routing import imbalance, negative_entropy, routed
 from kava_plugins.fusers.similarity import beside
 
 

@@ -11,7 +11,7 @@ from kava_core.errors import KavaError
 from kava_core.protocols.axes import Geometry
 from kava_core.protocols.fuser import FusionContext
 from kava_plugins.fusers import LearnableConfig
-from kava_plugins.fusers.routing import imbalance, mean_over_time, negative_entropy, routed
+from kava_plugins.fusers._routing import imbalance, mean_over_time, negative_entropy, routed
 
 
 class Learnable(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kava_core.protocols.axes import Geometry
 from kava_core.protocols.fuser import FusionContext
 from kava_plugins.fusers import ReinforceConfig
-from kava_plugins.fusers.routing import entropy
+from kava_plugins.fusers._routing import entropy
 
 
 class Reinforce(nn.Module):

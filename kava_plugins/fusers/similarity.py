@@ -12,7 +12,7 @@ from kava_core.kv.maths.masks import widen
 from kava_core.protocols.axes import Cache, Geometry
 from kava_core.protocols.fuser import FusionContext
 from kava_plugins.fusers import SimilarityConfig
-from kava_plugins.fusers.routing import mean_over_time, routed
+from kava_plugins.fusers._routing import mean_over_time, routed
 
 
 class Similarity(nn.Module):

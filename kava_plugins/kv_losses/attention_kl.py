@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from kava_core.errors import SpecError
 from kava_core.protocols.axes import Cache, Geometry
 from kava_plugins.kv_losses import AttentionKLConfig
-from kava_plugins.kv_losses.attention_divergence import between_caches
+from kava_plugins.kv_losses._attention_divergence import between_caches
 
 
 class AttentionKL(nn.Module):

@@ -15,8 +15,8 @@ from kava_core.errors import SpecError
 from kava_core.kv.maths.masks import live, select, widen, without_autocast
 from kava_core.protocols.axes import Cache, Geometry
 from kava_plugins.kv_losses import RelationConfig
-from kava_plugins.kv_losses.attention_divergence import attention_divergence
-from kava_plugins.kv_losses.row_blocks import Masking, Side, of_one_dtype, sum_of_rows
+from kava_plugins.kv_losses._attention_divergence import attention_divergence
+from kava_plugins.kv_losses._row_blocks import Masking, Side, of_one_dtype, sum_of_rows
 
 TINY = 1e-10
 """Positions of a smaller length relate to nothing: cosine 0. So do those that differ from the mean

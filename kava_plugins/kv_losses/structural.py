@@ -12,7 +12,7 @@ from kava_core.errors import SpecError
 from kava_core.kv.maths.masks import live, weighted_sum, widen
 from kava_core.protocols.axes import Cache, Geometry
 from kava_plugins.kv_losses import StructuralConfig
-from kava_plugins.kv_losses.attention_divergence import between_caches
+from kava_plugins.kv_losses._attention_divergence import between_caches
 from kava_plugins.kv_losses.mercator import one_minus_cosine
 
 

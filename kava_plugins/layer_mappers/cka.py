@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from kava_core.kv.maths.cka import StreamedCKA
 from kava_core.protocols.axes import Geometry
 from kava_plugins.layer_mappers import CkaConfig
-from kava_plugins.layer_mappers.map_file import read_similarity
-from kava_plugins.layer_mappers.window import mean_around, same_depth
+from kava_plugins.layer_mappers._map_file import read_similarity
+from kava_plugins.layer_mappers._window import mean_around, same_depth
 
 
 class Cka(nn.Module):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kava_core.protocols.axes import Geometry
 from kava_plugins.layer_mappers import LastAlignedConfig
-from kava_plugins.layer_mappers.window import mean_around
+from kava_plugins.layer_mappers._window import mean_around
 
 
 class LastAligned(nn.Module):

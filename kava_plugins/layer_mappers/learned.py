@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kava_core.protocols.axes import Geometry
 from kava_plugins.layer_mappers import LearnedConfig
-from kava_plugins.layer_mappers.window import same_depth
+from kava_plugins.layer_mappers._window import same_depth
 
 
 class Learned(nn.Module):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kava_core.protocols.axes import Geometry
 from kava_plugins.layer_mappers import RatioConfig
-from kava_plugins.layer_mappers.window import mean_around, same_depth
+from kava_plugins.layer_mappers._window import mean_around, same_depth
 
 
 class Ratio(nn.Module):

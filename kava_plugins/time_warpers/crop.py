@@ -8,7 +8,7 @@ from kava_core.protocols.axes import Geometry
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.timeline import Timeline
 from kava_plugins.time_warpers import CropConfig
-from kava_plugins.time_warpers.reasoning import reasoning_places
+from kava_plugins.time_warpers._reasoning import reasoning_places
 
 
 class Crop(nn.Module):

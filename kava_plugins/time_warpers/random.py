@@ -11,7 +11,7 @@ from kava_core.protocols.axes import Cache, Geometry
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.timeline import Timeline
 from kava_plugins.time_warpers import RandomConfig
-from kava_plugins.time_warpers.reasoning import highest, is_reasoning, slot_map
+from kava_plugins.time_warpers._reasoning import highest, is_reasoning, slot_map
 
 
 class Random(nn.Module):

@@ -15,7 +15,7 @@ from kava_core.protocols.axes import Cache, Geometry
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.timeline import ANSWER, REASONING, Timeline
 from kava_plugins.time_warpers import RkvConfig
-from kava_plugins.time_warpers.reasoning import highest, slot_map
+from kava_plugins.time_warpers._reasoning import highest, slot_map
 
 
 class Rkv(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from kava_core.errors import SpecError
 from kava_core.protocols.axes import Cache, Geometry
 from kava_core.testing import KVLossTests
-from kava_plugins.kv_losses import RelationConfig, row_blocks
+from kava_plugins.kv_losses import RelationConfig, _row_blocks
 from tests.plugins.kv_losses.attention_helpers import draw_weight
 
 torch.set_num_threads(1)
@@ -175,8 +175,8 @@ def test_blocks_change_nothing(form, monkeypatch):
     weight, loss = draw_weight(BATCH, LAYER, 50), build(RelationConfig(form=form, heads=2))
     found = []
     for elements in (8, 2**20):
-        monkeypatch.setitem(row_blocks.ELEMENTS, "cpu", elements)
-        monkeypatch.setitem(row_blocks.PIECE, "cpu", elements)
+        monkeypatch.setitem(_row_blocks.ELEMENTS, "cpu", elements)
+        monkeypatch.setitem(_row_blocks.PIECE, "cpu", elements)
         value = loss(student, target, weight)
         found.append((value, *torch.autograd.grad(value, (student.values, target.values))))
     for mine, theirs in zip(*found, strict=True):

@@ -10,7 +10,7 @@ import torch
 from kava_core.protocols.axes import Cache, Geometry
 from kava_core.protocols.timeline import Timeline
 from kava_plugins.time_warpers import RkvConfig
-from kava_plugins.time_warpers.reasoning import highest
+from kava_plugins.time_warpers._reasoning import highest
 from kava_plugins.time_warpers.rkv import redundancy
 from tests.support.pipeline_helpers import timeline
 
