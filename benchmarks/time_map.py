@@ -30,11 +30,11 @@ from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.timeline import Timeline
 from kava_core.specfile.sections.data import Template
 from kava_core.specfile.sections.models import TrainTokenizer
-from kava_plugins.time_warpers import CharIoU, Segment
+from kava_plugins.time_warpers import CharIoUConfig, SegmentConfig
 
 GEOMETRY = Geometry(layer=1, head=1, dim=1, qhead=1, hidden=1)
-IOU = CharIoU().build(teacher=GEOMETRY, student=GEOMETRY)
-SEGMENT = Segment(mode="interpolate").build(teacher=GEOMETRY, student=GEOMETRY)
+IOU = CharIoUConfig().build(teacher=GEOMETRY, student=GEOMETRY)
+SEGMENT = SegmentConfig(mode="interpolate").build(teacher=GEOMETRY, student=GEOMETRY)
 Arm = Callable[[], object]
 
 

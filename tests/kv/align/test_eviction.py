@@ -22,7 +22,7 @@ from kava_core.protocols.timeline import Timeline
 from kava_core.testing import TimeWarperTests
 from kava_core.train.run import run
 from kava_core.train.validation.score_spreads import spread, spreads
-from kava_plugins.time_warpers.reasoning import highest, is_reasoning
+from kava_plugins.time_warpers._reasoning import highest, is_reasoning
 from tests.support import tiny
 from tests.support.pipeline_helpers import FakeConfig, Module, timeline
 
