@@ -10,8 +10,25 @@ import typer
 from kava_core.cli.arguments import Overrides, Spec
 
 
-def check(spec: Spec, overrides: Overrides = None) -> None:
-    """Check a spec: syntax, schema, plugins, shapes at every stage."""
+def _print_rules(asked: bool) -> None:
+    """Print which settings may go together, and exit; no spec is needed."""
+    if not asked:
+        return
+    from kava_core.jobs.check import rule_lines
+
+    typer.echo("\n".join(rule_lines()))
+    raise typer.Exit
+
+
+def check(
+    spec: Spec,
+    overrides: Overrides = None,
+    rules: Annotated[
+        bool,
+        typer.Option("--rules", is_eager=True, callback=_print_rules, help="Print what may go together."),
+    ] = False,
+) -> None:
+    """Check a spec: syntax, schema, rules, plugins and all shapes."""
     from kava_core.jobs.check import check as levels
 
     for level, found in levels(spec, overrides or ()):

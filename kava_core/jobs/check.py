@@ -11,6 +11,7 @@ from kava_core.specfile.load import LoadedSpec, load, read_document
 from kava_core.specfile.questions import used_components
 from kava_core.specfile.sections.data import ChainData, changed_data
 from kava_core.specfile.sections.pipeline import PipelineSpec
+from kava_core.specfile.sections.rules import RULES
 from kava_core.specfile.variants import resolve_variants
 
 Level = tuple[str, str]
@@ -25,8 +26,18 @@ def check(file: str | File, overrides: Sequence[str] = ()) -> Iterator[Level]:
     variants = resolve_variants(loaded)
     check_chains(variants)
     yield "schema", _counted(loaded, variants)
+    yield "rules", f"{len(RULES)} rules hold"
     yield "plugins", _imported(loaded, variants)
     yield "shapes", dry_runs(variants)
+
+
+def rule_lines() -> list[str]:
+    """Return the table of rules as lines of three columns: name, when it applies, what must be so then."""
+    rows = [("RULE", "WHEN", "WHAT MUST BE SO THEN")]
+    rows += [(rule.name, rule.when, rule.what) for rule in RULES]
+    name_width = max(len(name) for name, _, _ in rows)
+    when_width = max(len(when) for _, when, _ in rows)
+    return [f"{name:<{name_width}}  {when:<{when_width}}  {what}" for name, when, what in rows]
 
 
 def check_chains(variants: dict[str, PipelineSpec]) -> None:
