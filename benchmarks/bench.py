@@ -15,7 +15,7 @@ from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.models.teacher import Teacher
 from kava_core.registry import Registry
 from kava_core.specfile.bind import bind
-from kava_core.specfile.questions import parts_of
+from kava_core.specfile.questions import compared_parts
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
 Size = dict[str, Any]
@@ -135,11 +135,11 @@ class Bench:
         geometries = {t.name: model_geometry(m) for t, m in zip(spec.teachers, models, strict=True)}
         self.pipeline = KVPipeline(spec, teachers=geometries, student=model_geometry(self.student)).to(device)
         self.teachers = [
-            Teacher(t.name, m, layers=a.sources, parts=parts_of(spec), rotary=spec.rotary)
+            Teacher(t.name, m, layers=a.sources, parts=compared_parts(spec), rotary=spec.rotary)
             for t, m, a in zip(spec.teachers, models, self.pipeline.teachers, strict=True)
         ]
         self.distiller = Distiller(
-            self.student, self.pipeline, self.teachers, parts=parts_of(spec), rotary=spec.rotary
+            self.student, self.pipeline, self.teachers, parts=compared_parts(spec), rotary=spec.rotary
         )
         self.optimizer = torch.optim.AdamW(self.distiller.parameters(), lr=1e-4)
         if batch is None:

@@ -108,7 +108,7 @@ def written(batch: int, device: str) -> dict[str, Tensor]:
         "segments": segments.to(device).expand(batch, -1),
         "spans": torch.zeros(*ids.shape, 2, dtype=torch.long, device=device),
         "labels": labels,
-        "hinge": torch.full((batch,), PROMPT + TRACE - 1, device=device),
+        "answer_boundary": torch.full((batch,), PROMPT + TRACE - 1, device=device),
     }
 
 
@@ -124,7 +124,7 @@ def unwritten(text: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
         "after_mask": torch.ones_like(after),
         "labels": torch.cat([torch.full_like(mark, NO_LABEL), ids[:, -ANSWER:]], 1),
         "steps": torch.full_like(after, ALWAYS),
-        "hinge": torch.zeros_like(ids[:, 0]),
+        "answer_boundary": torch.zeros_like(ids[:, 0]),
         "trace": ids[:, PROMPT : PROMPT + count],
         "attention_mask": slots,
         "segments": torch.full_like(slots, REASONING),

@@ -32,7 +32,7 @@ from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.models.teacher import Teacher
 from kava_core.registry import Registry
 from kava_core.specfile.bind import bind
-from kava_core.specfile.questions import parts_of
+from kava_core.specfile.questions import compared_parts
 
 LAYER, HEAD, DIM, BATCH = 12, 4, 64, 8
 
@@ -121,10 +121,10 @@ def step(options: argparse.Namespace, folder: Path) -> None:
         spec, teachers={n: model_geometry(m) for n, m in models.items()}, student=model_geometry(student)
     )
     teachers = [
-        Teacher(n, models[n], layers=a.sources, parts=parts_of(spec), rotary="strip")
+        Teacher(n, models[n], layers=a.sources, parts=compared_parts(spec), rotary="strip")
         for n, a in zip(models, pipeline.teachers, strict=True)
     ]
-    distiller = Distiller(student, pipeline, teachers, parts=parts_of(spec)).to(options.device)
+    distiller = Distiller(student, pipeline, teachers, parts=compared_parts(spec)).to(options.device)
     distiller.place_teachers(torch.device(options.device))
     arms = {"live": sides(options), "stored": {}}
     arms["stored"] = stored_sides(distiller, arms["live"], folder, options)

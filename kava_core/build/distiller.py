@@ -20,7 +20,13 @@ from kava_core.latent.tokens import LatentTokens
 from kava_core.models.config import check_answer_fits, check_fits_positions
 from kava_core.models.student import load_student
 from kava_core.protocols.fuser import Rewarded
-from kava_core.specfile.questions import active, felt, heard, parts_of, used_teachers
+from kava_core.specfile.questions import (
+    active_losses,
+    compared_parts,
+    hidden_state_teacher,
+    logit_teachers,
+    used_teachers,
+)
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
 
@@ -42,7 +48,9 @@ def make_distiller(spec: PipelineSpec, data: Data, *, seed: int) -> Distiller:
     if data.store is not None:
         return _make_stored_distiller(spec, data, data.store, student, seed)
     models = load_checked_teachers(spec, data, student)
-    geometries = {name: model_geometry(model) for name, model in models.items()} if active(spec) else {}
+    geometries = (
+        {name: model_geometry(model) for name, model in models.items()} if active_losses(spec) else {}
+    )
     pipeline = make_pipeline(spec, geometries, model_geometry(student), seed=seed) if geometries else None
     check_teachers_run(spec, pipeline)
     if (
@@ -56,10 +64,10 @@ def make_distiller(spec: PipelineSpec, data: Data, *, seed: int) -> Distiller:
         pipeline,
         make_teachers(spec, models, pipeline),
         **how,
-        parts=parts_of(spec),
+        parts=compared_parts(spec),
         rotary=spec.rotary,
         stream=spec.train.stream,
-        logits=spec.logits if heard(spec) else None,
+        logits=spec.logits if logit_teachers(spec) else None,
     )
 
 
@@ -71,7 +79,7 @@ def make_latent(spec: PipelineSpec, student: Any, *, seed: int) -> LatentSetup:
         width = student.get_input_embeddings().weight.shape[1]
         tokens = LatentTokens(how.count, how.passes, width, how.projection, begin=how.begin)
     reading = sum(t.itself.cross_entropy for t in spec.teachers if t.itself is not None)
-    return LatentSetup(tokens, how, spec.codi if felt(spec) else None, float(reading))
+    return LatentSetup(tokens, how, spec.codi if hidden_state_teacher(spec) else None, float(reading))
 
 
 def _make_stored_distiller(
@@ -80,4 +88,4 @@ def _make_stored_distiller(
     """Without teachers: their geometry is known from their configs, their targets lie in the store."""
     pipeline = make_pipeline(spec, config_geometries(spec, data), model_geometry(student), seed=seed)
     load_projectors(pipeline, store.folder / PROJECTORS)
-    return Distiller(student, pipeline, parts=parts_of(spec), rotary=spec.rotary)
+    return Distiller(student, pipeline, parts=compared_parts(spec), rotary=spec.rotary)

@@ -18,7 +18,7 @@ from kava_core.kv.compare.freeze_unused import freeze_unused
 from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.models.load import model_config
 from kava_core.protocols.axes import Geometry
-from kava_core.specfile.questions import parts_of
+from kava_core.specfile.questions import compared_parts
 from kava_core.specfile.sections.models import ModelSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
@@ -73,6 +73,6 @@ def make_pipeline(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = KVPipeline(spec, teachers=teachers, student=student)
-    freeze_unused(pipeline, parts=parts_of(spec), student=student)
+    freeze_unused(pipeline, parts=compared_parts(spec), student=student)
     assert_learns(spec, pipeline)
     return pipeline

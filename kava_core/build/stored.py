@@ -34,7 +34,7 @@ from kava_core.kv.align.aligner import TeacherAligner
 from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.protocols.axes import Geometry
 from kava_core.runs import checkpoint
-from kava_core.specfile.questions import parts_of, used_components, used_teachers
+from kava_core.specfile.questions import compared_parts, used_components, used_teachers
 from kava_core.specfile.sections.models import TeacherSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.specfile.sections.training import StoreSpec
@@ -167,7 +167,7 @@ def store_ingredients(spec: PipelineSpec, data: Data, *, seed: int) -> Ingredien
         "train.max_length": spec.train.max_length,
         "train.precision": spec.train.precision,
         "compared layers": list(pipeline.layers),
-        "compared parts": list(parts_of(spec)),
+        "compared parts": list(compared_parts(spec)),
         "rotary": "keep" if spec.rotary == "keep" else "strip",
     }
     shared["plugins"] = {
@@ -201,7 +201,7 @@ def store_layout(spec: PipelineSpec, pipeline: KVPipeline) -> Layout:
     return Layout(
         spec.store.dtype,
         {
-            a.name: {part: _position_extents(a.target, part) for part in parts_of(spec)}
+            a.name: {part: _position_extents(a.target, part) for part in compared_parts(spec)}
             for a in pipeline.teachers
         },
     )

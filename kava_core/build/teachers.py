@@ -15,17 +15,23 @@ from kava_core.models.config import check_fits_positions
 from kava_core.models.load import load_model
 from kava_core.models.own_teacher import OwnTeacher
 from kava_core.models.teacher import Teacher
-from kava_core.specfile.questions import felt, heard, parts_of, used_teachers, weights_key
+from kava_core.specfile.questions import (
+    compared_parts,
+    hidden_state_teacher,
+    logit_teachers,
+    shared_weights_key,
+    used_teachers,
+)
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
 
 def load_checked_teachers(spec: PipelineSpec, data: Data, student: Any) -> dict[str, Any]:
     """The teachers' models, by name; SpecError where one cannot read, or be, what it is to."""
-    for name in heard(spec):
+    for name in logit_teachers(spec):
         assert_same_vocabulary(data.tokenizer, data.teacher_tokenizers[name], who=f"teacher {name!r}")
     _check_rationales(spec, data)
     models, longest = load_teachers(spec, data, student), data.longest()
-    if (whose := felt(spec)) is not None:
+    if (whose := hidden_state_teacher(spec)) is not None:
         _assert_same_hidden_states(models[whose].config, student.config, whose)
     for name, model in models.items():
         check_fits_positions(model.config, longest[name], who=f"teacher {name!r}")
@@ -38,14 +44,22 @@ def make_teachers(
     """Models that are run for their caches, their logits or both."""
     layers = {aligner.name: aligner.sources for aligner in pipeline.teachers} if pipeline is not None else {}
     evictions = {a.name: make_eviction(spec, a) for a in pipeline.teachers} if pipeline is not None else {}
-    how: dict[str, Any] = {"parts": parts_of(spec), "rotary": spec.rotary}
+    how: dict[str, Any] = {"parts": compared_parts(spec), "rotary": spec.rotary}
     own = {t.name: t.itself.cross_entropy for t in spec.teachers if t.itself is not None}
 
     def teacher(name: str, model: Any) -> Teacher:
         found = {"layers": layers.get(name, ()), "eviction": evictions.get(name)} | how
         if name in own:
-            return OwnTeacher(name, model, logits=own[name] > 0, hidden=name == felt(spec), **found)
-        return Teacher(name, model, logits=name in heard(spec), hidden=name == felt(spec), **found)
+            return OwnTeacher(
+                name, model, logits=own[name] > 0, hidden=name == hidden_state_teacher(spec), **found
+            )
+        return Teacher(
+            name,
+            model,
+            logits=name in logit_teachers(spec),
+            hidden=name == hidden_state_teacher(spec),
+            **found,
+        )
 
     return [teacher(name, model) for name, model in models.items()]
 
@@ -65,7 +79,7 @@ def make_eviction(spec: PipelineSpec, aligner: TeacherAligner) -> Eviction | Non
     """How a teacher's reasoning is cut down to the latent tokens; None where no time warper does."""
     if aligner.evictor is None:
         return None
-    how: dict[str, Any] = {"parts": parts_of(spec), "rotary": spec.rotary}
+    how: dict[str, Any] = {"parts": compared_parts(spec), "rotary": spec.rotary}
     who = f"the time warper of teacher {aligner.name!r}"
     return Eviction(aligner.evictor, spec.latent.count, **how, who=who)
 
@@ -84,7 +98,7 @@ def check_teachers_run(spec: PipelineSpec, pipeline: KVPipeline | None) -> None:
     """SpecError for a teacher that something beside the KV losses needs but that does not run."""
     if pipeline is None:
         return
-    hidden = felt(spec)
+    hidden = hidden_state_teacher(spec)
     needed = {} if hidden is None else {hidden: "codi"}
     needed |= {t.name: "itself" for t in spec.teachers if t.itself is not None and t.itself.cross_entropy}
     if pipeline.draws and (found := [name for name in pipeline.names if name in needed]):
@@ -94,7 +108,7 @@ def check_teachers_run(spec: PipelineSpec, pipeline: KVPipeline | None) -> None:
         )
     if pipeline.draws:
         return
-    needed = {name: "logits" for name in heard(spec)} | needed
+    needed = {name: "logits" for name in logit_teachers(spec)} | needed
     for name, runs in zip(pipeline.names, pipeline.choose(), strict=True):
         if name in needed and not runs:
             raise SpecError(
@@ -115,7 +129,7 @@ def load_teachers(spec: PipelineSpec, data: Data, student: Any = None) -> dict[s
             models[teacher.name] = student
             continue
         tokenizer = data.teacher_tokenizers[teacher.name]
-        key = weights_key(teacher), tuple(sorted(tokenizer.get_vocab().items()))
+        key = shared_weights_key(teacher), tuple(sorted(tokenizer.get_vocab().items()))
         if key not in loaded:
             loaded[key] = load_model(teacher, tokenizer, seed=0, where=f"teacher {teacher.name!r}")
         models[teacher.name] = loaded[key]

@@ -33,7 +33,7 @@ class Encoded:
     """Half-open character spans in the text, as the tokenizer reports them; zero-width at special tokens."""
     labels: Int[Tensor, " time"]
     """The token itself, or NO_LABEL; not shifted."""
-    hinge: int
+    answer_boundary: int
     """The token before the first of the example's own answer."""
 
     def __len__(self) -> int:
@@ -176,10 +176,12 @@ def _encoded(text: Text, tokens: _Tokens, tokenizer: PreTrainedTokenizerBase, lo
     if (segments.diff() < 0).any():
         raise SpecError(f"tokenizer {tokenizer.name_or_path!r}: its character offsets run backwards")
     labelled = segments.ge(PROMPT) if loss_on == "all" else segments.ne(PROMPT)
-    return Encoded(input_ids, segments, spans, _labels(input_ids, labelled), hinge_of(spans, text.value))
+    return Encoded(
+        input_ids, segments, spans, _labels(input_ids, labelled), find_answer_boundary(spans, text.value)
+    )
 
 
-def hinge_of(spans: Int[Tensor, "time 2"], value: int) -> int:
+def find_answer_boundary(spans: Int[Tensor, "time 2"], value: int) -> int:
     """The token before the first that covers characters from ``value`` on; 0 where there is none."""
     reaches = (spans[:, 1] > value) & (spans[:, 1] > spans[:, 0])
     return max(int(reaches.int().argmax()) - 1, 0)

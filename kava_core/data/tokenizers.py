@@ -15,7 +15,7 @@ from uuid import uuid4
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from kava_core.data import trainers
+from kava_core.data import tokenizer_training
 from kava_core.errors import KavaError, SpecError
 from kava_core.specfile.sections.models import ModelSpec, TrainTokenizer
 
@@ -63,7 +63,7 @@ def train_tokenizer(spec: TrainTokenizer, texts: Iterable[str], cache: Path) -> 
         return kept
     if folder.exists():
         _drop_broken(folder)
-    _publish(_wrapped(trainers.train(spec, texts)), folder)
+    _publish(_wrapped(tokenizer_training.train_on_texts(spec, texts)), folder)
     if (trained := _kept(folder)) is None:
         raise KavaError(f"{folder}: the tokenizer just saved cannot be read; delete the folder")
     return trained
@@ -121,11 +121,11 @@ def _key(spec: TrainTokenizer, texts: list[str]) -> str:
 
 
 def _wrapped(tokenizer: tokenizers.Tokenizer) -> PreTrainedTokenizerFast:
-    unknown = trainers.UNK if tokenizer.token_to_id(trainers.UNK) is not None else None
+    unknown = tokenizer_training.UNK if tokenizer.token_to_id(tokenizer_training.UNK) is not None else None
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
-        pad_token=trainers.PAD,
-        eos_token=trainers.EOS,
+        pad_token=tokenizer_training.PAD,
+        eos_token=tokenizer_training.EOS,
         unk_token=unknown,
         clean_up_tokenization_spaces=False,
     )

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from kava_core.config import Part
+from kava_core.data.encode import NO_LABEL
 from kava_core.data.store.reader import target_of
 from kava_core.distill.denominators import LABELLED, READ, TOKENS, loss_denominators
 from kava_core.distill.hidden_states import CODI, READING, STEPS, codi_term, step_cross_entropy
 from kava_core.distill.logits import logit_divergence, same_tokens
-from kava_core.distill.student_pass import IGNORED, LatentSetup, StudentPass, cross_entropy
+from kava_core.distill.student_pass import LatentSetup, StudentPass, cross_entropy
 from kava_core.distill.teachers import time_map_of
 from kava_core.errors import SpecError
 from kava_core.kv.align.aligner import TeacherAligner
@@ -184,8 +185,8 @@ class Distiller(nn.Module):
             found[LOGITS] = (self.logits.weight, term)
         if self.latent is None:
             return found
-        if own.hinge is not None and self.latent.codi is not None:
-            found[CODI] = (self.latent.codi.weight, self._codi_term(own.hinge, teachers, items))
+        if own.boundary_states is not None and self.latent.codi is not None:
+            found[CODI] = (self.latent.codi.weight, self._codi_term(own.boundary_states, teachers, items))
         if self.latent.spec.step_cross_entropy and own.writers is not None:
             term = step_cross_entropy(own.writers, student["trace"], items)
             found[STEPS] = (self.latent.spec.step_cross_entropy, term)
@@ -200,13 +201,17 @@ class Distiller(nn.Module):
         own = (teacher for teacher in self.__dict__["teachers"] if isinstance(teacher, OwnTeacher))
         return next(own, None)
 
-    def _codi_term(self, hinge: Tensor, teachers: Mapping[str, Mapping[str, Any]], items: Tensor) -> Tensor:
+    def _codi_term(
+        self, boundary_states: Tensor, teachers: Mapping[str, Mapping[str, Any]], items: Tensor
+    ) -> Tensor:
         """Its teacher always runs: others are refused."""
         teacher = next(teacher for teacher in self.__dict__["teachers"] if teacher.hidden)
         hidden = teacher.take_hidden()
         assert hidden is not None
-        theirs = states_at_answer_boundary(hidden, teachers[teacher.name]["hinge"].to(hidden[0].device))
-        return codi_term(hinge, theirs.to(hinge.device), items)
+        theirs = states_at_answer_boundary(
+            hidden, teachers[teacher.name]["answer_boundary"].to(hidden[0].device)
+        )
+        return codi_term(boundary_states, theirs.to(boundary_states.device), items)
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
@@ -329,7 +334,9 @@ class Distiller(nn.Module):
         found = {}
         if self.latent.codi is not None:
             first = outputs.hidden_states[0].shape[1] - side["after"].shape[1]
-            found["hinge"] = states_at_answer_boundary(outputs.hidden_states, side["hinge"] + first)
+            found["boundary_states"] = states_at_answer_boundary(
+                outputs.hidden_states, side["answer_boundary"] + first
+            )
         if self.latent.spec.step_cross_entropy:
             found["writers"] = writer_logits(outputs.logits, side)
         return found
@@ -391,7 +398,7 @@ class Distiller(nn.Module):
     def _reward(self, total: Tensor, labels: Tensor) -> None:
         """Tell a fuser that learns from it the mean cross-entropy of this forward pass, in training."""
         if self.training and self.pipeline is not None and isinstance(self.pipeline.fuser, Rewarded):
-            self.pipeline.fuser.reward(total / labels[:, 1:].ne(IGNORED).sum().clamp_min(1))
+            self.pipeline.fuser.reward(total / labels[:, 1:].ne(NO_LABEL).sum().clamp_min(1))
 
     def _target(
         self, aligner: TeacherAligner, side: Mapping[str, Any], timeline: Timeline, pipeline: KVPipeline

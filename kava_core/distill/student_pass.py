@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kava_core.data.encode import NO_LABEL
 from kava_core.kv.capture.rotation import Rotation
 from kava_core.kv.compare.values import FuserInputs
 from kava_core.latent.tokens import LatentTokens
@@ -15,17 +16,14 @@ from kava_core.protocols.axes import Cache
 from kava_core.specfile.sections.latent import LatentSpec
 from kava_core.specfile.sections.losses import CodiSpec
 
-IGNORED = -100
-"""Label of positions without cross-entropy, as in transformers."""
-
 
 def cross_entropy(
     logits: Float[Tensor, "batch time vocab"], labels: Int[Tensor, "batch time"], items: Tensor
 ) -> Float[Tensor, ""]:
     """Summed next-token cross-entropy of the labelled positions, divided by ``items``, in float32."""
     # Labels are shifted, not logits: a slice of these would be copied, and so would its gradient.
-    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-    total = F.cross_entropy(logits.flatten(0, 1).float(), following, ignore_index=IGNORED, reduction="sum")
+    following = F.pad(labels[:, 1:], (0, 1), value=NO_LABEL).flatten()
+    total = F.cross_entropy(logits.flatten(0, 1).float(), following, ignore_index=NO_LABEL, reduction="sum")
     return total / items
 
 
@@ -38,7 +36,7 @@ class StudentPass:
     cache: Cache
     rotation: Rotation | None
     beside: FuserInputs
-    hinge: Float[Tensor, "layer batch hidden"] | None = None
+    boundary_states: Float[Tensor, "layer batch hidden"] | None = None
     """With CODI's term: all layers' states at the token before the answer."""
     writers: Float[Tensor, "batch _ vocab"] | None = None
     """With latent tokens: the logits where they are written."""

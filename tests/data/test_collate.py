@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from kava_core.data import trainers
+from kava_core.data import tokenizer_training
 from kava_core.data.chain import chain_examples
 from kava_core.data.collate import Collator, Item
 from kava_core.data.dataset import EncodedDataset
@@ -29,7 +29,9 @@ EXAMPLES = [
 def sides(tmp_path_factory):
     texts = [render(example, TEMPLATE).text for example in EXAMPLES]
     cache = tmp_path_factory.mktemp("cache")
-    return {kind: train_tokenizer(TrainTokenizer(kind=kind), texts, cache) for kind in trainers.KINDS}
+    return {
+        kind: train_tokenizer(TrainTokenizer(kind=kind), texts, cache) for kind in tokenizer_training.TRAINERS
+    }
 
 
 @pytest.fixture

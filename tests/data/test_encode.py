@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from kava_core.data import trainers
+from kava_core.data import tokenizer_training
 from kava_core.data.encode import encode, encode_all, prefix_mismatch, prompt_ids
 from kava_core.data.examples import Example, render
 from kava_core.data.tokenizers import load_tokenizer
@@ -29,7 +29,7 @@ TEXTS = [render(example, template).text for example in EXAMPLES for template in 
 
 def fast(kind: str = "bpe", around: tuple[str, str] = ("", ""), **tokens: str) -> PreTrainedTokenizerFast:
     """A trained tokenizer that puts tokens ``around`` the text."""
-    model = trainers.train(TrainTokenizer(kind=kind, vocab_size=600), TEXTS)
+    model = tokenizer_training.train_on_texts(TrainTokenizer(kind=kind, vocab_size=600), TEXTS)
     added = [token for token in around if token]
     model.add_special_tokens(added)
     if added:
@@ -43,7 +43,7 @@ def fast(kind: str = "bpe", around: tuple[str, str] = ("", ""), **tokens: str) -
 
 
 TOKENIZERS = {
-    **{kind: fast(kind, pad_token="<pad>", eos_token="<eos>") for kind in trainers.KINDS},
+    **{kind: fast(kind, pad_token="<pad>", eos_token="<eos>") for kind in tokenizer_training.TRAINERS},
     "bos": fast(around=("<bos>", ""), bos_token="<bos>", eos_token="<eos>"),
     "bos_eos": fast("wordpiece", around=("<bos>", "<eos>"), bos_token="<bos>", eos_token="<eos>"),
     "cls_sep": fast("wordpiece", around=("<cls>", "<sep>")),

@@ -218,13 +218,16 @@ def test_codi_compares_the_token_before_the_answers_own() -> None:
     student, teacher = batch["student"], batch["teachers"]["own"]
     tokens = data.tokenizer.convert_ids_to_tokens
     for row in range(4):
-        assert tokens(int(student["after"][row, student["hinge"][row]])) == "#"
-        assert tokens(int(teacher["input_ids"][row, teacher["hinge"][row]])) == "#"
+        assert tokens(int(student["after"][row, student["answer_boundary"][row]])) == "#"
+        assert tokens(int(teacher["input_ids"][row, teacher["answer_boundary"][row]])) == "#"
     own = distiller.eval()._pass(student, torch.ones(4))
     for row in range(4):
         alone = data.plain_collator([data.train_items[row]])["student"]
         torch.testing.assert_close(
-            own.hinge[:, row], distiller._pass(alone, torch.ones(4)).hinge[:, 0], rtol=1e-4, atol=1e-5
+            own.boundary_states[:, row],
+            distiller._pass(alone, torch.ones(4)).boundary_states[:, 0],
+            rtol=1e-4,
+            atol=1e-5,
         )
 
 

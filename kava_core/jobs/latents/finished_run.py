@@ -28,7 +28,7 @@ from kava_core.runs.finished import (
     trained_student,
     verify_student,
 )
-from kava_core.specfile.questions import active, used_teachers
+from kava_core.specfile.questions import active_losses, used_teachers
 from kava_core.specfile.sections.models import TeacherSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.train.weights import ALIGNER_FILE
@@ -98,7 +98,7 @@ def _spec(run: Path) -> PipelineSpec:
 
 
 def _missing(spec: PipelineSpec, record: dict[str, Any], last: Path) -> str | None:
-    if not active(spec):
+    if not active_losses(spec):
         return "the run compared no teacher's cache (no KV loss)"
     if not last.is_dir():
         return f"{last} is gone, and the trained aligners with it"

@@ -30,7 +30,7 @@ from kava_core.kv.maths.masks import without_autocast
 from kava_core.models.teacher import Teacher
 from kava_core.protocols.axes import PARTS, Cache
 from kava_core.protocols.timeline import Timeline
-from kava_core.specfile.questions import active
+from kava_core.specfile.questions import active_losses
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.train import run
 
@@ -57,7 +57,7 @@ def refuse(spec: PipelineSpec) -> None:
 
 def compares(spec: PipelineSpec) -> bool:
     """Whether some loss compares a teacher's cache."""
-    return bool(spec.teachers and active(spec))
+    return bool(spec.teachers and active_losses(spec))
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from kava_core.protocols.fuser import Chooses, FusionContext, Regularised
 from kava_core.protocols.kv_loss import ObservesCaches
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.timeline import Timeline
-from kava_core.specfile.questions import active, layers_of, looked_at, parts_of
+from kava_core.specfile.questions import active_losses, compared_layers, compared_parts, layers_of_loss
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
 
@@ -54,9 +54,9 @@ class KVPipeline(nn.Module):
 
     def __init__(self, spec: PipelineSpec, *, teachers: Mapping[str, Geometry], student: Geometry) -> None:
         super().__init__()
-        self.layers = looked_at(spec, student.layer)
+        self.layers = compared_layers(spec, student.layer)
         self.separate = spec.target == "separate"
-        self.names, self.parts, self.hidden = tuple(teachers), parts_of(spec), student.hidden
+        self.names, self.parts, self.hidden = tuple(teachers), compared_parts(spec), student.hidden
         self.aligners = nn.ModuleList(
             TeacherAligner(
                 teacher.align,
@@ -64,14 +64,14 @@ class KVPipeline(nn.Module):
                 teacher=geometry,
                 student=student,
                 layers=self.layers,
-                parts=parts_of(spec),
+                parts=compared_parts(spec),
             )
             for teacher, (name, geometry) in zip(spec.teachers, teachers.items(), strict=True)
         )
-        self.configs = active(spec)
+        self.configs = active_losses(spec)
         self.terms = _unique_names([config.name for config in self.configs])
         self.matches = spec.rotary == "match"
-        self._check_calibration(parts_of(spec))
+        self._check_calibration(compared_parts(spec))
         self._check_views()
         self._check_widths()
         self._check_rotary(student)
@@ -110,7 +110,7 @@ class KVPipeline(nn.Module):
 
     def _compared_rows(self, config: KVLossConfig, student: Geometry) -> list[int]:
         """Places, among the compared layers, of those the loss looks at."""
-        wanted = layers_of(config, student.layer)
+        wanted = layers_of_loss(config, student.layer)
         if self.teachers[0].view.layer == len(self.layers):
             return [self.layers.index(layer) for layer in wanted]
         if len(wanted) < len(self.layers):
