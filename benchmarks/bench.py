@@ -14,7 +14,7 @@ from kava_core.kv.capture.geometry import model_geometry
 from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.models.teacher import Teacher
 from kava_core.registry import Registry
-from kava_core.specfile.bind import bind
+from kava_core.specfile.bind import bind_spec_model
 from kava_core.specfile.questions import compared_parts
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
@@ -66,7 +66,7 @@ def make_spec(
     **more: Any,
 ) -> PipelineSpec:
     """The pipeline of one arm; ``align`` for every teacher."""
-    return bind(Registry.build()).model_validate(
+    return bind_spec_model(Registry.build()).model_validate(
         {
             "name": "bench",
             "student": {"config": config(*size["student"]), "tokenizer": {"kind": "bpe"}},

@@ -35,7 +35,7 @@ from kava_core.latent.student import write_answers
 from kava_core.latent.tokens import LatentTokens, extend_mask
 from kava_core.protocols.timeline import REASONING
 from kava_core.registry import Registry
-from kava_core.specfile.bind import bind
+from kava_core.specfile.bind import bind_spec_model
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
 PROMPT, TRACE, ANSWER = 64, 65, 4
@@ -68,7 +68,7 @@ def fields_of(form: str, size: Size) -> dict[str, Any]:
 
 def make_spec(form: str, size: Size, count: int, passes: int) -> PipelineSpec:
     """A latent run."""
-    return bind(Registry.build()).model_validate(
+    return bind_spec_model(Registry.build()).model_validate(
         {
             "name": "bench",
             "student": {"config": config(*size["student"]), "tokenizer": {"kind": "bpe"}},

@@ -10,7 +10,7 @@ from torch import nn
 from kava_core.build.data import Data
 from kava_core.build.pipeline import assert_learns, config_geometries, load_projectors, make_pipeline
 from kava_core.build.teachers import check_teachers_run, load_checked_teachers, make_teachers
-from kava_core.data.store.index import PROJECTORS
+from kava_core.data.store.index import PROJECTORS_FILE
 from kava_core.data.store.reader import Store
 from kava_core.distill.distiller import Distiller
 from kava_core.distill.student_pass import LatentSetup
@@ -87,5 +87,5 @@ def _make_stored_distiller(
 ) -> Distiller:
     """Without teachers: their geometry is known from their configs, their targets lie in the store."""
     pipeline = make_pipeline(spec, config_geometries(spec, data), model_geometry(student), seed=seed)
-    load_projectors(pipeline, store.folder / PROJECTORS)
+    load_projectors(pipeline, store.folder / PROJECTORS_FILE)
     return Distiller(student, pipeline, parts=compared_parts(spec), rotary=spec.rotary)

@@ -43,10 +43,10 @@ def cache(
     ] = False,
 ) -> None:
     """Run the teachers once and store what training needs of them."""
-    from kava_core.specfile.load import load
+    from kava_core.specfile.load import load_spec
     from kava_core.specfile.variants import resolve_variants
 
-    variants = resolve_variants(load(spec, overrides or ()))
+    variants = resolve_variants(load_spec(spec, overrides or ()))
     from kava_core.jobs.cache import cache_all
 
     for line in cache_all(variants, verify=verify):
@@ -73,9 +73,9 @@ def sample(
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
 ) -> None:
     """Let a teacher write several rationales for every example."""
-    from kava_core.specfile.load import load
+    from kava_core.specfile.load import load_spec
 
-    loaded = load(spec, overrides or ())
+    loaded = load_spec(spec, overrides or ())
     from kava_core.jobs.sample import Drawing
     from kava_core.jobs.sample import sample as draw
 
@@ -98,9 +98,9 @@ def plan(
     ] = 1,
 ) -> None:
     """Show shapes, parameters, memory and cost of a step."""
-    from kava_core.specfile.load import load
+    from kava_core.specfile.load import load_spec
 
-    loaded = load(spec, overrides or ())
+    loaded = load_spec(spec, overrides or ())
     from kava_core.costs.plan import default_time, make_plan
     from kava_core.costs.plan_text import show
 
@@ -117,9 +117,9 @@ def calibrate(
     overrides: Overrides = None,
 ) -> None:
     """Measure which layers resemble each other, and draw it."""
-    from kava_core.specfile.load import load
+    from kava_core.specfile.load import load_spec
 
-    loaded = load(spec, overrides or ())
+    loaded = load_spec(spec, overrides or ())
     from kava_core.jobs.calibrate import calibrate as measure
 
     measure(loaded, output)
@@ -142,9 +142,9 @@ def profile(
     format: Annotated[Literal["table", "json"], typer.Option("--format", help="How to print.")] = "table",
 ) -> None:
     """Run a batch through every stage of every variant and show what is there."""
-    from kava_core.specfile.load import load
+    from kava_core.specfile.load import load_spec
 
-    loaded = load(spec, overrides or ())
+    loaded = load_spec(spec, overrides or ())
     from kava_core.jobs.profile.command import profile_all
     from kava_core.jobs.profile.profile import Wanted
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from kava_core.config import Part
 from kava_core.data.encode import NO_LABEL
-from kava_core.data.store.reader import target_of
+from kava_core.data.store.reader import decode_target
 from kava_core.distill.denominators import LABELLED, READ, TOKENS, loss_denominators
 from kava_core.distill.hidden_states import CODI, READING, STEPS, codi_term, step_cross_entropy
 from kava_core.distill.logits import logit_divergence, same_tokens
@@ -404,7 +404,7 @@ class Distiller(nn.Module):
         self, aligner: TeacherAligner, side: Mapping[str, Any], timeline: Timeline, pipeline: KVPipeline
     ) -> Aligned:
         if "target" in side:
-            return Aligned(*target_of(side))
+            return Aligned(*decode_target(side))
         teacher, time_map = self._teacher(aligner.name), time_map_of(aligner, side, timeline)
         if self.stream and not (streams_terms(pipeline) and torch.is_grad_enabled()):
             return Aligned(

@@ -7,9 +7,9 @@ from contextlib import nullcontext
 from pathlib import Path as File
 
 from kava_core.errors import KavaError, PluginError
-from kava_core.specfile.load import LoadedSpec, load, read_document
+from kava_core.specfile.load import LoadedSpec, load_spec, read_document
 from kava_core.specfile.questions import used_components
-from kava_core.specfile.sections.data import ChainData, changed_data
+from kava_core.specfile.sections.data import ChainData, change_data
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.specfile.sections.rules import RULES
 from kava_core.specfile.variants import resolve_variants
@@ -22,7 +22,7 @@ def check(file: str | File, overrides: Sequence[str] = ()) -> Iterator[Level]:
     """Run the levels in order, yielding each as it passes; the error of the first that does not."""
     read_document(file, overrides)
     yield "syntax", "strict YAML"
-    loaded = load(file, overrides)
+    loaded = load_spec(file, overrides)
     variants = resolve_variants(loaded)
     check_chains(variants)
     yield "schema", _counted(loaded, variants)
@@ -42,13 +42,13 @@ def rule_lines() -> list[str]:
 
 def check_chains(variants: dict[str, PipelineSpec]) -> None:
     """SpecError where fewer chains exist than the run, or a model to be pretrained, asks for."""
-    from kava_core.data.chain import check_space
+    from kava_core.data.chain import check_enough_chains
 
     for spec in variants.values():
         plans = (m.pretrain for m in (spec.student, *spec.teachers))
-        for data in (spec.data, *(changed_data(spec.data, plan.data) for plan in plans if plan is not None)):
+        for data in (spec.data, *(change_data(spec.data, plan.data) for plan in plans if plan is not None)):
             if isinstance(data, ChainData):
-                check_space(data)
+                check_enough_chains(data)
 
 
 def dry_runs(variants: dict[str, PipelineSpec]) -> str:

@@ -14,7 +14,7 @@ from transformers import ByT5Tokenizer
 
 from kava_core.data import tokenizer_training
 from kava_core.data.chain import chain_examples
-from kava_core.data.examples import render
+from kava_core.data.examples import render_example
 from kava_core.data.tokenizers import load_tokenizer, train_tokenizer
 from kava_core.errors import KavaError, SpecError
 from kava_core.specfile.sections.data import ChainData
@@ -22,7 +22,7 @@ from kava_core.specfile.sections.models import ModelSpec, TrainTokenizer
 from tests.support.repository import SHARED_DATA
 
 CHAIN = ChainData(train=200, validation=1)
-TEXTS = [render(example, CHAIN.template).text for example in chain_examples(CHAIN)[0]] + [
+TEXTS = [render_example(example, CHAIN.template).text for example in chain_examples(CHAIN)[0]] + [
     "He bought  two Tea-pots,\nthen\tdrank a CUP of tea… 日本 🙂!",
     " The cat sat on the mat; the cats sat on the mats.\r\n",
 ]

@@ -16,8 +16,8 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from kava_core.build.data import make_data
 from kava_core.build.distiller import make_distiller
-from kava_core.data.dataset import nearly_equal
-from kava_core.data.examples import without_last_step
+from kava_core.data.dataset import split_nearly_equal
+from kava_core.data.examples import drop_last_step
 from kava_core.distill.hidden_states import codi_term, step_cross_entropy
 from kava_core.errors import SpecError
 from kava_core.latent.collate import thin_evenly
@@ -182,7 +182,7 @@ def test_the_last_written_step_can_be_left_out() -> None:
     for row in range(4):
         example, side = data.train_items[row].example, batch["teachers"]["own"]
         text = data.tokenizer.decode(side["input_ids"][row][side["attention_mask"][row].bool()][:-1])
-        steps = without_last_step(example, " ").reasoning
+        steps = drop_last_step(example, " ").reasoning
         assert text.replace(" ", "") == f"{example.prompt}?{steps}#{example.answer}".replace(" ", "")
         assert len(steps.split()) == len(example.reasoning.split()) - 1
 
@@ -427,9 +427,9 @@ def test_evaluation_counts_matches_with_controls(tmp_path: Path) -> None:
 
 
 def test_no_batch_of_the_controls_is_left_with_one_example() -> None:
-    assert [len(part) for part in nearly_equal(list(range(17)), 8)] == [5, 6, 6]
-    assert [index for part in nearly_equal(list(range(9)), 2) for index in part] == list(range(9))
-    assert nearly_equal([], 4) == []
+    assert [len(part) for part in split_nearly_equal(list(range(17)), 8)] == [5, 6, 6]
+    assert [index for part in split_nearly_equal(list(range(9)), 2) for index in part] == list(range(9))
+    assert split_nearly_equal([], 4) == []
 
 
 @pytest.mark.parametrize("passes", [0, 2, 7])

@@ -10,7 +10,7 @@ import pytest
 from kava_core.errors import SpecError
 from kava_core.jobs.check import check
 from kava_core.registry import Registry
-from kava_core.specfile.load import load
+from kava_core.specfile.load import load_spec
 from kava_core.specfile.sections import rules
 from kava_core.specfile.sections.rules import RULES
 from tests.support.repository import MINIMAL_SPEC
@@ -222,18 +222,18 @@ def test_a_broken_rule_gives_its_message(
 ) -> None:
     changes, message = CASES[name]
     with pytest.raises(SpecError) as caught:
-        load(MINIMAL_SPEC, changes, registry)
+        load_spec(MINIMAL_SPEC, changes, registry)
     (line,) = str(caught.value).splitlines()
     assert line.removeprefix(f"{MINIMAL_SPEC}:1:1: ") == message
     others = tuple(rule for rule in RULES if rule.name != name)
     monkeypatch.setattr(rules, "RULES", others)
-    load(MINIMAL_SPEC, changes, registry)
+    load_spec(MINIMAL_SPEC, changes, registry)
 
 
 def test_neighbours_that_are_broken_together_are_one_error(registry: Registry) -> None:
     changes = [LATENT, "logits={}", "rotary=match", "student.frozen=true"]
     with pytest.raises(SpecError, match=r"with logits, rotary: match, student.frozen yet"):
-        load(MINIMAL_SPEC, changes, registry)
+        load_spec(MINIMAL_SPEC, changes, registry)
 
 
 def test_people_can_read_the_table() -> None:

@@ -16,7 +16,7 @@ from kava_core.build.data import Data, make_data
 from kava_core.build.distiller import make_distiller
 from kava_core.build.time_plans import PlansTime
 from kava_core.console import quiet
-from kava_core.data.dataset import nearly_equal
+from kava_core.data.dataset import split_nearly_equal
 from kava_core.distill.distiller import Distiller
 from kava_core.errors import CheckpointError, SpecError
 from kava_core.latent.exported import load_latents
@@ -53,7 +53,7 @@ class FinishedRun:
         items = self.data.validation_items.items[:examples]
         collate = PlansTime(self.data.plain_collator, self.distiller.pipeline)
         device = next(self.distiller.parameters()).device
-        for some in nearly_equal(items, MOST):
+        for some in split_nearly_equal(items, MOST):
             made = send_to_device(collate(some), device)
             yield made | {"student": self.distiller.staged(made["student"])}
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from kava_core.specfile.sections.data import changed_data
+from kava_core.specfile.sections.data import change_data
 from kava_core.specfile.sections.models import ModelSpec
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _pretraining_data_does_not_fit(spec: PipelineSpec) -> bool:
     """Return False, or raise pydantic's own errors about the changed ``data``."""
     for model in (spec.student, *spec.teachers):
         if model.pretrain is not None and model.pretrain.data:
-            changed_data(spec.data, model.pretrain.data)
+            change_data(spec.data, model.pretrain.data)
     return False
 
 
