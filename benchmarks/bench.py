@@ -15,8 +15,8 @@ from kava_core.distill.student_pass import cross_entropy
 from kava_core.kv.capture.geometry import model_geometry
 from kava_core.models.teacher import Teacher
 from kava_core.registry import Registry
-from kava_core.specfile.bind import bind
-from kava_core.specfile.questions import parts_of
+from kava_core.specfile.bind import bind_spec_model
+from kava_core.specfile.questions import compared_parts
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
 Size = dict[str, Any]
@@ -67,7 +67,7 @@ def make_spec(
     **more: Any,
 ) -> PipelineSpec:
     """The pipeline of one arm; ``align`` for every teacher."""
-    return bind(Registry.build()).model_validate(
+    return bind_spec_model(Registry.build()).model_validate(
         {
             "name": "bench",
             "student": {"config": config(*size["student"]), "tokenizer": {"kind": "bpe"}},
@@ -138,11 +138,11 @@ class Bench:
             device
         )
         self.teachers = [
-            Teacher(t.name, m, layers=a.sources, parts=parts_of(spec), rotary=spec.rotary)
+            Teacher(t.name, m, layers=a.sources, parts=compared_parts(spec), rotary=spec.rotary)
             for t, m, a in zip(spec.teachers, models, self.pipeline.teachers, strict=True)
         ]
         self.distiller = Distiller(
-            self.student, self.pipeline, self.teachers, parts=parts_of(spec), rotary=spec.rotary
+            self.student, self.pipeline, self.teachers, parts=compared_parts(spec), rotary=spec.rotary
         )
         self.optimizer = torch.optim.AdamW(self.distiller.parameters(), lr=1e-4)
         if batch is None:

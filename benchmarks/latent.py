@@ -36,7 +36,7 @@ from kava_core.latent.student import write_answers
 from kava_core.latent.tokens import LatentTokens, extend_mask
 from kava_core.protocols.timeline import REASONING
 from kava_core.registry import Registry
-from kava_core.specfile.bind import bind
+from kava_core.specfile.bind import bind_spec_model
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
 PROMPT, TRACE, ANSWER = 64, 65, 4
@@ -69,7 +69,7 @@ def fields_of(form: str, size: Size) -> dict[str, Any]:
 
 def make_spec(form: str, size: Size, count: int, passes: int) -> PipelineSpec:
     """A latent run."""
-    return bind(Registry.build()).model_validate(
+    return bind_spec_model(Registry.build()).model_validate(
         {
             "name": "bench",
             "student": {"config": config(*size["student"]), "tokenizer": {"kind": "bpe"}},
@@ -109,7 +109,7 @@ def written(batch: int, device: str) -> dict[str, Tensor]:
         "segments": segments.to(device).expand(batch, -1),
         "spans": torch.zeros(*ids.shape, 2, dtype=torch.long, device=device),
         "labels": labels,
-        "hinge": torch.full((batch,), PROMPT + TRACE - 1, device=device),
+        "answer_boundary": torch.full((batch,), PROMPT + TRACE - 1, device=device),
     }
 
 
@@ -125,7 +125,7 @@ def unwritten(text: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
         "after_mask": torch.ones_like(after),
         "labels": torch.cat([torch.full_like(mark, NO_LABEL), ids[:, -ANSWER:]], 1),
         "steps": torch.full_like(after, ALWAYS),
-        "hinge": torch.zeros_like(ids[:, 0]),
+        "answer_boundary": torch.zeros_like(ids[:, 0]),
         "trace": ids[:, PROMPT : PROMPT + count],
         "attention_mask": slots,
         "segments": torch.full_like(slots, REASONING),

@@ -11,7 +11,7 @@ from torch import nn
 from kava_core.build.data import Data
 from kava_core.build.pipeline import assert_learns, config_geometries, load_projectors, make_pipeline
 from kava_core.build.teachers import check_teachers_run, load_checked_teachers, make_teachers
-from kava_core.data.store.index import PROJECTORS
+from kava_core.data.store.index import PROJECTORS_FILE
 from kava_core.data.store.reader import Store
 from kava_core.distill.distiller import Distiller
 from kava_core.distill.student_pass import LatentSetup
@@ -23,7 +23,13 @@ from kava_core.latent.tokens import LatentTokens
 from kava_core.models.config import check_answer_fits, check_fits_positions
 from kava_core.models.student import load_student
 from kava_core.protocols.fuser import Rewarded
-from kava_core.specfile.questions import active, felt, heard, parts_of, used_teachers
+from kava_core.specfile.questions import (
+    active_losses,
+    compared_parts,
+    hidden_state_teacher,
+    logit_teachers,
+    used_teachers,
+)
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
 
@@ -56,10 +62,10 @@ def make_distiller(spec: PipelineSpec, data: Data, *, seed: int) -> Distiller:
         student,
         pipeline,
         make_teachers(spec, models, pipeline),
-        parts=parts_of(spec),
+        parts=compared_parts(spec),
         rotary=spec.rotary,
         stream=spec.train.stream,
-        logits=spec.logits if heard(spec) else None,
+        logits=spec.logits if logit_teachers(spec) else None,
         latent=latent,
     )
 
@@ -78,7 +84,7 @@ def _check_student_fits(spec: PipelineSpec, data: Data, student: Any) -> None:
 def _make_run_pipeline(
     spec: PipelineSpec, models: Mapping[str, Any], student: nn.Module, seed: int
 ) -> KVPipeline:
-    if not active(spec) or not models:
+    if not active_losses(spec) or not models:
         return NoDistillation()
     geometries = {name: model_geometry(model) for name, model in models.items()}
     return make_pipeline(spec, geometries, model_geometry(student), seed=seed)
@@ -92,7 +98,9 @@ def make_latent(spec: PipelineSpec, student: Any, *, seed: int) -> LatentSetup:
         width = student.get_input_embeddings().weight.shape[1]
         tokens = LatentTokens(latent.count, latent.passes, width, latent.projection, begin=latent.begin)
     reading_weight = sum(t.itself.cross_entropy for t in spec.teachers if t.itself is not None)
-    return LatentSetup(tokens, latent, spec.codi if felt(spec) else None, float(reading_weight))
+    return LatentSetup(
+        tokens, latent, spec.codi if hidden_state_teacher(spec) else None, float(reading_weight)
+    )
 
 
 def _make_stored_distiller(
@@ -100,5 +108,5 @@ def _make_stored_distiller(
 ) -> Distiller:
     """Build without teachers: their geometry is known from their configs, their targets are in the store."""
     pipeline = make_pipeline(spec, config_geometries(spec, data), model_geometry(student), seed=seed)
-    load_projectors(pipeline, store.folder / PROJECTORS)
-    return Distiller(student, pipeline, parts=parts_of(spec), rotary=spec.rotary)
+    load_projectors(pipeline, store.folder / PROJECTORS_FILE)
+    return Distiller(student, pipeline, parts=compared_parts(spec), rotary=spec.rotary)

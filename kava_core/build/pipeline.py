@@ -31,7 +31,7 @@ from kava_core.kv.compare.values import ComparedLoss
 from kava_core.kv.compare.weights import unique_names
 from kava_core.models.load import model_config
 from kava_core.protocols.axes import Geometry
-from kava_core.specfile.questions import active, layers_of, looked_at, parts_of
+from kava_core.specfile.questions import active_losses, compared_layers, compared_parts, layers_of_loss
 from kava_core.specfile.sections.models import ModelSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
@@ -53,7 +53,7 @@ def make_pipeline(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = build_pipeline(spec, teachers=teachers, student=student)
-    freeze_unused(pipeline, parts=parts_of(spec), student=student)
+    freeze_unused(pipeline, parts=compared_parts(spec), student=student)
     assert_learns(spec, pipeline)
     return pipeline
 
@@ -70,8 +70,8 @@ def build_pipeline(spec: PipelineSpec, *, teachers: Mapping[str, Geometry], stud
         SpecError: the components do not fit together (say, a fused target from different views).
         PluginError: a component returns what its contract forbids.
     """
-    layers, parts = looked_at(spec, student.layer), parts_of(spec)
-    configs = active(spec)
+    layers, parts = compared_layers(spec, student.layer), compared_parts(spec)
+    configs = active_losses(spec)
     separate, rotates_targets = spec.target == "separate", spec.rotary == "match"
     aligners = []
     for teacher, (name, geometry) in zip(spec.teachers, teachers.items(), strict=True):
@@ -123,7 +123,7 @@ def compared_losses(
     compared = []
     terms = unique_names([config.name for config in configs])
     for term, config in zip(terms, configs, strict=True):
-        wanted = layers_of(config, student_layers)
+        wanted = layers_of_loss(config, student_layers)
         if merged_layers == len(layers):
             rows = tuple(layers.index(layer) for layer in wanted)
         elif len(wanted) < len(layers):

@@ -15,17 +15,23 @@ from kava_core.models.config import check_fits_positions
 from kava_core.models.load import load_model
 from kava_core.models.own_teacher import OwnTeacher
 from kava_core.models.teacher import Teacher
-from kava_core.specfile.questions import felt, heard, parts_of, used_teachers, weights_key
+from kava_core.specfile.questions import (
+    compared_parts,
+    hidden_state_teacher,
+    logit_teachers,
+    shared_weights_key,
+    used_teachers,
+)
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
 
 def load_checked_teachers(spec: PipelineSpec, data: Data, student: Any) -> dict[str, Any]:
     """Load the teachers' models, by name; SpecError if one cannot read, or be, what it is to."""
-    for name in heard(spec):
+    for name in logit_teachers(spec):
         assert_same_vocabulary(data.tokenizer, data.teacher_tokenizers[name], who=f"teacher {name!r}")
     _check_rationales(spec, data)
     models, longest = load_teachers(spec, data, student), data.longest()
-    hidden_teacher = felt(spec)
+    hidden_teacher = hidden_state_teacher(spec)
     if hidden_teacher is not None:
         _assert_same_hidden_states(models[hidden_teacher].config, student.config, hidden_teacher)
     for name, model in models.items():
@@ -45,7 +51,7 @@ def load_teachers(spec: PipelineSpec, data: Data, student: Any = None) -> dict[s
             models[teacher.name] = student
             continue
         tokenizer = data.teacher_tokenizers[teacher.name]
-        key = weights_key(teacher), tuple(sorted(tokenizer.get_vocab().items()))
+        key = shared_weights_key(teacher), tuple(sorted(tokenizer.get_vocab().items()))
         if key not in loaded:
             loaded[key] = load_model(teacher, tokenizer, seed=0, where=f"teacher {teacher.name!r}")
         models[teacher.name] = loaded[key]
@@ -62,7 +68,7 @@ def make_teachers(spec: PipelineSpec, models: Mapping[str, Any], pipeline: KVPip
     """
     aligners = {aligner.name: aligner for aligner in pipeline.teachers}
     own_cross_entropy = {t.name: t.itself.cross_entropy for t in spec.teachers if t.itself is not None}
-    logit_teachers, hidden_teacher = heard(spec), felt(spec)
+    their_logits, hidden_teacher = logit_teachers(spec), hidden_state_teacher(spec)
     teachers: list[Teacher] = []
     for name, model in models.items():
         aligner, is_own = aligners.get(name), name in own_cross_entropy
@@ -72,9 +78,9 @@ def make_teachers(spec: PipelineSpec, models: Mapping[str, Any], pipeline: KVPip
                 name,
                 model,
                 layers=() if aligner is None else aligner.sources,
-                parts=parts_of(spec),
+                parts=compared_parts(spec),
                 rotary=spec.rotary,
-                logits=own_cross_entropy[name] > 0 if is_own else name in logit_teachers,
+                logits=own_cross_entropy[name] > 0 if is_own else name in their_logits,
                 hidden=name == hidden_teacher,
                 eviction=None if aligner is None else make_eviction(spec, aligner),
             )
@@ -87,7 +93,7 @@ def make_eviction(spec: PipelineSpec, aligner: TeacherAligner) -> Eviction | Non
     if aligner.evictor is None:
         return None
     who = f"the time warper of teacher {aligner.name!r}"
-    parts = parts_of(spec)
+    parts = compared_parts(spec)
     return Eviction(aligner.evictor, spec.latent.count, parts=parts, rotary=spec.rotary, who=who)
 
 
@@ -96,7 +102,7 @@ def check_teachers_run(spec: PipelineSpec, pipeline: KVPipeline) -> None:
     if not pipeline.compared:
         return
     needed_always: dict[str, str] = {}
-    hidden_teacher = felt(spec)
+    hidden_teacher = hidden_state_teacher(spec)
     if hidden_teacher is not None:
         needed_always[hidden_teacher] = "codi"
     for teacher in spec.teachers:
@@ -110,7 +116,7 @@ def check_teachers_run(spec: PipelineSpec, pipeline: KVPipeline) -> None:
                     "step; use fixed weights without 'sample'"
                 )
         return
-    needed = dict.fromkeys(heard(spec), "logits") | needed_always
+    needed = dict.fromkeys(logit_teachers(spec), "logits") | needed_always
     for name, runs in zip(pipeline.names, pipeline.choose_teachers(), strict=True):
         if name in needed and not runs:
             raise SpecError(

@@ -6,12 +6,12 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kava_core.data.collate import Item
+from kava_core.data.collate import EncodedExample
 from kava_core.data.examples import Example
 from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.protocols.timeline import Timeline
 
-Collate = Callable[[Sequence[Example | Item]], dict[str, Any]]
+Collate = Callable[[Sequence[Example | EncodedExample]], dict[str, Any]]
 
 
 class PlansTime:
@@ -21,7 +21,7 @@ class PlansTime:
         self.collator = collator
         self.plans = {a.name: copy.deepcopy(a.time_plan).to("cpu") for a in pipeline.teachers}
 
-    def __call__(self, batch: Sequence[Example | Item]) -> dict[str, Any]:
+    def __call__(self, batch: Sequence[Example | EncodedExample]) -> dict[str, Any]:
         """The collator's batch with time maps."""
         made = self.collator(batch)
         own = Timeline.from_batch(made["student"])

@@ -11,7 +11,7 @@ from kava_core.costs.memory import LOGIT_BYTES, Kept, kept_by_losses
 from kava_core.kv.align.streaming import most_layers_alive
 from kava_core.models.placement import REPLICATED, SHARDED
 from kava_core.protocols.axes import Cache
-from kava_core.specfile.questions import heard, weights_key
+from kava_core.specfile.questions import logit_teachers, shared_weights_key
 from kava_core.specfile.sections.models import ModelSpec, TeacherSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
@@ -37,10 +37,10 @@ def _heard(
     """Logits that are distilled: all teachers' wait for the student's, and the term keeps its gradient."""
     declared = {teacher.name: teacher for teacher in spec.teachers}
     wide = {t.name: t.vocabulary * _computed_bytes(spec, declared[t.name]) for t in teachers}
-    theirs = sum(wide[name] for name in heard(spec)) * t_time
+    theirs = sum(wide[name] for name in logit_teachers(spec)) * t_time
     own = student.vocabulary * _computed_bytes(spec, spec.student) * time
     size = spec.train.batch_size * (theirs + own)
-    return {"teachers: logits, and the term's gradient": size} if heard(spec) else {}
+    return {"teachers: logits, and the term's gradient": size} if logit_teachers(spec) else {}
 
 
 def _logits(spec: PipelineSpec, student: ModelCost, time: int, t_time: int) -> int:
@@ -63,7 +63,7 @@ def _alive(spec: PipelineSpec, kept: Kept, logits: int) -> dict[str, int]:
 def _apart(spec: PipelineSpec, costs: list[ModelCost]) -> list[tuple[ModelCost, TeacherSpec]]:
     """Teachers with weights of their own, each with its declaration."""
     declared = {teacher.name: teacher for teacher in spec.teachers}
-    found = {weights_key(declared[cost.name]): (cost, declared[cost.name]) for cost in reversed(costs)}
+    found = {shared_weights_key(declared[cost.name]): (cost, declared[cost.name]) for cost in reversed(costs)}
     return list(reversed(found.values()))
 
 

@@ -21,7 +21,7 @@ from kava_core.models.config import model_config
 from kava_core.protocols.axes import Cache, Geometry, meta_cache
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.timeline import ANSWER, PROMPT, REASONING, Timeline
-from kava_core.specfile.questions import active, parts_of
+from kava_core.specfile.questions import active_losses, compared_parts
 from kava_core.specfile.sections.models import ModelSpec, TrainTokenizer
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
@@ -110,7 +110,7 @@ def dry_run(spec: PipelineSpec, *, batch: int, time: int, t_time: int) -> DryRun
     """
     student = geometry(spec.student, where="student")
     teachers = {t.name: geometry(t, where=f"teacher {t.name!r}") for t in spec.teachers}
-    if not active(spec):
+    if not active_losses(spec):
         return DryRun(student, teachers, None, [])
     pipeline = make_pipeline(spec, teachers, student, seed=0)
     if spec.train.stream:
@@ -123,10 +123,10 @@ def dry_run(spec: PipelineSpec, *, batch: int, time: int, t_time: int) -> DryRun
         length, time_map = _mapped(a, ours, t_time)
         maps[a.name] = time_map.to("meta")
         caches[a.name] = meta_cache(
-            teachers[a.name], parts_of(spec), batch=batch, layer=len(a.sources), time=length
+            teachers[a.name], compared_parts(spec), batch=batch, layer=len(a.sources), time=length
         )
     pipeline.to("meta")
-    own = meta_cache(student, parts_of(spec), batch=batch, layer=len(pipeline.layers), time=time)
+    own = meta_cache(student, compared_parts(spec), batch=batch, layer=len(pipeline.layers), time=time)
     walked = [_walk(aligner, caches[aligner.name], maps[aligner.name]) for aligner in pipeline.teachers]
     shapes = [shape for steps, _ in walked for shape in steps]
     pipeline.compare(own, [aligned for _, aligned in walked], torch.ones((), device="meta"))

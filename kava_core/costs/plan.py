@@ -23,7 +23,7 @@ from kava_core.models import quantize
 from kava_core.models.config import model_config
 from kava_core.models.fsdp import decoder_layers
 from kava_core.models.student import add_lora
-from kava_core.specfile.questions import active, heard, used_teachers
+from kava_core.specfile.questions import active_losses, logit_teachers, used_teachers
 from kava_core.specfile.sections.data import HubData
 from kava_core.specfile.sections.models import ModelSpec, StudentSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
@@ -52,7 +52,7 @@ class Plan:
 def default_time(spec: PipelineSpec) -> int:
     """``train.max_length``, or the fewest positions any of the models has."""
     models = {"student": spec.student} | (
-        {f"teacher {t.name!r}": t for t in spec.teachers} if active(spec) else {}
+        {f"teacher {t.name!r}": t for t in spec.teachers} if active_losses(spec) else {}
     )
     configs = [model_config(model, where=where).get_text_config() for where, model in models.items()]
     limits = [getattr(config, "max_position_embeddings", None) for config in configs]
@@ -72,7 +72,7 @@ def make_plan(spec: PipelineSpec, *, time: int, t_time: int, processes: int = 1)
         _model_cost(
             *(t.name, t, batch, lengths.get(t.name, t_time)),
             geometry=str(dry.teachers[t.name]),
-            head=t.name in heard(spec),
+            head=t.name in logit_teachers(spec),
         )
         for t in used_teachers(spec)
         if t.itself is None

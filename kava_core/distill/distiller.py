@@ -221,7 +221,7 @@ class Distiller(nn.Module):
         if self.latent is None or self.latent.codi is None:
             return None
         first_of_answer = outputs.hidden_states[0].shape[1] - side["after"].shape[1]
-        return states_at_answer_boundary(outputs.hidden_states, side["hinge"] + first_of_answer)
+        return states_at_answer_boundary(outputs.hidden_states, side["answer_boundary"] + first_of_answer)
 
     def _latent_writer_logits(self, outputs: Any, side: Mapping[str, Tensor]) -> Tensor | None:
         if self.latent is None or not self.latent.spec.step_cross_entropy:
@@ -269,7 +269,7 @@ class Distiller(nn.Module):
         # Its teacher runs in every step: a spec whose fuser might leave it out is refused.
         theirs = next(one for one in passes if one.hidden_states is not None)
         assert theirs.hidden_states is not None
-        where = batch.teachers[theirs.teacher]["hinge"].to(theirs.hidden_states[0].device)
+        where = batch.teachers[theirs.teacher]["answer_boundary"].to(theirs.hidden_states[0].device)
         their_boundary = states_at_answer_boundary(theirs.hidden_states, where)
         return codi_term(boundary, their_boundary.to(boundary.device), batch.denominators)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kava_core.data.store.reader import target_of
+from kava_core.data.store.reader import decode_target
 from kava_core.kv.align.aligner import TeacherAligner
 from kava_core.kv.align.streaming import align_layer_by_layer
 from kava_core.kv.compare.pipeline import KVPipeline
@@ -84,7 +84,7 @@ class TeacherReader:
         keep_outputs: bool,
     ) -> tuple[Aligned, TeacherPass | None]:
         if "target" in side:
-            return Aligned(*target_of(side)), None
+            return Aligned(*decode_target(side)), None
         teacher, time_map = teacher_named(self.teachers, aligner.name), time_map_of(aligner, side, timeline)
         if self.by_layer:
             passes: list[TeacherPass] = []

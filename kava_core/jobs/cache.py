@@ -28,11 +28,18 @@ from kava_core.build.stored import (
 )
 from kava_core.build.time_plans import PlansTime
 from kava_core.console import progress, quiet
-from kava_core.data.collate import Item
-from kava_core.data.store.codec import encode
-from kava_core.data.store.index import INDEX, MAPS, PROJECTORS, Ingredients, Layout, read_index
-from kava_core.data.store.reader import SCALE, VALID, row_of, tensor_name
-from kava_core.data.store.writer import Writer, drop_records, save_durably
+from kava_core.data.collate import EncodedExample
+from kava_core.data.store.codec import encode_vectors
+from kava_core.data.store.index import (
+    INDEX_FILE,
+    MAPS_FOLDER,
+    PROJECTORS_FILE,
+    Ingredients,
+    Layout,
+    read_index,
+)
+from kava_core.data.store.reader import SCALE, VALID, flatten_example, tensor_name
+from kava_core.data.store.writer import StoreWriter, drop_records, save_durably
 from kava_core.distill.calibration import aligned_targets
 from kava_core.distill.distiller import Distiller
 from kava_core.errors import KavaError, NonFiniteError, SpecError
@@ -123,7 +130,7 @@ def _made(spec: PipelineSpec, data: Data, wanted: Ingredients, seed: int) -> Cac
             return _described(final, made=False)
         partial = unfinished_folder(final)
         partial.mkdir(exist_ok=True)
-        if not (partial / INDEX).is_file():
+        if not (partial / INDEX_FILE).is_file():
             _write(spec, data, wanted, partial, seed)
         _seal(partial, final)
     return _described(final, made=True)
@@ -162,12 +169,12 @@ def _described(folder: Path, *, made: bool) -> Cached:
 def _write(spec: PipelineSpec, data: Data, wanted: Ingredients, partial: Path, seed: int) -> None:
     assert spec.store is not None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    spec = with_measured_maps(spec, partial / MAPS, data, seed=seed)
+    spec = with_measured_maps(spec, partial / MAPS_FOLDER, data, seed=seed)
     distiller = make_distiller(spec, data, seed=seed).to(device).eval()
     assert spec.store is not None
     distiller.place_teachers(device)
-    _calibrated(distiller, data, spec, device, partial / PROJECTORS)
-    writer = Writer(partial, store_layout(spec, distiller.pipeline), shard_mb=spec.store.shard_mb)
+    _calibrated(distiller, data, spec, device, partial / PROJECTORS_FILE)
+    writer = StoreWriter(partial, store_layout(spec, distiller.pipeline), shard_mb=spec.store.shard_mb)
     missing = _missing(data, writer.done)
     with progress(f"{spec.name}: cached", len(missing)) as advance:
         loader: Any = DataLoader(
@@ -193,7 +200,7 @@ def _calibrated(
     save_durably(projector_state(distiller.pipeline), file)
 
 
-def _missing(data: Data, done: set[str]) -> list[Item]:
+def _missing(data: Data, done: set[str]) -> list[EncodedExample]:
     """Items that are not stored yet, each text once; the longest first, so that memory runs out at once."""
     items = {
         example_key(item.example): item for item in (*data.train_items.items, *data.validation_items.items)
@@ -207,7 +214,7 @@ class _WithItems:
     def __init__(self, collate: PlansTime) -> None:
         self.collate = collate
 
-    def __call__(self, items: list[Item]) -> tuple[list[Item], dict[str, Any]]:
+    def __call__(self, items: list[EncodedExample]) -> tuple[list[EncodedExample], dict[str, Any]]:
         return items, self.collate(items)
 
 
@@ -223,7 +230,7 @@ def _aligned(
     return dict(zip(distiller.pipeline.names, found, strict=True))
 
 
-def _add(writer: Writer, items: Sequence[Item], aligned: dict[str, Aligned]) -> None:
+def _add(writer: StoreWriter, items: Sequence[EncodedExample], aligned: dict[str, Aligned]) -> None:
     """Encode a batch on its device and hand it, example by example, to the writer."""
     tensors = {
         name: tensor.cpu()
@@ -232,7 +239,7 @@ def _add(writer: Writer, items: Sequence[Item], aligned: dict[str, Aligned]) -> 
     }
     for row, item in enumerate(items):
         time = len(item.student)
-        blocks = {name: row_of(tensor, row, time) for name, tensor in tensors.items()}
+        blocks = {name: flatten_example(tensor, row, time) for name, tensor in tensors.items()}
         writer.add(example_key(item.example), time, blocks)
 
 
@@ -246,7 +253,7 @@ def _encoded(teacher: str, aligned: Aligned, layout: Layout) -> dict[str, Tensor
             raise NonFiniteError(
                 f"teacher {teacher!r}: its aligned {part} hold NaN or infinity; nothing stored"
             )
-        numbers, scale = encode(x, layout.dtype)
+        numbers, scale = encode_vectors(x, layout.dtype)
         found[tensor_name(teacher, part)] = numbers
         if scale is not None:
             found[tensor_name(teacher, part + SCALE)] = scale[..., None]

@@ -16,7 +16,7 @@ from accelerate.utils import send_to_device
 from kava_core.build.data import make_data, teacher_reading
 from kava_core.console import progress, quiet
 from kava_core.data.collate import Collator
-from kava_core.data.examples import Example, is_correct, marker_in
+from kava_core.data.examples import Example, find_answer_marker, is_correct
 from kava_core.errors import KavaError, SpecError, did_you_mean
 from kava_core.models.config import check_answer_fits
 from kava_core.models.load import load_model
@@ -161,7 +161,7 @@ class _Writer:
 
 def rationale_of(written: str, template: Template) -> str | None:
     """What stands for ``{reasoning}`` in a written text; None where the answer's marker is missing."""
-    found = marker_in(written, template)
+    found = find_answer_marker(written, template)
     before, _, after = template.reasoning.partition("{reasoning}")
     return written[: found[0]].removeprefix(before).removesuffix(after) if found else None
 

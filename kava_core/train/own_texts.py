@@ -15,8 +15,8 @@ from numpy.random import SeedSequence
 from torch import Tensor
 
 from kava_core.build.time_plans import Collate
-from kava_core.data.collate import Collator, Item
-from kava_core.data.examples import Example, Text, split_written
+from kava_core.data.collate import Collator, EncodedExample
+from kava_core.data.examples import Example, Text, split_completion
 from kava_core.distill.distiller import Distiller
 from kava_core.models.ledger import HEAD, STUDENT, Ledger
 from kava_core.models.sampling import decode_new_tokens, real_tokens, sample_tokens
@@ -35,7 +35,7 @@ class KeepsExamples:
     def __init__(self, collate: Collate) -> None:
         self.collate = collate
 
-    def __call__(self, batch: Sequence[Item]) -> dict[str, Any]:
+    def __call__(self, batch: Sequence[EncodedExample]) -> dict[str, Any]:
         """The collator's batch with its examples."""
         return {**self.collate(batch), EXAMPLES: tuple(item.example for item in batch)}
 
@@ -87,7 +87,7 @@ class OwnTexts:
         examples, device = list(batch[EXAMPLES]), batch["student"]["input_ids"].device
         items = [item for item in self.collator.encode(examples) if item is not None]
         count = round(self.spec.share * len(items))
-        new: list[Item | None] = [None] * count
+        new: list[EncodedExample | None] = [None] * count
         if count and distiller.pipeline.compared:
             texts = self._written(distiller, examples[:count], device, ledger, place, autocast)
             new = [self._fitting(item) for item in self.collator.encode_written(examples[:count], texts)]
@@ -97,7 +97,7 @@ class OwnTexts:
         )
         return made
 
-    def _fitting(self, item: Item | None) -> Item | None:
+    def _fitting(self, item: EncodedExample | None) -> EncodedExample | None:
         """None where a side has more tokens than its model positions."""
         if item is None:
             return None
@@ -132,7 +132,7 @@ class OwnTexts:
         real = real_tokens(tokens[:, length:], tokenizer.eos_token_id)
         self._note(ledger, prompts["attention_mask"], real)
         texts, template = decode_new_tokens(tokenizer, tokens, length), self.collator.template
-        return [split_written(e, text, template) for e, text in zip(examples, texts, strict=True)]
+        return [split_completion(e, text, template) for e, text in zip(examples, texts, strict=True)]
 
     def _note(self, ledger: Ledger, mask: Tensor, real: Tensor) -> None:
         """A pass over the prompts, and one over each new token but the last, which reads those before it."""

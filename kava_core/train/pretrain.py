@@ -12,9 +12,9 @@ from typing import Any
 
 from kava_core.build.data import load_or_train_tokenizer
 from kava_core.data.examples import Example
-from kava_core.data.splits import Splits, fingerprint, load_splits, split_hash
+from kava_core.data.splits import Splits, load_splits, split_hash, text_fingerprint
 from kava_core.paths import cache_folder
-from kava_core.specfile.sections.data import DataSpec, changed_data
+from kava_core.specfile.sections.data import DataSpec, change_data
 from kava_core.specfile.sections.models import ModelSpec, Pretrain, StudentSpec, TrainTokenizer
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.specfile.sections.training import EvaluateSpec, TrainSpec
@@ -63,17 +63,17 @@ def pretraining_report(spec: PipelineSpec) -> dict[str, dict[str, Any]]:
 
 
 def _shared(learnt: Sequence[Example], splits: Splits) -> dict[str, Any]:
-    prompts = {fingerprint(example.prompt) for example in learnt}
+    prompts = {text_fingerprint(example.prompt) for example in learnt}
     found: dict[str, Any] = {"examples": len(learnt), "sha256": split_hash(learnt)}
     for name, split in (("train", splits.train), ("validation", splits.validation)):
-        found[f"shared_with_{name}"] = sum(fingerprint(example.prompt) in prompts for example in split)
+        found[f"shared_with_{name}"] = sum(text_fingerprint(example.prompt) in prompts for example in split)
     return found
 
 
 def _data(spec: PipelineSpec, model: ModelSpec) -> DataSpec:
     """The spec's data with the changes that ``pretrain`` asks for; a teacher's own text is none of them."""
     changes = model.pretrain.data if model.pretrain is not None else {}
-    return changed_data(spec.data, changes) if changes else spec.data
+    return change_data(spec.data, changes) if changes else spec.data
 
 
 def _tokenizer_of_all(spec: PipelineSpec, model: ModelSpec) -> str:

@@ -16,8 +16,8 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from kava_core.build.data import make_data
 from kava_core.build.distiller import make_distiller
-from kava_core.data.dataset import nearly_equal
-from kava_core.data.examples import without_last_step
+from kava_core.data.dataset import split_nearly_equal
+from kava_core.data.examples import drop_last_step
 from kava_core.distill.alignment import StepBatch
 from kava_core.distill.hidden_states import codi_term, step_cross_entropy
 from kava_core.errors import SpecError
@@ -185,7 +185,7 @@ def test_the_last_written_step_can_be_left_out() -> None:
     for row in range(4):
         example, side = data.train_items[row].example, batch["teachers"]["own"]
         text = data.tokenizer.decode(side["input_ids"][row][side["attention_mask"][row].bool()][:-1])
-        steps = without_last_step(example, " ").reasoning
+        steps = drop_last_step(example, " ").reasoning
         assert text.replace(" ", "") == f"{example.prompt}?{steps}#{example.answer}".replace(" ", "")
         assert len(steps.split()) == len(example.reasoning.split()) - 1
 
@@ -221,8 +221,8 @@ def test_codi_compares_the_token_before_the_answers_own() -> None:
     student, teacher = batch["student"], batch["teachers"]["own"]
     tokens = data.tokenizer.convert_ids_to_tokens
     for row in range(4):
-        assert tokens(int(student["after"][row, student["hinge"][row]])) == "#"
-        assert tokens(int(teacher["input_ids"][row, teacher["hinge"][row]])) == "#"
+        assert tokens(int(student["after"][row, student["answer_boundary"][row]])) == "#"
+        assert tokens(int(teacher["input_ids"][row, teacher["answer_boundary"][row]])) == "#"
     own = distiller.eval().student_pass(StepBatch(student, {}, torch.ones(4)))
     for row in range(4):
         alone = data.plain_collator([data.train_items[row]])["student"]
@@ -430,9 +430,9 @@ def test_evaluation_counts_matches_with_controls(tmp_path: Path) -> None:
 
 
 def test_no_batch_of_the_controls_is_left_with_one_example() -> None:
-    assert [len(part) for part in nearly_equal(list(range(17)), 8)] == [5, 6, 6]
-    assert [index for part in nearly_equal(list(range(9)), 2) for index in part] == list(range(9))
-    assert nearly_equal([], 4) == []
+    assert [len(part) for part in split_nearly_equal(list(range(17)), 8)] == [5, 6, 6]
+    assert [index for part in split_nearly_equal(list(range(9)), 2) for index in part] == list(range(9))
+    assert split_nearly_equal([], 4) == []
 
 
 @pytest.mark.parametrize("passes", [0, 2, 7])

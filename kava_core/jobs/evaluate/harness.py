@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from kava_core.data.examples import Example, render
+from kava_core.data.examples import Example, render_example
 from kava_core.errors import SpecError
 from kava_core.jobs.evaluate.student import Student
 from kava_core.paths import make_folder
@@ -35,7 +35,7 @@ def write_task(folder: Path, student: Student, examples: Sequence[Example], max_
         raise SpecError(f"--lm-eval: the answer {wrong[0]!r} is no number, and the task looks for numbers")
     make_folder(folder)
     template = student.spec.data.template
-    items = ({"prompt": render(e, template).prompt, "answer": e.answer} for e in examples)
+    items = ({"prompt": render_example(e, template).prompt, "answer": e.answer} for e in examples)
     file = folder / "items.jsonl"
     file.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
     name = "kava_" + re.sub(r"\W", "_", student.spec.name)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from kava_core.build.provenance import file_hash
-from kava_core.data.dataset import nearly_equal
-from kava_core.data.examples import Example, is_correct, render
+from kava_core.data.dataset import split_nearly_equal
+from kava_core.data.examples import Example, is_correct, render_example
 from kava_core.data.jsonl import read_examples
 from kava_core.data.splits import Splits, load_splits, split_hash
 from kava_core.errors import SpecError
@@ -52,10 +52,10 @@ def judged(
     template = student.spec.data.template
     answers = Answers(student.collator, student.tokenizer, max_new_tokens)
     device = next(student.distiller.parameters()).device
-    for some in nearly_equal(examples, batch_size):
+    for some in split_nearly_equal(examples, batch_size):
         texts, _ = answers(student.distiller, some, device)
         for example, text in zip(some, texts, strict=True):
-            prompt = render(example, template).prompt
+            prompt = render_example(example, template).prompt
             yield {
                 "sha256": hashlib.sha256(prompt.encode("utf-8")).hexdigest(),
                 "prompt": prompt,

@@ -16,7 +16,7 @@ from kava_core.build.data import Data, make_data
 from kava_core.build.distiller import make_distiller
 from kava_core.build.time_plans import PlansTime
 from kava_core.console import quiet
-from kava_core.data.dataset import nearly_equal
+from kava_core.data.dataset import split_nearly_equal
 from kava_core.distill.distiller import Distiller
 from kava_core.errors import CheckpointError, SpecError
 from kava_core.latent.exported import load_latents
@@ -28,7 +28,7 @@ from kava_core.runs.finished import (
     trained_student,
     verify_student,
 )
-from kava_core.specfile.questions import active, used_teachers
+from kava_core.specfile.questions import active_losses, used_teachers
 from kava_core.specfile.sections.models import TeacherSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.train.weights import ALIGNER_FILE
@@ -53,7 +53,7 @@ class FinishedRun:
         items = self.data.validation_items.items[:examples]
         collate = PlansTime(self.data.plain_collator, self.distiller.pipeline)
         device = next(self.distiller.parameters()).device
-        for some in nearly_equal(items, MOST):
+        for some in split_nearly_equal(items, MOST):
             made = send_to_device(collate(some), device)
             yield made | {"student": self.distiller.at_curriculum_stage(made["student"])}
 
@@ -98,7 +98,7 @@ def _spec(run: Path) -> PipelineSpec:
 
 
 def _missing(spec: PipelineSpec, record: dict[str, Any], last: Path) -> str | None:
-    if not active(spec):
+    if not active_losses(spec):
         return "the run compared no teacher's cache (no KV loss)"
     if not last.is_dir():
         return f"{last} is gone, and the trained aligners with it"

@@ -18,7 +18,7 @@ from kava_core.build.data import Data, make_data
 from kava_core.build.distiller import make_distiller
 from kava_core.build.layer_maps import with_measured_maps
 from kava_core.config import Part
-from kava_core.data.dataset import nearly_equal
+from kava_core.data.dataset import split_nearly_equal
 from kava_core.distill.distiller import Distiller
 from kava_core.errors import SpecError
 from kava_core.kv.align.aligner import TeacherAligner
@@ -31,7 +31,7 @@ from kava_core.kv.maths.masks import without_autocast
 from kava_core.models.teacher import Teacher
 from kava_core.protocols.axes import PARTS, Cache
 from kava_core.protocols.timeline import Timeline
-from kava_core.specfile.questions import active
+from kava_core.specfile.questions import active_losses
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.train import run
 
@@ -58,7 +58,7 @@ def refuse(spec: PipelineSpec) -> None:
 
 def compares(spec: PipelineSpec) -> bool:
     """Whether some loss compares a teacher's cache."""
-    return bool(spec.teachers and active(spec))
+    return bool(spec.teachers and active_losses(spec))
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Subject:
 
     def batches(self, count: int, size: int) -> Iterator[dict[str, Any]]:
         """``count`` validation examples, or as many as there are, ``size`` or fewer at a time."""
-        for some in nearly_equal(self.data.validation_items.items[:count], size):
+        for some in split_nearly_equal(self.data.validation_items.items[:count], size):
             yield send_to_device(self.data.plain_collator(some), self.device)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -165,7 +165,7 @@ class Subject:
         if not aligner.wants_calibration:
             return
         items = self.data.train_items.items[: self.spec.train.calibration_examples]
-        for some in nearly_equal(items, self.spec.train.batch_size):
+        for some in split_nearly_equal(items, self.spec.train.batch_size):
             batch = send_to_device(self.data.plain_collator(some), self.device)
             theirs = batch["teachers"][aligner.name]
             cache, own = (

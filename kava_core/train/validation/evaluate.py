@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Subset
 
 from kava_core.build.time_plans import PlansTime
 from kava_core.data.collate import Collator
-from kava_core.data.dataset import EncodedDataset, nearly_equal
+from kava_core.data.dataset import EncodedDataset, split_nearly_equal
 from kava_core.data.examples import is_correct
 from kava_core.distill.denominators import EXAMPLES, LABELLED, READ, TOKENS
 from kava_core.distill.distiller import LOGITS, Distiller
@@ -127,7 +127,7 @@ class Evaluator:
         """``exact_match``, and ``passes``: forward passes for an answer, the prompt's included."""
         marks, passes = list[bool](), 0
         written: list[dict[str, Any]] = []
-        for indices in nearly_equal(mine, self.spec.batch_size):
+        for indices in split_nearly_equal(mine, self.spec.batch_size):
             examples = [self.examples[index] for index in indices]
             texts, taken = self.answers(distiller, examples, accelerator.device, control)
             passes += taken

@@ -15,7 +15,7 @@ from torch import Tensor
 from kava_core.build.data import Data, make_data
 from kava_core.build.distiller import make_distiller
 from kava_core.data.encode import NO_LABEL
-from kava_core.data.examples import render
+from kava_core.data.examples import render_example
 from kava_core.distill.distiller import Distiller
 from kava_core.runs import checkpoint
 from kava_core.train.run import run
@@ -120,7 +120,8 @@ def test_exact_match_counts_right_answers(tmp_path: Path, monkeypatch: pytest.Mo
     evaluator, distiller, data = setup(tmp_path, evaluate={"generate": True, "max_new_tokens": 9})
     examples = data.validation_items.examples
     right = [
-        render(e, evaluator.template).text[len(render(e, evaluator.template).prompt) :] for e in examples
+        render_example(e, evaluator.template).text[len(render_example(e, evaluator.template).prompt) :]
+        for e in examples
     ]
     texts = [f" #{(int(e.answer) + 1) % 10}" if i % 3 == 0 else right[i] for i, e in enumerate(examples)]
     texts[1] = examples[1].answer
