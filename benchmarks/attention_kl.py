@@ -25,7 +25,7 @@ from alternated import alternate, quartiles
 from memory import MIB, largest_resident
 from torch import Tensor
 
-from kava_plugins.kv_losses.attention_divergence import attention_divergence
+from kava_plugins.kv_losses._attention_divergence import attention_divergence
 
 ARMS = ("blocks", "maps", "sdpa")
 

@@ -8,14 +8,15 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kava_core.build.pipeline import build_pipeline
+from kava_core.distill.calibration import calibrate_projectors, finish_projectors
 from kava_core.distill.distiller import Distiller
 from kava_core.distill.student_pass import cross_entropy
 from kava_core.kv.capture.geometry import model_geometry
-from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.models.teacher import Teacher
 from kava_core.registry import Registry
-from kava_core.specfile.bind import bind
-from kava_core.specfile.questions import parts_of
+from kava_core.specfile.bind import bind_spec_model
+from kava_core.specfile.questions import compared_parts
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
 Size = dict[str, Any]
@@ -66,7 +67,7 @@ def make_spec(
     **more: Any,
 ) -> PipelineSpec:
     """The pipeline of one arm; ``align`` for every teacher."""
-    return bind(Registry.build()).model_validate(
+    return bind_spec_model(Registry.build()).model_validate(
         {
             "name": "bench",
             "student": {"config": config(*size["student"]), "tokenizer": {"kind": "bpe"}},
@@ -133,21 +134,23 @@ class Bench:
         self.student = build(spec.student.config, device)
         models = [build(t.config, device) for t in spec.teachers]
         geometries = {t.name: model_geometry(m) for t, m in zip(spec.teachers, models, strict=True)}
-        self.pipeline = KVPipeline(spec, teachers=geometries, student=model_geometry(self.student)).to(device)
+        self.pipeline = build_pipeline(spec, teachers=geometries, student=model_geometry(self.student)).to(
+            device
+        )
         self.teachers = [
-            Teacher(t.name, m, layers=a.sources, parts=parts_of(spec), rotary=spec.rotary)
+            Teacher(t.name, m, layers=a.sources, parts=compared_parts(spec), rotary=spec.rotary)
             for t, m, a in zip(spec.teachers, models, self.pipeline.teachers, strict=True)
         ]
         self.distiller = Distiller(
-            self.student, self.pipeline, self.teachers, parts=parts_of(spec), rotary=spec.rotary
+            self.student, self.pipeline, self.teachers, parts=compared_parts(spec), rotary=spec.rotary
         )
         self.optimizer = torch.optim.AdamW(self.distiller.parameters(), lr=1e-4)
         if batch is None:
             self.show(size["batch"], size["time"])
         else:
             self.take(batch)
-        self.distiller.calibrate({"student": self.ours, "teachers": self.theirs})
-        self.distiller.finish_calibration()
+        calibrate_projectors(self.distiller, {"student": self.ours, "teachers": self.theirs})
+        finish_projectors(self.distiller.pipeline)
 
     def take(self, batch: dict[str, Any]) -> None:
         """Make these the tokens of every step from now on."""

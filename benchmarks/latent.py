@@ -27,6 +27,7 @@ from kava_core.build.distiller import make_latent
 from kava_core.build.pipeline import make_pipeline
 from kava_core.build.teachers import make_teachers
 from kava_core.data.encode import NO_LABEL
+from kava_core.distill.calibration import calibrate_projectors, finish_projectors
 from kava_core.distill.distiller import Distiller
 from kava_core.kv.capture.geometry import model_geometry
 from kava_core.latent.curriculum import ALWAYS
@@ -35,7 +36,7 @@ from kava_core.latent.student import write_answers
 from kava_core.latent.tokens import LatentTokens, extend_mask
 from kava_core.protocols.timeline import REASONING
 from kava_core.registry import Registry
-from kava_core.specfile.bind import bind
+from kava_core.specfile.bind import bind_spec_model
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
 PROMPT, TRACE, ANSWER = 64, 65, 4
@@ -68,7 +69,7 @@ def fields_of(form: str, size: Size) -> dict[str, Any]:
 
 def make_spec(form: str, size: Size, count: int, passes: int) -> PipelineSpec:
     """A latent run."""
-    return bind(Registry.build()).model_validate(
+    return bind_spec_model(Registry.build()).model_validate(
         {
             "name": "bench",
             "student": {"config": config(*size["student"]), "tokenizer": {"kind": "bpe"}},
@@ -108,7 +109,7 @@ def written(batch: int, device: str) -> dict[str, Tensor]:
         "segments": segments.to(device).expand(batch, -1),
         "spans": torch.zeros(*ids.shape, 2, dtype=torch.long, device=device),
         "labels": labels,
-        "hinge": torch.full((batch,), PROMPT + TRACE - 1, device=device),
+        "answer_boundary": torch.full((batch,), PROMPT + TRACE - 1, device=device),
     }
 
 
@@ -124,7 +125,7 @@ def unwritten(text: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
         "after_mask": torch.ones_like(after),
         "labels": torch.cat([torch.full_like(mark, NO_LABEL), ids[:, -ANSWER:]], 1),
         "steps": torch.full_like(after, ALWAYS),
-        "hinge": torch.zeros_like(ids[:, 0]),
+        "answer_boundary": torch.zeros_like(ids[:, 0]),
         "trace": ids[:, PROMPT : PROMPT + count],
         "attention_mask": slots,
         "segments": torch.full_like(slots, REASONING),
@@ -137,7 +138,7 @@ class Step:
 
     def __init__(self, distiller: Distiller, batch: dict[str, Any]) -> None:
         self.distiller, self.batch = distiller, batch
-        self.items = distiller.counts(batch)
+        self.items = distiller.loss_denominators(batch)
         self.optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-4)
 
     def loss(self) -> Tensor:
@@ -179,8 +180,8 @@ def latent_step(form: str, size: Size, count: int, passes: int, device: str) -> 
     pipeline = make_pipeline(spec, known, model_geometry(student), seed=0)
     teachers = make_teachers(spec, models, pipeline)
     distiller = Distiller(student, pipeline, teachers, latent=latent, rotary=spec.rotary).to(device)
-    distiller.calibrate(batch)
-    distiller.finish_calibration()
+    calibrate_projectors(distiller, batch)
+    finish_projectors(distiller.pipeline)
     return Step(distiller, batch)
 
 

@@ -20,7 +20,7 @@ from trl.experimental.gold import GOLDConfig, GOLDTrainer
 
 from kava_core.data.chain import chain_examples
 from kava_core.data.collate import Collator
-from kava_core.data.examples import Example, render
+from kava_core.data.examples import Example, render_example
 from kava_core.data.tokenizers import train_tokenizer
 from kava_core.specfile.sections.data import ChainData, Template
 from kava_core.specfile.sections.models import TrainTokenizer
@@ -47,7 +47,7 @@ def make(size: Size, device: str) -> tuple[Bench, dict[str, Callable[[], object]
 
 
 def _collator(examples: list[Example], folder: Path) -> Collator:
-    texts = [render(example, TEMPLATE).text for example in examples]
+    texts = [render_example(example, TEMPLATE).text for example in examples]
     student, teacher = (
         train_tokenizer(TrainTokenizer(kind="bpe", vocab_size=entries), texts, folder / str(entries))
         for entries in (400, 1200)
@@ -57,7 +57,7 @@ def _collator(examples: list[Example], folder: Path) -> Collator:
 
 def _trainer(bench: Bench, collator: Collator, examples: list[Example], folder: Path) -> GOLDTrainer:
     """``GOLDTrainer`` around the bench's models."""
-    texts = [render(example, TEMPLATE) for example in examples]
+    texts = [render_example(example, TEMPLATE) for example in examples]
     rows = [{"prompt": one.prompt, "completion": one.text[len(one.prompt) :]} for one in texts]
     collator.teacher_tokenizers["t0"].save_pretrained(folder / "teacher")
     settings: dict[str, Any] = {

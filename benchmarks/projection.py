@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kava_core.protocols.axes import Geometry
-from kava_plugins.dim_projectors import Linear
-from kava_plugins.head_adapters import Flat, Structured
+from kava_plugins.dim_projectors import LinearConfig
+from kava_plugins.head_adapters import FlatConfig, StructuredConfig
 
 PARTS = ("keys", "values")
 PAIRS = {
@@ -33,11 +33,13 @@ PAIRS = {
 class Batched(nn.Module):
     """A head adapter and the linear projector; layers and heads as batched products."""
 
-    def __init__(self, adapter: Structured | Flat, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(
+        self, adapter: StructuredConfig | FlatConfig, *, teacher: Geometry, student: Geometry
+    ) -> None:
         super().__init__()
         self.adapter = adapter.build(teacher=teacher, student=student)
         views = {"teacher": self.adapter.teacher_view, "student": self.adapter.student_view}
-        self.projector = Linear().build(**views)
+        self.projector = LinearConfig().build(**views)
 
     def forward(self, cache: dict[str, Tensor]) -> list[Tensor]:
         """Keys and values as the student's."""
@@ -133,7 +135,7 @@ def draw(teacher: Geometry, batch: int, time: int) -> dict[str, Tensor]:
 def loops_row(name: str, options: argparse.Namespace) -> str:
     """Loops against batched products, forward and forward with backward."""
     teacher, student = sides(name)
-    batched = Batched(Structured(trainable=True), teacher=teacher, student=student)
+    batched = Batched(StructuredConfig(trainable=True), teacher=teacher, student=student)
     looped = Looped(batched)
     cache = draw(teacher, options.batch, options.time)
     for mine, theirs in zip(batched(cache), looped(cache), strict=True):
@@ -151,7 +153,9 @@ def loops_row(name: str, options: argparse.Namespace) -> str:
 def flat_row(name: str, options: argparse.Namespace) -> str:
     """Flat against structured: parameters, forward, forward with backward."""
     teacher, student = sides(name)
-    modules = [Batched(adapter, teacher=teacher, student=student) for adapter in (Flat(), Structured())]
+    modules = [
+        Batched(adapter, teacher=teacher, student=student) for adapter in (FlatConfig(), StructuredConfig())
+    ]
     cache = draw(teacher, options.batch, options.time)
     sizes = " | ".join(f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f} M" for m in modules)
     cells = []

@@ -22,17 +22,17 @@ import numpy as np
 import torch
 from step import VOCAB, build, config
 
-from kava_core.data.store.codec import encode
+from kava_core.build.pipeline import build_pipeline
+from kava_core.data.store.codec import encode_vectors
 from kava_core.data.store.index import Layout
 from kava_core.data.store.reader import VALID, Store
-from kava_core.data.store.writer import Writer
+from kava_core.data.store.writer import StoreWriter
 from kava_core.distill.distiller import Distiller
 from kava_core.kv.capture.geometry import model_geometry
-from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.models.teacher import Teacher
 from kava_core.registry import Registry
-from kava_core.specfile.bind import bind
-from kava_core.specfile.questions import parts_of
+from kava_core.specfile.bind import bind_spec_model
+from kava_core.specfile.questions import compared_parts
 
 LAYER, HEAD, DIM, BATCH = 12, 4, 64, 8
 
@@ -51,10 +51,12 @@ def seconds(action: Callable[[], object], device: str = "cpu") -> float:
 def made_store(folder: Path, items: int, length: int) -> Store:
     """One teacher, keys and values in bfloat16."""
     parts: dict[Any, tuple[int, int, int]] = {"keys": (LAYER, HEAD, DIM), "values": (LAYER, HEAD, DIM)}
-    writer = Writer(folder, Layout("bfloat16", {"t": parts}), shard_mb=128)
+    writer = StoreWriter(folder, Layout("bfloat16", {"t": parts}), shard_mb=128)
     for item in range(items):
         target = torch.randn(2, LAYER * HEAD * length * DIM)
-        blocks = {f"t/{part}": encode(x, "bfloat16")[0] for part, x in zip(parts, target, strict=True)}
+        blocks = {
+            f"t/{part}": encode_vectors(x, "bfloat16")[0] for part, x in zip(parts, target, strict=True)
+        }
         writer.add(str(item), length, blocks | {f"t/{VALID}": torch.ones(length, dtype=torch.bool)})
     writer.finish({})
     return Store(folder)
@@ -115,16 +117,16 @@ def step(options: argparse.Namespace, folder: Path) -> None:
         "data": {"name": "chain"},
         "train": {"steps": 1},
     }
-    spec = bind(Registry.build()).model_validate(fields)
+    spec = bind_spec_model(Registry.build()).model_validate(fields)
     student, models = llama(192, 4, 6, 2), {"a": llama(512, 8, 8, 4), "b": llama(384, 8, 6, 6)}
-    pipeline = KVPipeline(
+    pipeline = build_pipeline(
         spec, teachers={n: model_geometry(m) for n, m in models.items()}, student=model_geometry(student)
     )
     teachers = [
-        Teacher(n, models[n], layers=a.sources, parts=parts_of(spec), rotary="strip")
+        Teacher(n, models[n], layers=a.sources, parts=compared_parts(spec), rotary="strip")
         for n, a in zip(models, pipeline.teachers, strict=True)
     ]
-    distiller = Distiller(student, pipeline, teachers, parts=parts_of(spec)).to(options.device)
+    distiller = Distiller(student, pipeline, teachers, parts=compared_parts(spec)).to(options.device)
     distiller.place_teachers(torch.device(options.device))
     arms = {"live": sides(options), "stored": {}}
     arms["stored"] = stored_sides(distiller, arms["live"], folder, options)
@@ -170,17 +172,18 @@ def stored_sides(
     """What the collator reads for the same batch in every step."""
     from kava_core.protocols.timeline import Timeline
 
-    assert distiller.pipeline is not None
     with torch.no_grad():
         timeline = Timeline.from_batch(live["student"])
-        aligned = distiller.aligned(live["teachers"](), timeline, distiller.pipeline)
+        aligned, _ = distiller.alignment.targets.read_targets(
+            live["teachers"](), timeline, distiller.pipeline
+        )
     found = dict(zip(distiller.pipeline.names, aligned, strict=True))
     extents: Any = {
         name: {part: (*x.shape[1:3], x.shape[4]) for part, x in one.target.items()}
         for name, one in found.items()
     }
     folder.mkdir()
-    writer = Writer(folder, Layout("bfloat16", extents), shard_mb=128)
+    writer = StoreWriter(folder, Layout("bfloat16", extents), shard_mb=128)
     for row in range(BATCH):
         blocks = {f"{name}/{VALID}": one.valid[row].cpu() for name, one in found.items()}
         for name, one in found.items():

@@ -35,15 +35,17 @@ def make(align: str, device: str) -> Bench:
 
 def step(bench: Bench, form: str) -> None:
     """One step of one form."""
-    bench.distiller.stream = form == "streamed"
+    bench.distiller.choose_alignment(stream=form == "streamed")
     (bench.floor if form == "floor" else bench.step)()
 
 
 @torch.no_grad()
 def targets(bench: Bench, form: str) -> None:
     """The teacher's pass and its alignment, nothing else."""
-    bench.distiller.stream = form == TARGETS[1]
-    bench.distiller.aligned(bench.theirs, Timeline.from_batch(bench.ours), bench.pipeline)
+    bench.distiller.choose_alignment(stream=form == TARGETS[1])
+    bench.distiller.alignment.targets.read_targets(
+        bench.theirs, Timeline.from_batch(bench.ours), bench.pipeline
+    )
 
 
 def peak(form: str, align: str, time: int, device: str) -> float:

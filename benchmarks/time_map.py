@@ -22,7 +22,7 @@ from alternated import alternate, clock, ratio
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from kava_core.data import trainers
+from kava_core.data import tokenizer_training
 from kava_core.data.collate import Collator
 from kava_core.data.jsonl import read_examples
 from kava_core.protocols.axes import Geometry
@@ -30,11 +30,11 @@ from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.timeline import Timeline
 from kava_core.specfile.sections.data import Template
 from kava_core.specfile.sections.models import TrainTokenizer
-from kava_plugins.time_warpers import CharIoU, Segment
+from kava_plugins.time_warpers import CharIoUConfig, SegmentConfig
 
 GEOMETRY = Geometry(layer=1, head=1, dim=1, qhead=1, hidden=1)
-IOU = CharIoU().build(teacher=GEOMETRY, student=GEOMETRY)
-SEGMENT = Segment(mode="interpolate").build(teacher=GEOMETRY, student=GEOMETRY)
+IOU = CharIoUConfig().build(teacher=GEOMETRY, student=GEOMETRY)
+SEGMENT = SegmentConfig(mode="interpolate").build(teacher=GEOMETRY, student=GEOMETRY)
 Arm = Callable[[], object]
 
 
@@ -171,8 +171,10 @@ def resampling(rounds: int) -> Iterator[str]:
 def share_of_tokenizing(rounds: int, data: Path, size: int) -> str:
     """Building the maps of GSM8K in batches, beside tokenizing both sides as the collator does."""
     examples = read_examples(data / "gsm8k" / "train.jsonl", "gsm8k", 384)
-    trained = trainers.train(TrainTokenizer(kind="bpe", vocab_size=8000), [one.prompt for one in examples])
-    own = PreTrainedTokenizerFast(tokenizer_object=trained, eos_token=trainers.EOS)
+    trained = tokenizer_training.train_on_texts(
+        TrainTokenizer(kind="bpe", vocab_size=8000), [one.prompt for one in examples]
+    )
+    own = PreTrainedTokenizerFast(tokenizer_object=trained, eos_token=tokenizer_training.EOS)
     mistral = AutoTokenizer.from_pretrained(data / "tokenizers" / "mistral")
     collator = Collator(own, {"mistral": mistral}, Template())
     items = collator.encode(examples)

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from kava_core.data.encode import encode
-from kava_core.data.examples import Example, render
+from kava_core.data.encode import encode_text
+from kava_core.data.examples import Example, render_example
 from kava_core.data.tokenizers import train_tokenizer
 from kava_core.kv.align.boundaries import teacher_weights
 from kava_core.kv.capture.rotation import rerotate, unrotate
@@ -94,10 +94,10 @@ def curve(axis: Axes, title: str, across: str, up: str) -> None:
 
 def side(kind: Any, vocab_size: int, texts: Sequence[str]) -> tuple[Timeline, list[str]]:
     """The example in a tokenizer trained on ``texts``, and each token's characters."""
-    text = render(EXAMPLE, TEMPLATE)
+    text = render_example(EXAMPLE, TEMPLATE)
     with tempfile.TemporaryDirectory() as cache:
         spec = TrainTokenizer(kind=kind, vocab_size=vocab_size)
-        encoded = encode(text, train_tokenizer(spec, texts, Path(cache)))
+        encoded = encode_text(text, train_tokenizer(spec, texts, Path(cache)))
     assert encoded is not None
     batch = {
         "attention_mask": torch.ones(1, len(encoded), dtype=torch.bool),

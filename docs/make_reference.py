@@ -12,6 +12,7 @@ from kava_core.config import ComponentConfig
 from kava_core.hookspecs import KINDS
 from kava_core.registry import Registry
 from kava_core.specfile.sections.pipeline import PipelineSpec
+from kava_core.specfile.sections.rules import RULES
 
 DOCS = Path(__file__).parent
 NOTE = "This page is written by `python docs/make_reference.py`; edit the declarations instead.\n"
@@ -24,6 +25,11 @@ ABOUT_SPECS = """\
 A spec is YAML, read strictly: no anchors, tags or duplicate keys; `1e-4` is a number; an unknown key is an
 error with a suggestion. `kava check SPEC` checks it, `kava schema` writes its JSON Schema for editors.
 Trailing `key=value` arguments change single fields: `kava train spec.yaml train.steps=100`.
+"""
+
+ABOUT_RULES = """\
+What may go together in a spec, across its blocks. The first rule that a spec breaks is its error.
+`kava check --rules` prints this table.
 """
 
 COMPONENTS = {"ComponentConfig": "component", "KVLossConfig": "KV loss"}
@@ -73,7 +79,15 @@ def spec() -> str:
     for name in reachable(schema):
         if name not in COMPONENTS:
             parts += section(name, schema["$defs"][name])
-    return "\n".join(parts)
+    return "\n".join([*parts, *rules()])
+
+
+def rules() -> Iterator[str]:
+    """Render the table of what may go together."""
+    yield "## Rules\n"
+    yield ABOUT_RULES
+    rows = [f"| `{rule.name}` | {rule.when} | {rule.what} |" for rule in RULES]
+    yield "\n".join(["| rule | when | what must be so then |", "|---|---|---|", *rows]) + "\n"
 
 
 def section(name: str, schema: Schema) -> Iterator[str]:

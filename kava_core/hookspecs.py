@@ -37,14 +37,14 @@ def kava_head_adapters() -> Sequence[type[ComponentConfig]]:
         from kava_core import hookimpl
         from kava_core.config import ComponentConfig
 
-        class FirstHeads(ComponentConfig):
+        class FirstHeadsConfig(ComponentConfig):
             '''Keep the first heads of the teacher.'''
             name: Literal["first_heads"] = "first_heads"
             component = "kava_first_heads.adapter:FirstHeadsAdapter"
 
         @hookimpl
         def kava_head_adapters():
-            return [FirstHeads]
+            return [FirstHeadsConfig]
 
         # kava_first_heads/adapter.py
         from torch import nn
@@ -71,14 +71,14 @@ def kava_time_warpers() -> Sequence[type[ComponentConfig]]:
     A plugin whose student position i reads teacher position i + 1::
 
         # kava_shift/__init__.py
-        class Shift(ComponentConfig):
+        class ShiftConfig(ComponentConfig):
             '''Read the teacher one position ahead.'''
             name: Literal["shift"] = "shift"
             component = "kava_shift.warper:ShiftWarper"
 
         @hookimpl
         def kava_time_warpers():
-            return [Shift]
+            return [ShiftConfig]
 
         # kava_shift/warper.py
         import torch
@@ -104,14 +104,14 @@ def kava_layer_mappers() -> Sequence[type[ComponentConfig]]:
     A plugin that reads the teacher's first layers::
 
         # kava_first_layers/__init__.py
-        class FirstLayers(ComponentConfig):
+        class FirstLayersConfig(ComponentConfig):
             '''Student layer i reads teacher layer i.'''
             name: Literal["first_layers"] = "first_layers"
             component = "kava_first_layers.mapper:FirstLayersMapper"
 
         @hookimpl
         def kava_layer_mappers():
-            return [FirstLayers]
+            return [FirstLayersConfig]
 
         # kava_first_layers/mapper.py
         import torch
@@ -134,14 +134,14 @@ def kava_dim_projectors() -> Sequence[type[ComponentConfig]]:
     A plugin that keeps the first channels::
 
         # kava_crop_width/__init__.py
-        class CropWidth(ComponentConfig):
+        class CropWidthConfig(ComponentConfig):
             '''Keep the first channels of every head.'''
             name: Literal["crop_width"] = "crop_width"
             component = "kava_crop_width.projector:CropWidthProjector"
 
         @hookimpl
         def kava_dim_projectors():
-            return [CropWidth]
+            return [CropWidthConfig]
 
         # kava_crop_width/projector.py
         from torch import nn
@@ -163,14 +163,14 @@ def kava_fusers() -> Sequence[type[ComponentConfig]]:
     A plugin that believes only the first teacher::
 
         # kava_first_teacher/__init__.py
-        class FirstTeacher(ComponentConfig):
+        class FirstTeacherConfig(ComponentConfig):
             '''All weight on the first teacher of the spec.'''
             name: Literal["first_teacher"] = "first_teacher"
             component = "kava_first_teacher.fuser:FirstTeacherFuser"
 
         @hookimpl
         def kava_fusers():
-            return [FirstTeacher]
+            return [FirstTeacherConfig]
 
         # kava_first_teacher/fuser.py
         import torch
@@ -194,14 +194,14 @@ def kava_kv_losses() -> Sequence[type[KVLossConfig]]:
     A plugin with the mean absolute difference::
 
         # kava_mae/__init__.py
-        class MAE(KVLossConfig):
+        class MAEConfig(KVLossConfig):
             '''Mean absolute difference over heads and width.'''
             name: Literal["mae"] = "mae"
             component = "kava_mae.loss:MAELoss"
 
         @hookimpl
         def kava_kv_losses():
-            return [MAE]
+            return [MAEConfig]
 
         # kava_mae/loss.py
         import torch

@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 from kava_core.errors import SpecError
-from kava_core.specfile.load import load
+from kava_core.specfile.load import load_spec
 from kava_core.specfile.variants import resolve_variants
 from tests.support.repository import MINIMAL_SPEC, SHARED_DATA
 
@@ -41,7 +41,7 @@ def resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def read(more: str, *overrides: str) -> Any:
         Path("s.yaml").write_text(MINIMAL_SPEC.read_text(encoding="utf-8") + more, encoding="utf-8")
-        return resolve_variants(load("s.yaml", overrides))
+        return resolve_variants(load_spec("s.yaml", overrides))
 
     return read
 

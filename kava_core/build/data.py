@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from kava_core.data.collate import Collator, Reading
 from kava_core.data.dataset import EncodedDataset
-from kava_core.data.encode import prefix_mismatch
-from kava_core.data.examples import render
+from kava_core.data.encode import count_prefix_mismatches
+from kava_core.data.examples import render_example
 from kava_core.data.splits import Splits, load_splits, split_hash
 from kava_core.data.store.reader import Store
 from kava_core.data.tokenizers import load_tokenizer
@@ -57,7 +57,7 @@ class Data:
     def report(self) -> dict[str, Any]:
         """For run.json: sizes, hashes, duplicates, examples left out."""
         dropped = {"train": self.train_items.dropped, "validation": self.validation_items.dropped}
-        mismatches = prefix_mismatch(
+        mismatches = count_prefix_mismatches(
             self.validation_items.examples, self.tokenizer, self.plain_collator.template
         )
         sides = {"train": self.train_items, "validation": self.validation_items}
@@ -70,7 +70,7 @@ def load_or_train_tokenizer(
     model: ModelSpec, splits: Splits, template: Any, *, where: str
 ) -> PreTrainedTokenizerBase:
     """A model's tokenizer: loaded, or trained on the training texts (cached)."""
-    texts = (render(example, template).text for example in splits.train)
+    texts = (render_example(example, template).text for example in splits.train)
     try:
         return load_tokenizer(model, texts=texts, cache=cache_folder() / "tokenizers")
     except SpecError as error:

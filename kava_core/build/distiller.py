@@ -1,7 +1,8 @@
-"""Everything one run needs, made from its spec: tokenizers, data, models, the distiller."""
+"""Build what is trained: student, pipeline and teachers in one module."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,74 +11,102 @@ from torch import nn
 from kava_core.build.data import Data
 from kava_core.build.pipeline import assert_learns, config_geometries, load_projectors, make_pipeline
 from kava_core.build.teachers import check_teachers_run, load_checked_teachers, make_teachers
-from kava_core.data.store.index import PROJECTORS
+from kava_core.data.store.index import PROJECTORS_FILE
 from kava_core.data.store.reader import Store
 from kava_core.distill.distiller import Distiller
 from kava_core.distill.student_pass import LatentSetup
 from kava_core.errors import SpecError
 from kava_core.kv.capture.geometry import model_geometry
+from kava_core.kv.compare.no_distillation import NoDistillation
+from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.latent.tokens import LatentTokens
 from kava_core.models.config import check_answer_fits, check_fits_positions
 from kava_core.models.student import load_student
 from kava_core.protocols.fuser import Rewarded
-from kava_core.specfile.questions import active, felt, heard, parts_of, used_teachers
+from kava_core.specfile.questions import (
+    active_losses,
+    compared_parts,
+    hidden_state_teacher,
+    logit_teachers,
+    used_teachers,
+)
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
 
 def make_distiller(spec: PipelineSpec, data: Data, *, seed: int) -> Distiller:
-    """Student, pipeline and teachers; the student's weights depend on the seed alone."""
-    latent = spec.trajectory == "latent"
-    student: Any = load_student(spec.student, data.tokenizer, seed=seed, grow=latent)
-    how: dict[str, Any] = {"latent": make_latent(spec, student, seed=seed) if latent else None}
-    check_fits_positions(student.config, data.longest()[None], who="student")
-    if spec.evaluate.generate:
-        check_answer_fits(student.config, data.longest_prompt(), spec.evaluate.max_new_tokens)
-    if spec.online is not None:
-        most = max(item.student.prompt_length for item in data.train_items.items)
-        field = "online.max_new_tokens"
-        check_answer_fits(student.config, most, spec.online.max_new_tokens, field=field)
+    """Build a run's distiller; the student's weights depend on the seed alone.
+
+    Args:
+        spec: with every model ready to load.
+        data: the run's.
+        seed: the run's.
+
+    Raises:
+        SpecError: a model cannot read the data, or be what the spec asks of it.
+    """
+    is_latent = spec.trajectory == "latent"
+    student = load_student(spec.student, data.tokenizer, seed=seed, grow=is_latent)
+    latent = make_latent(spec, student, seed=seed) if is_latent else None
+    _check_student_fits(spec, data, student)
     if not used_teachers(spec):
-        assert_learns(spec, None)
-        return Distiller(student, **how)
+        assert_learns(spec, NoDistillation())
+        return Distiller(student, latent=latent)
     if data.store is not None:
         return _make_stored_distiller(spec, data, data.store, student, seed)
     models = load_checked_teachers(spec, data, student)
-    geometries = {name: model_geometry(model) for name, model in models.items()} if active(spec) else {}
-    pipeline = make_pipeline(spec, geometries, model_geometry(student), seed=seed) if geometries else None
+    pipeline = _make_run_pipeline(spec, models, student, seed)
     check_teachers_run(spec, pipeline)
-    if (
-        spec.online is not None
-        and spec.online.share == 1
-        and isinstance(pipeline and pipeline.fuser, Rewarded)
-    ):
+    if spec.online is not None and spec.online.share == 1 and isinstance(pipeline.fuser, Rewarded):
         raise SpecError("online.share: 1 leaves no labels, and the fuser learns from their cross-entropy")
     return Distiller(
         student,
         pipeline,
         make_teachers(spec, models, pipeline),
-        **how,
-        parts=parts_of(spec),
+        parts=compared_parts(spec),
         rotary=spec.rotary,
         stream=spec.train.stream,
-        logits=spec.logits if heard(spec) else None,
+        logits=spec.logits if logit_teachers(spec) else None,
+        latent=latent,
     )
 
 
+def _check_student_fits(spec: PipelineSpec, data: Data, student: Any) -> None:
+    check_fits_positions(student.config, data.longest()[None], who="student")
+    if spec.evaluate.generate:
+        check_answer_fits(student.config, data.longest_prompt(), spec.evaluate.max_new_tokens)
+    if spec.online is not None:
+        longest_prompt = max(item.student.prompt_length for item in data.train_items.items)
+        check_answer_fits(
+            student.config, longest_prompt, spec.online.max_new_tokens, field="online.max_new_tokens"
+        )
+
+
+def _make_run_pipeline(
+    spec: PipelineSpec, models: Mapping[str, Any], student: nn.Module, seed: int
+) -> KVPipeline:
+    if not active_losses(spec) or not models:
+        return NoDistillation()
+    geometries = {name: model_geometry(model) for name, model in models.items()}
+    return make_pipeline(spec, geometries, model_geometry(student), seed=seed)
+
+
 def make_latent(spec: PipelineSpec, student: Any, *, seed: int) -> LatentSetup:
-    """The latent tokens, whose own weights depend on the seed alone."""
-    how = spec.latent
+    """Build the latent tokens, whose own weights depend on the seed alone."""
+    latent = spec.latent
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         width = student.get_input_embeddings().weight.shape[1]
-        tokens = LatentTokens(how.count, how.passes, width, how.projection, begin=how.begin)
-    reading = sum(t.itself.cross_entropy for t in spec.teachers if t.itself is not None)
-    return LatentSetup(tokens, how, spec.codi if felt(spec) else None, float(reading))
+        tokens = LatentTokens(latent.count, latent.passes, width, latent.projection, begin=latent.begin)
+    reading_weight = sum(t.itself.cross_entropy for t in spec.teachers if t.itself is not None)
+    return LatentSetup(
+        tokens, latent, spec.codi if hidden_state_teacher(spec) else None, float(reading_weight)
+    )
 
 
 def _make_stored_distiller(
     spec: PipelineSpec, data: Data, store: Store, student: nn.Module, seed: int
 ) -> Distiller:
-    """Without teachers: their geometry is known from their configs, their targets lie in the store."""
+    """Build without teachers: their geometry is known from their configs, their targets are in the store."""
     pipeline = make_pipeline(spec, config_geometries(spec, data), model_geometry(student), seed=seed)
-    load_projectors(pipeline, store.folder / PROJECTORS)
-    return Distiller(student, pipeline, parts=parts_of(spec), rotary=spec.rotary)
+    load_projectors(pipeline, store.folder / PROJECTORS_FILE)
+    return Distiller(student, pipeline, parts=compared_parts(spec), rotary=spec.rotary)

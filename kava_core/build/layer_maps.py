@@ -19,6 +19,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
+from kava_core.build.aligner import build_time_plan
 from kava_core.build.data import Data
 from kava_core.build.layer_map_files import assert_same_models, is_current, measured_from, write_map
 from kava_core.build.provenance import models_of
@@ -129,7 +130,7 @@ def _measure_layers(
     tokenizer = data.teacher_tokenizers[teacher.name]
     model = load_model(teacher, tokenizer, seed=0, where=f"teacher {teacher.name!r}").eval().to(device)
     extents: dict[str, Any] = {"teacher": model_geometry(model), "student": model_geometry(student)}
-    plan = TimePlan(teacher.align, name=teacher.name, **extents)
+    plan = build_time_plan(teacher.align, name=teacher.name, **extents)
     with attribute_errors_to(f"layer_mapper {config.name!r}, teacher {teacher.name!r}", config):
         mapper = _build_mapper(config, extents)
         for batch in _calibration_batches(spec, data, teacher.name):

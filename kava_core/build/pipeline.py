@@ -2,28 +2,156 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from kava_core.build.aligner import build_aligner
 from kava_core.build.data import Data
+from kava_core.config import KVLossConfig
 from kava_core.errors import CheckpointError, SpecError
+from kava_core.kv.align.aligner import TeacherAligner
+from kava_core.kv.align.boundaries import attribute_errors_to
+from kava_core.kv.compare.checks import (
+    check_calibration,
+    check_observing,
+    check_rotation,
+    check_views,
+    check_widths,
+)
 from kava_core.kv.compare.freeze_unused import freeze_unused
 from kava_core.kv.compare.pipeline import KVPipeline
+from kava_core.kv.compare.values import ComparedLoss
+from kava_core.kv.compare.weights import unique_names
 from kava_core.models.config import config_geometry, model_config
 from kava_core.protocols.axes import Geometry
-from kava_core.specfile.questions import parts_of
+from kava_core.specfile.questions import active_losses, compared_layers, compared_parts, layers_of_loss
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
 
-def assert_learns(spec: PipelineSpec, pipeline: KVPipeline | None) -> None:
-    """SpecError where nothing would be trained."""
-    learns = pipeline is not None and any(p.requires_grad for p in pipeline.parameters())
-    if spec.student.frozen and not learns:
+def make_pipeline(
+    spec: PipelineSpec, teachers: Mapping[str, Geometry], student: Geometry, *, seed: int
+) -> KVPipeline:
+    """Build a run's pipeline with weights drawn from the seed; the global generator is left as it was.
+
+    Args:
+        spec: the run's.
+        teachers: geometry of every teacher, in the spec's order.
+        student: the student's geometry.
+        seed: the run's.
+
+    Raises:
+        SpecError: the components do not fit together, or nothing would be trained.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = build_pipeline(spec, teachers=teachers, student=student)
+    freeze_unused(pipeline, parts=compared_parts(spec), student=student)
+    assert_learns(spec, pipeline)
+    return pipeline
+
+
+def build_pipeline(spec: PipelineSpec, *, teachers: Mapping[str, Geometry], student: Geometry) -> KVPipeline:
+    """Build aligners, fuser and losses in the spec's order, and check that they fit together.
+
+    Args:
+        spec: says which components, and how they are compared.
+        teachers: geometry of every teacher, in the spec's order.
+        student: the student's geometry.
+
+    Raises:
+        SpecError: the components do not fit together (say, a fused target from different views).
+        PluginError: a component returns what its contract forbids.
+    """
+    layers, parts = compared_layers(spec, student.layer), compared_parts(spec)
+    configs = active_losses(spec)
+    separate, rotates_targets = spec.target == "separate", spec.rotary == "match"
+    aligners = []
+    for teacher, (name, geometry) in zip(spec.teachers, teachers.items(), strict=True):
+        aligners.append(
+            build_aligner(
+                teacher.align, name=name, teacher=geometry, student=student, layers=layers, parts=parts
+            )
+        )
+    check_calibration(aligners, parts)
+    check_views(aligners, separate=separate)
+    check_widths(aligners, configs)
+    if rotates_targets:
+        check_rotation(aligners, student.with_(layer=len(layers)))
+    view = aligners[0].view
+    fuser = spec.fuser.build(teachers=tuple(teachers), student=view.with_(hidden=student.hidden))
+    compared = compared_losses(configs, layers, merged_layers=view.layer, student_layers=student.layer)
+    losses = [build_losses(compared, aligner) for aligner in (aligners if separate else aligners[:1])]
+    if rotates_targets:
+        for of_aligner in losses:
+            check_observing(of_aligner, configs)
+    return KVPipeline(
+        aligners,
+        fuser,
+        losses,
+        compared=compared,
+        fuser_config=spec.fuser,
+        layers=layers,
+        parts=parts,
+        separate=separate,
+        rotates_targets=rotates_targets,
+        hidden=student.hidden,
+    )
+
+
+def compared_losses(
+    configs: Sequence[KVLossConfig], layers: tuple[int, ...], *, merged_layers: int, student_layers: int
+) -> list[ComparedLoss]:
+    """Return which of the compared layers each loss looks at.
+
+    Args:
+        configs: the losses.
+        layers: the compared layers of the student, ascending.
+        merged_layers: how many layers the head adapters leave: fewer if they merge them.
+        student_layers: layers of the student.
+
+    Raises:
+        SpecError: layers are merged, and a loss looks at only some of them.
+    """
+    compared = []
+    terms = unique_names([config.name for config in configs])
+    for term, config in zip(terms, configs, strict=True):
+        wanted = layers_of_loss(config, student_layers)
+        if merged_layers == len(layers):
+            rows = tuple(layers.index(layer) for layer in wanted)
+        elif len(wanted) < len(layers):
+            raise SpecError(
+                f"loss {config.name!r} looks at layers {wanted}, but the head adapter merges layers "
+                f"{list(layers)} into one: all losses must look at the same layers"
+            )
+        else:
+            rows = tuple(range(merged_layers))
+        compared.append(ComparedLoss(term, config, rows))
+    return compared
+
+
+def build_losses(compared: Sequence[ComparedLoss], aligner: TeacherAligner) -> list[nn.Module]:
+    """Build every loss for the extents at which one teacher is compared."""
+    losses = []
+    for loss in compared:
+        layer = len(loss.rows)
+        with attribute_errors_to(f"kv_loss {loss.config.name!r}", loss.config):
+            losses.append(
+                loss.config.build(
+                    teacher=aligner.target.with_(layer=layer), student=aligner.view.with_(layer=layer)
+                )
+            )
+    return losses
+
+
+def assert_learns(spec: PipelineSpec, pipeline: KVPipeline) -> None:
+    """Raise SpecError if nothing would be trained."""
+    trains_beside_student = any(parameter.requires_grad for parameter in pipeline.parameters())
+    if spec.student.frozen and not trains_beside_student:
         raise SpecError("student.frozen: no aligner or router is trained either, so nothing would learn")
 
 
@@ -44,35 +172,23 @@ def student_config_geometry(spec: PipelineSpec, data: Data) -> Geometry:
 
 
 def projector_state(pipeline: KVPipeline) -> dict[str, Tensor]:
-    """The state of calibrated projectors, which is computed before the first step."""
-    return {
-        f"{aligner.name}/{name}": tensor.detach().cpu().contiguous()
-        for aligner in pipeline.teachers
-        if aligner.wants_calibration
-        for name, tensor in aligner.dim_projector.state_dict().items()
-    }
+    """Return the state of calibrated projectors, which is computed before the first step."""
+    state = {}
+    for aligner in pipeline.teachers:
+        if aligner.wants_calibration:
+            for name, tensor in aligner.dim_projector.state_dict().items():
+                state[f"{aligner.name}/{name}"] = tensor.detach().cpu().contiguous()
+    return state
 
 
 def load_projectors(pipeline: KVPipeline, file: Path) -> None:
-    """Load what ``projector_state`` gave; CheckpointError where it does not fit."""
+    """Load what ``projector_state`` returned; CheckpointError if it does not fit."""
     try:
         saved = load_file(file)
         for aligner in pipeline.teachers:
             if aligner.wants_calibration:
-                mine = f"{aligner.name}/"
-                state = {name.removeprefix(mine): x for name, x in saved.items() if name.startswith(mine)}
-                aligner.dim_projector.load_state_dict(state)
+                prefix = f"{aligner.name}/"
+                own = {name.removeprefix(prefix): x for name, x in saved.items() if name.startswith(prefix)}
+                aligner.dim_projector.load_state_dict(own)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{file}: {str(error).splitlines()[0]}") from error
-
-
-def make_pipeline(
-    spec: PipelineSpec, teachers: Mapping[str, Geometry], student: Geometry, *, seed: int
-) -> KVPipeline:
-    """The pipeline with its weights drawn from the seed; the global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        pipeline = KVPipeline(spec, teachers=teachers, student=student)
-    freeze_unused(pipeline, parts=parts_of(spec), student=student)
-    assert_learns(spec, pipeline)
-    return pipeline

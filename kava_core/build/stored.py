@@ -15,18 +15,18 @@ from kava_core.build.data import Data
 from kava_core.build.layer_maps import wants_measuring
 from kava_core.build.pipeline import config_geometries, make_pipeline, student_config_geometry
 from kava_core.build.provenance import file_hash, models_of, tokenizer_hash
-from kava_core.data.collate import Collator, Item
+from kava_core.data.collate import Collator, EncodedExample
 from kava_core.data.examples import Example
 from kava_core.data.splits import split_hash
 from kava_core.data.store.index import (
     FORMAT,
-    MAPS,
+    MAPS_FOLDER,
     Ingredients,
     Layout,
-    differences,
-    digest,
-    nearest,
+    ingredient_differences,
+    nearest_store,
     read_index,
+    store_digest,
 )
 from kava_core.data.store.reader import Store
 from kava_core.errors import SpecError
@@ -34,7 +34,7 @@ from kava_core.kv.align.aligner import TeacherAligner
 from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.protocols.axes import Geometry
 from kava_core.runs import checkpoint
-from kava_core.specfile.questions import parts_of, used_components, used_teachers
+from kava_core.specfile.questions import compared_parts, used_components, used_teachers
 from kava_core.specfile.sections.models import TeacherSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.specfile.sections.training import StoreSpec
@@ -60,10 +60,10 @@ class StoredCollator(Collator):
         )
         self.store = store
 
-    def __call__(self, batch: Sequence[Example | Item]) -> dict[str, Any]:
+    def __call__(self, batch: Sequence[Example | EncodedExample]) -> dict[str, Any]:
         """``{"student": Side with labels, "teachers": {name: side of the store}, "labels": …}``."""
         made = super().__call__(batch)
-        keys = [example_key(entry.example if isinstance(entry, Item) else entry) for entry in batch]
+        keys = [example_key(entry.example if isinstance(entry, EncodedExample) else entry) for entry in batch]
         made["teachers"] = self.store.batch(keys, made["student"]["input_ids"].shape[1])
         return made
 
@@ -90,7 +90,7 @@ def with_store(spec: PipelineSpec, data: Data, *, seed: int) -> tuple[PipelineSp
         return spec, data
     store = open_store(spec.store, store_ingredients(spec, data, seed=seed))
     reading = StoredCollator(data.plain_collator, store)
-    mapped = with_maps_of(spec, store.folder / MAPS)
+    mapped = with_maps_of(spec, store.folder / MAPS_FOLDER)
     return mapped, replace(data, collator=reading, plain_collator=reading, store=store)
 
 
@@ -112,7 +112,7 @@ def _with_stored_map(teacher: TeacherSpec, file: Path) -> TeacherSpec:
 
 def store_folder(store: StoreSpec, wanted: Ingredients) -> Path:
     """Where the store with these ingredients is or will be."""
-    return Path(store.folder) / digest(wanted)
+    return Path(store.folder) / store_digest(wanted)
 
 
 def open_store(store: StoreSpec, wanted: Ingredients) -> Store:
@@ -126,7 +126,7 @@ def open_store(store: StoreSpec, wanted: Ingredients) -> Store:
     if not folder.is_dir():
         raise SpecError(f"store: {_why_absent(folder, wanted)}")
     checkpoint.verify(folder, content=False)
-    if differing := differences(wanted, read_index(folder).ingredients):
+    if differing := ingredient_differences(wanted, read_index(folder).ingredients):
         raise SpecError(f"store: {folder}: {'; '.join(differing)}; delete it and {AGAIN}")
     return Store(folder)
 
@@ -134,7 +134,7 @@ def open_store(store: StoreSpec, wanted: Ingredients) -> Store:
 def _why_absent(folder: Path, wanted: Ingredients) -> str:
     if unfinished_folder(folder).is_dir():
         return f"{folder}: not finished; {AGAIN}: it goes on where it stopped"
-    near = nearest(folder.parent, wanted)
+    near = nearest_store(folder.parent, wanted)
     if near is None:
         return f"{folder.parent}: nothing is stored for this spec; {AGAIN} first"
     other, differing = near
@@ -167,7 +167,7 @@ def store_ingredients(spec: PipelineSpec, data: Data, *, seed: int) -> Ingredien
         "train.max_length": spec.train.max_length,
         "train.precision": spec.train.precision,
         "compared layers": list(pipeline.layers),
-        "compared parts": list(parts_of(spec)),
+        "compared parts": list(compared_parts(spec)),
         "rotary": "keep" if spec.rotary == "keep" else "strip",
     }
     shared["plugins"] = {
@@ -201,7 +201,7 @@ def store_layout(spec: PipelineSpec, pipeline: KVPipeline) -> Layout:
     return Layout(
         spec.store.dtype,
         {
-            a.name: {part: _position_extents(a.target, part) for part in parts_of(spec)}
+            a.name: {part: _position_extents(a.target, part) for part in compared_parts(spec)}
             for a in pipeline.teachers
         },
     )

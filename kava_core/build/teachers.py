@@ -15,96 +15,32 @@ from kava_core.models.config import check_fits_positions
 from kava_core.models.load import load_model
 from kava_core.models.own_teacher import OwnTeacher
 from kava_core.models.teacher import Teacher
-from kava_core.specfile.questions import felt, heard, parts_of, used_teachers, weights_key
+from kava_core.specfile.questions import (
+    compared_parts,
+    hidden_state_teacher,
+    logit_teachers,
+    shared_weights_key,
+    used_teachers,
+)
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
 
 def load_checked_teachers(spec: PipelineSpec, data: Data, student: Any) -> dict[str, Any]:
-    """The teachers' models, by name; SpecError where one cannot read, or be, what it is to."""
-    for name in heard(spec):
+    """Load the teachers' models, by name; SpecError if one cannot read, or be, what it is to."""
+    for name in logit_teachers(spec):
         assert_same_vocabulary(data.tokenizer, data.teacher_tokenizers[name], who=f"teacher {name!r}")
     _check_rationales(spec, data)
     models, longest = load_teachers(spec, data, student), data.longest()
-    if (whose := felt(spec)) is not None:
-        _assert_same_hidden_states(models[whose].config, student.config, whose)
+    hidden_teacher = hidden_state_teacher(spec)
+    if hidden_teacher is not None:
+        _assert_same_hidden_states(models[hidden_teacher].config, student.config, hidden_teacher)
     for name, model in models.items():
         check_fits_positions(model.config, longest[name], who=f"teacher {name!r}")
     return models
 
 
-def make_teachers(
-    spec: PipelineSpec, models: Mapping[str, Any], pipeline: KVPipeline | None
-) -> list[Teacher]:
-    """Models that are run for their caches, their logits or both."""
-    layers = {aligner.name: aligner.sources for aligner in pipeline.teachers} if pipeline is not None else {}
-    evictions = {a.name: make_eviction(spec, a) for a in pipeline.teachers} if pipeline is not None else {}
-    how: dict[str, Any] = {"parts": parts_of(spec), "rotary": spec.rotary}
-    own = {t.name: t.itself.cross_entropy for t in spec.teachers if t.itself is not None}
-
-    def teacher(name: str, model: Any) -> Teacher:
-        found = {"layers": layers.get(name, ()), "eviction": evictions.get(name)} | how
-        if name in own:
-            return OwnTeacher(name, model, logits=own[name] > 0, hidden=name == felt(spec), **found)
-        return Teacher(name, model, logits=name in heard(spec), hidden=name == felt(spec), **found)
-
-    return [teacher(name, model) for name, model in models.items()]
-
-
-def _assert_same_hidden_states(teacher: Any, student: Any, name: str) -> None:
-    """SpecError where hidden states cannot be compared one by one."""
-    sides = [config.get_text_config() for config in (teacher, student)]
-    (depth, width), own = ((side.num_hidden_layers, side.hidden_size) for side in sides)
-    if (depth, width) != own:
-        raise SpecError(
-            f"codi: teacher {name!r} has {depth} layers of width {width}, the student {own[0]} of {own[1]}; "
-            "CODI's term compares them one by one: use losses, which align"
-        )
-
-
-def make_eviction(spec: PipelineSpec, aligner: TeacherAligner) -> Eviction | None:
-    """How a teacher's reasoning is cut down to the latent tokens; None where no time warper does."""
-    if aligner.evictor is None:
-        return None
-    how: dict[str, Any] = {"parts": parts_of(spec), "rotary": spec.rotary}
-    who = f"the time warper of teacher {aligner.name!r}"
-    return Eviction(aligner.evictor, spec.latent.count, **how, who=who)
-
-
-def _check_rationales(spec: PipelineSpec, data: Data) -> None:
-    """SpecError for a teacher that asks for another rationale where no example has one."""
-    for teacher in used_teachers(spec):
-        if teacher.rationale and not any(example.rationales for example in data.train_items.examples):
-            raise SpecError(
-                f"teacher {teacher.name!r}: rationale: {teacher.rationale}, but no training example has "
-                "'rationales'; `kava sample` writes them"
-            )
-
-
-def check_teachers_run(spec: PipelineSpec, pipeline: KVPipeline | None) -> None:
-    """SpecError for a teacher that something beside the KV losses needs but that does not run."""
-    if pipeline is None:
-        return
-    hidden = felt(spec)
-    needed = {} if hidden is None else {hidden: "codi"}
-    needed |= {t.name: "itself" for t in spec.teachers if t.itself is not None and t.itself.cross_entropy}
-    if pipeline.draws and (found := [name for name in pipeline.names if name in needed]):
-        raise SpecError(
-            f"{needed[found[0]]}: the fuser draws teachers, so {found[0]!r} would not run in every step; "
-            "use fixed weights without 'sample'"
-        )
-    if pipeline.draws:
-        return
-    needed = {name: "logits" for name in heard(spec)} | needed
-    for name, runs in zip(pipeline.names, pipeline.choose(), strict=True):
-        if name in needed and not runs:
-            raise SpecError(
-                f"{needed[name]}: teacher {name!r} has weight 0 in the fuser, so it does not run; name "
-                "another teacher, or give it a weight"
-            )
-
-
 def load_teachers(spec: PipelineSpec, data: Data, student: Any = None) -> dict[str, Any]:
-    """Every teacher's model, by name; teachers that differ only in what they read share one.
+    """Load every teacher's model, by name; teachers that differ only in what they read share one.
 
     ``student`` is the model of a teacher that is the student itself.
     """
@@ -115,8 +51,96 @@ def load_teachers(spec: PipelineSpec, data: Data, student: Any = None) -> dict[s
             models[teacher.name] = student
             continue
         tokenizer = data.teacher_tokenizers[teacher.name]
-        key = weights_key(teacher), tuple(sorted(tokenizer.get_vocab().items()))
+        key = shared_weights_key(teacher), tuple(sorted(tokenizer.get_vocab().items()))
         if key not in loaded:
             loaded[key] = load_model(teacher, tokenizer, seed=0, where=f"teacher {teacher.name!r}")
         models[teacher.name] = loaded[key]
     return models
+
+
+def make_teachers(spec: PipelineSpec, models: Mapping[str, Any], pipeline: KVPipeline) -> list[Teacher]:
+    """Make of models what is run for their caches, their logits or both.
+
+    Args:
+        spec: the run's.
+        models: every teacher's, by name.
+        pipeline: its aligners say which layers are read.
+    """
+    aligners = {aligner.name: aligner for aligner in pipeline.teachers}
+    own_cross_entropy = {t.name: t.itself.cross_entropy for t in spec.teachers if t.itself is not None}
+    their_logits, hidden_teacher = logit_teachers(spec), hidden_state_teacher(spec)
+    teachers: list[Teacher] = []
+    for name, model in models.items():
+        aligner, is_own = aligners.get(name), name in own_cross_entropy
+        kind = OwnTeacher if is_own else Teacher
+        teachers.append(
+            kind(
+                name,
+                model,
+                layers=() if aligner is None else aligner.sources,
+                parts=compared_parts(spec),
+                rotary=spec.rotary,
+                logits=own_cross_entropy[name] > 0 if is_own else name in their_logits,
+                hidden=name == hidden_teacher,
+                eviction=None if aligner is None else make_eviction(spec, aligner),
+            )
+        )
+    return teachers
+
+
+def make_eviction(spec: PipelineSpec, aligner: TeacherAligner) -> Eviction | None:
+    """Build what cuts a teacher's reasoning down to the latent tokens; None if no time warper does."""
+    if aligner.evictor is None:
+        return None
+    who = f"the time warper of teacher {aligner.name!r}"
+    parts = compared_parts(spec)
+    return Eviction(aligner.evictor, spec.latent.count, parts=parts, rotary=spec.rotary, who=who)
+
+
+def check_teachers_run(spec: PipelineSpec, pipeline: KVPipeline) -> None:
+    """Raise SpecError for a teacher that something beside the KV losses needs but that does not run."""
+    if not pipeline.compared:
+        return
+    needed_always: dict[str, str] = {}
+    hidden_teacher = hidden_state_teacher(spec)
+    if hidden_teacher is not None:
+        needed_always[hidden_teacher] = "codi"
+    for teacher in spec.teachers:
+        if teacher.itself is not None and teacher.itself.cross_entropy:
+            needed_always[teacher.name] = "itself"
+    if pipeline.draws_teachers:
+        for name in pipeline.names:
+            if name in needed_always:
+                raise SpecError(
+                    f"{needed_always[name]}: the fuser draws teachers, so {name!r} would not run in every "
+                    "step; use fixed weights without 'sample'"
+                )
+        return
+    needed = dict.fromkeys(logit_teachers(spec), "logits") | needed_always
+    for name, runs in zip(pipeline.names, pipeline.choose_teachers(), strict=True):
+        if name in needed and not runs:
+            raise SpecError(
+                f"{needed[name]}: teacher {name!r} has weight 0 in the fuser, so it does not run; name "
+                "another teacher, or give it a weight"
+            )
+
+
+def _assert_same_hidden_states(teacher: Any, student: Any, name: str) -> None:
+    """Raise SpecError if hidden states of two configs cannot be compared one by one."""
+    theirs, own = teacher.get_text_config(), student.get_text_config()
+    if (theirs.num_hidden_layers, theirs.hidden_size) != (own.num_hidden_layers, own.hidden_size):
+        raise SpecError(
+            f"codi: teacher {name!r} has {theirs.num_hidden_layers} layers of width {theirs.hidden_size}, "
+            f"the student {own.num_hidden_layers} of {own.hidden_size}; CODI's term compares them one by "
+            "one: use losses, which align"
+        )
+
+
+def _check_rationales(spec: PipelineSpec, data: Data) -> None:
+    """Raise SpecError for a teacher that asks for another rationale if no example has one."""
+    for teacher in used_teachers(spec):
+        if teacher.rationale and not any(example.rationales for example in data.train_items.examples):
+            raise SpecError(
+                f"teacher {teacher.name!r}: rationale: {teacher.rationale}, but no training example has "
+                "'rationales'; `kava sample` writes them"
+            )

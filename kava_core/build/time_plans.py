@@ -6,23 +6,22 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kava_core.data.collate import Item
+from kava_core.data.collate import EncodedExample
 from kava_core.data.examples import Example
 from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.protocols.timeline import Timeline
 
-Collate = Callable[[Sequence[Example | Item]], dict[str, Any]]
+Collate = Callable[[Sequence[Example | EncodedExample]], dict[str, Any]]
 
 
 class PlansTime:
     """A collator that adds every teacher's ``time_map`` to its side of the batch, unless a store holds it."""
 
-    def __init__(self, collator: Collate, pipeline: KVPipeline | None) -> None:
+    def __init__(self, collator: Collate, pipeline: KVPipeline) -> None:
         self.collator = collator
-        plans = {} if pipeline is None else {a.name: a.time_plan for a in pipeline.teachers}
-        self.plans = {name: copy.deepcopy(plan).to("cpu") for name, plan in plans.items()}
+        self.plans = {a.name: copy.deepcopy(a.time_plan).to("cpu") for a in pipeline.teachers}
 
-    def __call__(self, batch: Sequence[Example | Item]) -> dict[str, Any]:
+    def __call__(self, batch: Sequence[Example | EncodedExample]) -> dict[str, Any]:
         """The collator's batch with time maps."""
         made = self.collator(batch)
         own = Timeline.from_batch(made["student"])

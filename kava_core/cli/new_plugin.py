@@ -16,7 +16,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 """Lower-case words of letters and digits, joined by ``-`` or ``_``."""
 
-TAKEN = ("literal", "component_config", "core", "plugins")
+TAKEN = ("component", "literal", "component_config", "core", "plugins")
 """Names the generated files or kava itself need."""
 
 

@@ -10,8 +10,25 @@ import typer
 from kava_core.cli.arguments import Overrides, Spec
 
 
-def check(spec: Spec, overrides: Overrides = None) -> None:
-    """Check a spec: syntax, schema, plugins, shapes at every stage."""
+def _print_rules(asked: bool) -> None:
+    """Print which settings may go together, and exit; no spec is needed."""
+    if not asked:
+        return
+    from kava_core.jobs.check import rule_lines
+
+    typer.echo("\n".join(rule_lines()))
+    raise typer.Exit
+
+
+def check(
+    spec: Spec,
+    overrides: Overrides = None,
+    rules: Annotated[
+        bool,
+        typer.Option("--rules", is_eager=True, callback=_print_rules, help="Print what may go together."),
+    ] = False,
+) -> None:
+    """Check a spec: syntax, schema, rules, plugins and all shapes."""
     from kava_core.jobs.check import check as levels
 
     for level, found in levels(spec, overrides or ()):
@@ -26,10 +43,10 @@ def cache(
     ] = False,
 ) -> None:
     """Run the teachers once and store what training needs of them."""
-    from kava_core.specfile.load import load
+    from kava_core.specfile.load import load_spec
     from kava_core.specfile.variants import resolve_variants
 
-    variants = resolve_variants(load(spec, overrides or ()))
+    variants = resolve_variants(load_spec(spec, overrides or ()))
     from kava_core.jobs.cache import write_stores
 
     for line in write_stores(variants, verify=verify):
@@ -56,9 +73,9 @@ def sample(
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
 ) -> None:
     """Let a teacher write several rationales for every example."""
-    from kava_core.specfile.load import load
+    from kava_core.specfile.load import load_spec
 
-    loaded = load(spec, overrides or ())
+    loaded = load_spec(spec, overrides or ())
     from kava_core.jobs.sample import SamplingOptions, sample_rationales
 
     options = SamplingOptions(split, count, temperature, max_new_tokens, batch_size, keep_wrong, seed)
@@ -80,9 +97,9 @@ def plan(
     ] = 1,
 ) -> None:
     """Show shapes, parameters, memory and cost of a step."""
-    from kava_core.specfile.load import load
+    from kava_core.specfile.load import load_spec
 
-    loaded = load(spec, overrides or ())
+    loaded = load_spec(spec, overrides or ())
     from kava_core.costs.plan import default_time, make_plan
     from kava_core.costs.plan_tables import print_plan
 
@@ -99,9 +116,9 @@ def calibrate(
     overrides: Overrides = None,
 ) -> None:
     """Measure which layers resemble each other, and draw it."""
-    from kava_core.specfile.load import load
+    from kava_core.specfile.load import load_spec
 
-    loaded = load(spec, overrides or ())
+    loaded = load_spec(spec, overrides or ())
     from kava_core.jobs.calibrate import measure_layers
 
     measure_layers(loaded, output)
@@ -124,9 +141,9 @@ def profile(
     format: Annotated[Literal["table", "json"], typer.Option("--format", help="How to print.")] = "table",
 ) -> None:
     """Run a batch through every stage of every variant and show what is there."""
-    from kava_core.specfile.load import load
+    from kava_core.specfile.load import load_spec
 
-    loaded = load(spec, overrides or ())
+    loaded = load_spec(spec, overrides or ())
     from kava_core.jobs.profile.profile_variants import profile_variants
     from kava_core.jobs.profile.variant_profile import ProfileOptions
 

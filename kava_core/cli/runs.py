@@ -23,10 +23,10 @@ def train(
     ] = None,
 ) -> None:
     """Train, or go on with, every variant and seed of a spec."""
-    from kava_core.specfile.load import load
+    from kava_core.specfile.load import load_spec
     from kava_core.specfile.variants import chosen_runs, resolve_variants
 
-    runs = chosen_runs(resolve_variants(load(spec, overrides or ())), variant, seed)
+    runs = chosen_runs(resolve_variants(load_spec(spec, overrides or ())), variant, seed)
     from kava_core.processes import is_main, leave, world_size
     from kava_core.train.run import run
     from kava_core.train.summary import print_summary
@@ -47,9 +47,9 @@ def experiment(
     ] = None,
 ) -> None:
     """Run all variants and seeds; judge what they show."""
-    from kava_core.specfile.load import load
+    from kava_core.specfile.load import load_spec
 
-    loaded = load(spec, overrides or ())
+    loaded = load_spec(spec, overrides or ())
     from kava_core.experiment.command import carry_out
 
     failed = carry_out(loaded, spec, overrides or (), jobs=jobs)

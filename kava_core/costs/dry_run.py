@@ -19,7 +19,7 @@ from kava_core.models.config import config_geometry, model_config
 from kava_core.protocols.axes import Cache, Geometry, meta_cache
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.timeline import ANSWER, PROMPT, REASONING, Timeline
-from kava_core.specfile.questions import active, parts_of
+from kava_core.specfile.questions import active_losses, compared_parts
 from kava_core.specfile.sections.models import ModelSpec, TrainTokenizer
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
@@ -99,7 +99,7 @@ def dry_run(spec: PipelineSpec, *, batch: int, time: int, t_time: int) -> DryRun
     """
     student = config_geometry(sized_config(spec.student, where="student"), where="student")
     teachers = _teacher_geometries(spec)
-    if not active(spec):
+    if not active_losses(spec):
         return DryRun(student, teachers, None, [])
     pipeline = make_pipeline(spec, teachers, student, seed=0)
     if spec.train.stream:
@@ -108,7 +108,7 @@ def dry_run(spec: PipelineSpec, *, batch: int, time: int, t_time: int) -> DryRun
         student_timeline = latent_timeline(batch, spec.latent.count)
     else:
         student_timeline = unpadded_timeline(batch, time)
-    parts = parts_of(spec)
+    parts = compared_parts(spec)
     time_maps: dict[str, TimeMap] = {}
     teacher_caches: dict[str, Cache] = {}
     for aligner in pipeline.teachers:

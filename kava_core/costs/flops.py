@@ -119,11 +119,11 @@ def _stage_flops(
 ) -> tuple[Tensor, float]:
     """Run one stage; return what it gives and its operations."""
     if stage != "time":
-        return _count_products(lambda tensor: aligner._stage(stage, tensor, part, time_map), tensor)
+        return _count_products(lambda tensor: aligner.apply_stage(stage, tensor, part, time_map), tensor)
     # A time map gathers and weighs, which the counter of matrix products does not see.
     taps = 0 if time_map.identity else time_map.taps
     with torch.no_grad():
-        warped = aligner._stage(stage, tensor, part, time_map)
+        warped = aligner.apply_stage(stage, tensor, part, time_map)
     directions = 2 if tensor.requires_grad else 1
     return warped.requires_grad_(tensor.requires_grad), 2.0 * taps * warped.numel() * directions
 

@@ -18,7 +18,7 @@ from kava_core.costs.process_memory import (
 )
 from kava_core.costs.store_size import StoreSize, store_size
 from kava_core.models.config import model_config
-from kava_core.specfile.questions import active, heard, used_teachers
+from kava_core.specfile.questions import active_losses, logit_teachers, used_teachers
 from kava_core.specfile.sections.models import ModelSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
@@ -47,7 +47,7 @@ class Plan:
 def default_time(spec: PipelineSpec) -> int:
     """Return ``train.max_length``, or the fewest positions of any of the models if that is less."""
     models: dict[str, ModelSpec] = {"student": spec.student}
-    if active(spec):
+    if active_losses(spec):
         models |= {f"teacher {teacher.name!r}": teacher for teacher in spec.teachers}
     lengths = [spec.train.max_length]
     for where, model in models.items():
@@ -118,7 +118,7 @@ def _teacher_costs(spec: PipelineSpec, dry: DryRun, t_time: int) -> list[ModelCo
                 spec.train.batch_size,
                 lengths.get(teacher.name, t_time),
                 geometry=str(dry.teachers[teacher.name]),
-                head=teacher.name in heard(spec),
+                head=teacher.name in logit_teachers(spec),
             )
             costs.append(cost)
     return costs

@@ -10,7 +10,7 @@ from kava_core.costs.model_cost import DTYPE_BYTES, TRAINED_COPIES, ModelCost, t
 from kava_core.kv.align.streaming import most_layers_alive
 from kava_core.models.placement import REPLICATED, SHARDED
 from kava_core.protocols.axes import Cache
-from kava_core.specfile.questions import heard, weights_key
+from kava_core.specfile.questions import logit_teachers, shared_weights_key
 from kava_core.specfile.sections.models import ModelSpec, TeacherSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
@@ -83,7 +83,7 @@ def distilled_logits_memory(
 
     All teachers' logits wait for the student's, and the loss term keeps its gradient.
     """
-    distilled = heard(spec)
+    distilled = logit_teachers(spec)
     if not distilled:
         return {}
     student, teachers = models[0], models[1:]
@@ -103,7 +103,7 @@ def unshared_teachers(spec: PipelineSpec, teachers: list[ModelCost]) -> list[tup
     by_weights: dict[object, tuple[ModelCost, TeacherSpec]] = {}
     for cost in reversed(teachers):  # so that of those who share weights the first is kept
         teacher = declared[cost.name]
-        by_weights[weights_key(teacher)] = (cost, teacher)
+        by_weights[shared_weights_key(teacher)] = (cost, teacher)
     return list(reversed(by_weights.values()))
 
 

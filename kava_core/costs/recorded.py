@@ -17,7 +17,7 @@ from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.models.ledger import HEAD, STUDENT
 from kava_core.runs.folder import STORE
 from kava_core.runs.metrics import read_metrics
-from kava_core.specfile.questions import active
+from kava_core.specfile.questions import active_losses
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
 SHORT = 8
@@ -88,7 +88,7 @@ def _operations(
     flops = {name: _model_flops(config, name, trained) for name, config in configs.items()}
     if stored is not None:
         flops[STORE] = _store_flops(spec, {**trained, **stored})
-    elif active(spec):
+    elif active_losses(spec):
         flops["alignment"] = sum(_alignment_flops(spec, teacher.name, trained) for teacher in spec.teachers)
     return {"flops": sum(flops.values()), "flops_of": flops}
 

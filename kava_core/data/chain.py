@@ -20,14 +20,14 @@ def chain_examples(data: ChainData) -> tuple[list[Example], list[Example]]:
     The validation examples depend on nothing but the task, their number and the seed; a longer training
     split begins with the shorter one. SpecError where fewer different chains exist than are asked for.
     """
-    check_space(data)
+    check_enough_chains(data)
     seen: set[str] = set()
-    validation = _distinct(data, "validation", data.validation, seen)
-    train = _distinct(data, "train", data.train_skip + data.train, seen)[data.train_skip :]
+    validation = _first_new_chains(data, "validation", data.validation, seen)
+    train = _first_new_chains(data, "train", data.train_skip + data.train, seen)[data.train_skip :]
     return train, validation
 
 
-def operands(operation: str, modulus: int) -> list[int]:
+def allowed_operands(operation: str, modulus: int) -> list[int]:
     """Right-hand sides of an operation: 1 … m−1, and for ``*`` the residues coprime to m, and 2.
 
     Only 2 may lose information, so that products rarely collapse to 0.
@@ -37,12 +37,12 @@ def operands(operation: str, modulus: int) -> list[int]:
     return [a for a in range(1, modulus) if a == 2 or math.gcd(a, modulus) == 1]
 
 
-def check_space(data: ChainData) -> None:
+def check_enough_chains(data: ChainData) -> None:
     """SpecError where fewer different chains exist than are asked for.
 
     Chains of two groups may be the same, so the largest group is what is sure to be there.
     """
-    possible = max(_possible(data, group) for group in data.groups or (data.operations,))
+    possible = max(_possible_chains(data, group) for group in data.groups or (data.operations,))
     train = data.train_skip + data.train
     asked = train + data.validation
     if asked > possible:
@@ -53,15 +53,15 @@ def check_space(data: ChainData) -> None:
         )
 
 
-def _possible(data: ChainData, operations: str) -> int:
-    per_step = sum(len(operands(operation, data.modulus)) for operation in set(operations))
+def _possible_chains(data: ChainData, operations: str) -> int:
+    per_step = sum(len(allowed_operands(operation, data.modulus)) for operation in set(operations))
     return int(data.modulus * per_step**data.steps)
 
 
-def _distinct(data: ChainData, split: str, count: int, seen: set[str]) -> list[Example]:
+def _first_new_chains(data: ChainData, split: str, count: int, seen: set[str]) -> list[Example]:
     """The first ``count`` chains of the split's own stream that are not in ``seen``, which they join."""
     examples: list[Example] = []
-    stream = _stream(data, split)
+    stream = _random_chains(data, split)
     while len(examples) < count:
         example = next(stream)
         if example.prompt not in seen:
@@ -70,31 +70,31 @@ def _distinct(data: ChainData, split: str, count: int, seen: set[str]) -> list[E
     return examples
 
 
-def _stream(data: ChainData, split: str) -> Iterator[Example]:
+def _random_chains(data: ChainData, split: str) -> Iterator[Example]:
     random = Random(f"kava chain {data.seed} {split}")
     every = "".join(data.groups or data.operations)
-    choices = {operation: operands(operation, data.modulus) for operation in every}
+    choices = {operation: allowed_operands(operation, data.modulus) for operation in every}
     while True:
-        yield _chain(random, data, choices)
+        yield _random_chain(random, data, choices)
 
 
-def _chain(random: Random, data: ChainData, choices: dict[str, list[int]]) -> Example:
-    result = _pick(random, range(data.modulus))
+def _random_chain(random: Random, data: ChainData, choices: dict[str, list[int]]) -> Example:
+    result = _pick_one(random, range(data.modulus))
     prompt, reasoning = str(result), ""
-    operations = _pick(random, data.groups) if data.groups else data.operations
+    operations = _pick_one(random, data.groups) if data.groups else data.operations
     for _ in range(data.steps):
-        operation = _pick(random, operations)
-        operand = _pick(random, choices[operation])
-        result = _apply(operation, result, operand) % data.modulus
+        operation = _pick_one(random, operations)
+        operand = _pick_one(random, choices[operation])
+        result = _apply_operation(operation, result, operand) % data.modulus
         prompt += f"{operation}{operand}"
         reasoning += f" {result}"
     return Example(prompt, reasoning, str(result), task=operations if data.groups else "chain")
 
 
-def _apply(operation: str, left: int, right: int) -> int:
+def _apply_operation(operation: str, left: int, right: int) -> int:
     return {"+": left + right, "-": left - right, "*": left * right}[operation]
 
 
-def _pick(random: Random, options: Sequence[Choice]) -> Choice:
+def _pick_one(random: Random, options: Sequence[Choice]) -> Choice:
     # random() is the one method whose numbers Python promises to keep from version to version.
     return options[int(random.random() * len(options))]

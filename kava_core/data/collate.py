@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from kava_core.data.encode import NO_LABEL, Encoded, LossOn, encode_all, prompt_ids
-from kava_core.data.examples import Example, Text, render, without_last_step
+from kava_core.data.encode import NO_LABEL, EncodedText, LossOn, encode_texts, prompt_ids
+from kava_core.data.examples import Example, Text, drop_last_step, render_example
 from kava_core.errors import SpecError
 from kava_core.protocols.timeline import NOWHERE
 from kava_core.specfile.sections.data import Template
@@ -25,13 +25,13 @@ has ``labels`` as well and, where examples have them, ``tasks``: the label of ea
 
 
 @dataclass(frozen=True)
-class Item:
+class EncodedExample:
     """One example in the tokens of every side."""
 
     example: Example
     student: Any
-    """``Encoded``, or what another trajectory makes of it; its length counts all tokens."""
-    teachers: dict[str, Encoded]
+    """``EncodedText``, or what another trajectory makes of it; its length counts all tokens."""
+    teachers: dict[str, EncodedText]
 
 
 @dataclass(frozen=True)
@@ -77,27 +77,29 @@ class Collator:
         self.max_length = max_length
         self.pad_to_multiple = pad_to_multiple
 
-    def encode(self, examples: Sequence[Example]) -> list[Item | None]:
+    def encode(self, examples: Sequence[Example]) -> list[EncodedExample | None]:
         """Every example in all tokenizers; None where it is longer than ``max_length`` in any of them."""
         student = self.encode_student(examples)
         teachers = [
-            encode_all(self._texts(examples, name), tokenizer, **self._rules)
+            encode_texts(self._texts(examples, name), tokenizer, **self._rules)
             for name, tokenizer in self.teacher_tokenizers.items()
         ]
         return [self._item(*sides) for sides in zip(examples, student, *teachers, strict=True)]
 
     def encode_student(self, examples: Sequence[Example]) -> list[Any]:
         """The student's side of every example; None where it is too long."""
-        return list(encode_all(self._texts(examples, None), self.student_tokenizer, **self._rules))
+        return list(encode_texts(self._texts(examples, None), self.student_tokenizer, **self._rules))
 
-    def encode_written(self, examples: Sequence[Example], texts: Sequence[Text]) -> list[Item | None]:
+    def encode_written(
+        self, examples: Sequence[Example], texts: Sequence[Text]
+    ) -> list[EncodedExample | None]:
         """Texts that someone wrote for these examples, read by every side; None where one is too long."""
         tokenizers = (self.student_tokenizer, *self.teacher_tokenizers.values())
-        sides = [encode_all(texts, tokenizer, **self._rules) for tokenizer in tokenizers]
+        sides = [encode_texts(texts, tokenizer, **self._rules) for tokenizer in tokenizers]
         return [self._item(*row) for row in zip(examples, *sides, strict=True)]
 
     @staticmethod
-    def unlabelled(item: Item) -> Item:
+    def unlabelled(item: EncodedExample) -> EncodedExample:
         """The item without cross-entropy."""
         student = item.student
         return replace(item, student=replace(student, labels=torch.full_like(student.labels, NO_LABEL)))
@@ -111,11 +113,11 @@ class Collator:
         side = self._side(rows, self.student_tokenizer)
         return side | {"labels": self._pad([row.labels for row in rows], NO_LABEL)}
 
-    def teacher_side(self, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> Side:
+    def teacher_side(self, rows: Sequence[EncodedText], tokenizer: PreTrainedTokenizerBase) -> Side:
         """The tensors of a teacher."""
         return self._side(rows, tokenizer)
 
-    def __call__(self, batch: Sequence[Example | Item]) -> dict[str, Any]:
+    def __call__(self, batch: Sequence[Example | EncodedExample]) -> dict[str, Any]:
         """``{"student": Side with labels and tasks, "teachers": {name: Side}, "labels": …}``, padded right.
 
         The labels stand at the top as well because ``transformers.Trainer`` counts them there.
@@ -134,34 +136,34 @@ class Collator:
         }
         return {"student": student, "teachers": teachers, "labels": student["labels"]}
 
-    def prompts(self, batch: Sequence[Example | Item]) -> tuple[Side, list[str]]:
+    def prompts(self, batch: Sequence[Example | EncodedExample]) -> tuple[Side, list[str]]:
         """``input_ids`` and ``attention_mask`` of the prompts, padded left for generation, and the answers.
 
-        The prompt is tokenized by itself: see ``kava_core.data.encode.prefix_mismatch``.
+        The prompt is tokenized by itself: see ``kava_core.data.encode.count_prefix_mismatches``.
         """
-        examples = [entry.example if isinstance(entry, Item) else entry for entry in batch]
-        texts = [render(example, self.template).prompt for example in examples]
+        examples = [entry.example if isinstance(entry, EncodedExample) else entry for entry in batch]
+        texts = [render_example(example, self.template).prompt for example in examples]
         rows = prompt_ids(texts, self.student_tokenizer)
         if empty := [text for text, row in zip(texts, rows, strict=True) if not len(row)]:
             raise SpecError(f"data: the student's tokenizer makes no tokens of the prompt {empty[0]!r}")
-        padded, mask = padded_left(rows, pad_id(self.student_tokenizer))
+        padded, mask = pad_left(rows, pad_id(self.student_tokenizer))
         return {"input_ids": padded, "attention_mask": mask}, [example.answer for example in examples]
 
     def _texts(self, examples: Sequence[Example], teacher: str | None) -> list[Text]:
         reading = self.readings.get(teacher or "", Reading(self.template))
-        told = [example.told(reading.rationale) for example in examples]
+        told = [example.with_rationale(reading.rationale) for example in examples]
         if not reading.last_step:
-            told = [without_last_step(example, self.separator) for example in told]
-        return [render(example, reading.template) for example in told]
+            told = [drop_last_step(example, self.separator) for example in told]
+        return [render_example(example, reading.template) for example in told]
 
-    def _item(self, example: Example, student: Any, *teachers: Encoded | None) -> Item | None:
+    def _item(self, example: Example, student: Any, *teachers: EncodedText | None) -> EncodedExample | None:
         """The item, or None where a side is too long."""
         fitting = [side for side in teachers if side is not None]
         if student is None or len(fitting) < len(teachers):
             return None
-        return Item(example, student, dict(zip(self.teacher_tokenizers, fitting, strict=True)))
+        return EncodedExample(example, student, dict(zip(self.teacher_tokenizers, fitting, strict=True)))
 
-    def _items(self, batch: Sequence[Example | Item]) -> list[Item]:
+    def _items(self, batch: Sequence[Example | EncodedExample]) -> list[EncodedExample]:
         encoded = iter(self.encode([entry for entry in batch if isinstance(entry, Example)]))
         items = [next(encoded) if isinstance(entry, Example) else entry for entry in batch]
         fitting = [item for item in items if item is not None]
@@ -169,14 +171,14 @@ class Collator:
             raise SpecError(f"data: an example is longer than max_length={self.max_length} tokens")
         return fitting
 
-    def _rotated(self, items: list[Item]) -> list[Item]:
+    def _rotated(self, items: list[EncodedExample]) -> list[EncodedExample]:
         if not self.shuffle_teacher:
             return items
         if len(items) < 2:
             raise SpecError("train.shuffle_teacher: needs batches of at least 2 examples, not 1")
         return items[1:] + items[:1]
 
-    def _side(self, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> Side:
+    def _side(self, rows: Sequence[EncodedText], tokenizer: PreTrainedTokenizerBase) -> Side:
         segments = self._pad([row.segments for row in rows], NOWHERE)
         return {
             "input_ids": self._pad([row.input_ids for row in rows], pad_id(tokenizer)),
@@ -192,7 +194,7 @@ class Collator:
         return F.pad(padded, (0, 0) * (padded.dim() - 2) + (0, missing), value=value)
 
 
-def padded_left(rows: Sequence[Int[Tensor, " _"]], value: int) -> tuple[Tensor, Tensor]:
+def pad_left(rows: Sequence[Int[Tensor, " _"]], value: int) -> tuple[Tensor, Tensor]:
     """Tokens ``batch time`` that all end in the last column, for writing on from them, and their mask."""
     left: dict[str, Any] = {"batch_first": True, "padding_side": "left"}
     mask = pad_sequence([torch.ones_like(row) for row in rows], **left)

@@ -8,17 +8,17 @@ from typing import TypeVar
 
 from torch.utils.data import Dataset
 
-from kava_core.data.collate import Collator, Item
+from kava_core.data.collate import Collator, EncodedExample
 from kava_core.data.examples import Example
 from kava_core.errors import SpecError
 
 T = TypeVar("T")
 
-CHUNK = 1024
+TEXTS_AT_ONCE = 1024
 """Texts handed to a tokenizer at once."""
 
 
-class EncodedDataset(Dataset[Item]):
+class EncodedDataset(Dataset[EncodedExample]):
     """The examples that fit ``collator.max_length`` on every side; pass the collator its batches of items."""
 
     def __init__(
@@ -34,9 +34,9 @@ class EncodedDataset(Dataset[Item]):
         Raises:
             SpecError: no example is left.
         """
-        chunks = (examples[start : start + CHUNK] for start in range(0, len(examples), CHUNK))
+        chunks = (examples[start : start + TEXTS_AT_ONCE] for start in range(0, len(examples), TEXTS_AT_ONCE))
         fitting = (item for chunk in chunks for item in collator.encode(chunk) if item is not None)
-        self.items = [item if teachers is None else _with(item, teachers) for item in fitting]
+        self.items = [item if teachers is None else _keep_teachers(item, teachers) for item in fitting]
         self.dropped = len(examples) - len(self.items)
         """Examples left out because they are too long on some side."""
         if not self.items:
@@ -47,7 +47,7 @@ class EncodedDataset(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> Item:
+    def __getitem__(self, index: int) -> EncodedExample:
         return self.items[index]
 
     @property
@@ -56,11 +56,11 @@ class EncodedDataset(Dataset[Item]):
         return [item.example for item in self.items]
 
 
-def _with(item: Item, teachers: Collection[str]) -> Item:
+def _keep_teachers(item: EncodedExample, teachers: Collection[str]) -> EncodedExample:
     return replace(item, teachers={name: side for name, side in item.teachers.items() if name in teachers})
 
 
-def nearly_equal(entries: Sequence[T], most: int) -> list[Sequence[T]]:
+def split_nearly_equal(entries: Sequence[T], most: int) -> list[Sequence[T]]:
     """Batches of about one size: a last one of a single example would have no other to be exchanged with."""
     count = -(-len(entries) // most)
     return [entries[len(entries) * i // count : len(entries) * (i + 1) // count] for i in range(count)]

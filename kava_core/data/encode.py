@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kava_core.data.examples import Example, Text, render
+from kava_core.data.examples import Example, Text, render_example
 from kava_core.errors import SpecError
 from kava_core.protocols.timeline import ANSWER, PROMPT
 from kava_core.specfile.sections.data import Template
@@ -23,7 +23,7 @@ NO_LABEL = -100
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedText:
     """One text in one tokenizer; ``time`` is its number of tokens, without padding."""
 
     input_ids: Int[Tensor, " time"]
@@ -33,7 +33,7 @@ class Encoded:
     """Half-open character spans in the text, as the tokenizer reports them; zero-width at special tokens."""
     labels: Int[Tensor, " time"]
     """The token itself, or NO_LABEL; not shifted."""
-    hinge: int
+    answer_boundary: int
     """The token before the first of the example's own answer."""
 
     def __len__(self) -> int:
@@ -46,7 +46,7 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class _Tokens:
+class _TokenizedText:
     """What a tokenizer says about one text."""
 
     ids: list[int]
@@ -63,24 +63,24 @@ class _Tokens:
         return next((place for place, added in enumerate(reversed(self.added)) if not added), 0)
 
 
-def encode(
+def encode_text(
     text: Text,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int | None = None,
     loss_on: LossOn = "completion",
-) -> Encoded | None:
-    """The text's tokens, or None where there are more than ``max_length``. See ``encode_all``."""
-    return encode_all([text], tokenizer, max_length=max_length, loss_on=loss_on)[0]
+) -> EncodedText | None:
+    """The text's tokens, or None where there are more than ``max_length``. See ``encode_texts``."""
+    return encode_texts([text], tokenizer, max_length=max_length, loss_on=loss_on)[0]
 
 
-def encode_all(
+def encode_texts(
     texts: Sequence[Text],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int | None = None,
     loss_on: LossOn = "completion",
-) -> list[Encoded | None]:
+) -> list[EncodedText | None]:
     """The tokens of each text, None for a text with more than ``max_length``.
 
     Special tokens are those the tokenizer adds, and one EOS at the end if it has one and does not add it.
@@ -91,10 +91,10 @@ def encode_all(
     Raises:
         SpecError: the tokenizer's offsets run backwards.
     """
-    tokens = _tokenize([text.text for text in texts], tokenizer)
-    fits = (_with_eos(each, tokenizer.eos_token_id) for each in tokens)
+    tokens = _tokenize_texts([text.text for text in texts], tokenizer)
+    fits = (_append_eos(each, tokenizer.eos_token_id) for each in tokens)
     return [
-        _encoded(text, each, tokenizer, loss_on)
+        _encode_tokens(text, each, tokenizer, loss_on)
         if max_length is None or len(each.ids) <= max_length
         else None
         for text, each in zip(texts, fits, strict=True)
@@ -105,13 +105,13 @@ def prompt_ids(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> li
     """The tokens of each prompt as generation starts from them: what a tokenizer adds after it is left out.
 
     They are the first tokens of the whole text's, except where the tokenizer merges the prompt's last
-    characters with the first of the completion; ``prefix_mismatch`` counts that.
+    characters with the first of the completion; ``count_prefix_mismatches`` counts that.
     """
-    tokens = _tokenize(prompts, tokenizer)
+    tokens = _tokenize_texts(prompts, tokenizer)
     return [torch.tensor(each.ids[: len(each.ids) - each.trailing()], dtype=torch.long) for each in tokens]
 
 
-class Piece(NamedTuple):
+class EncodedPiece(NamedTuple):
     """Tokens of a text that stands after others, without what a tokenizer adds."""
 
     ids: Int[Tensor, " time"]
@@ -119,19 +119,21 @@ class Piece(NamedTuple):
     """Their characters in this text."""
 
 
-def pieces(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
+def encode_pieces(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[EncodedPiece]:
     """The tokens of texts that stand after others."""
     if not texts:
         return []
     rules: dict[str, Any] = {"add_special_tokens": False, "padding": False, "truncation": False}
     found = tokenizer(list(texts), return_offsets_mapping=True, verbose=False, **rules)
     return [
-        Piece(torch.tensor(ids, dtype=torch.long), torch.tensor(spans, dtype=torch.long).reshape(-1, 2))
+        EncodedPiece(
+            torch.tensor(ids, dtype=torch.long), torch.tensor(spans, dtype=torch.long).reshape(-1, 2)
+        )
         for ids, spans in zip(found["input_ids"], found["offset_mapping"], strict=True)
     ]
 
 
-def prefix_mismatch(
+def count_prefix_mismatches(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: Template
 ) -> int:
     """Examples whose prompt, tokenized alone, does not begin their whole text's tokens.
@@ -139,13 +141,13 @@ def prefix_mismatch(
     The student is trained on the tokens of the whole text and writes answers after those of the prompt, so a
     count above 0 says that evaluation begins from tokens it was not trained on.
     """
-    texts = [render(example, template) for example in examples]
+    texts = [render_example(example, template) for example in examples]
     alone = prompt_ids([text.prompt for text in texts], tokenizer)
-    whole = _tokenize([text.text for text in texts], tokenizer)
+    whole = _tokenize_texts([text.text for text in texts], tokenizer)
     return sum(ids.tolist() != each.ids[: len(ids)] for ids, each in zip(alone, whole, strict=True))
 
 
-def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Tokens]:
+def _tokenize_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[_TokenizedText]:
     if not texts:
         return
     found = tokenizer(
@@ -156,36 +158,44 @@ def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Itera
         return_special_tokens_mask=True,
         verbose=False,
     )
-    yield from map(_Tokens, found["input_ids"], found["offset_mapping"], found["special_tokens_mask"])
+    yield from map(_TokenizedText, found["input_ids"], found["offset_mapping"], found["special_tokens_mask"])
 
 
-def _with_eos(tokens: _Tokens, eos: int | None) -> _Tokens:
+def _append_eos(tokens: _TokenizedText, eos: int | None) -> _TokenizedText:
     """The tokens with EOS at the end: appended, unless the tokenizer added it."""
     if eos is None or (tokens.ids and tokens.added[-1] and tokens.ids[-1] == eos):
         return tokens
-    return _Tokens([*tokens.ids, eos], [*tokens.offsets, (0, 0)], [*tokens.added, 1])
+    return _TokenizedText([*tokens.ids, eos], [*tokens.offsets, (0, 0)], [*tokens.added, 1])
 
 
-def _encoded(text: Text, tokens: _Tokens, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> Encoded:
+def _encode_tokens(
+    text: Text, tokens: _TokenizedText, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn
+) -> EncodedText:
     input_ids = torch.tensor(tokens.ids, dtype=torch.long)
     leading, trailing = tokens.leading(), len(input_ids) - tokens.trailing()
     spans = torch.tensor(tokens.offsets, dtype=torch.long).reshape(-1, 2)
     spans[:leading], spans[trailing:] = 0, text.bounds[-1]
-    segments = _segments(spans, text)
+    segments = _segments_of_spans(spans, text)
     segments[:leading], segments[trailing:] = PROMPT, ANSWER
     if (segments.diff() < 0).any():
         raise SpecError(f"tokenizer {tokenizer.name_or_path!r}: its character offsets run backwards")
     labelled = segments.ge(PROMPT) if loss_on == "all" else segments.ne(PROMPT)
-    return Encoded(input_ids, segments, spans, _labels(input_ids, labelled), hinge_of(spans, text.value))
+    return EncodedText(
+        input_ids,
+        segments,
+        spans,
+        _labels(input_ids, labelled),
+        find_answer_boundary(spans, text.answer_start),
+    )
 
 
-def hinge_of(spans: Int[Tensor, "time 2"], value: int) -> int:
+def find_answer_boundary(spans: Int[Tensor, "time 2"], value: int) -> int:
     """The token before the first that covers characters from ``value`` on; 0 where there is none."""
     reaches = (spans[:, 1] > value) & (spans[:, 1] > spans[:, 0])
     return max(int(reaches.int().argmax()) - 1, 0)
 
 
-def _segments(spans: Int[Tensor, "time 2"], text: Text) -> Int[Tensor, " time"]:
+def _segments_of_spans(spans: Int[Tensor, "time 2"], text: Text) -> Int[Tensor, " time"]:
     """Segment of each token's last character; of the character before it for a token without any."""
     last = spans[:, 1].clamp_min(1)
     return torch.bucketize(last, torch.tensor(text.bounds[1:3]))

@@ -11,9 +11,9 @@ from typing import Any, Literal
 from kava_core.errors import SpecError, did_you_mean, one_of
 from kava_core.specfile.sections.data import Template
 
-Field = Literal["prompt", "reasoning", "answer"]
+ExampleField = Literal["prompt", "reasoning", "answer"]
 
-FIELDS: tuple[Field, ...] = ("prompt", "reasoning", "answer")
+FIELDS: tuple[ExampleField, ...] = ("prompt", "reasoning", "answer")
 """The fields of an example that become text, in the order of the text."""
 
 _NUMBER = re.compile(r"([-+]?)\$?([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\.?")
@@ -30,7 +30,7 @@ class Example:
     rationales: tuple[str, ...] = ()
     """Other written steps to the same answer, for teachers that read another rationale than the student."""
 
-    def told(self, rationale: int) -> Example:
+    def with_rationale(self, rationale: int) -> Example:
         """The example with one of its rationales as reasoning: 0 is its own; counted round after the last."""
         every = (self.reasoning, *self.rationales)
         return replace(self, reasoning=every[rationale % len(every)])
@@ -43,7 +43,7 @@ class Text:
     text: str
     bounds: tuple[int, int, int, int]
     """``(0, p, r, a)``: prompt is ``text[:p]``, reasoning ``text[p:r]``, answer ``text[r:a]``, the rest."""
-    value: int
+    answer_start: int
     """Where in the answer's part the example's own answer begins, after the template's marker."""
 
     @property
@@ -52,7 +52,7 @@ class Text:
         return self.text[: self.bounds[1]]
 
 
-def render(example: Example, template: Template) -> Text:
+def render_example(example: Example, template: Template) -> Text:
     """The example's text. Only the field's own braces are filled in; all others are text."""
     prompt, reasoning, answer = (
         getattr(template, field).replace("{" + field + "}", getattr(example, field)) for field in FIELDS
@@ -62,18 +62,20 @@ def render(example: Example, template: Template) -> Text:
     return Text(text, (0, len(prompt), len(prompt) + len(reasoning), len(text)), value)
 
 
-def split_written(example: Example, written: str, template: Template) -> Text:
+def split_completion(example: Example, written: str, template: Template) -> Text:
     """A completion that was written for an example, with its answer's part found by the marker.
 
     Without a marker all of it is reasoning.
     """
     prompt = template.prompt.replace("{prompt}", example.prompt)
-    start, end = (len(prompt) + place for place in marker_in(written, template) or (len(written),) * 2)
+    start, end = (
+        len(prompt) + place for place in find_answer_marker(written, template) or (len(written),) * 2
+    )
     text = prompt + written
     return Text(text, (0, len(prompt), start, len(text)), end)
 
 
-def marker_in(written: str, template: Template) -> tuple[int, int] | None:
+def find_answer_marker(written: str, template: Template) -> tuple[int, int] | None:
     """Where the answer's marker begins and ends; None where it is missing.
 
     White space around it counts if it is there, but many tokenizers do not give it back.
@@ -85,12 +87,12 @@ def marker_in(written: str, template: Template) -> tuple[int, int] | None:
     return None
 
 
-def steps_of(reasoning: str, separator: str) -> list[str]:
+def split_steps(reasoning: str, separator: str) -> list[str]:
     """The steps between the separators, blank ones left out."""
     return [step for step in reasoning.split(separator) if step.strip()]
 
 
-def without_last_step(example: Example, separator: str) -> Example:
+def drop_last_step(example: Example, separator: str) -> Example:
     """The example with its reasoning up to the end of the last step but one; other rationales stay whole."""
     pieces = example.reasoning.split(separator)
     steps = [place for place, piece in enumerate(pieces) if piece.strip()]
@@ -98,26 +100,26 @@ def without_last_step(example: Example, separator: str) -> Example:
     return replace(example, reasoning=separator.join(kept))
 
 
-def joined(steps: Sequence[str], separator: str, where: str) -> str:
+def join_steps(steps: Sequence[str], separator: str, where: str) -> str:
     """The steps as one text; SpecError where one holds the separator, for it could not be told from two."""
     for step in steps:
         if separator in step:
             raise SpecError(
-                f"{where}: the step {shortened(step)!r} holds the separator {separator!r}; "
+                f"{where}: the step {shorten_to_end(step)!r} holds the separator {separator!r}; "
                 "set another data.separator"
             )
     return separator.join(steps)
 
 
-def shortened(text: str, width: int = 30) -> str:
+def shorten_to_end(text: str, width: int = 30) -> str:
     """The text's end, for a message."""
     return text if len(text) <= width else "…" + text[-width:]
 
 
-def from_fields(
+def example_from_fields(
     record: Mapping[str, Any],
     where: str,
-    columns: Mapping[Field, str] | None = None,
+    columns: Mapping[ExampleField, str] | None = None,
     *,
     separator: str = "\n",
 ) -> Example:
@@ -128,29 +130,29 @@ def from_fields(
     not text, an empty prompt or answer, and a step that holds the separator.
     """
     names = {field: (columns or {}).get(field, field) for field in FIELDS}
-    prompt, answer = (text_of(record, names[field], where) for field in ("prompt", "answer"))
-    reasoning = _reasoning(record, names["reasoning"], where, separator)
-    task = text_of(record, "task", where) if record.get("task") is not None else None
-    return Example(prompt, reasoning, answer, task, _rationales(record, where))
+    prompt, answer = (read_text_field(record, names[field], where) for field in ("prompt", "answer"))
+    reasoning = _read_reasoning(record, names["reasoning"], where, separator)
+    task = read_text_field(record, "task", where) if record.get("task") is not None else None
+    return Example(prompt, reasoning, answer, task, _read_rationales(record, where))
 
 
-def _reasoning(record: Mapping[str, Any], key: str, where: str, separator: str) -> str:
+def _read_reasoning(record: Mapping[str, Any], key: str, where: str, separator: str) -> str:
     """A text, or a list of steps."""
     if not isinstance(record.get(key), list):
-        return text_of(record, key, where, empty=True)
+        return read_text_field(record, key, where, empty=True)
     named = {f"{key}[{place}]": step for place, step in enumerate(record[key])}
-    return joined([text_of(named, step, where, empty=True) for step in named], separator, where)
+    return join_steps([read_text_field(named, step, where, empty=True) for step in named], separator, where)
 
 
-def _rationales(record: Mapping[str, Any], where: str) -> tuple[str, ...]:
+def _read_rationales(record: Mapping[str, Any], where: str) -> tuple[str, ...]:
     given = record.get("rationales") or []
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise SpecError(f"{where}: field 'rationales' must be a list of strings, not {type(given).__name__}")
     named = {f"rationales[{place}]": text for place, text in enumerate(given)}
-    return tuple(text_of(named, key, where, empty=True) for key in named)
+    return tuple(read_text_field(named, key, where, empty=True) for key in named)
 
 
-def text_of(record: Mapping[str, Any], key: str, where: str, *, empty: bool = False) -> str:
+def read_text_field(record: Mapping[str, Any], key: str, where: str, *, empty: bool = False) -> str:
     """``record[key]``: text that UTF-8 can write, and not empty unless that is allowed; else SpecError."""
     if key not in record:
         raise SpecError(f"{where}: no field {key!r} among {one_of(record)}{did_you_mean(key, record)}")
@@ -194,10 +196,10 @@ def is_correct(generated: str, example: Example, template: Template) -> bool:
     given = extract_answer(generated, template, lines=max(1, len(gold.splitlines())))
     if given is None:
         return False
-    number = _number(given)
-    return given == gold or (number is not None and number == _number(gold))
+    number = _parse_number(given)
+    return given == gold or (number is not None and number == _parse_number(gold))
 
 
-def _number(text: str) -> Decimal | None:
+def _parse_number(text: str) -> Decimal | None:
     match = _NUMBER.fullmatch(text.strip().replace(",", ""))
     return Decimal(match[1] + match[2]) if match else None

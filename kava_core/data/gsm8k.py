@@ -6,13 +6,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from kava_core.data.examples import Example, joined, shortened, text_of
+from kava_core.data.examples import Example, join_steps, read_text_field, shorten_to_end
 from kava_core.errors import SpecError
 
 _CALCULATION = re.compile(r"<<.*?>>")
 
 
-def from_gsm8k(
+def example_from_gsm8k(
     record: Mapping[str, Any], where: str, *, separator: str = "\n", equations: bool = False
 ) -> Example:
     """``question`` and ``answer`` = rationale, a line ``#### number``, which loses its commas.
@@ -24,14 +24,16 @@ def from_gsm8k(
     SpecError, opening with ``where``, for a missing field, an answer without ``####`` and a step that holds
     the separator.
     """
-    question, solution = text_of(record, "question", where), text_of(record, "answer", where)
+    question, solution = read_text_field(record, "question", where), read_text_field(record, "answer", where)
     rationale, marker, number = solution.rpartition("####")
     answer = number.strip().replace(",", "")
     if not marker or not answer:
-        raise SpecError(f"{where}: 'answer' must end in a line '#### number', not {shortened(solution)!r}")
-    steps = _CALCULATION.findall(rationale) if equations else _lines(rationale)
-    return Example(question, joined(steps, separator, where), answer, task="gsm8k")
+        raise SpecError(
+            f"{where}: 'answer' must end in a line '#### number', not {shorten_to_end(solution)!r}"
+        )
+    steps = _CALCULATION.findall(rationale) if equations else _lines_without_calculations(rationale)
+    return Example(question, join_steps(steps, separator, where), answer, task="gsm8k")
 
 
-def _lines(rationale: str) -> list[str]:
+def _lines_without_calculations(rationale: str) -> list[str]:
     return _CALCULATION.sub("", rationale).removesuffix("\n").split("\n")

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from kava_core.data.examples import Example
-from kava_core.data.jsonl import READERS
+from kava_core.data.jsonl import RECORD_READERS
 from kava_core.errors import SpecError
 from kava_core.specfile.sections.data import HubData
 
@@ -17,16 +17,16 @@ def hub_examples(data: HubData) -> tuple[list[Example], list[Example]]:
     SpecError where ``datasets`` is not installed, cannot load the name, the configuration or a split (or
     finds it empty), or where a column is missing or holds no text.
     """
-    return _read(data, data.train), _read(data, data.validation)
+    return _read_split(data, data.train), _read_split(data, data.validation)
 
 
-def _read(data: HubData, split: str) -> list[Example]:
+def _read_split(data: HubData, split: str) -> list[Example]:
     columns = {"columns": data.columns} if data.format == "fields" else {}
-    read = partial(READERS[data.format], separator=data.separator, **columns)
-    return [read(row, f"{data.path}:{split}[{index}]") for index, row in enumerate(_load(data, split))]
+    read = partial(RECORD_READERS[data.format], separator=data.separator, **columns)
+    return [read(row, f"{data.path}:{split}[{index}]") for index, row in enumerate(_load_split(data, split))]
 
 
-def _load(data: HubData, split: str) -> Any:
+def _load_split(data: HubData, split: str) -> Any:
     try:
         from datasets import load_dataset
     except ImportError as error:

@@ -9,17 +9,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from kava_core.data.examples import Example, from_fields
-from kava_core.data.gsm8k import from_gsm8k
-from kava_core.data.pal import from_pal
+from kava_core.data.examples import Example, example_from_fields
+from kava_core.data.gsm8k import example_from_gsm8k
+from kava_core.data.pal import example_from_pal
 from kava_core.errors import SpecError
 from kava_core.specfile.sections.data import JsonlData
 
-READERS: dict[str, Callable[..., Example]] = {
-    "fields": from_fields,
-    "gsm8k": from_gsm8k,
-    "gsm8k_equations": partial(from_gsm8k, equations=True),
-    "pal": from_pal,
+RECORD_READERS: dict[str, Callable[..., Example]] = {
+    "fields": example_from_fields,
+    "gsm8k": example_from_gsm8k,
+    "gsm8k_equations": partial(example_from_gsm8k, equations=True),
+    "pal": example_from_pal,
 }
 """``format`` to the function that makes an example of a record, the words for where it stands, and
 ``separator``."""
@@ -44,25 +44,25 @@ def read_examples(
 
     SpecError ``file:line: …`` at the first bad line.
     """
-    read, stop = partial(READERS[format], separator=separator), None if limit is None else skip + limit
-    examples = [read(record, where) for record, where in islice(_records(path), skip, stop)]
+    read, stop = partial(RECORD_READERS[format], separator=separator), None if limit is None else skip + limit
+    examples = [read(record, where) for record, where in islice(_read_records(path), skip, stop)]
     if not examples:
         raise SpecError(f"{path}: no examples: the file is empty" + (f" after {skip}" if skip else ""))
     return examples
 
 
-def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+def _read_records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     """Every object and ``file:line``. Only ``\\n`` ends a line: JSON text may hold other separators."""
     try:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield _parse(line, f"{path}:{number}"), f"{path}:{number}"
+                    yield _parse_record(line, f"{path}:{number}"), f"{path}:{number}"
     except OSError as error:
         raise SpecError(f"{path}: cannot read the examples: {error.strerror}") from error
 
 
-def _parse(line: bytes, where: str) -> dict[str, Any]:
+def _parse_record(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line.rstrip().decode("utf-8-sig"))
     except UnicodeDecodeError as error:

@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from kava_core.data.examples import Example, text_of
+from kava_core.data.examples import Example, read_text_field
 from kava_core.errors import SpecError
 
 
-def from_pal(record: Mapping[str, Any], where: str, *, separator: str = "\n") -> Example:
+def example_from_pal(record: Mapping[str, Any], where: str, *, separator: str = "\n") -> Example:
     """``input`` is the question, ``target`` a number; there is no reasoning.
 
     Whole numbers lose their ``.0``. SpecError, opening with ``where``, for anything else.
     """
-    question, target = text_of(record, "input", where), record.get("target")
+    question, target = read_text_field(record, "input", where), record.get("target")
     try:
         number = Decimal(str(target)) if not isinstance(target, bool) else None
     except InvalidOperation:

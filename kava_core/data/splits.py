@@ -18,7 +18,7 @@ from kava_core.data.hub import hub_examples
 from kava_core.data.jsonl import jsonl_examples
 from kava_core.specfile.sections.data import ChainData, HubData, JsonlData
 
-GRAM = 13
+CONTAMINATION_WORDS = 13
 """Words in a row that count as contamination (GPT-3, arXiv 2005.14165, appendix C)."""
 
 
@@ -40,16 +40,18 @@ class Splits:
 
         ``duplicates_in_train``: training examples whose prompt stood before. ``duplicates_across``:
         validation examples whose prompt is also a training prompt. (Both after Unicode, case and space are
-        normalised.) ``contaminated``: validation examples whose prompt shares 13 words in a row with a
+        normalised.) ``count_contaminated``: validation examples whose prompt shares 13 words in a row with a
         training prompt.
         """
-        train = Counter(fingerprint(example.prompt) for example in self.train)
+        train = Counter(text_fingerprint(example.prompt) for example in self.train)
         return {
             "train": {"examples": len(self.train), "sha256": split_hash(self.train)},
             "validation": {"examples": len(self.validation), "sha256": split_hash(self.validation)},
             "duplicates_in_train": len(self.train) - len(train),
-            "duplicates_across": sum(fingerprint(example.prompt) in train for example in self.validation),
-            "contaminated": contaminated(self.train, self.validation),
+            "duplicates_across": sum(
+                text_fingerprint(example.prompt) in train for example in self.validation
+            ),
+            "contaminated": count_contaminated(self.train, self.validation),
         }
 
 
@@ -75,12 +77,12 @@ def split_hash(examples: Iterable[Example]) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(text: str) -> bytes:
+def text_fingerprint(text: str) -> bytes:
     """A hash that ignores compatibility forms, letter case and the amount of white space."""
-    return hashlib.sha256(" ".join(_normal(text).split()).encode("utf-8", "surrogatepass")).digest()
+    return hashlib.sha256(" ".join(_normalize_text(text).split()).encode("utf-8", "surrogatepass")).digest()
 
 
-def contaminated(train: Iterable[Example], validation: Sequence[Example]) -> int:
+def count_contaminated(train: Iterable[Example], validation: Sequence[Example]) -> int:
     """Validation examples that share 13 words in a row with a training prompt.
 
     Words stand between white space and lose the punctuation around them, so text written without spaces has
@@ -88,18 +90,21 @@ def contaminated(train: Iterable[Example], validation: Sequence[Example]) -> int
     """
     owners: dict[tuple[str, ...], set[int]] = {}
     for index, example in enumerate(validation):
-        for gram in _grams(example.prompt):
+        for gram in _word_sequences(example.prompt):
             owners.setdefault(gram, set()).add(index)
     hit: set[int] = set()
     for example in train:
-        hit.update(*(owners.get(gram, ()) for gram in _grams(example.prompt)))
+        hit.update(*(owners.get(gram, ()) for gram in _word_sequences(example.prompt)))
     return len(hit)
 
 
-def _grams(text: str) -> Iterator[tuple[str, ...]]:
-    words = [word for raw in _normal(text).split() if (word := raw.strip(string.punctuation))]
-    return (tuple(words[start : start + GRAM]) for start in range(len(words) - GRAM + 1))
+def _word_sequences(text: str) -> Iterator[tuple[str, ...]]:
+    words = [word for raw in _normalize_text(text).split() if (word := raw.strip(string.punctuation))]
+    return (
+        tuple(words[start : start + CONTAMINATION_WORDS])
+        for start in range(len(words) - CONTAMINATION_WORDS + 1)
+    )
 
 
-def _normal(text: str) -> str:
+def _normalize_text(text: str) -> str:
     return unicodedata.normalize("NFKC", text).casefold()

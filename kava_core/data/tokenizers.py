@@ -15,7 +15,7 @@ from uuid import uuid4
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from kava_core.data import trainers
+from kava_core.data import tokenizer_training
 from kava_core.errors import KavaError, SpecError
 from kava_core.specfile.sections.models import ModelSpec, TrainTokenizer
 
@@ -40,7 +40,7 @@ def load_tokenizer(
         if cache is None:
             raise SpecError("tokenizer: one that is trained needs a cache folder")
         return train_tokenizer(source, texts, cache)
-    return _from_path(source, revision)
+    return _load_from_path(source, revision)
 
 
 def train_tokenizer(spec: TrainTokenizer, texts: Iterable[str], cache: Path) -> PreTrainedTokenizerFast:
@@ -58,18 +58,18 @@ def train_tokenizer(spec: TrainTokenizer, texts: Iterable[str], cache: Path) -> 
     texts = list(texts)
     if not texts:
         raise SpecError(f"tokenizer: no texts to train {spec.kind!r} on")
-    folder = cache / f"{spec.kind}-{_key(spec, texts)}"
-    if (kept := _kept(folder)) is not None:
+    folder = cache / f"{spec.kind}-{_cache_key(spec, texts)}"
+    if (kept := _load_kept(folder)) is not None:
         return kept
     if folder.exists():
         _drop_broken(folder)
-    _publish(_wrapped(trainers.train(spec, texts)), folder)
-    if (trained := _kept(folder)) is None:
+    _publish_tokenizer(_wrap_tokenizer(tokenizer_training.train_on_texts(spec, texts)), folder)
+    if (trained := _load_kept(folder)) is None:
         raise KavaError(f"{folder}: the tokenizer just saved cannot be read; delete the folder")
     return trained
 
 
-def _kept(folder: Path) -> PreTrainedTokenizerFast | None:
+def _load_kept(folder: Path) -> PreTrainedTokenizerFast | None:
     """The tokenizer in a folder; None where there is none that can be loaded."""
     if not folder.is_dir():
         return None
@@ -83,14 +83,14 @@ def _kept(folder: Path) -> PreTrainedTokenizerFast | None:
 def _drop_broken(folder: Path) -> None:
     """Delete a broken tokenizer, which loses its name first; never a sound one put there since."""
     doomed = folder.with_name(f".{folder.name}.{uuid4().hex}")
-    with suppress(OSError), _locked(folder):
-        if _kept(folder) is None:
+    with suppress(OSError), _lock_folder(folder):
+        if _load_kept(folder) is None:
             folder.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _lock_folder(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -99,7 +99,7 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _from_path(path: str, revision: str | None) -> PreTrainedTokenizerBase:
+def _load_from_path(path: str, revision: str | None) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except Exception as error:  # transformers, tokenizers and the hub each raise their own
@@ -113,25 +113,25 @@ def _from_path(path: str, revision: str | None) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _key(spec: TrainTokenizer, texts: list[str]) -> str:
+def _cache_key(spec: TrainTokenizer, texts: list[str]) -> str:
     digest = hashlib.sha256(json.dumps([tokenizers.__version__, spec.model_dump()]).encode())
     for text in texts:
         digest.update(json.dumps(text).encode() + b"\n")
     return digest.hexdigest()[:32]
 
 
-def _wrapped(tokenizer: tokenizers.Tokenizer) -> PreTrainedTokenizerFast:
-    unknown = trainers.UNK if tokenizer.token_to_id(trainers.UNK) is not None else None
+def _wrap_tokenizer(tokenizer: tokenizers.Tokenizer) -> PreTrainedTokenizerFast:
+    unknown = tokenizer_training.UNK if tokenizer.token_to_id(tokenizer_training.UNK) is not None else None
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
-        pad_token=trainers.PAD,
-        eos_token=trainers.EOS,
+        pad_token=tokenizer_training.PAD,
+        eos_token=tokenizer_training.EOS,
         unk_token=unknown,
         clean_up_tokenization_spaces=False,
     )
 
 
-def _publish(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def _publish_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     draft = folder.with_name(f".{folder.name}.{uuid4().hex}")
     try:
         draft.mkdir(parents=True)

@@ -5,7 +5,7 @@ Hinton et al. 2015 (arXiv 1503.02531): the divergence of softened distributions 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,14 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedTokenizerBase
 
 from kava_core.data.encode import NO_LABEL
+from kava_core.distill.denominators import LABELLED
 from kava_core.errors import SpecError
+from kava_core.models.teacher import TeacherPass
 from kava_core.protocols.timeline import PROMPT
-from kava_core.specfile.sections.losses import DivergenceKind
+from kava_core.specfile.sections.losses import DivergenceKind, LogitsSpec
+
+LOGITS = "logits"
+"""Name of the term."""
 
 ELEMENTS = 2**22
 """Most logits of one side that are compared at once."""
@@ -70,6 +75,43 @@ def same_tokens(
 def _start(side: Mapping[str, Tensor]) -> Int[Tensor, " batch"]:
     """Where each completion begins."""
     return (side["segments"] == PROMPT).sum(1)
+
+
+def logit_term(
+    logits: Float[Tensor, "batch time vocab"],
+    passes: Sequence[TeacherPass],
+    student: Mapping[str, Tensor],
+    teachers: Mapping[str, Mapping[str, Any]],
+    denominators: Float[Tensor, "4"],
+    spec: LogitsSpec,
+) -> Float[Tensor, ""]:
+    """Return the mean divergence over labelled tokens and over the teachers that ran with their logits kept.
+
+    Args:
+        logits: the student's.
+        passes: of the teachers that ran.
+        student: the student's side of the batch.
+        teachers: every teacher's side, by name.
+        denominators: of the whole batch.
+        spec: temperature and kind of the divergence.
+    """
+    with_logits = [one for one in passes if one.logits is not None]
+    labelled = denominators[LABELLED]
+    addends = [torch.zeros_like(labelled)]
+    for teacher_pass in with_logits:
+        assert teacher_pass.logits is not None
+        positions, counts = same_tokens(student, teachers[teacher_pass.teacher])
+        addends.append(
+            logit_divergence(
+                logits,
+                teacher_pass.logits.to(logits.device),
+                positions,
+                counts / (labelled * len(with_logits)),
+                temperature=spec.temperature,
+                kind=spec.kind,
+            )
+        )
+    return torch.stack(addends).sum()
 
 
 def logit_divergence(

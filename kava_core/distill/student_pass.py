@@ -1,31 +1,32 @@
-"""Run the student once, and keep what the terms of the loss need of it."""
+"""Define what one forward pass of the student gives to the terms of the loss."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kava_core.data.encode import NO_LABEL
 from kava_core.kv.capture.rotation import Rotation
-from kava_core.kv.compare.values import FuserInputs
+from kava_core.kv.compare.values import NO_FUSER_INPUTS, FuserInputs
 from kava_core.latent.tokens import LatentTokens
 from kava_core.protocols.axes import Cache
 from kava_core.specfile.sections.latent import LatentSpec
 from kava_core.specfile.sections.losses import CodiSpec
 
-IGNORED = -100
-"""Label of positions without cross-entropy, as in transformers."""
-
 
 def cross_entropy(
     logits: Float[Tensor, "batch time vocab"], labels: Int[Tensor, "batch time"], items: Tensor
 ) -> Float[Tensor, ""]:
-    """Summed next-token cross-entropy of the labelled positions, divided by ``items``, in float32."""
+    """Return the summed next-token cross-entropy of the labelled positions, divided by ``items``.
+
+    In float32, in nats.
+    """
     # Labels are shifted, not logits: a slice of these would be copied, and so would its gradient.
-    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-    total = F.cross_entropy(logits.flatten(0, 1).float(), following, ignore_index=IGNORED, reduction="sum")
+    following = F.pad(labels[:, 1:], (0, 1), value=NO_LABEL).flatten()
+    total = F.cross_entropy(logits.flatten(0, 1).float(), following, ignore_index=NO_LABEL, reduction="sum")
     return total / items
 
 
@@ -34,14 +35,17 @@ class StudentPass:
     """What one forward pass of the student gave."""
 
     logits: Float[Tensor, "batch time vocab"]
-    ce: Float[Tensor, ""]
-    cache: Cache
-    rotation: Rotation | None
-    beside: FuserInputs
-    hinge: Float[Tensor, "layer batch hidden"] | None = None
+    cross_entropy: Float[Tensor, ""]
+    """Of the labelled tokens, divided by their number in the whole batch."""
+    cache: Cache = field(default_factory=Cache)
+    """Of the compared layers and positions; no part if no cache is compared."""
+    rotation: Rotation | None = None
+    """Of this pass, if targets are rotated like it."""
+    fuser_inputs: FuserInputs = NO_FUSER_INPUTS
+    answer_boundary: Float[Tensor, "layer batch hidden"] | None = None
     """With CODI's term: all layers' states at the token before the answer."""
-    writers: Float[Tensor, "batch _ vocab"] | None = None
-    """With latent tokens: the logits where they are written."""
+    latent_writer_logits: Float[Tensor, "batch _ vocab"] | None = None
+    """With a cross-entropy on the written steps: the logits where latent tokens are written."""
 
 
 @dataclass(frozen=True)
@@ -51,5 +55,5 @@ class LatentSetup:
     tokens: LatentTokens
     spec: LatentSpec
     codi: CodiSpec | None = None
-    reading: float = 0.0
+    reading_weight: float = 0.0
     """Weight of the cross-entropy of what the student reads as its own teacher."""

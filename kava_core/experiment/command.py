@@ -20,7 +20,7 @@ from kava_core.runs.folder import RECORD, read_record
 from kava_core.runs.state import Planned, failure_of, planned, state_of
 from kava_core.specfile.load import LoadedSpec
 from kava_core.specfile.sections.compare import CompareSpec
-from kava_core.specfile.variants import resolve_variants, treatment
+from kava_core.specfile.variants import resolve_variants, treatment_variant
 
 
 def carry_out(loaded: LoadedSpec, spec: Path, overrides: Sequence[str], *, jobs: int | None) -> list[Planned]:
@@ -37,7 +37,7 @@ def carry_out(loaded: LoadedSpec, spec: Path, overrides: Sequence[str], *, jobs:
     runs = planned(variants)
     folder = runs[0].folder.parent
     _check_data(runs)
-    declare(folder, loaded.spec.compare or CompareSpec(), treatment(loaded.spec), runs)
+    declare(folder, loaded.spec.compare or CompareSpec(), treatment_variant(loaded.spec), runs)
     devices = _devices()
     watch = Watch(loaded.spec.name)
     try:

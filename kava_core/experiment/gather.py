@@ -15,7 +15,7 @@ from kava_core.experiment import declared
 from kava_core.runs.folder import RECORD, STORE, read_record
 from kava_core.runs.metrics import read_metrics
 from kava_core.runs.state import State, failure_of, state_of
-from kava_core.specfile.sections.compare import DIRECTIONS, STEPS, TO_TARGET, CompareSpec
+from kava_core.specfile.sections.compare import DIRECTIONS, STEPS_TO_TARGET, TARGET_METRICS, CompareSpec
 
 BUDGETS = ("student_tokens", "teacher_tokens", "flops")
 
@@ -147,7 +147,7 @@ def _assert_one_spec_each(runs: Iterable[Run]) -> None:
 
 def value_of(run: Run, compare: CompareSpec, horizon: float = math.inf) -> float:
     """The number that is compared; KavaError where a complete run has none: it is never taken for 0."""
-    if compare.metric in TO_TARGET:
+    if compare.metric in TARGET_METRICS:
         return spent_to_target(run, compare, horizon)
     found = run.results.get(compare.metric)
     if found is None or not math.isfinite(found):
@@ -187,7 +187,7 @@ def _curve(run: Run, compare: CompareSpec) -> list[tuple[float, float]]:
 
 def _price(run: Run, compare: CompareSpec) -> tuple[float, float]:
     """Of what is counted up to the target: before the first step, and of each step."""
-    if compare.metric == STEPS:
+    if compare.metric == STEPS_TO_TARGET:
         return 0.0, 1.0
     found = flops_price(run)
     if found is None:

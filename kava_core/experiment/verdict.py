@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from kava_core.experiment.gather import BUDGETS, Experiment, Run, most_spent, value_of
 from kava_core.experiment.statistics import FEW, Paired, bonferroni, bootstrap, holm, paired
-from kava_core.specfile.sections.compare import TO_TARGET, CompareSpec, Control
+from kava_core.specfile.sections.compare import TARGET_METRICS, CompareSpec, Control
 
 SIGNIFICANT = 0.05
 
@@ -113,7 +113,7 @@ def _complete(experiment: Experiment, name: str) -> dict[int, Run]:
 def _horizon(experiment: Experiment, pair: tuple[str, str], compare: CompareSpec) -> float:
     """Of what is counted up to a target: as much as every run of the pair has spent."""
     runs = [run for name in pair for run in _complete(experiment, name).values()]
-    if compare.metric not in TO_TARGET or not runs:
+    if compare.metric not in TARGET_METRICS or not runs:
         return math.inf
     return min(most_spent(run, compare) for run in runs)
 

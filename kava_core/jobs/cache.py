@@ -28,16 +28,23 @@ from kava_core.build.stored import (
 )
 from kava_core.build.time_plans import PlansTime
 from kava_core.console import progress, quiet
-from kava_core.data.collate import Item
-from kava_core.data.store.codec import encode
-from kava_core.data.store.index import INDEX, MAPS, PROJECTORS, Ingredients, Layout, read_index
-from kava_core.data.store.reader import SCALE, VALID, row_of, tensor_name
-from kava_core.data.store.writer import Writer, drop_records, save_durably
+from kava_core.data.collate import EncodedExample
+from kava_core.data.store.codec import encode_vectors
+from kava_core.data.store.index import (
+    INDEX_FILE,
+    MAPS_FOLDER,
+    PROJECTORS_FILE,
+    Ingredients,
+    Layout,
+    read_index,
+)
+from kava_core.data.store.reader import SCALE, VALID, flatten_example, tensor_name
+from kava_core.data.store.writer import StoreWriter, drop_records, save_durably
+from kava_core.distill.calibration import aligned_targets
 from kava_core.distill.distiller import Distiller
 from kava_core.errors import KavaError, NonFiniteError, SpecError
 from kava_core.kv.compare.values import Aligned
 from kava_core.processes import world_size
-from kava_core.protocols.timeline import Timeline
 from kava_core.runs import checkpoint
 from kava_core.specfile.questions import used_teachers
 from kava_core.specfile.sections.pipeline import PipelineSpec
@@ -132,7 +139,7 @@ def _find_or_write(spec: PipelineSpec, data: Data, ingredients: Ingredients, see
             return _describe_store(final, written=False)
         partial = unfinished_folder(final)
         partial.mkdir(exist_ok=True)
-        if not (partial / INDEX).is_file():
+        if not (partial / INDEX_FILE).is_file():
             _write_examples(spec, data, ingredients, partial, seed)
         _seal_store(partial, final)
     return _describe_store(final, written=True)
@@ -174,13 +181,12 @@ def _write_examples(
 ) -> None:
     """Write the examples that are missing in the folder ``partial``, then the store's index."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    spec = with_measured_maps(spec, partial / MAPS, data, seed=seed)
+    spec = with_measured_maps(spec, partial / MAPS_FOLDER, data, seed=seed)
     distiller = make_distiller(spec, data, seed=seed).to(device).eval()
-    assert distiller.pipeline is not None
     assert spec.store is not None
     distiller.place_teachers(device)
-    _calibrate_once(distiller, data, spec, device, partial / PROJECTORS)
-    writer = Writer(partial, store_layout(spec, distiller.pipeline), shard_mb=spec.store.shard_mb)
+    _calibrate_once(distiller, data, spec, device, partial / PROJECTORS_FILE)
+    writer = StoreWriter(partial, store_layout(spec, distiller.pipeline), shard_mb=spec.store.shard_mb)
     missing = _missing_items(data, writer.done)
     with progress(f"{spec.name}: cached", len(missing)) as advance:
         loader: Any = DataLoader(
@@ -200,7 +206,6 @@ def _calibrate_once(
     distiller: Distiller, data: Data, spec: PipelineSpec, device: torch.device, file: Path
 ) -> None:
     """Calibrate, or go on with what was computed before: all shards must come from one projection."""
-    assert distiller.pipeline is not None
     if file.is_file():
         load_projectors(distiller.pipeline, file)
         return
@@ -208,12 +213,12 @@ def _calibrate_once(
     save_durably(projector_state(distiller.pipeline), file)
 
 
-def _missing_items(data: Data, done: set[str]) -> list[Item]:
+def _missing_items(data: Data, done: set[str]) -> list[EncodedExample]:
     """Return the items that are not stored yet, each text once.
 
     The longest come first, so that memory runs out at once if it does.
     """
-    missing: dict[str, Item] = {}
+    missing: dict[str, EncodedExample] = {}
     for item in (*data.train_items.items, *data.validation_items.items):
         key = example_key(item.example)
         if key not in done:
@@ -227,7 +232,7 @@ class _CollatorWithItems:
     def __init__(self, collate: PlansTime) -> None:
         self.collate = collate
 
-    def __call__(self, items: list[Item]) -> tuple[list[Item], dict[str, Any]]:
+    def __call__(self, items: list[EncodedExample]) -> tuple[list[EncodedExample], dict[str, Any]]:
         return items, self.collate(items)
 
 
@@ -236,16 +241,14 @@ def _align_batch(
     distiller: Distiller, batch: dict[str, Any], precision: str, device: torch.device
 ) -> dict[str, Aligned]:
     """Return every teacher's target, made by the training step's own code and in its precision."""
-    assert distiller.pipeline is not None
     batch = send_to_device(batch, device)
     half = torch.float16 if precision == "fp16" else torch.bfloat16
-    timeline = Timeline.from_batch(batch["student"])  # type: ignore[arg-type]
     with torch.autocast(device.type, half, enabled=precision != "fp32"):
-        aligned = distiller.aligned(batch["teachers"], timeline, distiller.pipeline)
+        aligned = aligned_targets(distiller, batch)  # type: ignore[arg-type]
     return dict(zip(distiller.pipeline.names, aligned, strict=True))
 
 
-def _write_batch(writer: Writer, items: Sequence[Item], aligned: dict[str, Aligned]) -> None:
+def _write_batch(writer: StoreWriter, items: Sequence[EncodedExample], aligned: dict[str, Aligned]) -> None:
     """Encode a batch on its device and give it, example by example, to the writer."""
     tensors: dict[str, Tensor] = {}
     for teacher, target in aligned.items():
@@ -253,7 +256,7 @@ def _write_batch(writer: Writer, items: Sequence[Item], aligned: dict[str, Align
             tensors[name] = tensor.cpu()
     for row, item in enumerate(items):
         time = len(item.student)
-        blocks = {name: row_of(tensor, row, time) for name, tensor in tensors.items()}
+        blocks = {name: flatten_example(tensor, row, time) for name, tensor in tensors.items()}
         writer.add(example_key(item.example), time, blocks)
 
 
@@ -273,7 +276,7 @@ def encode_target(teacher: str, aligned: Aligned, layout: Layout) -> dict[str, T
             raise NonFiniteError(
                 f"teacher {teacher!r}: its aligned {part} hold NaN or infinity; nothing stored"
             )
-        numbers, scale = encode(tensor, layout.dtype)
+        numbers, scale = encode_vectors(tensor, layout.dtype)
         tensors[tensor_name(teacher, part)] = numbers
         if scale is not None:
             tensors[tensor_name(teacher, part + SCALE)] = scale[..., None]

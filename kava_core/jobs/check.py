@@ -7,10 +7,11 @@ from contextlib import nullcontext
 from pathlib import Path as File
 
 from kava_core.errors import KavaError, PluginError
-from kava_core.specfile.load import LoadedSpec, load, read_document
+from kava_core.specfile.load import LoadedSpec, load_spec, read_document
 from kava_core.specfile.questions import used_components
-from kava_core.specfile.sections.data import ChainData, changed_data
+from kava_core.specfile.sections.data import ChainData, change_data
 from kava_core.specfile.sections.pipeline import PipelineSpec
+from kava_core.specfile.sections.rules import RULES
 from kava_core.specfile.variants import resolve_variants
 
 Level = tuple[str, str]
@@ -21,23 +22,33 @@ def check(file: str | File, overrides: Sequence[str] = ()) -> Iterator[Level]:
     """Run the levels in order, yielding each as it passes; the error of the first that does not."""
     read_document(file, overrides)
     yield "syntax", "strict YAML"
-    loaded = load(file, overrides)
+    loaded = load_spec(file, overrides)
     variants = resolve_variants(loaded)
     check_chains(variants)
     yield "schema", _counted(loaded, variants)
+    yield "rules", f"{len(RULES)} rules hold"
     yield "plugins", _imported(loaded, variants)
     yield "shapes", dry_runs(variants)
 
 
+def rule_lines() -> list[str]:
+    """Return the table of rules as lines of three columns: name, when it applies, what must be so then."""
+    rows = [("RULE", "WHEN", "WHAT MUST BE SO THEN")]
+    rows += [(rule.name, rule.when, rule.what) for rule in RULES]
+    name_width = max(len(name) for name, _, _ in rows)
+    when_width = max(len(when) for _, when, _ in rows)
+    return [f"{name:<{name_width}}  {when:<{when_width}}  {what}" for name, when, what in rows]
+
+
 def check_chains(variants: dict[str, PipelineSpec]) -> None:
     """SpecError where fewer chains exist than the run, or a model to be pretrained, asks for."""
-    from kava_core.data.chain import check_space
+    from kava_core.data.chain import check_enough_chains
 
     for spec in variants.values():
         plans = (m.pretrain for m in (spec.student, *spec.teachers))
-        for data in (spec.data, *(changed_data(spec.data, plan.data) for plan in plans if plan is not None)):
+        for data in (spec.data, *(change_data(spec.data, plan.data) for plan in plans if plan is not None)):
             if isinstance(data, ChainData):
-                check_space(data)
+                check_enough_chains(data)
 
 
 def dry_runs(variants: dict[str, PipelineSpec]) -> str:

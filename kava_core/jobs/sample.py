@@ -16,7 +16,7 @@ from accelerate.utils import send_to_device
 from kava_core.build.data import make_data, teacher_reading
 from kava_core.console import progress, quiet
 from kava_core.data.collate import Collator
-from kava_core.data.examples import Example, is_correct, marker_in
+from kava_core.data.examples import Example, find_answer_marker, is_correct
 from kava_core.errors import KavaError, SpecError, did_you_mean
 from kava_core.models.config import check_answer_fits
 from kava_core.models.load import load_model
@@ -184,7 +184,7 @@ class _RationaleWriter:
 
 def rationale_of(written: str, template: Template) -> str | None:
     """Return what a written text has in the place of ``{reasoning}``; None without the answer's marker."""
-    marker = marker_in(written, template)
+    marker = find_answer_marker(written, template)
     if not marker:
         return None
     before, _, after = template.reasoning.partition("{reasoning}")

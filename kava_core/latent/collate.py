@@ -12,9 +12,16 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kava_core.data.collate import Collator, Side, pad_id, padded_left
-from kava_core.data.encode import NO_LABEL, Encoded, Piece, hinge_of, pieces, prompt_ids
-from kava_core.data.examples import Example, Text, render
+from kava_core.data.collate import Collator, Side, pad_id, pad_left
+from kava_core.data.encode import (
+    NO_LABEL,
+    EncodedPiece,
+    EncodedText,
+    encode_pieces,
+    find_answer_boundary,
+    prompt_ids,
+)
+from kava_core.data.examples import Example, Text, render_example
 from kava_core.errors import SpecError
 from kava_core.latent.curriculum import ALWAYS, step_of_tokens
 from kava_core.protocols.timeline import REASONING
@@ -26,15 +33,15 @@ BEGIN, END = "<bot>", "<eot>"
 
 @dataclass(frozen=True)
 class LatentEncoded:
-    """One example as the latent student reads it; ``time`` tokens each."""
+    """One example as the latent student reads it."""
 
-    before: Int[Tensor, " time"]
+    before: Int[Tensor, " _"]
     """Prompt, and BEGIN if it is used."""
     after: Int[Tensor, " time"]
     """END, with a curriculum the written steps, answer and EOS."""
     steps: Int[Tensor, " time"]
     """The step each token of ``after`` is written in; ALWAYS outside of the steps."""
-    hinge: int
+    answer_boundary: int
     """The token of ``after`` before the first of the example's own answer."""
     trace: Int[Tensor, " _"]
     """Tokens of the written steps, as labels of the latent tokens."""
@@ -56,7 +63,7 @@ class LatentCollator(Collator):
     Its ``attention_mask``, ``segments`` and ``spans`` are of the latent tokens, ``[batch, latents]``: all
     real, all REASONING, without characters; ``trace`` are their labels. Beside them stand ``before``, padded
     left, with ``before_mask``, and ``after``, padded right, with its ``after_mask``, ``labels``, ``steps``
-    and ``hinge``. Teachers have ``labels`` and ``hinge`` as well.
+    and ``answer_boundary``. Teachers have ``labels`` and ``answer_boundary`` as well.
     """
 
     def __init__(self, *args: Any, latent: LatentSpec, **kwargs: Any) -> None:
@@ -66,27 +73,33 @@ class LatentCollator(Collator):
 
     def encode_student(self, examples: Sequence[Example]) -> list[Any]:
         """Every example, None where it is longer than ``max_length``."""
-        texts = [render(example, self.template) for example in examples]
+        texts = [render_example(example, self.template) for example in examples]
         befores = self._prompts([text.prompt for text in texts])
-        traces = pieces([text.text[slice(*text.bounds[1:3])] for text in texts], self.student_tokenizer)
-        answers = pieces([text.text[text.bounds[2] :] for text in texts], self.student_tokenizer)
+        traces = encode_pieces(
+            [text.text[slice(*text.bounds[1:3])] for text in texts], self.student_tokenizer
+        )
+        answers = encode_pieces([text.text[text.bounds[2] :] for text in texts], self.student_tokenizer)
         sides = zip(examples, texts, befores, traces, answers, strict=True)
         made = [self._encoded(*side) for side in sides]
         return [one if self.max_length is None or len(one) <= self.max_length else None for one in made]
 
-    def _encoded(self, example: Example, text: Text, before: Tensor, trace: Piece, answer: Piece) -> Any:
+    def _encoded(
+        self, example: Example, text: Text, before: Tensor, trace: EncodedPiece, answer: EncodedPiece
+    ) -> Any:
         """END, the steps that are written at first, the answer, EOS."""
         mark, eos = answer.ids.new_tensor([self.end]), self._eos
         written = trace.ids if self.latent.curriculum is not None else trace.ids[:0]
         inside = self.template.reasoning.index("{reasoning}")
         steps = step_of_tokens(trace.spans - inside, example.reasoning, self.separator)[: len(written)]
-        hinge = hinge_of(F.pad(answer.spans, (0, 0, 1, 0)), text.value - text.bounds[2])
+        answer_boundary = find_answer_boundary(
+            F.pad(answer.spans, (0, 0, 1, 0)), text.answer_start - text.bounds[2]
+        )
         kept = trace.spans[:, 1] <= inside + len(example.reasoning)
         return LatentEncoded(
             before,
             torch.cat([mark, written, answer.ids, eos]),
             F.pad(steps, (1, len(answer.ids) + len(eos)), value=ALWAYS),
-            hinge + len(written),
+            answer_boundary + len(written),
             thin_evenly(trace.ids[kept], self.latent.count),
             self.latent.count,
         )
@@ -109,27 +122,27 @@ class LatentCollator(Collator):
             "after_mask": self._pad([torch.ones_like(row.after) for row in rows], 0),
             "labels": self._pad(labels, NO_LABEL),
             "steps": self._pad([row.steps for row in rows], ALWAYS),
-            "hinge": torch.tensor([row.hinge for row in rows]),
+            "answer_boundary": torch.tensor([row.answer_boundary for row in rows]),
             "trace": torch.stack([row.trace for row in rows]),
             "attention_mask": torch.ones(shape, dtype=torch.long),
             "segments": torch.full(shape, REASONING),
             "spans": torch.zeros(*shape, 2, dtype=torch.long),
         }
 
-    def teacher_side(self, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> Side:
+    def teacher_side(self, rows: Sequence[EncodedText], tokenizer: PreTrainedTokenizerBase) -> Side:
         """The tensors of a teacher, which may be the student itself."""
         labels = self._pad([row.labels for row in rows], NO_LABEL)
-        hinge = torch.tensor([row.hinge for row in rows])
-        return super().teacher_side(rows, tokenizer) | {"labels": labels, "hinge": hinge}
+        answer_boundary = torch.tensor([row.answer_boundary for row in rows])
+        return super().teacher_side(rows, tokenizer) | {"labels": labels, "answer_boundary": answer_boundary}
 
     def _before(self, rows: list[Tensor]) -> Side:
-        before, mask = padded_left(rows, pad_id(self.student_tokenizer))
+        before, mask = pad_left(rows, pad_id(self.student_tokenizer))
         return {"before": before, "before_mask": mask}
 
     def prompts(self, batch: Sequence[Any]) -> tuple[Side, list[str]]:
         """``before`` and ``before_mask`` of the prompts, and the answers."""
         examples = [getattr(entry, "example", entry) for entry in batch]
-        rows = self._prompts([render(example, self.template).prompt for example in examples])
+        rows = self._prompts([render_example(example, self.template).prompt for example in examples])
         return self._before(rows), [example.answer for example in examples]
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kava_core.data.collate import pad_id, padded_left
+from kava_core.data.collate import pad_id, pad_left
 from kava_core.errors import CheckpointError
 from kava_core.latent.collate import END, before_thought, token_id
 from kava_core.latent.student import write_answers
@@ -67,7 +67,7 @@ class LatentStudent(nn.Module):
         end = token_id(self.tokenizer, END)
         rows = before_thought(prompts, self.tokenizer, begin=self.latents.begin)
         here = self.latents.slots.device
-        before, mask = (x.to(here) for x in padded_left(rows, pad_id(self.tokenizer)))
+        before, mask = (x.to(here) for x in pad_left(rows, pad_id(self.tokenizer)))
         tokens = write_answers(self.model, self.latents, before, mask, end=end, max_new_tokens=max_new_tokens)
         texts: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return texts

@@ -51,8 +51,8 @@ def final_pass(model: Any, thought: RefinedLatents, side: Mapping[str, Tensor], 
     """The final pass: transformers' outputs over prompt, latent tokens and answer (``after`` of the side).
 
     Keys and values of the latent tokens stand at ``latent_columns``; ``answer_logits`` are the answer's,
-    ``writer_logits`` those where the latent tokens are written, ``states_at_answer_boundary`` the states before
-    the answer.
+    ``writer_logits`` those where the latent tokens are written, ``states_at_answer_boundary`` the states
+    before the answer.
     """
     answer = model.get_input_embeddings()(side["after"])
     mask = torch.cat([thought.mask, side["after_mask"].bool()], 1)
@@ -97,11 +97,11 @@ def logits_kept(model: nn.Module, side: Mapping[str, Tensor], *, writers: bool) 
 
 
 def states_at_answer_boundary(
-    hidden: Sequence[Float[Tensor, "batch time hidden"]], hinge: Int[Tensor, " batch"]
+    hidden: Sequence[Float[Tensor, "batch time hidden"]], answer_boundary: Int[Tensor, " batch"]
 ) -> Float[Tensor, "layer batch hidden"]:
     """All layers' states at one place of each example."""
-    rows = torch.arange(len(hinge), device=hinge.device)
-    return torch.stack([states[rows, hinge] for states in hidden])
+    rows = torch.arange(len(answer_boundary), device=answer_boundary.device)
+    return torch.stack([states[rows, answer_boundary] for states in hidden])
 
 
 @torch.no_grad()

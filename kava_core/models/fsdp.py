@@ -94,7 +94,7 @@ def prepare_for_sharding(
         )
         embedding = distiller.student.get_input_embeddings()
         embedding.register_forward_hook(lambda module, given, hidden: hidden.float())
-    plugin.ignored_modules = [] if distiller.pipeline is None else [distiller.pipeline]
+    plugin.ignored_modules = [distiller.pipeline]
     distiller._no_split_modules = sorted(
         {type(block).__name__ for block in decoder_layers(distiller.student)}
     )
@@ -125,10 +125,8 @@ def gathered_weights(module: nn.Module, *, reshard: bool) -> Iterator[None]:
             unit.set_reshard_after_forward(reshard and unit is not module, recurse=False)
 
 
-def average_gradients(module: nn.Module | None) -> None:
+def average_gradients(module: nn.Module) -> None:
     """The mean over processes, in place, of the gradients of weights that FSDP does not hold."""
-    if module is None:
-        return
     trained = [p for p in module.parameters() if p.requires_grad]
     if not trained:
         return

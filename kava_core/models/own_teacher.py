@@ -1,8 +1,9 @@
-"""The student as its own teacher: the same weights read the written steps (CODI, KaVa)."""
+"""Let the student be its own teacher: the same weights read the written steps (CODI, KaVa)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,28 +17,30 @@ from kava_core.protocols.axes import Cache
 class OwnTeacher(Teacher):
     """A teacher whose weights are the student's. Its logits have gradient; its cache is a fixed target.
 
-    Without ``logits`` nothing of it has.
+    Without ``logits`` nothing of it has gradient.
+
+    Source: CODI (arXiv 2502.21074), KaVa (arXiv 2510.02312).
     """
 
-    def prepared(self, model: nn.Module) -> nn.Module:
-        """The student as it is: it trains, with its dropout."""
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        """Return the student as it is: it trains, with its dropout."""
         return model
 
     def to(self, device: torch.device, placement: str = REPLICATED) -> None:
-        """Nothing: the student is moved as what it is."""
+        """Do nothing: the student is moved as what it is."""
 
-    def _seen(self, side: Mapping[str, Tensor]) -> Cache:
-        return super()._seen(side).map(lambda x, _: x.detach())
+    def _as_target(self, cache: Cache) -> Cache:
+        return cache.map(lambda x, _: x.detach())
 
-    def note(self, ledger: Ledger, mask: Tensor) -> None:
-        """Its tokens are the student's; the pass is counted where the student's are."""
+    def count_pass(self, ledger: Ledger, mask: Tensor, *, head: bool) -> None:
+        """Enter its tokens as the student's; the pass itself is counted where the student's are."""
         ledger.add_tokens(STUDENT, mask)
 
-    def _run(self, side: Mapping[str, Tensor]) -> None:
+    def _run(self, side: Mapping[str, Any], keep_outputs: bool) -> dict[str, Any]:
         if self.logits:
-            self.forward(side)
-            return
+            return self.run_model(side, keep_outputs)
         with torch.no_grad():
-            self.forward(side)
+            outputs = self.run_model(side, keep_outputs)
         # Else the student's own pass would be given copies of its weights that were made without gradient.
         torch.clear_autocast_cache()
+        return outputs

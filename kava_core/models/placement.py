@@ -133,7 +133,7 @@ def check_even_evaluation(distiller: Any, evaluator: Any, count: int) -> None:
     """
     examples, batch = len(evaluator.examples), evaluator.spec.batch_size
     batches = {ceil(len(range(first, examples, count)) / batch) for first in range(count)}
-    divided = [t.name for t in distiller.__dict__["teachers"] if is_sharded(t.model.base_model)]
+    divided = [t.name for t in distiller.teachers if is_sharded(t.model.base_model)]
     if divided and len(batches) > 1:
         raise SpecError(
             f"teacher {divided[0]!r}: placement: sharded: {examples} validation examples in batches of "

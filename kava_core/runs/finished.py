@@ -11,7 +11,7 @@ from kava_core.errors import CheckpointError, SpecError
 from kava_core.registry import Registry
 from kava_core.runs import checkpoint
 from kava_core.runs.folder import RECORD, read_record
-from kava_core.specfile.bind import bind
+from kava_core.specfile.bind import bind_spec_model
 from kava_core.specfile.sections.models import ModelSpec, StudentSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
@@ -23,7 +23,7 @@ def finished_spec(run: Path) -> PipelineSpec:
     file = run / "spec.json"
     try:
         text = file.read_text(encoding="utf-8")
-        return bind(Registry.build()).model_validate_json(text, strict=True)
+        return bind_spec_model(Registry.build()).model_validate_json(text, strict=True)
     except ValidationError as error:
         raise CheckpointError(f"{file}: {_first(error)}") from error
     except (OSError, ValueError) as error:

@@ -1,6 +1,6 @@
 """A run directory: what was asked for, what happened, and whether it is finished.
 
-``<output>/<name>/<variant>-<digest>-s<seed>/``: never overwritten; a complete one is skipped, an
+``<output>/<name>/<variant>-<spec_digest>-s<seed>/``: never overwritten; a complete one is skipped, an
 incomplete one resumed.
 """
 
@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 from kava_core.errors import CheckpointError, KavaError, SpecError
 from kava_core.processes import world_size
-from kava_core.specfile.digest import digest
+from kava_core.specfile.digest import spec_digest
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.versions import versions
 
@@ -42,7 +42,7 @@ class RunDir:
 
     def __init__(self, spec: PipelineSpec, variant: str, seed: int) -> None:
         self.spec, self.variant, self.seed = spec, variant, seed
-        self.digest = digest(spec)
+        self.digest = spec_digest(spec)
         self.path = Path(spec.output) / spec.name / f"{variant}-{self.digest}-s{seed}"
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"

@@ -22,24 +22,24 @@ SHORTHAND = "(name)"
 """Tag of a component written as its bare name; no component can be called that."""
 
 
-def bind(registry: Registry) -> type[PipelineSpec]:
+def bind_spec_model(registry: Registry) -> type[PipelineSpec]:
     """A subclass of PipelineSpec that accepts exactly the components of this registry.
 
     A component is written as its name, or as a mapping with its name and parameters.
     """
-    parts = {kind: component(registry, kind) for kind in KINDS}
+    parts = {kind: component_type(registry, kind) for kind in KINDS}
     stages = {kind: part for kind, part in parts.items() if kind in AlignSpec.model_fields}
-    align = _narrowed(AlignSpec, {**stages, "token_warper": parts["time_warper"] | None})
-    teacher = _narrowed(TeacherSpec, {"align": align})
-    many = {"teachers": _many(teacher), "losses": _many(parts["kv_loss"])}
-    return cast(type[PipelineSpec], _narrowed(PipelineSpec, {**many, "fuser": parts["fuser"]}))
+    align = _narrow_fields(AlignSpec, {**stages, "token_warper": parts["time_warper"] | None})
+    teacher = _narrow_fields(TeacherSpec, {"align": align})
+    many = {"teachers": _tuple_of(teacher), "losses": _tuple_of(parts["kv_loss"])}
+    return cast(type[PipelineSpec], _narrow_fields(PipelineSpec, {**many, "fuser": parts["fuser"]}))
 
 
-def component(registry: Registry, kind: str) -> Any:
+def component_type(registry: Registry, kind: str) -> Any:
     """The annotation of a field that holds one component of this kind."""
     configs = {config.component_name(): config for config in registry.configs(kind)}
     if not configs:
-        return _nothing(registry, kind)
+        return _type_of_nothing(registry, kind)
 
     def construct(name: str) -> ComponentConfig:
         return configs[name](name=name)
@@ -50,12 +50,12 @@ def component(registry: Registry, kind: str) -> Any:
         return value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
 
     words: Any = Literal
-    bare = _annotated(words[tuple(configs)], AfterValidator(construct), Tag(SHORTHAND))
-    members = [_annotated(config, Tag(name)) for name, config in configs.items()]
-    return _annotated(reduce(or_, [*members, bare]), Discriminator(tag))
+    bare = _annotated_type(words[tuple(configs)], AfterValidator(construct), Tag(SHORTHAND))
+    members = [_annotated_type(config, Tag(name)) for name, config in configs.items()]
+    return _annotated_type(reduce(or_, [*members, bare]), Discriminator(tag))
 
 
-def _nothing(registry: Registry, kind: str) -> Any:
+def _type_of_nothing(registry: Registry, kind: str) -> Any:
     """Refuses every name, because no component of this kind is installed."""
 
     def refuse(value: Any) -> Any:
@@ -63,20 +63,20 @@ def _nothing(registry: Registry, kind: str) -> Any:
         message = registry.unknown(kind, str(name))
         raise PydanticCustomError("component_unknown", "{told}", {"told": message})
 
-    return _annotated(base_of(kind), BeforeValidator(refuse))
+    return _annotated_type(base_of(kind), BeforeValidator(refuse))
 
 
-def _annotated(item: Any, *metadata: Any) -> Any:
+def _annotated_type(item: Any, *metadata: Any) -> Any:
     annotated: Any = Annotated
     return annotated[(item, *metadata)]
 
 
-def _many(item: Any) -> Any:
+def _tuple_of(item: Any) -> Any:
     many: Any = tuple
     return many[item, ...]
 
 
-def _narrowed(model: Any, annotations: dict[str, Any]) -> Any:
+def _narrow_fields(model: Any, annotations: dict[str, Any]) -> Any:
     """A subclass of the same name whose fields have these annotations, and the old defaults and docs."""
     fields: dict[str, Any] = {
         name: (annotation, _same_field(model.model_fields[name])) for name, annotation in annotations.items()

@@ -7,12 +7,12 @@ import json
 
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
-ELSEWHERE = {"name", "seeds", "variants", "compare", "output"}
+NOT_IN_DIGEST = {"name", "seeds", "variants", "compare", "output"}
 """Fields that a run directory's path says itself, and what is asked of several runs."""
 
 
-def digest(spec: PipelineSpec) -> str:
+def spec_digest(spec: PipelineSpec) -> str:
     """Ten hex digits of the sha256 of the resolved spec; the same on every machine."""
-    fields = spec.model_dump(mode="json", exclude=ELSEWHERE)
+    fields = spec.model_dump(mode="json", exclude=NOT_IN_DIGEST)
     canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()[:10]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from kava_core.config import PARTS, ComponentConfig, KVLossConfig, Part
 from kava_core.errors import SpecError
@@ -12,13 +11,24 @@ from kava_core.specfile.sections.models import TeacherSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
 
-def looked_at(spec: PipelineSpec, student_layers: int) -> tuple[int, ...]:
-    """Student layers that some loss of weight > 0 looks at, ascending."""
-    return tuple(sorted({layer for loss in active(spec) for layer in layers_of(loss, student_layers)}))
+def compared_layers(spec: PipelineSpec, student_layers: int) -> tuple[int, ...]:
+    """Return the student layers that some loss with a weight above 0 compares, ascending from 0.
+
+    Raises:
+        SpecError: a loss names a layer that the student does not have.
+    """
+    layers: set[int] = set()
+    for loss in active_losses(spec):
+        layers.update(layers_of_loss(loss, student_layers))
+    return tuple(sorted(layers))
 
 
-def layers_of(loss: KVLossConfig, student_layers: int) -> list[int]:
-    """A loss's student layers, counted from 0. SpecError where one does not exist."""
+def layers_of_loss(loss: KVLossConfig, student_layers: int) -> list[int]:
+    """Return the student layers that a loss compares, ascending from 0.
+
+    Raises:
+        SpecError: the loss names a layer that the student does not have.
+    """
     if loss.layers == "all":
         return list(range(student_layers))
     outside = [layer for layer in loss.layers if not -student_layers <= layer < student_layers]
@@ -29,19 +39,21 @@ def layers_of(loss: KVLossConfig, student_layers: int) -> list[int]:
     return sorted({layer % student_layers for layer in loss.layers})
 
 
-def active(spec: PipelineSpec) -> list[KVLossConfig]:
-    """The losses with a weight above 0."""
+def active_losses(spec: PipelineSpec) -> list[KVLossConfig]:
+    """Return the KV losses with a weight above 0."""
     return [loss for loss in spec.losses if loss.weight > 0]
 
 
-def parts_of(spec: PipelineSpec) -> tuple[Part, ...]:
-    """The parts some active loss compares, in the fixed order."""
-    wanted = {part for loss in active(spec) for part in loss.parts}
-    return tuple(part for part in PARTS if part in wanted)
+def compared_parts(spec: PipelineSpec) -> tuple[Part, ...]:
+    """Return which of keys, values and queries some active loss compares, in this order."""
+    parts: set[Part] = set()
+    for loss in active_losses(spec):
+        parts.update(loss.parts)
+    return tuple(part for part in PARTS if part in parts)
 
 
 def used_components(spec: PipelineSpec) -> Iterator[tuple[str, ComponentConfig]]:
-    """Kind and declaration of every component a run of this spec builds."""
+    """Iterate over kind and declaration of every component that a run of this spec builds."""
     for teacher in spec.teachers:
         for kind in type(teacher.align).model_fields:
             if kind in KINDS:
@@ -52,28 +64,36 @@ def used_components(spec: PipelineSpec) -> Iterator[tuple[str, ComponentConfig]]
         yield "kv_loss", loss
 
 
-def used_teachers(spec: PipelineSpec) -> tuple[Any, ...]:
-    """The spec's teachers that run: all with KV losses, else those whose logits are distilled, or none."""
-    if active(spec):
+def used_teachers(spec: PipelineSpec) -> tuple[TeacherSpec, ...]:
+    """Return the teachers that run: all of them if a KV loss is active, else those that another term needs.
+
+    Another term: distilled logits, distilled hidden states, or the cross-entropy of a teacher that is the
+    student itself.
+    """
+    if active_losses(spec):
         return spec.teachers
-    asked = (*heard(spec), felt(spec))
-    return tuple(t for t in spec.teachers if t.name in asked or (t.itself and t.itself.cross_entropy))
+    needed = {*logit_teachers(spec), hidden_state_teacher(spec)}
+    return tuple(
+        teacher
+        for teacher in spec.teachers
+        if teacher.name in needed or (teacher.itself is not None and teacher.itself.cross_entropy > 0)
+    )
 
 
-def heard(spec: PipelineSpec) -> tuple[str, ...]:
-    """Names of the teachers whose logits are distilled."""
+def logit_teachers(spec: PipelineSpec) -> tuple[str, ...]:
+    """Return the names of the teachers whose logits are distilled."""
     if spec.logits is None or spec.logits.weight == 0:
         return ()
     return spec.logits.teachers or tuple(teacher.name for teacher in spec.teachers)
 
 
-def felt(spec: PipelineSpec) -> str | None:
-    """Name of the teacher whose hidden states are distilled."""
+def hidden_state_teacher(spec: PipelineSpec) -> str | None:
+    """Return the name of the teacher whose hidden states are distilled (CODI); None if there is none."""
     if spec.codi is None or spec.codi.weight == 0:
         return None
     return spec.codi.teacher or spec.teachers[0].name
 
 
-def weights_key(teacher: TeacherSpec) -> str:
-    """The same for teachers with the same weights, and only for them."""
+def shared_weights_key(teacher: TeacherSpec) -> str:
+    """Return a text that is equal for teachers with the same weights, and only for them."""
     return teacher.model_dump_json(exclude={"name", "align", "template", "rationale", "last_step", "itself"})

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from kava_core.registry import Registry
-from kava_core.specfile.bind import bind
+from kava_core.specfile.bind import bind_spec_model
 
 
 def json_schema(registry: Registry) -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of PipelineSpec; fields carry their documentation."""
-    schema = bind(registry).model_json_schema()
+    schema = bind_spec_model(registry).model_json_schema()
     for definition in schema["$defs"].values():
         _require_name(definition)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

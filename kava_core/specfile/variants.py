@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from copy import deepcopy
 
 from kava_core.errors import SpecError, did_you_mean, one_of
-from kava_core.specfile.load import LoadedSpec, validate
+from kava_core.specfile.load import LoadedSpec, validate_document
 from kava_core.specfile.reading.document import Document
-from kava_core.specfile.reading.places import InvalidSpecError, Path, Place
+from kava_core.specfile.reading.source_map import InvalidSpecError, SourceLocation, SpecPath
 from kava_core.specfile.sections.compare import CompareSpec, Control, control_changes
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
 MAIN = "main"
 """The only variant of a spec that declares none."""
 
-SHARED = ("name", "seeds", "variants", "compare", "output")
+SHARED_FIELDS = ("name", "seeds", "variants", "compare", "output")
 """Fields that belong to all variants together, so that they stay comparable and side by side."""
 
 
@@ -29,15 +29,15 @@ def resolve_variants(loaded: LoadedSpec) -> dict[str, PipelineSpec]:
     if not spec.variants and spec.compare is None:
         return {MAIN: spec}
     compare = spec.compare or CompareSpec()
-    declared, errors = dict.fromkeys(spec.variants or (MAIN,)), _unknown(loaded, compare)
+    declared, errors = dict.fromkeys(spec.variants or (MAIN,)), _wrong_names(loaded, compare)
     resolved = dict[str, PipelineSpec]()
     controls = () if errors else compare.controls
     for name, control in [(name, None) for name in declared] + [(word, word) for word in controls]:
         try:
-            document = _changed(loaded.document, treatment(spec) if control else name)
+            document = _document_of_variant(loaded.document, treatment_variant(spec) if control else name)
             if control is not None:
-                _break(document, loaded, control)
-            resolved[name] = validate(document, loaded.model, loaded.registry)
+                _apply_control(document, loaded, control)
+            resolved[name] = validate_document(document, loaded.model, loaded.registry)
         except InvalidSpecError as error:
             errors += error.lines
     if errors:
@@ -63,13 +63,13 @@ def chosen_runs(
     ]
 
 
-def treatment(spec: PipelineSpec) -> str:
+def treatment_variant(spec: PipelineSpec) -> str:
     """The variant that controls are made of."""
     named = spec.compare.treatment if spec.compare is not None else None
     return named or next(iter(spec.variants), MAIN)
 
 
-def _unknown(loaded: LoadedSpec, compare: CompareSpec) -> list[str]:
+def _wrong_names(loaded: LoadedSpec, compare: CompareSpec) -> list[str]:
     """A line for everything that ``compare`` names and that is not there, or is there twice."""
     variants = tuple(loaded.spec.variants or (MAIN,))
     known = (*variants, *compare.controls)
@@ -77,7 +77,7 @@ def _unknown(loaded: LoadedSpec, compare: CompareSpec) -> list[str]:
     asked = {
         ("pairs", row, side): name for row, pair in enumerate(compare.pairs) for side, name in enumerate(pair)
     }
-    found: list[tuple[Path, str]] = [
+    found: list[tuple[SpecPath, str]] = [
         (path, f"no variant {name!r}; possible: {one_of(possible)}{did_you_mean(name, possible)}")
         for names, possible in ((named, variants), (asked, known))
         for path, name in names.items()
@@ -95,7 +95,7 @@ def _unknown(loaded: LoadedSpec, compare: CompareSpec) -> list[str]:
     ]
 
 
-def _changed(base: Document, name: str) -> Document:
+def _document_of_variant(base: Document, name: str) -> Document:
     """The base with one variant's changes; InvalidSpecError with those that cannot be made."""
     document, errors = base.copy(f"variant {name}: "), list[str]()
     variants = document.data.pop("variants", None) or {}
@@ -112,7 +112,7 @@ def _changed(base: Document, name: str) -> Document:
     return document
 
 
-def _break(document: Document, loaded: LoadedSpec, control: Control) -> None:
+def _apply_control(document: Document, loaded: LoadedSpec, control: Control) -> None:
     """Make a treatment's document the control's; InvalidSpecError where there is nothing to break."""
     place = loaded.document.places.value(("compare", "controls"))
     document.context = f"variant {control}: "
@@ -124,8 +124,8 @@ def _break(document: Document, loaded: LoadedSpec, control: Control) -> None:
         document.set(key, value, place)
 
 
-def _refuse_shared(document: Document, key: str, place: Place) -> None:
+def _refuse_shared(document: Document, key: str, place: SourceLocation) -> None:
     field = key.partition(".")[0]
-    if field in SHARED:
+    if field in SHARED_FIELDS:
         message = f"a variant cannot change {field!r}: all variants share it"
         raise SpecError(document.error(place, message))

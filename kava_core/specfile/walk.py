@@ -13,14 +13,14 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from kava_core.specfile.reading.places import Path
+from kava_core.specfile.reading.source_map import SpecPath
 
 
 @dataclass(frozen=True)
-class Spot:
+class TypeAtLocation:
     """What stands at a location."""
 
-    path: Path
+    path: SpecPath
     """Keys and indexes of the document."""
     expected: Any
     """The type expected there; None where the types do not say."""
@@ -32,54 +32,54 @@ class Spot:
     """True where a mapping's key itself is wrong."""
 
 
-def walk(model: type[BaseModel], location: Sequence[str | int]) -> Spot:
+def follow_location(model: type[BaseModel], location: Sequence[str | int]) -> TypeAtLocation:
     """Resolve a location; unknown keys at its end are kept as they are."""
     path: list[str | int] = []
     here: Any = model
     parent: Any = None
     alternative = is_key = False
     for step in location:
-        members = members_of(here)
+        members = union_members(here)
         if step == "[key]":
             is_key = True
         elif len(members) > 1:
-            here = _chosen(members, step)
-            alternative = not _tagged(members)
+            here = _member_with_label(members, step)
+            alternative = not _is_tagged_union(members)
         else:
-            parent, here = _only(members), _below(_only(members), step)
+            parent, here = _only_member(members), _type_below(_only_member(members), step)
             alternative = False
             path.append(step)
-    return Spot(tuple(path), here, parent, alternative, is_key)
+    return TypeAtLocation(tuple(path), here, parent, alternative, is_key)
 
 
-def members_of(annotation: Any) -> list[Any]:
+def union_members(annotation: Any) -> list[Any]:
     """Members of a union, without None; otherwise the annotation alone."""
     if get_origin(annotation) is Annotated:
-        return members_of(get_args(annotation)[0])
+        return union_members(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
-        every = [member for part in get_args(annotation) for member in members_of(part)]
+        every = [member for part in get_args(annotation) for member in union_members(part)]
         return [member for member in every if member is not type(None)]
     return [annotation]
 
 
 def literal_values(annotation: Any) -> list[str]:
     """All words that Literals in this annotation allow."""
-    literals = [member for member in members_of(annotation) if get_origin(member) is Literal]
+    literals = [member for member in union_members(annotation) if get_origin(member) is Literal]
     return [str(value) for literal in literals for value in get_args(literal)]
 
 
-def tags_of(annotation: Any) -> list[str]:
+def union_tags(annotation: Any) -> list[str]:
     """Names of the models in a tagged union."""
-    return [tag for tag in map(_tag, members_of(annotation)) if tag is not None]
+    return [tag for tag in map(_tag_of_model, union_members(annotation)) if tag is not None]
 
 
-def fields_of(annotation: Any) -> list[str]:
+def accepted_keys(annotation: Any) -> list[str]:
     """Keys a model accepts; none for anything else."""
-    only = _only(members_of(annotation))
+    only = _only_member(union_members(annotation))
     return list(only.model_fields) if _is_model(only) else []
 
 
-def _only(members: list[Any]) -> Any:
+def _only_member(members: list[Any]) -> Any:
     return members[0] if len(members) == 1 else None
 
 
@@ -87,19 +87,19 @@ def _is_model(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _tag(member: Any) -> str | None:
+def _tag_of_model(member: Any) -> str | None:
     field = member.model_fields.get("name") if _is_model(member) else None
     return str(field.default) if field and get_origin(field.annotation) is Literal else None
 
 
-def _tagged(members: list[Any]) -> bool:
-    return any(_tag(member) is not None for member in members)
+def _is_tagged_union(members: list[Any]) -> bool:
+    return any(_tag_of_model(member) is not None for member in members)
 
 
-def _chosen(members: list[Any], label: str | int) -> Any:
+def _member_with_label(members: list[Any], label: str | int) -> Any:
     """The member that pydantic labels so: by tag, class name, or start of its type (``tuple[int, ...]``)."""
     for member in members:
-        names = (_tag(member), getattr(member, "__name__", None))
+        names = (_tag_of_model(member), getattr(member, "__name__", None))
         if label in names and get_origin(member) is None:
             return member
     kinds = [member for member in members if str(label).startswith(f"{_origin_name(member)}[")]
@@ -111,7 +111,7 @@ def _origin_name(member: Any) -> str:
     return "literal" if origin is Literal else str(getattr(origin, "__name__", ""))
 
 
-def _below(annotation: Any, step: str | int) -> Any:
+def _type_below(annotation: Any, step: str | int) -> Any:
     """The type under a key or index."""
     if _is_model(annotation):
         field = annotation.model_fields.get(str(step))

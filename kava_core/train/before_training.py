@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Subset
 
 from kava_core.build.data import Data
 from kava_core.build.time_plans import PlansTime
+from kava_core.distill.calibration import calibrate_projectors, finish_projectors, show_fuser, show_losses
 from kava_core.distill.distiller import Distiller
 from kava_core.protocols.fuser import ObservesTeachers
 from kava_core.specfile.sections.pipeline import PipelineSpec
@@ -27,28 +28,25 @@ def calibrate_components(distiller: Distiller, data: Data, spec: PipelineSpec, d
     The random state is left as it was. A store holds its projectors calibrated.
     """
     pipeline = distiller.pipeline
-    if pipeline is None:
-        return
     if data.store is None and any(aligner.wants_calibration for aligner in pipeline.teachers):
         for batch in _calibration_batches(distiller, data, spec, device):
-            distiller.calibrate(batch)
-        distiller.finish_calibration()
+            calibrate_projectors(distiller, batch)
+        finish_projectors(pipeline)
     if isinstance(pipeline.fuser, ObservesTeachers):
         for batch in _calibration_batches(distiller, data, spec, device):
-            distiller.show_fuser(batch)
+            show_fuser(distiller, batch)
         pipeline.fuser.finish()
     losses = pipeline.observing_losses
     if losses:
         for batch in _calibration_batches(distiller, data, spec, device):
-            distiller.show_losses(batch)
+            show_losses(distiller, batch)
         for loss in losses:
             loss.finish()
 
 
 def set_loss_weights(distiller: Distiller, data: Data, spec: PipelineSpec, device: torch.device) -> None:
     """Set λ of the losses that give a share of the gradient, from the first training batches."""
-    pipeline = distiller.pipeline
-    if pipeline is None or all(config.share is None for config in pipeline.configs):
+    if all(config.share is None for config in distiller.pipeline.configs):
         return
     distiller.eval()
     batches = islice(_calibration_batches(distiller, data, spec, device), WEIGHING_BATCHES)

@@ -70,15 +70,14 @@ class EvaluateAtEnd(TrainerCallback):
 class ScheduleWeights(TrainerCallback):
     """Keeps the pipeline's progress through the run: 0 at the first step, 1 at the last."""
 
-    def __init__(self, pipeline: KVPipeline | None) -> None:
+    def __init__(self, pipeline: KVPipeline) -> None:
         self.pipeline = pipeline
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Set the progress before the forward pass, after a resume as well."""
-        if self.pipeline is not None:
-            self.pipeline.progress = state.global_step / max(state.max_steps - 1, 1)
+        self.pipeline.progress = state.global_step / max(state.max_steps - 1, 1)
 
 
 class MetricsFile(TrainerCallback):

@@ -16,8 +16,8 @@ from numpy.random import SeedSequence
 from torch import Tensor
 
 from kava_core.build.time_plans import Collate
-from kava_core.data.collate import Collator, Item
-from kava_core.data.examples import Example, Text, split_written
+from kava_core.data.collate import Collator, EncodedExample
+from kava_core.data.examples import Example, Text, split_completion
 from kava_core.distill.distiller import Distiller
 from kava_core.kv.capture.evaluation_mode import evaluation_mode
 from kava_core.models.ledger import HEAD, STUDENT, Ledger
@@ -37,7 +37,7 @@ class CollatorWithExamples:
     def __init__(self, collate: Collate) -> None:
         self.collate = collate
 
-    def __call__(self, batch: Sequence[Item]) -> dict[str, Any]:
+    def __call__(self, batch: Sequence[EncodedExample]) -> dict[str, Any]:
         """Return the collator's batch with its examples."""
         return {**self.collate(batch), EXAMPLES: tuple(item.example for item in batch)}
 
@@ -90,7 +90,7 @@ class OwnTexts:
         items = [item for item in self.collator.encode(examples) if item is not None]
         count = round(self.spec.share * len(items))
         replaced = items[:count]
-        if count and distiller.pipeline is not None:
+        if count and distiller.pipeline.compared:
             texts = self._write_texts(distiller, examples[:count], device, ledger, place, autocast)
             written = self.collator.encode_written(examples[:count], texts)
             for row, item in enumerate(written):
@@ -100,7 +100,7 @@ class OwnTexts:
         collated: dict[str, Any] = send_to_device(self.collate(mixed), device)
         return collated
 
-    def _fits_positions(self, item: Item) -> bool:
+    def _fits_positions(self, item: EncodedExample) -> bool:
         """Return whether no side has more tokens than its model positions."""
         lengths: dict[str | None, int] = {None: len(item.student)}
         lengths |= {name: len(side) for name, side in item.teachers.items()}
@@ -138,7 +138,9 @@ class OwnTexts:
         real = real_tokens(tokens[:, length:], tokenizer.eos_token_id)
         self._count_writing(ledger, prompts["attention_mask"], real)
         texts, template = decode_new_tokens(tokenizer, tokens, length), self.collator.template
-        return [split_written(example, text, template) for example, text in zip(examples, texts, strict=True)]
+        return [
+            split_completion(example, text, template) for example, text in zip(examples, texts, strict=True)
+        ]
 
     def _count_writing(self, ledger: Ledger, prompt_mask: Tensor, real: Tensor) -> None:
         """Count a pass over the prompts, and one over each new token but the last.

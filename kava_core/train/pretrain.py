@@ -12,9 +12,9 @@ from typing import Any
 
 from kava_core.build.data import load_or_train_tokenizer
 from kava_core.data.examples import Example
-from kava_core.data.splits import Splits, fingerprint, load_splits, split_hash
+from kava_core.data.splits import Splits, load_splits, split_hash, text_fingerprint
 from kava_core.paths import cache_folder
-from kava_core.specfile.sections.data import DataSpec, changed_data
+from kava_core.specfile.sections.data import DataSpec, change_data
 from kava_core.specfile.sections.models import ModelSpec, Pretrain, StudentSpec, TrainTokenizer
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.specfile.sections.training import EvaluateSpec, TrainSpec
@@ -63,10 +63,10 @@ def pretraining_report(spec: PipelineSpec) -> dict[str, dict[str, Any]]:
 
 
 def _describe_examples(learnt: Sequence[Example], splits: Splits) -> dict[str, Any]:
-    prompts = {fingerprint(example.prompt) for example in learnt}
+    prompts = {text_fingerprint(example.prompt) for example in learnt}
     description: dict[str, Any] = {"examples": len(learnt), "sha256": split_hash(learnt)}
     for name, split in (("train", splits.train), ("validation", splits.validation)):
-        shared = sum(fingerprint(example.prompt) in prompts for example in split)
+        shared = sum(text_fingerprint(example.prompt) in prompts for example in split)
         description[f"shared_with_{name}"] = shared
     return description
 
@@ -74,7 +74,7 @@ def _describe_examples(learnt: Sequence[Example], splits: Splits) -> dict[str, A
 def _pretraining_data(spec: PipelineSpec, model: ModelSpec) -> DataSpec:
     """Return the spec's data with the changes that ``pretrain`` asks for; a teacher's own text is none."""
     changes = model.pretrain.data if model.pretrain is not None else {}
-    return changed_data(spec.data, changes) if changes else spec.data
+    return change_data(spec.data, changes) if changes else spec.data
 
 
 def _pretraining_examples(spec: PipelineSpec, model: ModelSpec) -> Sequence[Example]:

@@ -226,12 +226,12 @@ def _make_trainer(
         CollapseMonitor(folder.path / "before_training.safetensors"),
     )
     ledger = Ledger(step_passes(spec.student))
-    distiller.watched(ledger)
+    distiller.attach_ledger(ledger)
     collate: Any = PlansTime(data.collator, distiller.pipeline)
     own_texts = None
     if spec.online is not None:
         limits: dict[str | None, int | None] = {}
-        for name, config in distiller.configs().items():
+        for name, config in distiller.model_configs().items():
             limits[name] = max_positions(config)
         limits[None] = limits[STUDENT]
         own_texts = OwnTexts(spec.online, data.collator, collate, seed=folder.seed, position_limits=limits)
@@ -268,7 +268,7 @@ def _finish_run(trainer: KavaTrainer, folder: RunDir, data: Data, spec: Pipeline
         _save_attention(distiller, folder, data, spec)
         compute = recorded_compute(
             spec,
-            distiller.configs(),
+            distiller.model_configs(),
             counts,
             stored=None if data.store is None else store_counts(spec, data, distiller.pipeline),
             metrics=folder.metrics,
@@ -289,7 +289,7 @@ def _save_attention(distiller: Distiller, folder: RunDir, data: Data, spec: Pipe
         return
     models: dict[str, Any] = {"student": distiller.student}
     whole = {teacher.name for teacher in spec.teachers if teacher.placement != SHARDED}
-    for teacher in distiller.__dict__["teachers"]:
+    for teacher in distiller.teachers:
         if teacher.name in whole:
             models[teacher.name] = teacher.model
     tokenizers = {"student": data.tokenizer, **data.teacher_tokenizers}

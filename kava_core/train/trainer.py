@@ -135,7 +135,7 @@ class KavaTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """Return the loss denominators, summed over accumulation and processes."""
-        counts = [self.distiller.counts(batch) for batch in batch_samples]
+        counts = [self.distiller.loss_denominators(batch) for batch in batch_samples]
         items = torch.stack(counts).sum(0).to(device)
         if self.args.world_size > 1:
             items = self.accelerator.gather(items[None]).sum(0)
@@ -152,7 +152,7 @@ class KavaTrainer(Trainer):
         distiller = self.distiller
         distiller.dropout_seed = self._dropout_seed()
         with self.ledger.counting():
-            distiller.note(self.ledger, inputs["student"])
+            distiller.count_student_pass(self.ledger, inputs["student"])
             outputs = model(inputs["student"], inputs["teachers"], items=num_items_in_batch)
         self._term_means.add_terms(outputs)
         loss = outputs["loss"] * self.accelerator.num_processes
@@ -205,11 +205,9 @@ class KavaTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Create AdamW; what aligns and routes does not decay, and may have its own ``learning_rate``."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
-        distiller = self.distiller
-        if distiller.pipeline is not None:
-            rates = parameter_learning_rates(distiller.pipeline, self.args.learning_rate)
-            for group in list(optimizer.param_groups):
-                split_parameter_group(optimizer, group, rates)
+        rates = parameter_learning_rates(self.distiller.pipeline, self.args.learning_rate)
+        for group in list(optimizer.param_groups):
+            split_parameter_group(optimizer, group, rates)
         if self._fsdp_plugin is not None:  # torch cannot load the sharded state of an empty group
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer

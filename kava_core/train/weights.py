@@ -20,8 +20,6 @@ ALIGNER_FILE = "aligner.safetensors"
 
 def aligner_state(distiller: Distiller) -> dict[str, Tensor]:
     """Return parameters and buffers of aligners, fuser and losses."""
-    if distiller.pipeline is None:
-        return {}
     return {name: tensor.contiguous() for name, tensor in distiller.pipeline.state_dict().items()}
 
 
@@ -74,7 +72,7 @@ def load_weights(distiller: Distiller, folder: Path) -> None:
     """
     try:
         _load_student(distiller.student, folder / STUDENT)
-        if distiller.pipeline is not None:
+        if distiller.pipeline.compared:
             distiller.pipeline.load_state_dict(load_file(folder / ALIGNER_FILE))
         if distiller.latents is not None:
             distiller.latents.load_state_dict(load_latents(folder).state_dict())

@@ -13,14 +13,14 @@ from kava_core.config import ComponentConfig
 Rate = Annotated[float, Field(gt=0)]
 
 
-class Identity(ComponentConfig):
+class IdentityConfig(ComponentConfig):
     """Heads are equally wide on both sides: nothing is done."""
 
     name: Literal["identity"] = "identity"
     component = "kava_plugins.dim_projectors.identity:Identity"
 
 
-class Linear(ComponentConfig):
+class LinearConfig(ComponentConfig):
     """One matrix for each layer, trained with the student unless told otherwise.
 
     A projector trained only by the KV loss can absorb the mismatch: the loss falls, the student learns
@@ -45,7 +45,7 @@ class Linear(ComponentConfig):
     """Seed of the matrices."""
 
 
-class Elastic(ComponentConfig):
+class ElasticConfig(ComponentConfig):
     """A bottleneck for each layer, trained with the student: LayerNorm, Linear, SiLU, Dropout, Linear.
 
     A projector trained only by the KV loss can absorb the mismatch: the loss falls, the student learns
@@ -74,13 +74,13 @@ class Elastic(ComponentConfig):
     """Seed of the matrices."""
 
     @model_validator(mode="after")
-    def _size_is_used(self) -> Elastic:
+    def _size_is_used(self) -> ElasticConfig:
         if self.teacher_size is not None and self.mlp_ratio != "auto":
             raise ValueError("teacher_size only says which ratio 'mlp_ratio: auto' means; leave out one")
         return self
 
 
-class Calibrated(ComponentConfig):
+class CalibratedConfig(ComponentConfig):
     """Computed from calibration batches before the first step, keys and values apart, then frozen.
 
     ``procrustes`` and ``ridge`` map onto the other side's cache as it is before training: they are for a
@@ -106,4 +106,4 @@ class Calibrated(ComponentConfig):
 @hookimpl
 def kava_dim_projectors() -> Sequence[type[ComponentConfig]]:
     """Register this package's width projectors."""
-    return [Identity, Linear, Elastic, Calibrated]
+    return [IdentityConfig, LinearConfig, ElasticConfig, CalibratedConfig]

@@ -14,9 +14,9 @@ from kava_core.config import Part
 from kava_core.errors import KavaError
 from kava_core.kv.maths.moments import Moments, rows_of
 from kava_core.protocols.axes import Geometry
-from kava_plugins.dim_projectors import Calibrated as Config
-from kava_plugins.dim_projectors.closed_form import principal_components, procrustes, ridge
-from kava_plugins.dim_projectors.matrices import project
+from kava_plugins.dim_projectors import CalibratedConfig
+from kava_plugins.dim_projectors._closed_form import principal_components, procrustes, ridge
+from kava_plugins.dim_projectors._matrices import project
 
 
 class Calibrated(nn.Module):
@@ -34,7 +34,7 @@ class Calibrated(nn.Module):
     linear = True
     ready: Bool[Tensor, " _"]
 
-    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: CalibratedConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.config, self.learning_rate = config, config.learning_rate
         self.paired = config.method != "pca"

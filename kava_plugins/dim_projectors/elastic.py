@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from kava_core.config import Part
 from kava_core.protocols.axes import PARTS, Geometry
-from kava_plugins.dim_projectors import Elastic as Config
-from kava_plugins.dim_projectors.matrices import normal, owners, project
+from kava_plugins.dim_projectors import ElasticConfig
+from kava_plugins.dim_projectors._matrices import normal, owners, project
 
 LARGE, MIDDLE = 70.0, 7.0
 """Billions of parameters from which the ratio is 2.0 and 1.0; below, it is 0.5."""
@@ -28,7 +28,7 @@ class Elastic(nn.Module):
     map runs.
     """
 
-    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: ElasticConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.learning_rate = config.learning_rate
         self.dropout = config.dropout
@@ -66,7 +66,7 @@ class Elastic(nn.Module):
         return mapped + getattr(self, f"{name}_bias").to(mapped.dtype)
 
 
-def _ratio(config: Config, hidden: int) -> float:
+def _ratio(config: ElasticConfig, hidden: int) -> float:
     """The given ratio; for ``auto`` the one of the teacher's size, or of this hidden width."""
     if config.mlp_ratio != "auto":
         return config.mlp_ratio

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kava_core.config import Part
 from kava_core.protocols.axes import Geometry
-from kava_plugins.dim_projectors import Identity as Config
+from kava_plugins.dim_projectors import IdentityConfig
 
 
 class Identity(nn.Module):
@@ -15,7 +15,7 @@ class Identity(nn.Module):
 
     linear = shared_width = keeps_width = True
 
-    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: IdentityConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
 
     def forward(

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from kava_core.config import Part
 from kava_core.protocols.axes import PARTS, Geometry
-from kava_plugins.dim_projectors import Linear as Config
-from kava_plugins.dim_projectors.matrices import normal, orthogonal, owners, project
+from kava_plugins.dim_projectors import LinearConfig
+from kava_plugins.dim_projectors._matrices import normal, orthogonal, owners, project
 
 
 class Linear(nn.Module):
@@ -19,7 +19,7 @@ class Linear(nn.Module):
 
     linear = True
 
-    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: LinearConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.shared_width = config.share_heads
         self.learning_rate = config.learning_rate

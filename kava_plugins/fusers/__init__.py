@@ -22,7 +22,7 @@ def _some_weight(weights: Weights | None) -> Weights | None:
 SomeWeights = Annotated[Weights | None, AfterValidator(_some_weight)]
 
 
-class Fixed(ComponentConfig):
+class FixedConfig(ComponentConfig):
     """Constant weights, the same everywhere."""
 
     name: Literal["fixed"] = "fixed"
@@ -35,7 +35,7 @@ class Fixed(ComponentConfig):
     do not run."""
 
 
-class Similarity(ComponentConfig):
+class SimilarityConfig(ComponentConfig):
     """Softmax of the cosine between the student's cache and each teacher's mean cache."""
 
     name: Literal["similarity"] = "similarity"
@@ -47,7 +47,7 @@ class Similarity(ComponentConfig):
     """Weights for every position, or for an example as a whole."""
 
 
-class _Router(ComponentConfig):
+class _RouterConfig(ComponentConfig):
     """What trained routers share."""
 
     name: str
@@ -61,7 +61,7 @@ class _Router(ComponentConfig):
     """Inner width."""
 
 
-class Learnable(_Router):
+class LearnableConfig(_RouterConfig):
     """A network on the student's hidden state gives each teacher's weight (MLP, one inner layer)."""
 
     name: Literal["learnable"] = "learnable"
@@ -75,14 +75,14 @@ class Learnable(_Router):
     """Scores are divided by this."""
 
 
-class Attention(_Router):
+class AttentionConfig(_RouterConfig):
     """The student's query attends over the teachers' caches at each position and layer."""
 
     name: Literal["attention"] = "attention"
     component = "kava_plugins.fusers.attention:Attention"
 
 
-class Task(ComponentConfig):
+class TaskConfig(ComponentConfig):
     """Constant weights for each task label of the data (field ``task`` of an example)."""
 
     name: Literal["task"] = "task"
@@ -94,7 +94,7 @@ class Task(ComponentConfig):
     """Weights for an example without label or with another one; none: all teachers count alike."""
 
 
-class Reinforce(ComponentConfig):
+class ReinforceConfig(ComponentConfig):
     """A policy over teachers, rewarded by the fall of the student's cross-entropy (REINFORCE)."""
 
     name: Literal["reinforce"] = "reinforce"
@@ -111,4 +111,4 @@ class Reinforce(ComponentConfig):
 @hookimpl
 def kava_fusers() -> Sequence[type[ComponentConfig]]:
     """Register this package's fusers."""
-    return [Fixed, Similarity, Learnable, Attention, Task, Reinforce]
+    return [FixedConfig, SimilarityConfig, LearnableConfig, AttentionConfig, TaskConfig, ReinforceConfig]

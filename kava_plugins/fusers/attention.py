@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from kava_core.protocols.axes import Geometry
 from kava_core.protocols.fuser import FusionContext
-from kava_plugins.fusers import Attention as Config
+from kava_plugins.fusers import AttentionConfig
+from kava_plugins.fusers._routing import imbalance, negative_entropy, routed
 from kava_plugins.fusers.learnable import require_hidden
-from kava_plugins.fusers.routing import imbalance, negative_entropy, routed
 from kava_plugins.fusers.similarity import beside
 
 
@@ -25,7 +25,7 @@ class Attention(nn.Module):
 
     needs_hidden = True
 
-    def __init__(self, config: Config, *, teachers: tuple[str, ...], student: Geometry) -> None:
+    def __init__(self, config: AttentionConfig, *, teachers: tuple[str, ...], student: Geometry) -> None:
         super().__init__()
         self.scale = 1 / math.sqrt(config.width)
         self.learning_rate, self.entropy, self.balance = config.learning_rate, config.entropy, config.balance

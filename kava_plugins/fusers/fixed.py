@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kava_core.errors import SpecError, did_you_mean, one_of
 from kava_core.protocols.axes import Geometry
 from kava_core.protocols.fuser import FusionContext
-from kava_plugins.fusers import Fixed as Config
+from kava_plugins.fusers import FixedConfig
 
 
 class Fixed(nn.Module):
@@ -22,7 +22,7 @@ class Fixed(nn.Module):
     weights: Float[Tensor, " teacher"]
     chosen: Bool[Tensor, " teacher"]
 
-    def __init__(self, config: Config, *, teachers: tuple[str, ...], student: Geometry) -> None:
+    def __init__(self, config: FixedConfig, *, teachers: tuple[str, ...], student: Geometry) -> None:
         super().__init__()
         self.sample, self.draws = config.sample, config.sample is not None
         weights = constants(config.weights, teachers, who="fixed")

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from kava_core.errors import KavaError
 from kava_core.protocols.axes import Geometry
 from kava_core.protocols.fuser import FusionContext
-from kava_plugins.fusers import Learnable as Config
-from kava_plugins.fusers.routing import imbalance, mean_over_time, negative_entropy, routed
+from kava_plugins.fusers import LearnableConfig
+from kava_plugins.fusers._routing import imbalance, mean_over_time, negative_entropy, routed
 
 
 class Learnable(nn.Module):
@@ -24,7 +24,7 @@ class Learnable(nn.Module):
     needs_targets = False
     needs_hidden = True
 
-    def __init__(self, config: Config, *, teachers: tuple[str, ...], student: Geometry) -> None:
+    def __init__(self, config: LearnableConfig, *, teachers: tuple[str, ...], student: Geometry) -> None:
         super().__init__()
         self.teachers, self.by_example = len(teachers), config.per == "example"
         self.layers = student.layer if config.per_layer else 1

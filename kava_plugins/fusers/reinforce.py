@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from kava_core.protocols.axes import Geometry
 from kava_core.protocols.fuser import FusionContext
-from kava_plugins.fusers import Reinforce as Config
-from kava_plugins.fusers.routing import entropy
+from kava_plugins.fusers import ReinforceConfig
+from kava_plugins.fusers._routing import entropy
 
 
 class Reinforce(nn.Module):
@@ -29,7 +29,7 @@ class Reinforce(nn.Module):
     judged: Int[Tensor, ""]
     passes: Int[Tensor, ""]
 
-    def __init__(self, config: Config, *, teachers: tuple[str, ...], student: Geometry) -> None:
+    def __init__(self, config: ReinforceConfig, *, teachers: tuple[str, ...], student: Geometry) -> None:
         super().__init__()
         self.entropy, self.momentum = config.entropy, config.momentum
         self.learning_rate = config.learning_rate

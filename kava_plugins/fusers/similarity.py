@@ -11,8 +11,8 @@ from kava_core.errors import KavaError
 from kava_core.kv.maths.masks import widen
 from kava_core.protocols.axes import Cache, Geometry
 from kava_core.protocols.fuser import FusionContext
-from kava_plugins.fusers import Similarity as Config
-from kava_plugins.fusers.routing import mean_over_time, routed
+from kava_plugins.fusers import SimilarityConfig
+from kava_plugins.fusers._routing import mean_over_time, routed
 
 
 class Similarity(nn.Module):
@@ -28,7 +28,7 @@ class Similarity(nn.Module):
     count: Float[Tensor, " teacher"]
     ready: Bool[Tensor, ""]
 
-    def __init__(self, config: Config, *, teachers: tuple[str, ...], student: Geometry) -> None:
+    def __init__(self, config: SimilarityConfig, *, teachers: tuple[str, ...], student: Geometry) -> None:
         super().__init__()
         self.temperature, self.by_example = config.temperature, config.per == "example"
         width = student.head * student.dim

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kava_core.protocols.axes import Geometry
 from kava_core.protocols.fuser import FusionContext
-from kava_plugins.fusers import Task as Config
+from kava_plugins.fusers import TaskConfig
 from kava_plugins.fusers.fixed import constants
 
 
@@ -18,7 +18,7 @@ class Task(nn.Module):
     needs_targets = False
     table: Float[Tensor, "_ teacher"]
 
-    def __init__(self, config: Config, *, teachers: tuple[str, ...], student: Geometry) -> None:
+    def __init__(self, config: TaskConfig, *, teachers: tuple[str, ...], student: Geometry) -> None:
         super().__init__()
         self.place = {label: row for row, label in enumerate(config.weights, 1)}
         rows = [config.default, *config.weights.values()]

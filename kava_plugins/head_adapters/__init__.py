@@ -11,7 +11,7 @@ from kava_core import hookimpl
 from kava_core.config import ComponentConfig
 
 
-class Structured(ComponentConfig):
+class StructuredConfig(ComponentConfig):
     """Mix heads with heads: every student head is a weighted mean of teacher heads, for any two counts."""
 
     name: Literal["structured"] = "structured"
@@ -32,7 +32,7 @@ class Structured(ComponentConfig):
     """Seed of ``random``."""
 
 
-class Flat(ComponentConfig):
+class FlatConfig(ComponentConfig):
     """The baseline without structure: all heads side by side as one wide head, on both sides."""
 
     name: Literal["flat"] = "flat"
@@ -45,4 +45,4 @@ class Flat(ComponentConfig):
 @hookimpl
 def kava_head_adapters() -> Sequence[type[ComponentConfig]]:
     """Register this package's head adapters."""
-    return [Structured, Flat]
+    return [StructuredConfig, FlatConfig]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kava_core.config import Part
 from kava_core.errors import KavaError
 from kava_core.protocols.axes import Geometry
-from kava_plugins.head_adapters import Flat as Config
+from kava_plugins.head_adapters import FlatConfig
 
 
 class Flat(nn.Module):
@@ -17,7 +17,7 @@ class Flat(nn.Module):
 
     linear = True
 
-    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: FlatConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.layers = config.layers
         self.teacher_view, self.student_view = (_flat(side, config.layers) for side in (teacher, student))

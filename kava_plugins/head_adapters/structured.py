@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kava_core.config import Part
 from kava_core.protocols.axes import Geometry
-from kava_plugins.head_adapters import Structured as Config
+from kava_plugins.head_adapters import StructuredConfig
 
 
 class Structured(nn.Module):
@@ -20,7 +20,7 @@ class Structured(nn.Module):
 
     linear = True
 
-    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: StructuredConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.teacher_view = teacher.with_(head=student.head, qhead=student.qhead)
         self.student_view = student
@@ -66,7 +66,7 @@ def grouped(t_head: int, head: int) -> Float[Tensor, "head t_head"]:
 
 
 def _initial(
-    config: Config, teacher: Geometry, student: Geometry, part: Part, *, seed: int
+    config: StructuredConfig, teacher: Geometry, student: Geometry, part: Part, *, seed: int
 ) -> Float[Tensor, "_ head t_head"] | None:
     """The first mixing matrices; None where heads pass unchanged."""
     t_head, head = teacher.heads(part), student.heads(part)

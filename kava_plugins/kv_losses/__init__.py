@@ -14,7 +14,7 @@ Scale = Literal["none", "batch", "example"]
 Divergence = Literal["forward", "reverse", "jeffreys"]
 
 
-class MSE(KVLossConfig):
+class MSEConfig(KVLossConfig):
     """Mean squared difference over heads and width (KaVa with p = 2, arXiv 2510.02312)."""
 
     name: Literal["mse"] = "mse"
@@ -25,7 +25,7 @@ class MSE(KVLossConfig):
     does (it then depends on how a batch is divided into forward passes), or over each ``example``."""
 
 
-class SmoothL1(KVLossConfig):
+class SmoothL1Config(KVLossConfig):
     """Mean absolute difference, quadratic near zero (KaVa with p = 1, arXiv 2510.02312)."""
 
     name: Literal["smooth_l1"] = "smooth_l1"
@@ -38,14 +38,14 @@ class SmoothL1(KVLossConfig):
     does (it then depends on how a batch is divided into forward passes), or over each ``example``."""
 
 
-class Mercator(KVLossConfig):
+class MercatorConfig(KVLossConfig):
     """1 − cosine over the width of a head: directions count, lengths do not."""
 
     name: Literal["mercator"] = "mercator"
     component = "kava_plugins.kv_losses.mercator:Mercator"
 
 
-class Relation(KVLossConfig):
+class RelationConfig(KVLossConfig):
     """Difference of the relations between positions: cosines or softmaxed products, heads merged or re-split.
 
     Neither head counts nor bases need agree. Relations between positions: MiniLMv2 (arXiv 2012.15828).
@@ -67,7 +67,7 @@ class Relation(KVLossConfig):
     divide the full width (heads × width) of both sides."""
 
 
-class SharedSpace(KVLossConfig):
+class SharedSpaceConfig(KVLossConfig):
     """Distance in a space both caches are mapped to by canonical correlations (Hotelling 1936), measured
     before training: for models that share neither widths nor architecture (an encoder's cache, say).
 
@@ -96,7 +96,7 @@ class SharedSpace(KVLossConfig):
     """Peak rate of the directions; null: ``train.learning_rate``."""
 
 
-class AttentionKL(KVLossConfig):
+class AttentionKLConfig(KVLossConfig):
     """KL divergence of attention rows, without attention maps: memory is linear in time.
 
     Rows are made of the compared queries and keys, so ``rotary: match`` (or ``keep``) compares what the
@@ -119,7 +119,7 @@ class AttentionKL(KVLossConfig):
     """A position attends to itself and to earlier ones only."""
 
 
-class AttentionOutput(KVLossConfig):
+class AttentionOutputConfig(KVLossConfig):
     """Difference of softmax(q·k)·v: what the student's and the target's attention hand on."""
 
     name: Literal["attention_output"] = "attention_output"
@@ -135,7 +135,7 @@ class AttentionOutput(KVLossConfig):
     """A position attends to itself and to earlier ones only."""
 
 
-class Structural(KVLossConfig):
+class StructuralConfig(KVLossConfig):
     """alpha_k · (1 − cos K) + alpha_v · (1 − cos V) + alpha_attn · KL(attention).
 
     Queries are captured only if alpha_attn is above 0. See ``mercator`` and ``attention_kl``.
@@ -163,7 +163,7 @@ class Structural(KVLossConfig):
     """A position attends to itself and to earlier ones only."""
 
     @model_validator(mode="after")
-    def _parts_follow(self) -> Structural:
+    def _parts_follow(self) -> StructuralConfig:
         parts = self._wanted()
         if not parts:
             raise ValueError("alpha_k, alpha_v and alpha_attn are all 0: nothing is compared")
@@ -184,4 +184,13 @@ class Structural(KVLossConfig):
 @hookimpl
 def kava_kv_losses() -> Sequence[type[KVLossConfig]]:
     """Register this package's losses."""
-    return [MSE, SmoothL1, Mercator, Relation, SharedSpace, AttentionKL, AttentionOutput, Structural]
+    return [
+        MSEConfig,
+        SmoothL1Config,
+        MercatorConfig,
+        RelationConfig,
+        SharedSpaceConfig,
+        AttentionKLConfig,
+        AttentionOutputConfig,
+        StructuralConfig,
+    ]

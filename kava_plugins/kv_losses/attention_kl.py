@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from kava_core.errors import SpecError
 from kava_core.protocols.axes import Cache, Geometry
-from kava_plugins.kv_losses import AttentionKL as Config
-from kava_plugins.kv_losses.attention_divergence import between_caches
+from kava_plugins.kv_losses import AttentionKLConfig
+from kava_plugins.kv_losses._attention_divergence import between_caches
 
 
 class AttentionKL(nn.Module):
@@ -18,7 +18,7 @@ class AttentionKL(nn.Module):
         SpecError: the target has other query heads than the student.
     """
 
-    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: AttentionKLConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         if teacher.qhead != student.qhead:
             raise SpecError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kava_core.kv.maths.masks import live, select, weighted_sum, widen, without_autocast
 from kava_core.protocols.axes import Cache, Geometry
-from kava_plugins.kv_losses import AttentionOutput as Config
+from kava_plugins.kv_losses import AttentionOutputConfig
 from kava_plugins.kv_losses.mercator import one_minus_cosine
 
 DEAD = -1e30
@@ -26,7 +26,7 @@ ALIGNED = 8
 class AttentionOutput(nn.Module):
     """Mean over query heads of 1 − cos, or of the mean squared difference, of both sides' outputs."""
 
-    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: AttentionOutputConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.form, self.causal, self.temperature = config.form, config.causal, config.temperature
 

@@ -12,7 +12,7 @@ from torch.linalg import vector_norm
 
 from kava_core.kv.maths.masks import live, weighted_sum, widen
 from kava_core.protocols.axes import Cache, Geometry
-from kava_plugins.kv_losses import Mercator as Config
+from kava_plugins.kv_losses import MercatorConfig
 
 TINY = 1e-10
 """Shorter vectors have no direction: loss 0, gradient 0."""
@@ -21,7 +21,7 @@ TINY = 1e-10
 class Mercator(nn.Module):
     """Mean over heads of 1 − cos, in float32 or better."""
 
-    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: MercatorConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.parts = config.parts
 

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from kava_core.kv.maths.masks import scaled_difference, weighted_sum
 from kava_core.protocols.axes import Cache, Geometry
-from kava_plugins import kv_losses
+from kava_plugins.kv_losses import MSEConfig
 
 
 class MSE(nn.Module):
     """Mean over heads and width of (student − target)², optionally in units of the target's deviation."""
 
-    def __init__(self, config: kv_losses.MSE, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: MSEConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.parts, self.scale = config.parts, config.scale
 

@@ -14,9 +14,9 @@ from torch.linalg import vector_norm
 from kava_core.errors import SpecError
 from kava_core.kv.maths.masks import live, select, widen, without_autocast
 from kava_core.protocols.axes import Cache, Geometry
-from kava_plugins.kv_losses import Relation as Config
-from kava_plugins.kv_losses.attention_divergence import attention_divergence
-from kava_plugins.kv_losses.row_blocks import Masking, Side, of_one_dtype, sum_of_rows
+from kava_plugins.kv_losses import RelationConfig
+from kava_plugins.kv_losses._attention_divergence import attention_divergence
+from kava_plugins.kv_losses._row_blocks import Masking, Side, of_one_dtype, sum_of_rows
 
 TINY = 1e-10
 """Positions of a smaller length relate to nothing: cosine 0. So do those that differ from the mean
@@ -34,7 +34,7 @@ class Relation(nn.Module):
         SpecError: ``heads`` does not divide the width of one side.
     """
 
-    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: RelationConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.parts, self.center, self.form = config.parts, config.center, config.form
         self.heads = 1 if config.heads == "merged" else config.heads

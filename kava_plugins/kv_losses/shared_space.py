@@ -17,7 +17,7 @@ from kava_core.errors import KavaError
 from kava_core.kv.maths.masks import live, select, widen, without_autocast
 from kava_core.kv.maths.moments import Moments, rows_of
 from kava_core.protocols.axes import Cache, Geometry
-from kava_plugins.kv_losses import SharedSpace as Config
+from kava_plugins.kv_losses import SharedSpaceConfig
 
 SIDES = ("student", "target")
 
@@ -53,7 +53,7 @@ class SharedSpace(nn.Module):
 
     ready: Bool[Tensor, ""]
 
-    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: SharedSpaceConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.config, self.parts, self.learning_rate = config, config.parts, config.learning_rate
         for part in self.parts:

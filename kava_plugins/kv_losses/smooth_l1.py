@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from kava_core.kv.maths.masks import scaled_difference, weighted_sum
 from kava_core.protocols.axes import Cache, Geometry
-from kava_plugins.kv_losses import SmoothL1 as Config
+from kava_plugins.kv_losses import SmoothL1Config
 
 
 class SmoothL1(nn.Module):
     """Mean over heads and width: quadratic below ``beta``, linear above; see ``F.smooth_l1_loss``."""
 
-    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: SmoothL1Config, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.parts, self.scale, self.beta = config.parts, config.scale, config.beta
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from kava_core.errors import SpecError
 from kava_core.kv.maths.masks import live, weighted_sum, widen
 from kava_core.protocols.axes import Cache, Geometry
-from kava_plugins.kv_losses import Structural as Config
-from kava_plugins.kv_losses.attention_divergence import between_caches
+from kava_plugins.kv_losses import StructuralConfig
+from kava_plugins.kv_losses._attention_divergence import between_caches
 from kava_plugins.kv_losses.mercator import one_minus_cosine
 
 
@@ -23,7 +23,7 @@ class Structural(nn.Module):
         SpecError: ``attention_layers`` names a layer the loss does not look at.
     """
 
-    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: StructuralConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.cosines = {"keys": config.alpha_k, "values": config.alpha_v}
         self.alpha_attn, self.config = config.alpha_attn, config

@@ -11,7 +11,7 @@ from kava_core import hookimpl
 from kava_core.config import ComponentConfig
 
 
-class Ratio(ComponentConfig):
+class RatioConfig(ComponentConfig):
     """Depth-proportional: student layer i of L reads teacher layer round((i + 1) · T / L) − 1 of T."""
 
     name: Literal["ratio"] = "ratio"
@@ -21,7 +21,7 @@ class Ratio(ComponentConfig):
     """How many neighbouring teacher layers each student layer averages."""
 
 
-class LastAligned(ComponentConfig):
+class LastAlignedConfig(ComponentConfig):
     """Student layer i of L reads teacher layer T − L + i of T: the last layers meet, one by one."""
 
     name: Literal["last_aligned"] = "last_aligned"
@@ -31,7 +31,7 @@ class LastAligned(ComponentConfig):
     """How many neighbouring teacher layers each student layer averages."""
 
 
-class Chosen(ComponentConfig):
+class ChosenConfig(ComponentConfig):
     """The teacher layers that you name."""
 
     name: Literal["chosen"] = "chosen"
@@ -42,7 +42,7 @@ class Chosen(ComponentConfig):
     the last. One row serves all student layers."""
 
 
-class Cka(ComponentConfig):
+class CkaConfig(ComponentConfig):
     """The most similar teacher layers, measured on training examples by debiased linear CKA.
 
     Training measures before the first step, unless ``map`` names what ``kava calibrate`` measured.
@@ -68,7 +68,7 @@ class Cka(ComponentConfig):
     and ``temperature`` may differ from those it was measured with."""
 
 
-class Learned(ComponentConfig):
+class LearnedConfig(ComponentConfig):
     """A mixture of all teacher layers for each student layer, trained with the student.
 
     A mixture trained only by the KV loss can absorb part of the mismatch, as a trained projector does.
@@ -86,4 +86,4 @@ class Learned(ComponentConfig):
 @hookimpl
 def kava_layer_mappers() -> Sequence[type[ComponentConfig]]:
     """Register this package's layer mappers."""
-    return [Ratio, LastAligned, Chosen, Cka, Learned]
+    return [RatioConfig, LastAlignedConfig, ChosenConfig, CkaConfig, LearnedConfig]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kava_core.errors import SpecError
 from kava_core.protocols.axes import Geometry
-from kava_plugins.layer_mappers import Chosen as Config
+from kava_plugins.layer_mappers import ChosenConfig
 
 
 class Chosen(nn.Module):
@@ -20,7 +20,7 @@ class Chosen(nn.Module):
 
     matrix: Float[Tensor, "layer t_layer"]
 
-    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: ChosenConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         rows = config.layers * (student.layer if len(config.layers) == 1 else 1)
         if len(rows) != student.layer:

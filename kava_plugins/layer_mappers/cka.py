@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from kava_core.kv.maths.cka import StreamedCKA
 from kava_core.protocols.axes import Geometry
-from kava_plugins.layer_mappers import Cka as Config
-from kava_plugins.layer_mappers.map_file import read_similarity
-from kava_plugins.layer_mappers.window import mean_around, same_depth
+from kava_plugins.layer_mappers import CkaConfig
+from kava_plugins.layer_mappers._map_file import read_similarity
+from kava_plugins.layer_mappers._window import mean_around, same_depth
 
 
 class Cka(nn.Module):
@@ -28,7 +28,7 @@ class Cka(nn.Module):
     similarity: Float[Tensor, "layer t_layer"]
     measured: Bool[Tensor, ""]
 
-    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: CkaConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.on, self.skip = config.on, config.skip
         self.top_k, self.temperature = config.top_k, config.temperature

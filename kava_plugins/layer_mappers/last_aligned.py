@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kava_core.protocols.axes import Geometry
-from kava_plugins.layer_mappers import LastAligned as Config
-from kava_plugins.layer_mappers.window import mean_around
+from kava_plugins.layer_mappers import LastAlignedConfig
+from kava_plugins.layer_mappers._window import mean_around
 
 
 class LastAligned(nn.Module):
@@ -19,7 +19,7 @@ class LastAligned(nn.Module):
 
     matrix: Float[Tensor, "layer t_layer"]
 
-    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: LastAlignedConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         centre = (torch.arange(student.layer) + teacher.layer - student.layer).clamp_min(0)
         matrix = mean_around(centre, teacher.layer, config.sources)

@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kava_core.protocols.axes import Geometry
-from kava_plugins.layer_mappers import Learned as Config
-from kava_plugins.layer_mappers.window import same_depth
+from kava_plugins.layer_mappers import LearnedConfig
+from kava_plugins.layer_mappers._window import same_depth
 
 
 class Learned(nn.Module):
@@ -18,7 +18,7 @@ class Learned(nn.Module):
     purpose: at temperature 1 a layer 27 away still weighs 1/784 of the nearest, so its gradient is not lost.
     """
 
-    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: LearnedConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.temperature = config.temperature
         self.learning_rate = config.learning_rate

@@ -6,8 +6,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kava_core.protocols.axes import Geometry
-from kava_plugins.layer_mappers import Ratio as Config
-from kava_plugins.layer_mappers.window import mean_around, same_depth
+from kava_plugins.layer_mappers import RatioConfig
+from kava_plugins.layer_mappers._window import mean_around, same_depth
 
 
 class Ratio(nn.Module):
@@ -19,7 +19,7 @@ class Ratio(nn.Module):
 
     matrix: Float[Tensor, "layer t_layer"]
 
-    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: RatioConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         matrix = mean_around(same_depth(teacher, student), teacher.layer, config.sources)
         self.register_buffer("matrix", matrix, persistent=False)

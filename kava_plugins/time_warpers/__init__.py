@@ -24,7 +24,7 @@ def _odd(window: int) -> int:
 Window = Annotated[int, Field(ge=1), AfterValidator(_odd)]
 
 
-class Identity(ComponentConfig):
+class IdentityConfig(ComponentConfig):
     """Position i reads position i; both sides must be equally long."""
 
     name: Literal["identity"] = "identity"
@@ -32,7 +32,7 @@ class Identity(ComponentConfig):
     whole_text: ClassVar[bool] = True
 
 
-class Pad(ComponentConfig):
+class PadConfig(ComponentConfig):
     """The k-th token reads the k-th token; the longer side is cut, the rest is not compared."""
 
     name: Literal["pad"] = "pad"
@@ -40,7 +40,7 @@ class Pad(ComponentConfig):
     whole_text: ClassVar[bool] = True
 
 
-class Linear(ComponentConfig):
+class LinearConfig(ComponentConfig):
     """The whole sequence stretched or shrunk to the student's length, example by example."""
 
     name: Literal["linear"] = "linear"
@@ -75,7 +75,7 @@ class Windows(Strict):
     """Window in the answer."""
 
 
-class Segment(ComponentConfig):
+class SegmentConfig(ComponentConfig):
     """Prompt, reasoning and answer resampled apart from one another, with every example's own borders."""
 
     name: Literal["segment"] = "segment"
@@ -93,7 +93,7 @@ class Segment(ComponentConfig):
     ``interpolate``."""
 
 
-class CharIoU(ComponentConfig):
+class CharIoUConfig(ComponentConfig):
     """A student token reads the teacher tokens that hold the same characters, across any two tokenizers.
 
     For one text in two tokenizations. Weights are the intersection over union (IoU) of the character spans,
@@ -112,7 +112,7 @@ class CharIoU(ComponentConfig):
     """Pairs of a lower IoU are left out."""
 
 
-class Streaming(ComponentConfig):
+class StreamingConfig(ComponentConfig):
     """Only the first few tokens and the most recent ones are compared (StreamingLLM, arXiv 2309.17453).
 
     The first read the teacher's token of the same index, the recent ones that of the same index counted from
@@ -129,7 +129,7 @@ class Streaming(ComponentConfig):
     """Tokens kept at the end."""
 
 
-class Rkv(ComponentConfig):
+class RkvConfig(ComponentConfig):
     """Each layer and KV head keeps the reasoning tokens that the answer looks at and that differ from others.
 
     For latent tokens: as many are kept as there are, in time order (R-KV, arXiv 2505.24133, as KaVa has it,
@@ -144,7 +144,7 @@ class Rkv(ComponentConfig):
     """λ: a token's score is λ · importance + (1 − λ) · the share of keys unlike its own."""
 
 
-class Random(ComponentConfig):
+class RandomConfig(ComponentConfig):
     """Each layer and KV head keeps reasoning tokens drawn anew in every step: the control of ``rkv``.
 
     For latent tokens: as many are kept as there are, without replacement, in time order.
@@ -155,7 +155,7 @@ class Random(ComponentConfig):
     latent_only: ClassVar[bool] = True
 
 
-class Uniform(ComponentConfig):
+class UniformConfig(ComponentConfig):
     """Evenly spaced reasoning tokens, the same in all layers and heads; nothing else is compared.
 
     Of fewer tokens than the student has all are read, one after another; the rest is not valid.
@@ -165,7 +165,7 @@ class Uniform(ComponentConfig):
     component = "kava_plugins.time_warpers.uniform:Uniform"
 
 
-class Crop(ComponentConfig):
+class CropConfig(ComponentConfig):
     """The first reasoning tokens, as many as the student has; nothing else is compared."""
 
     name: Literal["crop"] = "crop"
@@ -175,4 +175,15 @@ class Crop(ComponentConfig):
 @hookimpl
 def kava_time_warpers() -> Sequence[type[ComponentConfig]]:
     """Register this package's time warpers."""
-    return [Identity, Pad, Linear, Segment, CharIoU, Streaming, Rkv, Random, Uniform, Crop]
+    return [
+        IdentityConfig,
+        PadConfig,
+        LinearConfig,
+        SegmentConfig,
+        CharIoUConfig,
+        StreamingConfig,
+        RkvConfig,
+        RandomConfig,
+        UniformConfig,
+        CropConfig,
+    ]

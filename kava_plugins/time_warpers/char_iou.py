@@ -12,7 +12,7 @@ from torch import nn
 from kava_core.protocols.axes import Geometry
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.timeline import Timeline
-from kava_plugins.time_warpers import CharIoU as Config
+from kava_plugins.time_warpers import CharIoUConfig
 
 Integers = npt.NDArray[np.signedinteger[Any]]
 Floats = npt.NDArray[np.float64]
@@ -25,7 +25,7 @@ class CharIoU(nn.Module):
     the CPU, whose small operations cost less than torch's.
     """
 
-    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: CharIoUConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.hard = config.mode == "hard"
         self.min_overlap = config.min_overlap

@@ -7,14 +7,14 @@ from torch import nn
 from kava_core.protocols.axes import Geometry
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.timeline import Timeline
-from kava_plugins.time_warpers import Crop as Config
-from kava_plugins.time_warpers.reasoning import reasoning_places
+from kava_plugins.time_warpers import CropConfig
+from kava_plugins.time_warpers._reasoning import reasoning_places
 
 
 class Crop(nn.Module):
     """The student's k-th reasoning token reads the teacher's k-th; a control of eviction."""
 
-    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: CropConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
 
     def forward(self, teacher: Timeline, student: Timeline) -> TimeMap:

@@ -8,13 +8,13 @@ from kava_core.errors import KavaError
 from kava_core.protocols.axes import Geometry
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.timeline import Timeline
-from kava_plugins.time_warpers import Identity as Config
+from kava_plugins.time_warpers import IdentityConfig
 
 
 class Identity(nn.Module):
     """Position i reads position i, at no cost; valid where both are real."""
 
-    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: IdentityConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
 
     def forward(self, teacher: Timeline, student: Timeline) -> TimeMap:

@@ -8,13 +8,13 @@ from kava_core.kv.maths.resample import block_map, places
 from kava_core.protocols.axes import Geometry
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.timeline import Timeline
-from kava_plugins.time_warpers import Linear as Config
+from kava_plugins.time_warpers import LinearConfig
 
 
 class Linear(nn.Module):
     """All real teacher tokens stretched or shrunk to all real student tokens, example by example."""
 
-    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: LinearConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.mode = config.mode
 

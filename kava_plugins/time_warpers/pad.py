@@ -9,7 +9,7 @@ from kava_core.kv.maths.resample import places
 from kava_core.protocols.axes import Geometry
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.timeline import Timeline
-from kava_plugins.time_warpers import Pad as Config
+from kava_plugins.time_warpers import PadConfig
 
 
 class Pad(nn.Module):
@@ -18,7 +18,7 @@ class Pad(nn.Module):
     The longer of the two is cut: student positions beyond the teacher's last real token are not valid.
     """
 
-    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: PadConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
 
     def forward(self, teacher: Timeline, student: Timeline) -> TimeMap:

@@ -10,8 +10,8 @@ from kava_core.config import Part
 from kava_core.protocols.axes import Cache, Geometry
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.timeline import Timeline
-from kava_plugins.time_warpers import Random as Config
-from kava_plugins.time_warpers.reasoning import highest, is_reasoning, slot_map
+from kava_plugins.time_warpers import RandomConfig
+from kava_plugins.time_warpers._reasoning import highest, is_reasoning, slot_map
 
 
 class Random(nn.Module):
@@ -19,7 +19,7 @@ class Random(nn.Module):
 
     reads: tuple[Part, ...] = ("keys",)
 
-    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: RandomConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
 
     def forward(self, teacher: Timeline, student: Timeline) -> TimeMap:

@@ -14,8 +14,8 @@ from kava_core.kv.maths.masks import widen
 from kava_core.protocols.axes import Cache, Geometry
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.timeline import ANSWER, REASONING, Timeline
-from kava_plugins.time_warpers import Rkv as Config
-from kava_plugins.time_warpers.reasoning import highest, slot_map
+from kava_plugins.time_warpers import RkvConfig
+from kava_plugins.time_warpers._reasoning import highest, slot_map
 
 
 class Rkv(nn.Module):
@@ -28,7 +28,7 @@ class Rkv(nn.Module):
 
     reads: tuple[Part, ...] = ("keys", "queries")
 
-    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: RkvConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.weight = config.weight
 

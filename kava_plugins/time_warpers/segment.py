@@ -9,7 +9,7 @@ from kava_core.kv.maths.resample import block_map, evenly_kept, moving_average, 
 from kava_core.protocols.axes import Geometry
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.timeline import SEGMENT_NAMES, Timeline
-from kava_plugins.time_warpers import Segment as Config
+from kava_plugins.time_warpers import SegmentConfig
 
 
 class Segment(nn.Module):
@@ -22,7 +22,7 @@ class Segment(nn.Module):
     kept: Tensor
     wanted: Tensor
 
-    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: SegmentConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.mode = config.mode
         windows = [getattr(config.smoothing, name) for name in SEGMENT_NAMES]

@@ -9,7 +9,7 @@ from kava_core.kv.maths.resample import places
 from kava_core.protocols.axes import Geometry
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.timeline import Timeline
-from kava_plugins.time_warpers import Streaming as Config
+from kava_plugins.time_warpers import StreamingConfig
 
 
 class Streaming(nn.Module):
@@ -18,7 +18,7 @@ class Streaming(nn.Module):
     Padding does not count, on whichever side it stands. A token that is both counts as a sink.
     """
 
-    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: StreamingConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.sinks = config.sinks
         self.window = config.window

@@ -8,8 +8,8 @@ from torch import nn
 from kava_core.protocols.axes import Geometry
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.timeline import Timeline
-from kava_plugins.time_warpers import Uniform as Config
-from kava_plugins.time_warpers.reasoning import reasoning_places
+from kava_plugins.time_warpers import UniformConfig
+from kava_plugins.time_warpers._reasoning import reasoning_places
 
 
 class Uniform(nn.Module):
@@ -18,7 +18,7 @@ class Uniform(nn.Module):
     With n < M it reads the k-th, as eviction would: no token is read twice. A control of eviction.
     """
 
-    def __init__(self, config: Config, *, teacher: Geometry, student: Geometry) -> None:
+    def __init__(self, config: UniformConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
 
     def forward(self, teacher: Timeline, student: Timeline) -> TimeMap:

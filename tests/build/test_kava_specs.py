@@ -15,11 +15,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kava_core.data.examples import steps_of
+from kava_core.data.examples import split_steps
 from kava_core.data.splits import load_splits
 from kava_core.data.tokenizers import load_tokenizer
 from kava_core.models.config import model_config
-from kava_core.specfile.load import load
+from kava_core.specfile.load import load_spec
 from kava_core.specfile.sections.data import HubData
 from kava_core.specfile.sections.models import TrainTokenizer
 from kava_core.specfile.sections.pipeline import PipelineSpec
@@ -60,7 +60,7 @@ each_run = pytest.mark.parametrize("run", RUNS)
 
 
 def spec_of(run: str, *overrides: str) -> PipelineSpec:
-    return load(SPECS / "kava" / f"{run}.yaml", overrides).spec
+    return load_spec(SPECS / "kava" / f"{run}.yaml", overrides).spec
 
 
 def test_there_is_a_spec_for_every_published_run() -> None:
@@ -123,7 +123,7 @@ def test_the_extents_are_the_models(model: str, kind: str) -> None:
 
 
 def test_the_small_spec_has_both_kinds_of_traces() -> None:
-    specs = resolve_variants(load(SPECS / "latent_gsm8k.yaml"))
+    specs = resolve_variants(load_spec(SPECS / "latent_gsm8k.yaml"))
     kinds = {name: (spec.data.format, spec.data.separator) for name, spec in specs.items()}
     assert kinds == {"equations": ("gsm8k_equations", " "), "natural": ("gsm8k", "\n")}
 
@@ -159,7 +159,7 @@ def hub(tmp_path: Path) -> list[str]:
 def test_lists_of_steps_become_reasoning(hub: list[str]) -> None:
     data = spec_of("llama-3.2-1b-equations", *hub).data
     found = load_splits(data, root=Path()).train
-    assert [steps_of(example.reasoning, data.separator) for example in found] == [
+    assert [split_steps(example.reasoning, data.separator) for example in found] == [
         row["steps"] for row in rows(12)
     ]
 

@@ -15,7 +15,7 @@ from kava_core.build import distiller as assemble
 from kava_core.build.data import make_data
 from kava_core.build.stored import store_ingredients, unfinished_folder
 from kava_core.cli.app import app, explained
-from kava_core.data.store.index import differences
+from kava_core.data.store.index import ingredient_differences
 from kava_core.errors import CheckpointError, KavaError, Preempted, SpecError
 from kava_core.jobs.cache import write_store, write_stores
 from kava_core.runs import checkpoint
@@ -206,7 +206,7 @@ STALE: dict[str, Any] = {
 
 @pytest.mark.parametrize("what", STALE)
 def test_every_ingredient_makes_a_store_stale(kept: PipelineSpec, what: str) -> None:
-    assert what in differences(told(STALE[what](kept)), told(kept))
+    assert what in ingredient_differences(told(STALE[what](kept)), told(kept))
 
 
 def test_what_cannot_matter_makes_no_store_stale(kept: PipelineSpec) -> None:
@@ -216,7 +216,7 @@ def test_what_cannot_matter_makes_no_store_stale(kept: PipelineSpec) -> None:
         changed(kept, losses=[{"name": "mercator", "weight": 3.0}]),
         changed(kept, rotary="match"),
     ]
-    assert [differences(told(other), told(kept)) for other in others] == [[]] * len(others)
+    assert [ingredient_differences(told(other), told(kept)) for other in others] == [[]] * len(others)
 
 
 def test_a_store_belongs_to_the_student_s_query_heads(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_a_store_belongs_to_the_student_s_query_heads(tmp_path: Path) -> None:
         spec(tmp_path, "float32", losses=losses, student={"config": tiny.llama(num_attention_heads=heads)})
         for heads in (4, 2)
     )
-    assert "4 query heads → " in " ".join(differences(told(one), told(four)))
+    assert "4 query heads → " in " ".join(ingredient_differences(told(one), told(four)))
 
 
 def test_new_weights_in_the_same_folder_make_a_store_stale(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_new_weights_in_the_same_folder_make_a_store_stale(tmp_path: Path) -> No
     stored = spec(tmp_path, "float32", teachers=[{"name": "t", "path": str(saved)}])
     before = told(stored)
     assemble.load_student(made.student, make_data(made).tokenizer, seed=1).save_pretrained(saved)
-    assert differences(told(stored), before) == ["weights of teacher 't' changed"]
+    assert ingredient_differences(told(stored), before) == ["weights of teacher 't' changed"]
 
 
 def test_seeds_share_a_store_unless_it_looks_at_the_student(kept: PipelineSpec) -> None:
@@ -246,7 +246,7 @@ def test_seeds_share_a_store_unless_it_looks_at_the_student(kept: PipelineSpec) 
     blind = changed(kept, teachers=[WIDE | fixed, GPT | fixed])
     assert told(blind, seed=0) == told(blind, seed=1)
     looking = teacher(kept, align={"dim_projector": {"name": "calibrated", "method": "procrustes"}})
-    assert "seed changed (0 → 1)" in differences(told(looking, seed=1), told(looking, seed=0))
+    assert "seed changed (0 → 1)" in ingredient_differences(told(looking, seed=1), told(looking, seed=0))
 
 
 def test_training_without_a_store_says_what_to_do(tmp_path: Path) -> None:

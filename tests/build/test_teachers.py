@@ -14,7 +14,7 @@ from kava_core.build.data import make_data
 from kava_core.build.distiller import make_distiller
 from kava_core.build.teachers import load_teachers
 from kava_core.data.collate import Collator, Reading
-from kava_core.data.examples import Example, from_fields, render
+from kava_core.data.examples import Example, example_from_fields, render_example
 from kava_core.data.splits import split_hash
 from kava_core.data.tokenizers import load_tokenizer
 from kava_core.errors import KavaError, SpecError
@@ -47,8 +47,8 @@ def saved_teacher(folder: Path) -> str:
 
 
 def test_the_rationale_is_counted_round() -> None:
-    assert [EXAMPLE.told(k).reasoning for k in range(5)] == [" 3", " 1 3", " 2 3", " 3", " 1 3"]
-    assert Example("a", "b", "c").told(7).reasoning == "b"
+    assert [EXAMPLE.with_rationale(k).reasoning for k in range(5)] == [" 3", " 1 3", " 2 3", " 3", " 1 3"]
+    assert Example("a", "b", "c").with_rationale(7).reasoning == "b"
 
 
 def test_every_teacher_reads_its_own_text_of_the_same_example() -> None:
@@ -70,7 +70,7 @@ def test_segments_of_another_text_are_its_own() -> None:
     tokenizer = chars()
     readings = {"t": Reading(Template(**LONG), rationale=1)}
     side = Collator(tokenizer, {"t": tokenizer}, SHORT, readings=readings)([EXAMPLE])["teachers"]["t"]
-    text = render(EXAMPLE.told(1), Template(**LONG))
+    text = render_example(EXAMPLE.with_rationale(1), Template(**LONG))
     counts = [int((side["segments"] == segment).sum()) for segment in range(3)]
     prompt, reasoning, end = text.bounds[1:]
     assert counts == [prompt, reasoning - prompt, end - reasoning + 1]  # the last is EOS
@@ -78,10 +78,10 @@ def test_segments_of_another_text_are_its_own() -> None:
 
 def test_rationales_are_read_and_change_the_hash_only_where_there_are_any() -> None:
     record = {"prompt": "p", "reasoning": "r", "answer": "a", "rationales": ["x", "y"]}
-    assert from_fields(record, "here").rationales == ("x", "y")
-    without = from_fields({k: v for k, v in record.items() if k != "rationales"}, "here")
+    assert example_from_fields(record, "here").rationales == ("x", "y")
+    without = example_from_fields({k: v for k, v in record.items() if k != "rationales"}, "here")
     assert split_hash([without]) == split_hash([Example("p", "r", "a")])
-    assert split_hash([without]) != split_hash([from_fields(record, "here")])
+    assert split_hash([without]) != split_hash([example_from_fields(record, "here")])
     # The hash of examples without rationales, written down when they were new: finished runs hold it.
     assert split_hash([Example("p", "r", "a")])[:16] == OLD_HASH
 
@@ -93,13 +93,13 @@ OLD_HASH = "a002adf50159407b"
 def test_rationales_that_are_no_list_are_refused(given: Any) -> None:
     record = {"prompt": "p", "reasoning": "r", "answer": "a", "rationales": given}
     with pytest.raises(SpecError, match="here: field 'rationales' must be a list of strings"):
-        from_fields(record, "here")
+        example_from_fields(record, "here")
 
 
 def test_a_rationale_that_is_no_text_is_refused_by_its_place() -> None:
     record = {"prompt": "p", "reasoning": "r", "answer": "a", "rationales": ["x", 3]}
     with pytest.raises(SpecError, match=r"rationales\[1\]"):
-        from_fields(record, "here")
+        example_from_fields(record, "here")
 
 
 def test_characters_of_two_texts_are_not_compared() -> None:

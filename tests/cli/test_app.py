@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from kava_core.cli.app import main
 from kava_core.errors import SpecError
+from kava_core.specfile.sections.rules import RULES
 from tests.support.repository import MINIMAL_SPEC, ROOT
 
 HEAVY = ("torch", "transformers", "jaxtyping", "numpy", "beartype", "rich")
@@ -46,6 +48,7 @@ LIGHT = [
     ["check", "--help"],
     ["report", "--help"],
     ["check", BROKEN],
+    ["check", "--rules"],
     ["plugins"],
     ["schema"],
     ["env"],
@@ -67,7 +70,7 @@ Options:
   -h, --help      Show this message and exit.
 
 Commands:
-  check       Check a spec: syntax, schema, plugins, shapes at every stage.
+  check       Check a spec: syntax, schema, rules, plugins and all shapes.
   train       Train, or go on with, every variant and seed of a spec.
   experiment  Run all variants and seeds; judge what they show.
   report      Write what experiments say: a page, figures, tables.
@@ -101,10 +104,20 @@ def test_check_says_which_levels_ran(capsys: pytest.CaptureFixture[str]) -> None
     )
     assert (code, err) == (0, "")
     levels = {line.split()[0]: line for line in out.splitlines()}
-    assert list(levels) == ["syntax", "schema", "plugins", "shapes"]
+    assert list(levels) == ["syntax", "schema", "rules", "plugins", "shapes"]
     assert levels["schema"] == "schema   ok   variants: a, b; seeds: 0, 1"
     assert "time_warper segment" in levels["plugins"]
     assert "kv_loss relation" in levels["plugins"]
+
+
+def test_check_prints_the_rules_without_a_spec(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "check", "--rules")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].split() == ["RULE", "WHEN", "WHAT", "MUST", "BE", "SO", "THEN"]
+    assert [line.split()[0] for line in lines[1:]] == [rule.name for rule in RULES]
+    (online_store,) = [line for line in lines if line.startswith("online-store ")]
+    assert re.search(r"  `online` is given +`store` is null: texts are new at every step$", online_store)
 
 
 def test_check_stops_at_the_level_that_fails(capsys: pytest.CaptureFixture[str]) -> None:

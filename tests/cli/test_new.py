@@ -160,7 +160,7 @@ def test_an_unwritable_place_is_one_line(write: Callable[[Path], Path], tmp_path
 
 def test_a_new_spec_passes_check(tmp_path: Path) -> None:
     file = new_spec("first.try-1", tmp_path)
-    assert [level for level, _ in check(str(file))] == ["syntax", "schema", "plugins", "shapes"]
+    assert [level for level, _ in check(str(file))] == ["syntax", "schema", "rules", "plugins", "shapes"]
     assert file.read_text(encoding="utf-8").startswith("# first.try-1:")
 
 

@@ -5,12 +5,12 @@ import pickle
 import pytest
 import torch
 
-from kava_core.data import trainers
+from kava_core.data import tokenizer_training
 from kava_core.data.chain import chain_examples
-from kava_core.data.collate import Collator, Item
+from kava_core.data.collate import Collator, EncodedExample
 from kava_core.data.dataset import EncodedDataset
-from kava_core.data.encode import encode
-from kava_core.data.examples import Example, render
+from kava_core.data.encode import encode_text
+from kava_core.data.examples import Example, render_example
 from kava_core.data.tokenizers import train_tokenizer
 from kava_core.errors import SpecError
 from kava_core.protocols.timeline import Timeline
@@ -27,9 +27,11 @@ EXAMPLES = [
 
 @pytest.fixture(scope="module")
 def sides(tmp_path_factory):
-    texts = [render(example, TEMPLATE).text for example in EXAMPLES]
+    texts = [render_example(example, TEMPLATE).text for example in EXAMPLES]
     cache = tmp_path_factory.mktemp("cache")
-    return {kind: train_tokenizer(TrainTokenizer(kind=kind), texts, cache) for kind in trainers.KINDS}
+    return {
+        kind: train_tokenizer(TrainTokenizer(kind=kind), texts, cache) for kind in tokenizer_training.TRAINERS
+    }
 
 
 @pytest.fixture
@@ -55,16 +57,16 @@ def test_rows(collator, sides):
     assert set(batch["teachers"]) == {"a", "b"}
     assert all("labels" not in side for side in batch["teachers"].values())
     for row, example in enumerate(EXAMPLES):
-        text = render(example, TEMPLATE)
-        student = encode(text, sides["chars"])
+        text = render_example(example, TEMPLATE)
+        student = encode_text(text, sides["chars"])
         check_row(batch["student"], row, student, 0)
-        check_row(batch["teachers"]["a"], row, encode(text, sides["bpe"]), 0)
-        check_row(batch["teachers"]["b"], row, encode(text, sides["wordpiece"]), 0)
+        check_row(batch["teachers"]["a"], row, encode_text(text, sides["bpe"]), 0)
+        check_row(batch["teachers"]["b"], row, encode_text(text, sides["wordpiece"]), 0)
         labels = batch["student"]["labels"][row]
         assert torch.equal(labels[: len(student)], student.labels)
         assert (labels[len(student) :] == -100).all()
     assert batch["labels"] is batch["student"]["labels"]
-    longest = max(len(encode(render(example, TEMPLATE), sides["chars"])) for example in EXAMPLES)
+    longest = max(len(encode_text(render_example(example, TEMPLATE), sides["chars"])) for example in EXAMPLES)
     assert batch["student"]["input_ids"].shape == (3, longest)
     assert batch["student"]["spans"].shape == (3, longest, 2)
     assert {tensor.dtype for tensor in batch["student"].values()} == {torch.long}
@@ -73,7 +75,7 @@ def test_rows(collator, sides):
 def test_the_first_label_is_the_first_token_of_the_completion(collator, sides):
     labels = collator(EXAMPLES)["student"]["labels"]
     for row, example in enumerate(EXAMPLES):
-        text = render(example, TEMPLATE)
+        text = render_example(example, TEMPLATE)
         kept = labels[row][labels[row] != -100].tolist()
         assert kept == [
             *sides["chars"](text.text[text.bounds[1] :])["input_ids"],
@@ -118,7 +120,7 @@ def test_without_a_pad_token(sides):
             setattr(tokenizer, token, value)
         batch = Collator(tokenizer, {}, TEMPLATE)(examples)["student"]
         for row, example in enumerate(examples):
-            check_row(batch, row, encode(render(example, TEMPLATE), tokenizer), pad)
+            check_row(batch, row, encode_text(render_example(example, TEMPLATE), tokenizer), pad)
 
 
 def test_shuffled_teachers_are_rotated_by_one(sides):
@@ -156,7 +158,8 @@ def test_a_prompt_without_tokens(sides):
 
 def test_too_long_in_any_tokenizer_is_dropped_everywhere(sides):
     lengths = {
-        kind: [len(encode(render(example, TEMPLATE), sides[kind])) for example in EXAMPLES] for kind in sides
+        kind: [len(encode_text(render_example(example, TEMPLATE), sides[kind])) for example in EXAMPLES]
+        for kind in sides
     }
     limit = sorted(lengths["chars"])[1]
     fits = [max(lengths["chars"][i], lengths["bpe"][i]) <= limit for i in range(3)]
@@ -182,7 +185,7 @@ def test_a_dataset_longer_than_a_chunk_keeps_its_order(sides):
     dataset = EncodedDataset(examples, collator)
     assert dataset.examples == examples
     last = collator.encode(examples[-1:])[0]
-    assert isinstance(dataset[-1], Item)
+    assert isinstance(dataset[-1], EncodedExample)
     assert torch.equal(dataset[-1].teachers["a"].input_ids, last.teachers["a"].input_ids)
 
 

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from kava_core.data import trainers
-from kava_core.data.encode import encode, encode_all, prefix_mismatch, prompt_ids
-from kava_core.data.examples import Example, render
+from kava_core.data import tokenizer_training
+from kava_core.data.encode import count_prefix_mismatches, encode_text, encode_texts, prompt_ids
+from kava_core.data.examples import Example, render_example
 from kava_core.data.tokenizers import load_tokenizer
 from kava_core.errors import SpecError
 from kava_core.specfile.sections.data import ChainData, Template
@@ -24,12 +24,12 @@ EXAMPLES = [
     Example("a", "", "b"),
     Example("7+3*2-5", " 0 0 5", "5"),
 ]
-TEXTS = [render(example, template).text for example in EXAMPLES for template in (GSM, CHAIN)]
+TEXTS = [render_example(example, template).text for example in EXAMPLES for template in (GSM, CHAIN)]
 
 
 def fast(kind: str = "bpe", around: tuple[str, str] = ("", ""), **tokens: str) -> PreTrainedTokenizerFast:
     """A trained tokenizer that puts tokens ``around`` the text."""
-    model = trainers.train(TrainTokenizer(kind=kind, vocab_size=600), TEXTS)
+    model = tokenizer_training.train_on_texts(TrainTokenizer(kind=kind, vocab_size=600), TEXTS)
     added = [token for token in around if token]
     model.add_special_tokens(added)
     if added:
@@ -43,7 +43,7 @@ def fast(kind: str = "bpe", around: tuple[str, str] = ("", ""), **tokens: str) -
 
 
 TOKENIZERS = {
-    **{kind: fast(kind, pad_token="<pad>", eos_token="<eos>") for kind in trainers.KINDS},
+    **{kind: fast(kind, pad_token="<pad>", eos_token="<eos>") for kind in tokenizer_training.TRAINERS},
     "bos": fast(around=("<bos>", ""), bos_token="<bos>", eos_token="<eos>"),
     "bos_eos": fast("wordpiece", around=("<bos>", "<eos>"), bos_token="<bos>", eos_token="<eos>"),
     "cls_sep": fast("wordpiece", around=("<cls>", "<sep>")),
@@ -73,8 +73,8 @@ def added(tokenizer, name) -> tuple[list[int], list[int]]:
 def test_every_token_by_brute_force(name, template):
     tokenizer = TOKENIZERS[name]
     for example in EXAMPLES:
-        text = render(example, template)
-        found = encode(text, tokenizer)
+        text = render_example(example, template)
+        found = encode_text(text, tokenizer)
         plain = tokenizer(text.text, add_special_tokens=False, return_offsets_mapping=True)
         front, back = added(tokenizer, name)
         spans = [list(span) for span in plain["offset_mapping"]]
@@ -94,8 +94,11 @@ def test_every_token_by_brute_force(name, template):
 @pytest.mark.parametrize("name", ["chars", "bpe"])
 def test_spans_are_slices_of_the_text(name):
     tokenizer = TOKENIZERS[name]
-    for text in (render(Example("He sold 48 tea", " pots, é", "72"), GSM), render(EXAMPLES[0], GSM)):
-        found = encode(text, tokenizer)
+    for text in (
+        render_example(Example("He sold 48 tea", " pots, é", "72"), GSM),
+        render_example(EXAMPLES[0], GSM),
+    ):
+        found = encode_text(text, tokenizer)
         for token, (start, end) in zip(found.input_ids.tolist()[:-1], found.spans.tolist()[:-1], strict=True):
             decoded = tokenizer.decode([token])
             assert decoded in (text.text[start:end], "<unk>") or (
@@ -105,8 +108,8 @@ def test_spans_are_slices_of_the_text(name):
 
 def test_a_leading_space_goes_with_its_word():
     tokenizer = TOKENIZERS["bpe"]
-    text = render(EXAMPLES[3], CHAIN)
-    found = encode(text, tokenizer)
+    text = render_example(EXAMPLES[3], CHAIN)
+    found = encode_text(text, tokenizer)
     start = int((found.segments == 1).nonzero()[0])
     assert text.text[slice(*found.spans[start].tolist())].startswith(" 0")
     assert found.spans[start, 0] == text.bounds[1]
@@ -118,9 +121,9 @@ def test_a_leading_space_goes_with_its_word():
     name=st.sampled_from(["bpe", "bos", "chars", "unigram", "wordpiece", "cls_sep"]),
 )
 def test_any_unicode(fields, name):
-    text = render(Example(*fields), GSM)
+    text = render_example(Example(*fields), GSM)
     assume("<" not in text.text)
-    found = encode(text, TOKENIZERS[name])
+    found = encode_text(text, TOKENIZERS[name])
     segments = found.segments.tolist()
     assert segments == sorted(segments)
     inner = [
@@ -137,50 +140,52 @@ def test_any_unicode(fields, name):
 
 def test_added_tokens_have_their_segment_without_text_beside_them():
     template = Template(prompt="{prompt}", reasoning="{reasoning}", answer="{answer}")
-    found = encode(render(Example("", "why", ""), template), TOKENIZERS["bos"])
+    found = encode_text(render_example(Example("", "why", ""), template), TOKENIZERS["bos"])
     assert found.segments.tolist() == [0] + [1] * (len(found) - 2) + [2]
 
 
 def test_one_character_in_several_tokens_has_one_span():
-    found = encode(render(Example("\U0010fffd", "r", "a"), GSM), TOKENIZERS["bpe"])
+    found = encode_text(render_example(Example("\U0010fffd", "r", "a"), GSM), TOKENIZERS["bpe"])
     assert found.spans[:4].tolist() == [[0, 1]] * 4
 
 
 def test_a_written_special_token_is_no_added_one():
-    text = render(Example("q", "r", "end<eos>"), GSM)
-    found = encode(text, TOKENIZERS["bpe"])
+    text = render_example(Example("q", "r", "end<eos>"), GSM)
+    found = encode_text(text, TOKENIZERS["bpe"])
     eos, end = TOKENIZERS["bpe"].eos_token_id, len(text.text)
     assert found.input_ids[-2:].tolist() == [eos, eos]
     assert found.spans[-2:].tolist() == [[end - 5, end], [end, end]]
 
 
 def test_loss_on_all_labels_everything():
-    found = encode(render(EXAMPLES[0], GSM), TOKENIZERS["bos"], loss_on="all")
+    found = encode_text(render_example(EXAMPLES[0], GSM), TOKENIZERS["bos"], loss_on="all")
     assert torch.equal(found.labels, found.input_ids)
 
 
 def test_max_length_counts_special_tokens():
-    text, tokenizer = render(EXAMPLES[0], GSM), TOKENIZERS["bos_eos"]
+    text, tokenizer = render_example(EXAMPLES[0], GSM), TOKENIZERS["bos_eos"]
     length = len(tokenizer(text.text)["input_ids"])
-    assert len(encode(text, tokenizer, max_length=length)) == length
-    assert encode(text, tokenizer, max_length=length - 1) is None
-    short = render(EXAMPLES[2], GSM)
-    assert [found is None for found in encode_all([text, short], tokenizer, max_length=length - 1)] == [
+    assert len(encode_text(text, tokenizer, max_length=length)) == length
+    assert encode_text(text, tokenizer, max_length=length - 1) is None
+    short = render_example(EXAMPLES[2], GSM)
+    assert [found is None for found in encode_texts([text, short], tokenizer, max_length=length - 1)] == [
         True,
         False,
     ]
-    assert encode_all([], tokenizer) == []
+    assert encode_texts([], tokenizer) == []
 
 
 def test_padding_and_truncation_left_in_a_tokenizer_do_not_matter():
     tokenizer = fast(pad_token="<pad>", eos_token="<eos>")
     before = [
-        found.input_ids.tolist() for found in encode_all([render(each, GSM) for each in EXAMPLES], tokenizer)
+        found.input_ids.tolist()
+        for found in encode_texts([render_example(each, GSM) for each in EXAMPLES], tokenizer)
     ]
     tokenizer.backend_tokenizer.enable_truncation(3)
     tokenizer.backend_tokenizer.enable_padding(length=50)
     after = [
-        found.input_ids.tolist() for found in encode_all([render(each, GSM) for each in EXAMPLES], tokenizer)
+        found.input_ids.tolist()
+        for found in encode_texts([render_example(each, GSM) for each in EXAMPLES], tokenizer)
     ]
     assert before == after
 
@@ -196,16 +201,16 @@ def test_offsets_that_run_backwards_are_refused():
 
     odd = Backwards(tokenizer_object=TOKENIZERS["chars"].backend_tokenizer, name_or_path="odd")
     with pytest.raises(SpecError, match=r"^tokenizer 'odd': its character offsets run backwards$"):
-        encode(render(Example("q", "r", "a"), GSM), odd)
+        encode_text(render_example(Example("q", "r", "a"), GSM), odd)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_prompts_begin_the_whole_text(name):
     tokenizer = TOKENIZERS[name]
     for example in EXAMPLES:
-        text = render(example, GSM)
+        text = render_example(example, GSM)
         (ids,) = prompt_ids([text.prompt], tokenizer)
-        found = encode(text, tokenizer)
+        found = encode_text(text, tokenizer)
         assert len(ids) > 0
         assert ids.tolist() == found.input_ids[: len(ids)].tolist()
         assert found.segments[: len(ids)].tolist() == [0] * len(ids)
@@ -222,11 +227,11 @@ def test_a_merge_across_the_border_is_counted():
     expected = 0
     for example in examples:
         alone = tokenizer(example.prompt)["input_ids"]
-        expected += tokenizer(render(example, template).text)["input_ids"][: len(alone)] != alone
+        expected += tokenizer(render_example(example, template).text)["input_ids"][: len(alone)] != alone
     assert expected > 0
-    assert prefix_mismatch(examples, tokenizer, template) == expected
-    assert prefix_mismatch(examples, TOKENIZERS["chars"], template) == 0
-    assert prefix_mismatch([], tokenizer, template) == 0
+    assert count_prefix_mismatches(examples, tokenizer, template) == expected
+    assert count_prefix_mismatches(examples, TOKENIZERS["chars"], template) == 0
+    assert count_prefix_mismatches([], tokenizer, template) == 0
 
 
 def test_mistral():
@@ -236,12 +241,12 @@ def test_mistral():
         pytest.skip("the shared Mistral tokenizer is not here")
     tokenizer = load_tokenizer(str(folder))
     for example in EXAMPLES:
-        text = render(example, GSM)
-        found = encode(text, tokenizer)
+        text = render_example(example, GSM)
+        found = encode_text(text, tokenizer)
         spans, segments = found.spans.tolist(), found.segments.tolist()
         assert found.input_ids[-1] == tokenizer.eos_token_id
         assert all(
             brute_segment(text, span) == segment for span, segment in zip(spans, segments, strict=True)
         )
         assert set(segments) == {0, 1, 2}
-    assert prefix_mismatch(EXAMPLES, tokenizer, GSM) == 0
+    assert count_prefix_mismatches(EXAMPLES, tokenizer, GSM) == 0

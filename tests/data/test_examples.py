@@ -6,11 +6,11 @@ from pydantic import ValidationError
 from kava_core.data.chain import chain_examples
 from kava_core.data.examples import (
     Example,
+    drop_last_step,
     extract_answer,
     is_correct,
-    render,
-    steps_of,
-    without_last_step,
+    render_example,
+    split_steps,
 )
 from kava_core.errors import SpecError
 from kava_core.specfile.sections.data import ChainData, Template
@@ -20,7 +20,7 @@ CHAIN = ChainData().template
 
 
 def test_text_and_bounds():
-    text = render(Example("7+3*2-5", " 0 0 5", "5"), CHAIN)
+    text = render_example(Example("7+3*2-5", " 0 0 5", "5"), CHAIN)
     assert text.text == "7+3*2-5? 0 0 5 #5"
     assert text.bounds == (0, 8, 14, 17)
     assert text.prompt == "7+3*2-5?"
@@ -28,7 +28,7 @@ def test_text_and_bounds():
 
 def test_only_the_own_braces_are_filled():
     template = Template(prompt='{"q": {prompt}}', reasoning="{reasoning}", answer="{{answer}}#{0}")
-    text = render(Example("{answer} {x}", "{prompt}", "{", task="t"), template)
+    text = render_example(Example("{answer} {x}", "{prompt}", "{", task="t"), template)
     assert text.text == '{"q": {answer} {x}}' + "{prompt}" + "{{}#{0}"
 
 
@@ -48,10 +48,10 @@ def test_only_the_own_braces_are_filled():
 )
 def test_steps_and_the_last_of_them(reasoning, separator, steps, kept):
     example = Example("p", reasoning, "a", "t", ("other\nwords",))
-    assert steps_of(reasoning, separator) == steps
-    without = without_last_step(example, separator)
+    assert split_steps(reasoning, separator) == steps
+    without = drop_last_step(example, separator)
     assert without == Example("p", kept, "a", "t", ("other\nwords",))
-    assert steps_of(without.reasoning, separator) == steps[:-1]
+    assert split_steps(without.reasoning, separator) == steps[:-1]
 
 
 def test_the_steps_of_chains():
@@ -59,8 +59,8 @@ def test_the_steps_of_chains():
     data = ChainData(steps=3, modulus=7, operations="+-", train=20, validation=5)
     for example in chain_examples(data)[0]:
         results = [str(eval(example.prompt[: 2 * place + 3]) % 7) for place in range(3)]
-        assert steps_of(example.reasoning, data.separator) == results
-        assert without_last_step(example, data.separator).reasoning == f" {results[0]} {results[1]}"
+        assert split_steps(example.reasoning, data.separator) == results
+        assert drop_last_step(example, data.separator).reasoning == f" {results[0]} {results[1]}"
 
 
 def test_the_separator_of_chains_is_fixed():

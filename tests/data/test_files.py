@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from kava_core.data.examples import Example, steps_of
+from kava_core.data.examples import Example, split_steps
 from kava_core.data.hub import hub_examples
 from kava_core.data.jsonl import read_examples
 from kava_core.data.splits import load_splits
@@ -173,7 +173,7 @@ def solutions(file: str) -> list[str]:
 @pytest.mark.parametrize(("file", "without"), [("train.jsonl", 95), ("test.jsonl", 18)])
 def test_the_equations_of_the_real_gsm8k(file, without):
     examples = read_examples(SHARED_DATA / "gsm8k" / file, "gsm8k_equations", separator=" ")
-    steps = [steps_of(example.reasoning, " ") for example in examples]
+    steps = [split_steps(example.reasoning, " ") for example in examples]
     assert [len(row) for row in steps] == [solution.count("<<") for solution in solutions(file)]
     assert sum(not row for row in steps) == without
     assert all(step.startswith("<<") and step.endswith(">>") for row in steps for step in row)

@@ -5,7 +5,7 @@ from pathlib import Path
 from random import Random
 
 from kava_core.data.examples import Example
-from kava_core.data.splits import Splits, contaminated, load_splits, split_hash
+from kava_core.data.splits import Splits, count_contaminated, load_splits, split_hash
 from kava_core.specfile.sections.data import ChainData
 
 
@@ -41,9 +41,9 @@ def test_operators_are_not_white_space():
 def test_thirteen_words_in_a_row():
     words = [f"w{number}" for number in range(20)]
     train = asks("x " + " ".join(words[:13]))
-    assert contaminated(train, asks(" ".join(words))) == 1
-    assert contaminated(train, asks(", ".join(words[:13]).upper() + "!")) == 1
-    assert contaminated(train, asks(" ".join(words[1:13]) + " y", " ".join(words[:12]))) == 0
+    assert count_contaminated(train, asks(" ".join(words))) == 1
+    assert count_contaminated(train, asks(", ".join(words[:13]).upper() + "!")) == 1
+    assert count_contaminated(train, asks(" ".join(words[1:13]) + " y", " ".join(words[:12]))) == 0
 
 
 def test_contamination_by_brute_force():
@@ -60,7 +60,7 @@ def test_contamination_by_brute_force():
 
     expected = sum(any(shares(test.prompt, example.prompt) for example in train) for test in validation)
     assert 0 < expected < 60
-    assert contaminated(train, validation) == expected
+    assert count_contaminated(train, validation) == expected
 
 
 def test_chain_splits_are_clean():

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
-from kava_core.data import trainers
+from kava_core.data import tokenizer_training
 from kava_core.data.chain import chain_examples
-from kava_core.data.examples import render
+from kava_core.data.examples import render_example
 from kava_core.data.tokenizers import load_tokenizer, train_tokenizer
 from kava_core.errors import KavaError, SpecError
 from kava_core.specfile.sections.data import ChainData
@@ -22,7 +22,7 @@ from kava_core.specfile.sections.models import ModelSpec, TrainTokenizer
 from tests.support.repository import SHARED_DATA
 
 CHAIN = ChainData(train=200, validation=1)
-TEXTS = [render(example, CHAIN.template).text for example in chain_examples(CHAIN)[0]] + [
+TEXTS = [render_example(example, CHAIN.template).text for example in chain_examples(CHAIN)[0]] + [
     "He bought  two Tea-pots,\nthen\tdrank a CUP of tea… 日本 🙂!",
     " The cat sat on the mat; the cats sat on the mats.\r\n",
 ]
@@ -37,11 +37,11 @@ def cache(tmp_path_factory):
 def trained(cache):
     return {
         kind: train_tokenizer(TrainTokenizer(kind=kind, vocab_size=320), TEXTS, cache)
-        for kind in trainers.KINDS
+        for kind in tokenizer_training.TRAINERS
     }
 
 
-@pytest.mark.parametrize("kind", trainers.KINDS)
+@pytest.mark.parametrize("kind", tokenizer_training.TRAINERS)
 def test_special_tokens_and_size(trained, kind):
     tokenizer = trained[kind]
     assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token) == ("<pad>", "<eos>", None)
@@ -91,14 +91,14 @@ def test_chars_keeps_the_most_frequent(tmp_path):
     assert tokenizer.get_vocab() == {"<pad>": 0, "<eos>": 1, "<unk>": 2, "a": 3, "c": 4}
 
 
-@pytest.mark.parametrize("kind", trainers.KINDS)
+@pytest.mark.parametrize("kind", tokenizer_training.TRAINERS)
 def test_the_same_in_another_process(trained, kind):
     code = (
         "import sys\n"
-        "from kava_core.data.trainers import train\n"
-        "from kava_core.specfile.sections.pipeline import TrainTokenizer\n"
+        "from kava_core.data.tokenizer_training import train_on_texts\n"
+        "from kava_core.specfile.sections.models import TrainTokenizer\n"
         "texts = sys.stdin.buffer.read().decode().split('\\0')\n"
-        f"trained = train(TrainTokenizer(kind={kind!r}, vocab_size=320), texts)\n"
+        f"trained = train_on_texts(TrainTokenizer(kind={kind!r}, vocab_size=320), texts)\n"
         "sys.stdout.buffer.write(trained.to_str().encode())"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1"}
@@ -106,27 +106,27 @@ def test_the_same_in_another_process(trained, kind):
     there = subprocess.run(
         command, input="\0".join(TEXTS).encode(), capture_output=True, env=environment, check=True
     )
-    here = trainers.train(TrainTokenizer(kind=kind, vocab_size=320), TEXTS)
+    here = tokenizer_training.train_on_texts(TrainTokenizer(kind=kind, vocab_size=320), TEXTS)
     assert there.stdout.decode() == here.to_str()
 
 
-@pytest.mark.parametrize("kind", trainers.KINDS)
+@pytest.mark.parametrize("kind", tokenizer_training.TRAINERS)
 def test_rare_characters_do_not_change_the_order(kind):
     common = ["the cat sat on the mat and the cats sat on the mats again"] * 30
     texts = [*common, "the «é» §± ½", "the ¿ñ? ¡ü!", "QZXJ"]
     spec = TrainTokenizer(kind=kind, vocab_size=300)
-    assert len({trainers.train(spec, texts).to_str() for _ in range(12)}) == 1
+    assert len({tokenizer_training.train_on_texts(spec, texts).to_str() for _ in range(12)}) == 1
 
 
 def test_the_cache_is_used_and_keyed(trained, cache, monkeypatch):
-    monkeypatch.setattr(trainers, "train", None)
+    monkeypatch.setattr(tokenizer_training, "train_on_texts", None)
     spec = TrainTokenizer(kind="bpe", vocab_size=320)
     again = train_tokenizer(spec, iter(TEXTS), cache)
     assert again.get_vocab() == trained["bpe"].get_vocab()
     for other, texts in ((spec, TEXTS[::-1]), (TrainTokenizer(kind="bpe", vocab_size=321), TEXTS)):
         with pytest.raises(TypeError):
             train_tokenizer(other, texts, cache)
-    assert len(list(cache.iterdir())) == len(trainers.KINDS)
+    assert len(list(cache.iterdir())) == len(tokenizer_training.TRAINERS)
 
 
 def test_many_at_once_leave_one_folder(tmp_path):

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from kava_core.build.data import Data, make_data
 from kava_core.build.distiller import make_distiller
+from kava_core.data.encode import NO_LABEL
 from kava_core.distill.distiller import Distiller
-from kava_core.distill.student_pass import IGNORED
 from tests.support import tiny
 from tests.support.repository import ROOT
 
@@ -43,7 +43,7 @@ def setup(**student: object) -> tuple[Distiller, Data, dict]:
     data = make_data(spec)
     distiller = make_distiller(spec, data, seed=3)
     batch = data.plain_collator([data.train_items[i] for i in range(4)])
-    batch["student"]["labels"] = torch.full_like(batch["student"]["labels"], IGNORED)
+    batch["student"]["labels"] = torch.full_like(batch["student"]["labels"], NO_LABEL)
     return distiller, data, batch
 
 
@@ -62,7 +62,7 @@ def reference_loss(distiller: Distiller, batch: dict) -> Tensor:
     """3 · mean over layers, real tokens, heads and width of (student − mean of two teacher heads)²."""
     ours = projected_keys(distiller.student, batch["student"])
     with torch.no_grad():
-        theirs = projected_keys(distiller.__dict__["teachers"][0].model, batch["teachers"]["wide"])
+        theirs = projected_keys(distiller.teachers[0].model, batch["teachers"]["wide"])
     mask = batch["student"]["attention_mask"].bool()
     total = torch.zeros(())
     for layer, source in ((0, 1), (1, 3)):
@@ -117,7 +117,7 @@ def test_reentrant_checkpointing_is_refused() -> None:
 def test_teachers_are_outside_the_module() -> None:
     distiller, _, batch = setup()
     kava_gradients(distiller, batch)
-    teacher = distiller.__dict__["teachers"][0].model
+    teacher = distiller.teachers[0].model
     inside = {id(p) for p in distiller.parameters()}
     assert not inside & {id(p) for p in teacher.parameters()}
     assert not any("teacher" in name for name in distiller.state_dict())
@@ -149,7 +149,7 @@ os._exit(0)  # gloo's threads sometimes abort the interpreter's own shutdown
 def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
     distiller, data, _ = setup(gradient_checkpointing=True)
     batch = data.plain_collator([data.train_items[i] for i in range(4)])
-    labelled = (batch["student"]["labels"][:, 1:] != IGNORED).sum()
+    labelled = (batch["student"]["labels"][:, 1:] != NO_LABEL).sum()
     items = torch.stack([labelled, batch["student"]["attention_mask"].sum()]).float()
     distiller.train()(batch["student"], batch["teachers"], items)["loss"].backward()
     expected = gradients(distiller)

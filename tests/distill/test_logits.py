@@ -15,6 +15,7 @@ from kava_core.build.distiller import make_distiller
 from kava_core.data.collate import Collator, Reading
 from kava_core.data.examples import Example
 from kava_core.distill import logits as module
+from kava_core.distill.alignment import StepBatch
 from kava_core.distill.logits import assert_same_vocabulary, logit_divergence, same_tokens
 from kava_core.errors import SpecError
 from kava_core.specfile.sections.data import Template
@@ -197,10 +198,10 @@ def test_the_term_beside_kv_losses(tmp_path: Path, stream: bool) -> None:
     distiller = make_distiller(spec, data, seed=0).eval()
     batch = data.plain_collator([data.train_items[index] for index in range(3)])
     student, gpt = batch["student"], batch["teachers"]["gpt"]
-    items = torch.tensor([17.0, 40.0])
+    items = torch.tensor([17.0, 40.0, 3.0, 1.0])
     found = distiller(student, batch["teachers"], items)
 
-    model = {t.name: t.model for t in distiller.__dict__["teachers"]}["gpt"]
+    model = {t.name: t.model for t in distiller.teachers}["gpt"]
     pair = [
         one(input_ids=side["input_ids"], attention_mask=side["attention_mask"]).logits.detach()
         for one, side in ((distiller.student, student), (model, gpt))
@@ -254,8 +255,17 @@ def test_logits_of_another_batch_are_not_kept(tmp_path: Path) -> None:
     distiller = make_distiller(spec, data, seed=0)
     calibrate_components(distiller, data, spec, torch.device("cpu"))
     batch = data.plain_collator([data.train_items[index] for index in range(3)])
-    distiller.terms(batch["student"], batch["teachers"], torch.ones(4))
-    assert all(teacher.take_logits() is None for teacher in distiller.__dict__["teachers"])
+    one = StepBatch(batch["student"], batch["teachers"], torch.ones(4))
+    assert all(
+        read.logits is None
+        for read in distiller.alignment.compare_apart(one, distiller.student_pass).teachers
+    )
+    assert all(
+        read.logits is not None for read in distiller.alignment.compare(one, distiller.student_pass).teachers
+    )
+    assert not any(
+        isinstance(value, Tensor) for teacher in distiller.teachers for value in vars(teacher).values()
+    )
 
 
 def test_drawn_teachers_are_heard_when_they_run(tmp_path: Path) -> None:

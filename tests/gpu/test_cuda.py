@@ -13,6 +13,7 @@ import torch
 
 from kava_core.build.data import make_data
 from kava_core.build.distiller import make_distiller
+from kava_core.distill.calibration import calibrate_projectors, finish_projectors
 from kava_core.runs.metrics import read_metrics
 from kava_core.train.run import run
 from tests.support import tiny
@@ -41,8 +42,8 @@ def test_loss_and_gradients_equal_the_cpus() -> None:
     found = {}
     for device in ("cpu", "cuda"):
         distiller = make_distiller(spec, data, seed=0)
-        distiller.calibrate(batch)
-        distiller.finish_calibration()
+        calibrate_projectors(distiller, batch)
+        finish_projectors(distiller.pipeline)
         distiller.to(device)
         distiller.place_teachers(torch.device(device))
         sides = [

@@ -13,7 +13,7 @@ from scipy import stats
 
 from kava_core.data.examples import Example, is_correct
 from kava_core.data.jsonl import read_examples
-from kava_core.data.pal import from_pal
+from kava_core.data.pal import example_from_pal
 from kava_core.data.splits import load_splits
 from kava_core.errors import SpecError
 from kava_core.jobs.evaluate.answering_student import load_answering_student
@@ -123,7 +123,7 @@ def test_wilsons_interval_is_scipys(right: int, count: int) -> None:
     ("target", "answer"), [(51.0, "51"), (39, "39"), (0.5, "0.5"), (-3.0, "-3"), (1e3, "1000"), (2.50, "2.5")]
 )
 def test_pal_targets(target: Any, answer: str) -> None:
-    assert from_pal({"input": "How many?", "target": target}, "here") == Example(
+    assert example_from_pal({"input": "How many?", "target": target}, "here") == Example(
         "How many?", "", answer, task="pal"
     )
 
@@ -131,7 +131,7 @@ def test_pal_targets(target: Any, answer: str) -> None:
 @pytest.mark.parametrize("target", [None, "", "many", True, [1], "NaN", "Infinity"])
 def test_pal_targets_must_be_numbers(target: Any) -> None:
     with pytest.raises(SpecError, match=r"^f:3: field 'target' must be a number"):
-        from_pal({"input": "How many?", "target": target}, "f:3")
+        example_from_pal({"input": "How many?", "target": target}, "f:3")
 
 
 @pytest.mark.parametrize(("name", "count"), [("svamp", 1000), ("multiarith", 600)])

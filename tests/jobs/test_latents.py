@@ -137,7 +137,7 @@ def by_loop(run: Path, made: LatentRun, part: str, examples: int, shift: int) ->
     """Both maps in float64 from plain transformers; every second teacher layer is read by a student's."""
     student, batch = LatentStudent.from_pretrained(run / "student"), next(made.batches(examples))
     side, pipeline = batch["teachers"]["alike"], made.distiller.pipeline
-    model = made.distiller.__dict__["teachers"][0].model
+    model = made.distiller.teachers[0].model
     plan = pipeline.teachers[0].plan(Timeline.from_batch(side), Timeline.from_batch(batch["student"]))
     dense = plan.dense(side["input_ids"].shape[1]).double()
     slots, steps = [], []

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
+from kava_core.build.aligner import build_aligner
 from kava_core.jobs.profile import recomputed_attention
 from kava_core.jobs.profile.layer_comparison import summed_cosines, to_student_view
 from kava_core.jobs.profile.part_numbers import part_numbers
@@ -254,7 +255,7 @@ def aligner(align: dict[str, object], **changes: object) -> TeacherAligner:
     plain = {"head_adapter": "structured", "dim_projector": "identity", "time_warper": "pad"}
     made = spec(plain | align, losses=["relation"])
     both = {"teacher": WIDE, "student": STUDENT} | changes
-    return TeacherAligner(
+    return build_aligner(
         made.teachers[0].align,
         name="a",
         layers=(0, 1),

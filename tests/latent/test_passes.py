@@ -17,6 +17,8 @@ from kava_core.build.data import make_data
 from kava_core.build.distiller import make_distiller
 from kava_core.cli.app import main
 from kava_core.costs.plan import make_plan
+from kava_core.distill.alignment import StepBatch
+from kava_core.distill.calibration import aligned_targets
 from kava_core.errors import CheckpointError, SpecError
 from kava_core.jobs.export import export_student
 from kava_core.latent.collate import with_thought_tokens
@@ -86,8 +88,10 @@ def test_a_step_is_what_plain_transformers_give_without_padding() -> None:
     _, distiller, batch = made(losses=[{"name": "mse", "parts": ["values"]}])
     side = batch["student"]
     alone = [by_hand(distiller, side, row) for row in range(5)]
-    own = distiller._pass(side, torch.ones(4))
-    torch.testing.assert_close(own.ce, torch.stack([ce for ce, _, _ in alone]).sum(), rtol=1e-5, atol=1e-5)
+    own = distiller.student_pass(StepBatch(side, {}, torch.ones(4)))
+    torch.testing.assert_close(
+        own.cross_entropy, torch.stack([ce for ce, _, _ in alone]).sum(), rtol=1e-5, atol=1e-5
+    )
     for row, (_, logits, values) in enumerate(alone):
         torch.testing.assert_close(own.logits[row, : len(logits)], logits, rtol=1e-4, atol=1e-5)
         for layer, expected in enumerate(values):
@@ -116,11 +120,9 @@ def test_the_teacher_reasoning_is_spread_over_the_latent_tokens() -> None:
         latent={"count": 4, "passes": 1},
         losses=[{"name": "mse", "parts": ["values"]}],
     )  # fmt: skip
-    from kava_core.protocols.timeline import Timeline
 
-    teacher, side = distiller.__dict__["teachers"][0], batch["teachers"]["t"]
-    timeline = Timeline.from_batch(batch["student"])
-    (aligned,) = distiller.aligned(batch["teachers"], timeline, distiller.pipeline)
+    teacher, side = distiller.teachers[0], batch["teachers"]["t"]
+    (aligned,) = aligned_targets(distiller, batch)
     raw = teacher.cache(side).values
     for row in range(5):
         places = (side["segments"][row] == 1).nonzero().flatten()

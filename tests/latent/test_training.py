@@ -16,8 +16,9 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from kava_core.build.data import make_data
 from kava_core.build.distiller import make_distiller
-from kava_core.data.dataset import nearly_equal
-from kava_core.data.examples import without_last_step
+from kava_core.data.dataset import split_nearly_equal
+from kava_core.data.examples import drop_last_step
+from kava_core.distill.alignment import StepBatch
 from kava_core.distill.hidden_states import codi_term, step_cross_entropy
 from kava_core.errors import SpecError
 from kava_core.latent.collate import thin_evenly
@@ -55,7 +56,9 @@ def made(**changes: Any) -> tuple[Any, Any, dict[str, Any]]:
 
 
 def step_of(distiller: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = distiller(batch["student"], batch["teachers"], distiller.counts(batch))
+    found: dict[str, Tensor] = distiller(
+        batch["student"], batch["teachers"], distiller.loss_denominators(batch)
+    )
     return found
 
 
@@ -182,7 +185,7 @@ def test_the_last_written_step_can_be_left_out() -> None:
     for row in range(4):
         example, side = data.train_items[row].example, batch["teachers"]["own"]
         text = data.tokenizer.decode(side["input_ids"][row][side["attention_mask"][row].bool()][:-1])
-        steps = without_last_step(example, " ").reasoning
+        steps = drop_last_step(example, " ").reasoning
         assert text.replace(" ", "") == f"{example.prompt}?{steps}#{example.answer}".replace(" ", "")
         assert len(steps.split()) == len(example.reasoning.split()) - 1
 
@@ -218,13 +221,16 @@ def test_codi_compares_the_token_before_the_answers_own() -> None:
     student, teacher = batch["student"], batch["teachers"]["own"]
     tokens = data.tokenizer.convert_ids_to_tokens
     for row in range(4):
-        assert tokens(int(student["after"][row, student["hinge"][row]])) == "#"
-        assert tokens(int(teacher["input_ids"][row, teacher["hinge"][row]])) == "#"
-    own = distiller.eval()._pass(student, torch.ones(4))
+        assert tokens(int(student["after"][row, student["answer_boundary"][row]])) == "#"
+        assert tokens(int(teacher["input_ids"][row, teacher["answer_boundary"][row]])) == "#"
+    own = distiller.eval().student_pass(StepBatch(student, {}, torch.ones(4)))
     for row in range(4):
         alone = data.plain_collator([data.train_items[row]])["student"]
         torch.testing.assert_close(
-            own.hinge[:, row], distiller._pass(alone, torch.ones(4)).hinge[:, 0], rtol=1e-4, atol=1e-5
+            own.answer_boundary[:, row],
+            distiller.student_pass(StepBatch(alone, {}, torch.ones(4))).answer_boundary[:, 0],
+            rtol=1e-4,
+            atol=1e-5,
         )
 
 
@@ -236,7 +242,7 @@ def test_codi_draws_the_student_and_not_its_teacher() -> None:
     torch.testing.assert_close(found["loss"], found["ce"] + 3 * found["codi"])
     found["loss"].backward()
     assert distiller.latents.slots.grad.abs().max() > 0
-    assert all(p.grad is None for p in distiller.__dict__["teachers"][0].model.parameters())
+    assert all(p.grad is None for p in distiller.teachers[0].model.parameters())
     with pytest.raises(SpecError, match="codi: teacher 't' has 3 layers of width 32"):
         made(teachers=[fields | {"config": tiny.llama(num_hidden_layers=3)}], losses=[], codi={})
 
@@ -254,7 +260,7 @@ def test_step_cross_entropy_reads_the_trace_where_latents_are_written() -> None:
         steps = data.train_items[row].example.reasoning
         labels = side["trace"][row]
         assert data.tokenizer.decode(labels[labels != -100]).replace(" ", "") == steps.replace(" ", "")
-    writers = distiller.eval()._pass(side, torch.ones(4)).writers
+    writers = distiller.eval().student_pass(StepBatch(side, {}, torch.ones(4))).latent_writer_logits
     each = [F.cross_entropy(writers[row], side["trace"][row]) for row in range(4)]
     found = step_of(distiller, batch)
     torch.testing.assert_close(found["step_ce"], torch.stack(each).mean().detach())
@@ -295,7 +301,7 @@ def test_stages_take_away_written_steps_from_the_front() -> None:
     data, distiller, batch = made(**COCONUT)
     for active in (0, 1, 2):
         distiller.latents.active = active
-        side = distiller.staged(batch["student"])
+        side = distiller.at_curriculum_stage(batch["student"])
         for row in range(4):
             example = data.train_items[row].example
             kept = data.tokenizer.decode(side["after"][row][side["after_mask"][row].bool()][1:-1])
@@ -328,7 +334,7 @@ def test_every_weight_has_a_gradient_in_every_stage() -> None:
     for active in (0, 1, 2):
         distiller.latents.active = active
         distiller.zero_grad()
-        distiller(batch["student"], batch["teachers"], distiller.counts(batch))["loss"].backward()
+        distiller(batch["student"], batch["teachers"], distiller.loss_denominators(batch))["loss"].backward()
         assert all(p.grad is not None for p in distiller.latents.parameters())
 
 
@@ -424,9 +430,9 @@ def test_evaluation_counts_matches_with_controls(tmp_path: Path) -> None:
 
 
 def test_no_batch_of_the_controls_is_left_with_one_example() -> None:
-    assert [len(part) for part in nearly_equal(list(range(17)), 8)] == [5, 6, 6]
-    assert [index for part in nearly_equal(list(range(9)), 2) for index in part] == list(range(9))
-    assert nearly_equal([], 4) == []
+    assert [len(part) for part in split_nearly_equal(list(range(17)), 8)] == [5, 6, 6]
+    assert [index for part in split_nearly_equal(list(range(9)), 2) for index in part] == list(range(9))
+    assert split_nearly_equal([], 4) == []
 
 
 @pytest.mark.parametrize("passes", [0, 2, 7])

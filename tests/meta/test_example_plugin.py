@@ -27,12 +27,12 @@ train: {steps: 1}
 BUILD = """
 import sys, traceback
 from kava_core.protocols.axes import Geometry
-from kava_core.kv.compare.pipeline import KVPipeline
+from kava_core.build.pipeline import build_pipeline
 from kava_core.specfile.load import load
 spec = load(sys.argv[1]).spec
 big = Geometry(layer=6, head=2, dim=4, qhead=4, hidden=16)
 try:
-    pipeline = KVPipeline(spec, teachers={"big": big}, student=big.with_(layer=2))
+    pipeline = build_pipeline(spec, teachers={"big": big}, student=big.with_(layer=2))
 except Exception as error:
     print(type(error).__name__, *error.__notes__, sep="|")
 else:

@@ -94,7 +94,7 @@ def test_help_registry_and_spec_load_no_torch() -> None:
     code = (
         "import sys; import kava_core.cli.app, kava_core.specfile.load;"
         "from kava_core.registry import Registry;"
-        "from kava_core.specfile.bind import bind; r = Registry.build(); bind(r);"
+        "from kava_core.specfile.bind import bind_spec_model; r = Registry.build(); bind_spec_model(r);"
         f"print(sorted({TENSORS} & set(sys.modules)), [str(f) for f in r.failures], len(r.table()) > 0)"
     )
     done = subprocess.run(

@@ -14,10 +14,10 @@ import torch
 from kava_core.kv.maths.resample import safe_linear_indices, safe_time_resample
 from kava_core.protocols.axes import Geometry
 from kava_core.protocols.timeline import Timeline
-from kava_plugins.dim_projectors import Elastic
-from kava_plugins.dim_projectors import Linear as LinearProjector
-from kava_plugins.head_adapters import Flat, Structured
-from kava_plugins.time_warpers import Linear as LinearWarper
+from kava_plugins.dim_projectors import ElasticConfig
+from kava_plugins.dim_projectors import LinearConfig as LinearProjector
+from kava_plugins.head_adapters import FlatConfig, StructuredConfig
+from kava_plugins.time_warpers import LinearConfig as LinearWarper
 
 torch.set_num_threads(1)
 HEADS = (2, 4, 8, 12, 16, 28, 32, 64)
@@ -64,7 +64,7 @@ def old_resample(x, time):
 def test_few_heads_of_half_the_width(t_head, init, share_kv):
     """12 → 2 and 28 → 2 with 128 → 64, as for Qwen2.5-7B and its 0.5B student."""
     geometry = sides(t_head, 2)
-    adapter = Structured(init=init, share_kv=share_kv).build(**geometry)
+    adapter = StructuredConfig(init=init, share_kv=share_kv).build(**geometry)
     projector = LinearProjector(share_kv=share_kv).build(
         teacher=adapter.teacher_view, student=geometry["student"]
     )
@@ -88,7 +88,7 @@ def test_any_two_head_counts(t_head, head):
     """Shape, rows that sum to 1, and a mean over heads that stays."""
     x = cache(t_head, 5, 8).double()
     for init in ("grouped", "uniform", "random"):
-        adapter = Structured(init=init).build(**sides(t_head, head, 8, 8))
+        adapter = StructuredConfig(init=init).build(**sides(t_head, head, 8, 8))
         found, mix = adapter(x, "keys"), mix_of(adapter, t_head)
         assert found.shape == (BATCH, LAYER, head, 5, 8)
         torch.testing.assert_close(mix.sum(-1), torch.ones(LAYER, head))
@@ -101,7 +101,7 @@ def test_any_two_head_counts(t_head, head):
 def test_a_constant_over_heads_passes_any_mix(t_head, head):
     x = cache(1, 4, 8).expand(-1, -1, t_head, -1, -1)
     for init in ("grouped", "uniform", "random"):
-        found = Structured(init=init).build(**sides(t_head, head, 8, 8))(x, "values")
+        found = StructuredConfig(init=init).build(**sides(t_head, head, 8, 8))(x, "values")
         torch.testing.assert_close(found, x[:, :, :1].expand(-1, -1, head, -1, -1), rtol=1e-5, atol=1e-5)
 
 
@@ -146,7 +146,7 @@ def test_build_safe_linear_indices(t_time, time):
 def test_heads_width_and_time_together(t_time, time, t_head):
     """Projection, then resampling; the other order gives the same, and so does the old function."""
     geometry = sides(t_head, 2)
-    adapter = Structured().build(**geometry)
+    adapter = StructuredConfig().build(**geometry)
     projector = LinearProjector().build(teacher=adapter.teacher_view, student=geometry["student"])
     warp = LinearWarper().build(**geometry)(timeline(t_time, t_time), timeline(time, time))
     x = cache(t_head, t_time, 128)
@@ -160,7 +160,7 @@ def test_heads_width_and_time_together(t_time, time, t_head):
 
 def test_a_teacher_without_tokens_leaves_nothing_to_compare():
     geometry = sides(12, 2)
-    adapter = Structured().build(**geometry)
+    adapter = StructuredConfig().build(**geometry)
     projector = LinearProjector().build(teacher=adapter.teacher_view, student=geometry["student"])
     warp = LinearWarper().build(**geometry)(timeline(0, 0), timeline(50, 50))
     found = warp.apply(projector(adapter(cache(12, 0, 128), "keys"), "keys"))
@@ -171,7 +171,7 @@ def test_a_teacher_without_tokens_leaves_nothing_to_compare():
 
 def test_padding_does_not_reach_the_resampled_cache():
     geometry = sides(12, 2)
-    adapter, warper = Structured().build(**geometry), LinearWarper().build(**geometry)
+    adapter, warper = StructuredConfig().build(**geometry), LinearWarper().build(**geometry)
     x = cache(12, 80, 128)
     padded = torch.cat([x, torch.full_like(x, torch.nan)], 3)
     alone = warper(timeline(80, 80), timeline(50, 50)).apply(adapter(x, "keys"))
@@ -186,7 +186,7 @@ def test_padding_does_not_reach_the_resampled_cache():
 def test_structured_and_flat_are_one_word_apart(t_head):
     """kv_projection_mode: the same projector serves both; flat needs far more parameters."""
     sizes = {}
-    for word in (Structured(), Flat(), Flat(layers=True)):
+    for word in (StructuredConfig(), FlatConfig(), FlatConfig(layers=True)):
         adapter = word.build(**sides(t_head, 2, 16, 8))
         projector = LinearProjector().build(teacher=adapter.teacher_view, student=adapter.student_view)
         x, own = cache(t_head, 6, 16), cache(2, 6, 8, seed=1)
@@ -201,8 +201,8 @@ def test_the_elastic_bottleneck_of_a_7b_teacher():
     """LayerNorm → Linear → SiLU → Dropout → Linear, as wide inside as the student's heads."""
     geometry = sides(28, 2)
     assert geometry["teacher"].hidden == 3584
-    adapter = Structured().build(**geometry)
-    projector = Elastic().build(teacher=adapter.teacher_view, student=geometry["student"])
+    adapter = StructuredConfig().build(**geometry)
+    projector = ElasticConfig().build(teacher=adapter.teacher_view, student=geometry["student"])
     assert projector.keys_down.shape == (LAYER, 1, 64, 128)
     assert projector.keys_up.shape == (LAYER, 1, 64, 64)
     assert projector(adapter(cache(28, 20, 128), "keys"), "keys").shape == (BATCH, LAYER, 2, 20, 64)

@@ -46,7 +46,7 @@ def shell_blocks() -> list[str]:
     "spec", SPECS or [pytest.param(None, marks=pytest.mark.skip("specs/ is empty"))], ids=str
 )
 def test_spec_passes_check(spec: object) -> None:
-    assert [level for level, _ in check(str(spec))][:3] == ["syntax", "schema", "plugins"]
+    assert [level for level, _ in check(str(spec))][:4] == ["syntax", "schema", "rules", "plugins"]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)

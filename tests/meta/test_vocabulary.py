@@ -69,7 +69,7 @@ def test_axis_words_are_the_vocabulary(file: str) -> None:
 
 def test_annotations_and_patterns_are_found() -> None:
     """The test above sees the strings it is about."""
-    assert "layer t_layer" in dict(annotations(Path("kava_core/protocols.py")))
+    assert "layer t_layer" in dict(annotations(Path("kava_core/protocols/layer_mapper.py")))
     assert "batch layer head time dim -> (batch layer head time) dim" in dict(
         patterns(Path("kava_core/protocols/time_map.py"))
     )

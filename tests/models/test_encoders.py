@@ -103,7 +103,7 @@ def test_padding_does_not_reach_an_encoder_s_cache(tmp_path: Path) -> None:
     distiller = make_distiller(made, data := make_data(made), seed=0)
     items = sorted((data.train_items[i] for i in range(16)), key=lambda item: len(item.teachers["bert"]))
     one, padded = data.collator([items[0]]), data.collator([items[0], items[-1]])
-    for teacher in distiller.__dict__["teachers"]:
+    for teacher in distiller.teachers:
         alone, beside = (teacher.cache(batch["teachers"][teacher.name]) for batch in (one, padded))
         length = alone.any.shape[3]
         torch.testing.assert_close(alone.any[0], beside.any[0, :, :, :length], rtol=1e-4, atol=1e-5)

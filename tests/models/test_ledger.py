@@ -56,7 +56,7 @@ def test_tokens_are_those_of_the_data(tmp_path: Path) -> None:
 def test_operations_are_those_torch_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward passes of student and teachers over the very batches, with eager attention."""
     counted = {"student": 0.0, "teachers": 0.0}
-    student_pass, teacher_pass = Distiller._outputs, Teacher.forward
+    student_pass, teacher_pass = Distiller.run_student, Teacher.run_model
 
     def outputs(self: Any, *args: Any) -> Any:
         with FlopCounterMode(display=False) as counter:
@@ -64,13 +64,14 @@ def test_operations_are_those_torch_counts(tmp_path: Path, monkeypatch: pytest.M
         counted["student"] += counter.get_total_flops() if self.training else 0
         return found
 
-    def forward(self: Any, side: Any) -> None:
+    def run_model(self: Any, *args: Any) -> Any:
         with FlopCounterMode(display=False) as counter, suppress(StopForward):
-            teacher_pass(self, side)
+            teacher_pass(self, *args)
         counted["teachers"] += counter.get_total_flops() if self.ledger.on else 0
+        return {}
 
-    monkeypatch.setattr(Distiller, "_outputs", outputs)
-    monkeypatch.setattr(Teacher, "forward", forward)
+    monkeypatch.setattr(Distiller, "run_student", outputs)
+    monkeypatch.setattr(Teacher, "run_model", run_model)
     eager = [t | {"attention": "eager"} for t in tiny.FIELDS["teachers"]]
     student = {"config": tiny.llama(), "tokenizer": tiny.CHARS, "attention": "eager"}
     cost = ran(tmp_path, student=student, teachers=eager)["flops_of"]
@@ -114,7 +115,7 @@ def test_latent_passes_are_counted_as_they_run(
 ) -> None:
     """torch counts decoder and head over Jacobi and final passes, prompt and slots as they are read."""
     counted = [0.0]
-    whole = Distiller._outputs
+    whole = Distiller.run_student
 
     def call(self: Any, *args: Any) -> Any:
         with FlopCounterMode(display=False) as counter:
@@ -122,7 +123,7 @@ def test_latent_passes_are_counted_as_they_run(
         counted[0] += counter.get_total_flops() if self.training else 0
         return found
 
-    monkeypatch.setattr(Distiller, "_outputs", call)
+    monkeypatch.setattr(Distiller, "run_student", call)
     student = {"config": tiny.llama(), "tokenizer": tiny.CHARS, "attention": "eager"}
     latent = {"trajectory": "latent", "latent": {"count": 3, "passes": passes, "projection": "none"}}
     cost = ran(tmp_path, student=student, losses=[], teachers=[], **latent)

@@ -115,7 +115,7 @@ def test_an_absent_device_is_one_line() -> None:
 
 
 def test_quantised_weights_are_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "processes", lambda: 2)
+    monkeypatch.setattr(placement, "processes_met", lambda: 2)
     model = llama()
     model.model.norm.weight = nn.Parameter(torch.ones(32, dtype=torch.int8), requires_grad=False)
     with pytest.raises(SpecError, match="teacher 't': placement: quantised weights cannot be sharded"):
@@ -174,7 +174,7 @@ def test_drawn_teachers_are_not_sharded(
     """Each process draws by itself, and a sharded teacher runs in all or in none."""
     spec = tiny.spec(tmp_path, fuser=fuser)
     distiller = make_distiller(spec, make_data(spec), seed=0)
-    monkeypatch.setattr("kava_core.distill.distiller.processes", lambda: 2)
+    monkeypatch.setattr("kava_core.distill.distiller.processes_met", lambda: 2)
     monkeypatch.setattr(Teacher, "to", lambda *_: None)
     placements = {"wide": "sharded"}
     if not refused:

@@ -10,8 +10,8 @@ from pydantic import Field, ValidationError
 
 from kava_core.config import ComponentConfig, KVLossConfig
 from kava_core.registry import Registered, Registry
-from kava_core.specfile.bind import bind
-from kava_core.specfile.errors_text import findings
+from kava_core.specfile.bind import bind_spec_model
+from kava_core.specfile.errors_text import explain_errors
 from kava_core.specfile.schema import json_schema
 from kava_core.specfile.sections.align import AlignSpec
 from kava_core.specfile.sections.models import TeacherSpec
@@ -59,21 +59,21 @@ def registry() -> Registry:
 
 def messages(registry: Registry, fields: dict[str, Any]) -> list[tuple[tuple[str | int, ...], str]]:
     """Paths and messages of a spec with these fields."""
-    model = bind(registry)
+    model = bind_spec_model(registry)
     with pytest.raises(ValidationError) as caught:
         model.model_validate_json(json.dumps(FIELDS | fields), strict=True)
-    return [(one.path, one.message) for one in findings(caught.value, model, registry)]
+    return [(one.path, one.message) for one in explain_errors(caught.value, model, registry)]
 
 
 def test_bound_specs_are_specs(registry: Registry) -> None:
-    spec = bind(registry).model_validate(FIELDS)
+    spec = bind_spec_model(registry).model_validate(FIELDS)
     assert isinstance(spec, PipelineSpec)
     assert isinstance(spec.teachers[0], TeacherSpec)
     assert isinstance(spec.teachers[0].align, AlignSpec)
 
 
 def test_shorthand_equals_the_mapping_with_defaults(registry: Registry) -> None:
-    model = bind(registry)
+    model = bind_spec_model(registry)
     short = model.model_validate(FIELDS | {"losses": ["mse"], "fuser": "fixed"})
     long = model.model_validate(FIELDS | {"losses": [{"name": "mse"}], "fuser": {"name": "fixed"}})
     assert short == long
@@ -82,7 +82,7 @@ def test_shorthand_equals_the_mapping_with_defaults(registry: Registry) -> None:
 
 @pytest.mark.parametrize("mode", ["json", "python"])
 def test_parameters_survive_a_dump(registry: Registry, mode: str) -> None:
-    model = bind(registry)
+    model = bind_spec_model(registry)
     loss = {"name": "picky", "must": 3, "words": ["x"], "bounds": {"k": [0.5, 1]}, "either": "b", "weight": 2}
     spec = model.model_validate(FIELDS | {"losses": [loss]})
     dumped = spec.model_dump(mode=mode)
@@ -100,7 +100,7 @@ def test_strict_json_takes_what_yaml_gives(registry: Registry) -> None:
         "either": 4,
         "layers": [0, -1],
     }
-    spec = bind(registry).model_validate_json(json.dumps(FIELDS | {"losses": [loss]}), strict=True)
+    spec = bind_spec_model(registry).model_validate_json(json.dumps(FIELDS | {"losses": [loss]}), strict=True)
     assert spec.losses[0].layers == (0, -1)
     assert spec.losses[0].model_dump()["bounds"] == {"k": (0.0, 1.0)}
 
@@ -137,7 +137,7 @@ def test_a_default_that_is_not_installed() -> None:
 
 
 def test_field_docs_and_defaults_survive(registry: Registry) -> None:
-    model = bind(registry)
+    model = bind_spec_model(registry)
     for name, field in PipelineSpec.model_fields.items():
         assert model.model_fields[name].description == field.description
         assert model.model_fields[name].default == field.default

@@ -9,10 +9,10 @@ import pytest
 
 from kava_core.errors import SpecError
 from kava_core.jobs.check import check
-from kava_core.specfile.digest import digest
-from kava_core.specfile.load import load
+from kava_core.specfile.digest import spec_digest
+from kava_core.specfile.load import load_spec
 from kava_core.specfile.sections.compare import CompareSpec
-from kava_core.specfile.variants import chosen_runs, treatment
+from kava_core.specfile.variants import chosen_runs, treatment_variant
 from tests.support.repository import MINIMAL_SPEC
 
 TEXT = MINIMAL_SPEC.read_text(encoding="utf-8")
@@ -34,7 +34,7 @@ def test_controls_are_the_treatment_with_one_thing_broken(resolve: Any) -> None:
         spec.model_copy(update={"losses": heavy.losses, "train": heavy.train, "teachers": heavy.teachers})
         for spec in specs.values()
     ]
-    assert len({digest(spec) for spec in same}) == 1
+    assert len({spec_digest(spec) for spec in same}) == 1
     assert all(spec.compare is None and spec.variants == {} for spec in specs.values())
 
 
@@ -49,8 +49,8 @@ def test_a_frozen_probe_keeps_the_student(resolve: Any) -> None:
 def test_the_first_variant_is_the_treatment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("s.yaml").write_text(TEXT + "variants:\n  b: {}\n  a: {}\n", encoding="utf-8")
-    assert treatment(load("s.yaml").spec) == "b"
-    assert treatment(load("s.yaml", ["compare.treatment=a"]).spec) == "a"
+    assert treatment_variant(load_spec("s.yaml").spec) == "b"
+    assert treatment_variant(load_spec("s.yaml", ["compare.treatment=a"]).spec) == "a"
 
 
 def test_no_kv_may_train_longer(resolve: Any) -> None:
@@ -60,7 +60,7 @@ def test_no_kv_may_train_longer(resolve: Any) -> None:
 
 def test_a_comparison_changes_no_run(resolve: Any) -> None:
     alone, compared = resolve("")["main"], resolve("compare: {controls: [no_kv]}\n")["main"]
-    assert digest(alone) == digest(compared)
+    assert spec_digest(alone) == spec_digest(compared)
 
 
 def test_unknown_names_are_told_at_their_lines(refused: Any) -> None:

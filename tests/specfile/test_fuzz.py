@@ -11,11 +11,11 @@ import pytest
 
 from kava_core.errors import SpecError
 from kava_core.registry import Registry
-from kava_core.specfile.bind import bind
-from kava_core.specfile.load import validate
+from kava_core.specfile.bind import bind_spec_model
+from kava_core.specfile.load import validate_document
 from kava_core.specfile.reading.document import Document
-from kava_core.specfile.reading.places import Place
-from kava_core.specfile.reading.yaml_loader import parse
+from kava_core.specfile.reading.source_map import SourceLocation
+from kava_core.specfile.reading.yaml_loader import parse_yaml
 
 FULL = """
 name: full
@@ -85,16 +85,16 @@ def damage(data: Any, random_: random.Random) -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_damaged_specs_fail_in_plain_words(seed: int) -> None:
     registry = Registry.build()
-    model, random_ = bind(registry), random.Random(seed)
-    whole, places = parse(FULL, Place("s.yaml", 1, 1))
-    validate(Document(whole, places), model, registry)
+    model, random_ = bind_spec_model(registry), random.Random(seed)
+    whole, places = parse_yaml(FULL, SourceLocation("s.yaml", 1, 1))
+    validate_document(Document(whole, places), model, registry)
     failed = 0
     for _ in range(150):
         data = copy.deepcopy(whole)
         for _ in range(random_.randint(1, 3)):
             damage(data, random_)
         try:
-            validate(Document(data, places), model, registry)
+            validate_document(Document(data, places), model, registry)
         except SpecError as error:
             failed += 1
             for line in str(error).splitlines():

@@ -9,8 +9,8 @@ import pytest
 
 from kava_core.errors import SpecError
 from kava_core.registry import Registry
-from kava_core.specfile.load import LoadedSpec, load
-from kava_core.specfile.reading.places import InvalidSpecError
+from kava_core.specfile.load import LoadedSpec, load_spec
+from kava_core.specfile.reading.source_map import InvalidSpecError
 from tests.support.repository import MINIMAL_SPEC
 
 TEXT = MINIMAL_SPEC.read_text(encoding="utf-8")
@@ -23,7 +23,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def read(text: str = TEXT, *overrides: str, registry: Registry | None = None) -> LoadedSpec:
         Path("s.yaml").write_text(text, encoding="utf-8")
-        return load("s.yaml", overrides, registry)
+        return load_spec("s.yaml", overrides, registry)
 
     return read
 
@@ -36,7 +36,7 @@ def lines(read: Any, *arguments: str) -> list[str]:
 
 
 def test_minimal_spec() -> None:
-    loaded = load(MINIMAL_SPEC)
+    loaded = load_spec(MINIMAL_SPEC)
     spec = loaded.spec
     assert loaded.source == TEXT
     assert (spec.name, spec.train.steps, spec.data.name) == ("tiny", 3, "chain")

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kava_core.errors import SpecError
-from kava_core.specfile.reading.places import Place
-from kava_core.specfile.reading.scalars import plain
-from kava_core.specfile.reading.yaml_loader import parse
+from kava_core.specfile.reading.scalars import parse_plain_scalar
+from kava_core.specfile.reading.source_map import SourceLocation
+from kava_core.specfile.reading.yaml_loader import parse_yaml
 
-START = Place("s.yaml", 1, 1)
+START = SourceLocation("s.yaml", 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -47,24 +47,24 @@ START = Place("s.yaml", 1, 1)
     ],
 )
 def test_plain_scalars_of_yaml_1_2(text: str, value: object) -> None:
-    result = plain(text)
+    result = parse_plain_scalar(text)
     assert result == value
     assert type(result) is type(value)
 
 
 def test_nan_and_long_numbers() -> None:
-    assert math.isnan(plain(".nan"))  # type: ignore[arg-type]
+    assert math.isnan(parse_plain_scalar(".nan"))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at most 40 characters, not 5000"):
-        plain("9" * 5000)
+        parse_plain_scalar("9" * 5000)
 
 
 def test_quoted_scalars_and_keys_are_text() -> None:
-    data, _ = parse("1: '2'\ntrue: \"null\"\nno: |\n  3\n", START)
+    data, _ = parse_yaml("1: '2'\ntrue: \"null\"\nno: |\n  3\n", START)
     assert data == {"1": "2", "true": "null", "no": "3\n"}
 
 
 def test_places() -> None:
-    _, places = parse("a:\n  - x\n  - b: {c: 1,\n         dé: 2}\n", START)
+    _, places = parse_yaml("a:\n  - x\n  - b: {c: 1,\n         dé: 2}\n", START)
     assert str(places.key(("a",))) == "s.yaml:1:1"
     assert str(places.value(("a",))) == "s.yaml:2:3"
     assert str(places.value(("a", 0))) == "s.yaml:2:5"
@@ -99,12 +99,12 @@ def test_places() -> None:
 )
 def test_refused(text: str, message: str) -> None:
     with pytest.raises(SpecError) as caught:
-        parse(text, START)
+        parse_yaml(text, START)
     assert str(caught.value) == message
 
 
 def test_fifty_levels_are_allowed() -> None:
-    value, _ = parse("[" * 50 + "]" * 50, START)
+    value, _ = parse_yaml("[" * 50 + "]" * 50, START)
     for _ in range(49):
         (value,) = value
     assert value == []
@@ -112,7 +112,7 @@ def test_fifty_levels_are_allowed() -> None:
 
 @pytest.mark.parametrize("text", ["1e999", "\ufeff"])
 def test_odd_but_allowed(text: str) -> None:
-    parse(f"a: '{text}'", START)
+    parse_yaml(f"a: '{text}'", START)
 
 
 VALUES = st.recursive(
@@ -136,4 +136,4 @@ def test_reads_back_what_a_dumper_wrote(value: object, flow: bool) -> None:
             return True
 
     text = yaml.dump({"value": value}, Dumper=Plain, allow_unicode=True, default_flow_style=flow)
-    assert parse(text, START)[0] == {"value": value}
+    assert parse_yaml(text, START)[0] == {"value": value}

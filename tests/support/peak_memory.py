@@ -15,7 +15,7 @@ from kava_core.distill.distiller import Distiller
 from kava_core.kv.capture.geometry import model_geometry
 from kava_core.models.student import add_lora
 from kava_core.models.teacher import Teacher
-from kava_core.specfile.questions import parts_of
+from kava_core.specfile.questions import compared_parts
 from tests.support import tiny
 
 
@@ -52,7 +52,7 @@ def train(fields: dict[str, Any], time: int) -> None:
     models = {t.name: model(t) for t in spec.teachers}
     theirs = {name: model_geometry(one) for name, one in models.items()}
     pipeline = make_pipeline(spec, theirs, model_geometry(student), seed=0)
-    how: dict[str, Any] = {"parts": parts_of(spec), "rotary": spec.rotary}
+    how: dict[str, Any] = {"parts": compared_parts(spec), "rotary": spec.rotary}
     teachers = [Teacher(a.name, models[a.name], layers=a.sources, **how) for a in pipeline.teachers]
     distiller = Distiller(student, pipeline, teachers, **how)
     adam = torch.optim.AdamW([p for p in distiller.parameters() if p.requires_grad])

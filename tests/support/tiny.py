@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kava_core.registry import Registry
-from kava_core.specfile.bind import bind
+from kava_core.specfile.bind import bind_spec_model
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
 
@@ -62,7 +62,7 @@ FIELDS: dict[str, Any] = {
 
 @cache
 def _bound() -> type[PipelineSpec]:
-    return bind(Registry.build())
+    return bind_spec_model(Registry.build())
 
 
 def fields(**changes: Any) -> dict[str, Any]:

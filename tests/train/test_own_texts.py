@@ -17,7 +17,7 @@ from kava_core.build.data import Data, make_data
 from kava_core.build.distiller import make_distiller
 from kava_core.build.time_plans import PlansTime
 from kava_core.data.encode import NO_LABEL
-from kava_core.data.examples import Example, split_written
+from kava_core.data.examples import Example, split_completion
 from kava_core.distill.distiller import Distiller
 from kava_core.errors import Preempted, SpecError
 from kava_core.models.ledger import Ledger
@@ -36,22 +36,22 @@ ONLINE = {"share": 0.5, "max_new_tokens": 7}
 
 
 def test_a_written_text_is_divided_at_the_marker() -> None:
-    text = split_written(Example("1+2", " 9", "9"), " 3 #3", SHORT)
+    text = split_completion(Example("1+2", " 9", "9"), " 3 #3", SHORT)
     assert text.text == "1+2= 3 #3"
     assert text.bounds == (0, 4, 6, 9)
-    assert text.text[text.value :] == "3"
+    assert text.text[text.answer_start :] == "3"
 
 
 def test_a_written_text_without_a_marker_is_all_reasoning() -> None:
-    text = split_written(Example("1+2", " 9", "9"), " 3 3", SHORT)
+    text = split_completion(Example("1+2", " 9", "9"), " 3 3", SHORT)
     assert text.bounds == (0, 4, 8, 8)
-    assert text.value == 8
+    assert text.answer_start == 8
 
 
 def test_a_marker_without_its_white_space_is_found() -> None:
-    text = split_written(Example("1+2", " 9", "9"), "3#4", SHORT)
+    text = split_completion(Example("1+2", " 9", "9"), "3#4", SHORT)
     assert text.bounds == (0, 4, 5, 7)
-    assert text.text[text.value :] == "4"
+    assert text.text[text.answer_start :] == "4"
 
 
 def prepared(tmp_path: Path, **online: Any) -> tuple[PipelineSpec, Data, Distiller, dict[str, Any]]:

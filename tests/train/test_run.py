@@ -248,7 +248,7 @@ def test_teachers_are_moved_to_the_device_of_the_batches(
 
 def test_moving_a_teacher_moves_its_model() -> None:
     spec = tiny.spec()
-    teacher = make_distiller(spec, make_data(spec), seed=0).__dict__["teachers"][0]
+    teacher = make_distiller(spec, make_data(spec), seed=0).teachers[0]
     teacher.to(torch.device("meta"))
     assert {p.device.type for p in teacher.model.parameters()} == {"meta"}
 

@@ -6,7 +6,7 @@ from kava_core import hookimpl
 from kava_core.config import ComponentConfig
 
 
-class LastLayers(ComponentConfig):
+class LastLayersConfig(ComponentConfig):
     """Student layer i of L reads teacher layer T − L + i of T: the last layers meet."""
 
     name: Literal["last_layers"] = "last_layers"
@@ -16,4 +16,4 @@ class LastLayers(ComponentConfig):
 @hookimpl
 def kava_layer_mappers():
     """Register the layer mapper."""
-    return [LastLayers]
+    return [LastLayersConfig]

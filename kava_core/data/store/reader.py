@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kava_core.config import Part
-from kava_core.data.store.codec import decode
+from kava_core.data.store.codec import decode_vectors
 from kava_core.data.store.index import read_index
 from kava_core.errors import CheckpointError
 from kava_core.protocols.axes import Cache
@@ -22,7 +22,7 @@ SCALE = ".scale"
 """Suffix of the tensor with a part's scales."""
 
 
-class Place(NamedTuple):
+class ExampleBlock(NamedTuple):
     """Where an example lies: its shard, the tokens before it in that shard, its own tokens."""
 
     shard: str
@@ -51,11 +51,11 @@ class Store:
         """
         index = read_index(folder)
         self.folder, self.layout = folder, index.layout
-        self.places: dict[str, Place] = {}
+        self.places: dict[str, ExampleBlock] = {}
         for shard in index.shards:
             start = 0
             for key, time in shard.items:
-                self.places[key] = Place(shard.file, start, time)
+                self.places[key] = ExampleBlock(shard.file, start, time)
                 start += time
         self._shards: dict[str, dict[str, Tensor]] = {}
 
@@ -80,13 +80,13 @@ class Store:
         places = [self._place(key) for key in keys]
         return {name: self._side(name, parts, places, time) for name, parts in self.layout.teachers.items()}
 
-    def _place(self, key: str) -> Place:
+    def _place(self, key: str) -> ExampleBlock:
         if key not in self.places:
             raise CheckpointError(f"{self.folder}: example {key} is not in this store")
         return self.places[key]
 
     def _side(
-        self, teacher: str, parts: Mapping[Part, tuple[int, int, int]], places: list[Place], time: int
+        self, teacher: str, parts: Mapping[Part, tuple[int, int, int]], places: list[ExampleBlock], time: int
     ) -> dict[str, Any]:
         target = {part: self._padded(teacher, part, places, time, extent) for part, extent in parts.items()}
         valid = self._padded(teacher, VALID, places, time, (1, 1, 1)).flatten(1)
@@ -99,7 +99,7 @@ class Store:
         return side
 
     def _padded(
-        self, teacher: str, what: str, places: list[Place], time: int, extent: tuple[int, int, int]
+        self, teacher: str, what: str, places: list[ExampleBlock], time: int, extent: tuple[int, int, int]
     ) -> Tensor:
         """``batch layer head time dim``, zero where an example is shorter."""
         blocks = [self._block(tensor_name(teacher, what), place, extent) for place in places]
@@ -110,7 +110,7 @@ class Store:
             row[:, :, block.shape[2] :] = 0
         return padded
 
-    def _block(self, name: str, place: Place, extent: tuple[int, int, int]) -> Tensor:
+    def _block(self, name: str, place: ExampleBlock, extent: tuple[int, int, int]) -> Tensor:
         """One example's ``layer head time dim``, in mapped memory."""
         layer, head, dim = extent
         width = layer * head * dim
@@ -121,11 +121,11 @@ class Store:
     def _shard(self, file: str) -> dict[str, Tensor]:
         """A shard's flat tensors, which lie in mapped memory."""
         if file not in self._shards:
-            self._shards[file] = _mapped(self.folder / file)
+            self._shards[file] = _map_shard(self.folder / file)
         return self._shards[file]
 
 
-def _mapped(file: Path) -> dict[str, Tensor]:
+def _map_shard(file: Path) -> dict[str, Tensor]:
     try:
         with safe_open(file, framework="pt") as shard:
             return {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
@@ -133,14 +133,14 @@ def _mapped(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file}: cannot be read: {error}") from error
 
 
-def target_of(side: Mapping[str, Any]) -> tuple[Cache, Bool[Tensor, "batch time"]]:
+def decode_target(side: Mapping[str, Any]) -> tuple[Cache, Bool[Tensor, "batch time"]]:
     """A teacher's target in float32 and its validity, from its side of a batch; on the batch's device."""
     scale = side.get("scale", {})
-    target = Cache(**{part: decode(x, scale.get(part)) for part, x in side["target"].items()})
+    target = Cache(**{part: decode_vectors(x, scale.get(part)) for part, x in side["target"].items()})
     valid: Tensor = side["valid"]
     return target, valid
 
 
-def row_of(target: Tensor, row: int, time: int) -> Tensor:
+def flatten_example(target: Tensor, row: int, time: int) -> Tensor:
     """One example's block: ``batch layer head time dim`` to flat, without padding."""
     return torch.narrow(target[row], 2, 0, time).reshape(-1)

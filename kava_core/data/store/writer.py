@@ -13,14 +13,21 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kava_core.data.store.index import INDEX, Index, Ingredients, Layout, ShardRecord, shard_record
+from kava_core.data.store.index import (
+    INDEX_FILE,
+    Ingredients,
+    Layout,
+    ShardRecord,
+    StoreIndex,
+    parse_shard_record,
+)
 from kava_core.errors import KavaError
 from kava_core.runs.folder import write_json
 
 MIB = 2**20
 
 
-class Writer:
+class StoreWriter:
     """Fills shards in a folder; goes on from the complete ones it finds there.
 
     A shard is complete once its record (``shard-00000.json``) lies beside it: the record is written after
@@ -35,11 +42,11 @@ class Writer:
     def __init__(self, folder: Path, layout: Layout, *, shard_mb: int) -> None:
         self.folder, self.layout = folder, layout
         self.limit = shard_mb * MIB
-        self.shards = _complete(folder)
+        self.shards = _complete_shards(folder)
         self.done = {key for shard in self.shards for key, _ in shard.items}
-        self._begin()
+        self._begin_shard()
 
-    def _begin(self) -> None:
+    def _begin_shard(self) -> None:
         self._items: list[tuple[str, int]] = []
         self._blocks: dict[str, list[Tensor]] = {}
         self._bytes = 0
@@ -67,13 +74,13 @@ class Writer:
         save_durably(tensors, self.folder / record.file)
         write_json((self.folder / record.file).with_suffix(".json"), asdict(record))
         self.shards.append(record)
-        self._begin()
+        self._begin_shard()
 
-    def finish(self, ingredients: Ingredients) -> Index:
+    def finish(self, ingredients: Ingredients) -> StoreIndex:
         """Close the last shard and write the index, which takes over what the shards' records say."""
         self.flush()
-        index = Index(ingredients, self.layout, self.shards)
-        write_json(self.folder / INDEX, index.fields())
+        index = StoreIndex(ingredients, self.layout, self.shards)
+        write_json(self.folder / INDEX_FILE, index.fields())
         return index
 
 
@@ -89,13 +96,13 @@ def save_durably(tensors: Mapping[str, Tensor], file: Path) -> None:
         raise KavaError(f"{file}: cannot be written: {error}; is the disk full?") from error
 
 
-def _complete(folder: Path) -> list[ShardRecord]:
+def _complete_shards(folder: Path) -> list[ShardRecord]:
     """The complete shards from the first on; whatever comes after a gap is written again."""
     found: list[ShardRecord] = []
     while True:
         file = folder / f"shard-{len(found):05d}.json"
         try:
-            record = shard_record(json.loads(file.read_text(encoding="utf-8")))
+            record = parse_shard_record(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError):
             return found
         if not (folder / record.file).is_file():

@@ -16,7 +16,7 @@ from kava_core.experiment.slurm.sbatch import SCRIPT, SPEC, Job, script
 from kava_core.experiment.slurm.scheduler import queue, submit
 from kava_core.paths import make_folder
 from kava_core.runs.state import Planned, planned, state_of
-from kava_core.specfile.load import load
+from kava_core.specfile.load import load_spec
 from kava_core.specfile.variants import resolve_variants
 
 Tell = Callable[[str], object]
@@ -45,7 +45,7 @@ def launch(
         SpecError: a check failed, or a run is queued or at work already; nothing is submitted.
         KavaError: SLURM does not answer, or files cannot be written.
     """
-    loaded = load(file, overrides)
+    loaded = load_spec(file, overrides)
     every = planned(resolve_variants(loaded))
     runs = [run for run in every if state_of(run.folder) != "complete"]
     if not runs:

@@ -14,7 +14,7 @@ from kava_core.experiment.slurm.mapping import Attempt, attempts
 from kava_core.experiment.slurm.scheduler import Queued, is_there, queue
 from kava_core.runs.metrics import read_metrics
 from kava_core.runs.state import Planned, failure_of, planned, state_of
-from kava_core.specfile.load import load
+from kava_core.specfile.load import load_spec
 from kava_core.specfile.variants import resolve_variants
 
 RECENT = 20
@@ -56,7 +56,7 @@ class Row:
 
 def runs_of(file: Path, overrides: Sequence[str]) -> list[Planned]:
     """The runs of a spec; SpecError as for loading it."""
-    return planned(resolve_variants(load(file, overrides)))
+    return planned(resolve_variants(load_spec(file, overrides)))
 
 
 def table_of(runs: Sequence[Planned]) -> list[Row]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from kava_core.data.examples import Example, render
+from kava_core.data.examples import Example, render_example
 from kava_core.errors import SpecError
 from kava_core.jobs.evaluate.answering_student import AnsweringStudent
 from kava_core.paths import make_folder
@@ -42,7 +42,7 @@ def write_harness_task(
     template = student.spec.data.template
     lines = []
     for example in examples:
-        item = {"prompt": render(example, template).prompt, "answer": example.answer}
+        item = {"prompt": render_example(example, template).prompt, "answer": example.answer}
         lines.append(json.dumps(item, ensure_ascii=False) + "\n")
     file = folder / "items.jsonl"
     file.write_text("".join(lines), encoding="utf-8")

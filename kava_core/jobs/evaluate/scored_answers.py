@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from kava_core.build.provenance import file_hash
-from kava_core.data.dataset import nearly_equal
-from kava_core.data.examples import Example, is_correct, render
+from kava_core.data.dataset import split_nearly_equal
+from kava_core.data.examples import Example, is_correct, render_example
 from kava_core.data.jsonl import read_examples
 from kava_core.data.splits import Splits, load_splits, split_hash
 from kava_core.errors import SpecError
@@ -54,10 +54,10 @@ def score_answers(
     template = student.spec.data.template
     answers = AnswerWriter(student.collator, student.tokenizer, max_new_tokens)
     device = next(student.distiller.parameters()).device
-    for batch in nearly_equal(examples, batch_size):
+    for batch in split_nearly_equal(examples, batch_size):
         texts, _ = answers(student.distiller, batch, device)
         for example, text in zip(batch, texts, strict=True):
-            prompt = render(example, template).prompt
+            prompt = render_example(example, template).prompt
             yield {
                 "sha256": hashlib.sha256(prompt.encode("utf-8")).hexdigest(),
                 "prompt": prompt,

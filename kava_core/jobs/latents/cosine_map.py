@@ -16,12 +16,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kava_core.config import Part
+from kava_core.distill.calibration import aligned_targets, student_cache_without_dropout
 from kava_core.distill.distiller import Distiller
 from kava_core.kv.align.aligner import TeacherAligner
 from kava_core.kv.align.finite import part_at_least_float32
 from kava_core.protocols.axes import Cache
 from kava_core.protocols.time_map import TimeMap
-from kava_core.protocols.timeline import REASONING, Timeline
+from kava_core.protocols.timeline import REASONING
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,6 @@ TeacherMaps = dict[str, dict[Part, CosineMaps]]
 def comparable_aligners(distiller: Distiller) -> list[TeacherAligner]:
     """Return the aligners that bring a teacher to the student's heads and width; others have no cosine."""
     pipeline = distiller.pipeline
-    if pipeline is None:
-        return []
     return [aligner for aligner in pipeline.teachers if _has_student_extents(aligner, pipeline.parts)]
 
 
@@ -89,9 +88,8 @@ def compute_cosine_maps(distiller: Distiller, batches: Iterable[Mapping[str, Any
 
 def _batch_maps(distiller: Distiller, batch: Mapping[str, Any]) -> Iterator[tuple[str, Part, CosineMaps]]:
     pipeline = distiller.pipeline
-    assert pipeline is not None
-    student, timeline = distiller.still_cache(batch["student"]), Timeline.from_batch(batch["student"])
-    targets = distiller.aligned(batch["teachers"], timeline, pipeline)
+    student = student_cache_without_dropout(distiller, batch["student"])
+    targets = aligned_targets(distiller, batch)
     comparable = {aligner.name for aligner in comparable_aligners(distiller)}
     for aligner, aligned in zip(pipeline.teachers, targets, strict=True):
         if aligner.name not in comparable:
@@ -106,7 +104,7 @@ def _batch_maps(distiller: Distiller, batch: Mapping[str, Any]) -> Iterator[tupl
 
 def time_unaligned_cache(distiller: Distiller, aligner: TeacherAligner, side: Mapping[str, Any]) -> Cache:
     """Return a teacher's cache in the student's layers, heads and width, at all its own positions."""
-    (teacher,) = (each for each in distiller.__dict__["teachers"] if each.name == aligner.name)
+    (teacher,) = (each for each in distiller.teachers if each.name == aligner.name)
     if aligner.evictor is not None:  # its own cache would hold only what is kept
         teacher = type(teacher)(
             teacher.name,

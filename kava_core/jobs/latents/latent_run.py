@@ -16,7 +16,7 @@ from kava_core.build.data import Data, make_data
 from kava_core.build.distiller import make_distiller
 from kava_core.build.time_plans import PlansTime
 from kava_core.console import quiet
-from kava_core.data.dataset import nearly_equal
+from kava_core.data.dataset import split_nearly_equal
 from kava_core.distill.distiller import Distiller
 from kava_core.errors import CheckpointError, SpecError
 from kava_core.latent.exported import load_latents
@@ -28,7 +28,7 @@ from kava_core.runs.finished import (
     trained_student,
     verify_student,
 )
-from kava_core.specfile.questions import active, used_teachers
+from kava_core.specfile.questions import active_losses, used_teachers
 from kava_core.specfile.sections.models import TeacherSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.train.weights import ALIGNER_FILE
@@ -53,9 +53,9 @@ class LatentRun:
         items = self.data.validation_items.items[:examples]
         collate = PlansTime(self.data.plain_collator, self.distiller.pipeline)
         device = next(self.distiller.parameters()).device
-        for batch_items in nearly_equal(items, MOST):
+        for batch_items in split_nearly_equal(items, MOST):
             batch = send_to_device(collate(batch_items), device)
-            yield batch | {"student": self.distiller.staged(batch["student"])}
+            yield batch | {"student": self.distiller.at_curriculum_stage(batch["student"])}
 
 
 def load_latent_run(run: Path) -> LatentRun:
@@ -81,7 +81,7 @@ def load_latent_run(run: Path) -> LatentRun:
         distiller = make_distiller(spec, data, seed=record["seed"])
     assert distiller.latents is not None
     distiller.latents.load_state_dict(load_latents(run / "student").state_dict())
-    if distiller.pipeline is not None:
+    if distiller.pipeline.compared:
         _load_aligners(distiller, last_checkpoint)
     return LatentRun(spec, data, _placed_distiller(distiller, spec), missing)
 
@@ -100,7 +100,7 @@ def _latent_spec(run: Path) -> PipelineSpec:
 
 def _why_no_teacher(spec: PipelineSpec, record: dict[str, Any], last_checkpoint: Path) -> str | None:
     """Return why the run's teachers cannot be compared with; None if they can."""
-    if not active(spec):
+    if not active_losses(spec):
         return "the run compared no teacher's cache (no KV loss)"
     if not last_checkpoint.is_dir():
         return f"{last_checkpoint} is gone, and the trained aligners with it"
@@ -134,7 +134,6 @@ def _with_trained_models(spec: PipelineSpec, record: dict[str, Any], run: Path) 
 
 
 def _load_aligners(distiller: Distiller, checkpoint_folder: Path) -> None:
-    assert distiller.pipeline is not None
     checkpoint.verify(checkpoint_folder)
     file = checkpoint_folder / ALIGNER_FILE
     try:

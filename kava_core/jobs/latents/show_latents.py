@@ -142,7 +142,6 @@ def _show_cosines(loaded: LatentRun, folder: Path, console: Console, *, examples
 def _compared_layers(loaded: LatentRun) -> list[int]:
     """Return the numbers of the compared layers, counted anew if the head adapter merges them."""
     pipeline = loaded.distiller.pipeline
-    assert pipeline is not None
     count = pipeline.teachers[0].view.layer
     return list(pipeline.layers) if count == len(pipeline.layers) else list(range(count))
 

@@ -13,11 +13,12 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
+from kava_core.build.aligner import build_aligner
 from kava_core.build.data import Data, make_data
 from kava_core.build.distiller import make_distiller
 from kava_core.build.layer_maps import with_measured_maps
 from kava_core.config import Part
-from kava_core.data.dataset import nearly_equal
+from kava_core.data.dataset import split_nearly_equal
 from kava_core.distill.distiller import Distiller
 from kava_core.errors import SpecError
 from kava_core.kv.align.aligner import TeacherAligner
@@ -31,7 +32,7 @@ from kava_core.models.teacher import Teacher
 from kava_core.protocols.axes import PARTS, Cache
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.timeline import Timeline
-from kava_core.specfile.questions import active
+from kava_core.specfile.questions import active_losses
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.train import run
 
@@ -65,7 +66,7 @@ def check_can_profile(spec: PipelineSpec) -> None:
 
 def compares_caches(spec: PipelineSpec) -> bool:
     """Return whether some loss compares a teacher's cache."""
-    return bool(spec.teachers and active(spec))
+    return bool(spec.teachers and active_losses(spec))
 
 
 @dataclass(frozen=True)
@@ -86,19 +87,17 @@ class PreparedVariant:
     @property
     def pipeline(self) -> KVPipeline:
         """Return the pipeline, which every variant has that is profiled."""
-        assert self.distiller.pipeline is not None
         return self.distiller.pipeline
 
     @property
     def teachers(self) -> tuple[Teacher, ...]:
         """Return the teachers in the order of the pipeline's aligners."""
-        teachers: tuple[Teacher, ...] = self.distiller.__dict__["teachers"]
-        by_name = {teacher.name: teacher for teacher in teachers}
+        by_name = {teacher.name: teacher for teacher in self.distiller.teachers}
         return tuple(by_name[name] for name in self.pipeline.names)
 
     def validation_batches(self, count: int, size: int) -> Iterator[dict[str, Any]]:
         """Yield ``count`` validation examples, or as many as there are, ``size`` or fewer at a time."""
-        for items in nearly_equal(self.data.validation_items.items[:count], size):
+        for items in split_nearly_equal(self.data.validation_items.items[:count], size):
             yield send_to_device(self.data.plain_collator(items), self.device)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -174,7 +173,7 @@ class PreparedVariant:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             for declared, teacher in zip(spec.teachers, self.teachers, strict=True):
-                aligner = TeacherAligner(
+                aligner = build_aligner(
                     declared.align,
                     name=declared.name,
                     teacher=model_geometry(teacher.model),
@@ -191,7 +190,7 @@ class PreparedVariant:
         if not aligner.wants_calibration:
             return
         items = self.data.train_items.items[: self.spec.train.calibration_examples]
-        for some in nearly_equal(items, self.spec.train.batch_size):
+        for some in split_nearly_equal(items, self.spec.train.batch_size):
             batch = send_to_device(self.data.plain_collator(some), self.device)
             teacher_side = batch["teachers"][aligner.name]
             teacher_cache = self.alignable_teacher_cache(index, teacher_side)

@@ -171,7 +171,7 @@ def _run_step(
     """Run the student, then the whole forward pass; yield the name and measure of both."""
     value, _ = meter(lambda: _run_student(variant, batch["student"]))
     yield STUDENT, value
-    denominators = variant.distiller.counts(batch)
+    denominators = variant.distiller.loss_denominators(batch)
     value, _ = meter(lambda: _run_distiller(variant, batch, denominators))
     yield STEP, value
 

@@ -1,33 +1,23 @@
-"""One teacher's alignment: its components, and the steps from both caches to where they are compared."""
+"""Align one teacher: bring both caches to where they are compared."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kava_core.config import Part
-from kava_core.kv.align.boundaries import (
-    adapt_heads,
-    attribute_errors_to,
-    fold_heads,
-    project_dim,
-    require_shape,
-    warp_time,
-)
-from kava_core.kv.align.eviction import assert_evicts
-from kava_core.kv.align.layer_map import LayerMap
+from kava_core.kv.align.boundaries import adapt_heads, fold_heads, project_dim, require_shape, warp_time
+from kava_core.kv.align.components import AlignmentComponents
 from kava_core.kv.align.per_layer import component_at_layer
 from kava_core.kv.align.stage_order import Commuting, Stage, StageExtents, cheapest_order
-from kava_core.kv.align.time_plan import TimePlan
 from kava_core.protocols.axes import Cache, Geometry
 from kava_core.protocols.dim_projector import Calibrated
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.time_warper import Evictor
 from kava_core.protocols.timeline import Timeline
-from kava_core.specfile.sections.align import AlignSpec
 
 AXES = "batch layer head time dim"
 
@@ -35,53 +25,42 @@ AXES = "batch layer head time dim"
 class TeacherAligner(nn.Module):
     """Brings one teacher's cache and the student's to the same layers, heads, time and width.
 
-    Layers and time are always the student's. Heads and width are the student's, or, with
-    ``direction: to_teacher``, the teacher's: the same two components then map the student's cache.
+    Layers and time are always the student's. Heads and width are the student's, or, if the student is lifted,
+    the teacher's: the same two components then map the student's cache.
 
     Args:
-        spec: the components.
-        name: the teacher's name, for error notes.
-        teacher: the teacher's geometry.
-        student: the student's geometry.
-        layers: student layers that some loss looks at, counted from 0.
-        parts: what some loss compares.
+        components: one for every axis, built by ``kava_core.build.aligner``.
+        teacher: the teacher's geometry, with the compared layers as ``layer``.
+        student: the student's geometry, likewise.
+        lifts_student: whether the student's cache is mapped to the teacher's heads and width
+            (``direction: to_teacher``).
     """
 
     def __init__(
         self,
-        spec: AlignSpec,
+        components: AlignmentComponents,
         *,
-        name: str,
         teacher: Geometry,
         student: Geometry,
-        layers: tuple[int, ...],
-        parts: tuple[Part, ...],
+        lifts_student: bool = False,
     ) -> None:
         super().__init__()
-        self.name = name
-        self.lifts = spec.direction == "to_teacher"
-        self._spec = spec
-        with self._blame("layer_mapper"):
-            mapper = spec.layer_mapper.build(teacher=teacher, student=student)
-            self.layer_map = LayerMap(
-                mapper, teacher=teacher, student=student, layers=layers, combine=spec.layers
-            )
-        extents = {"layer": len(layers)} | ({} if "queries" in parts else {"qhead": 0})
-        student, self.teacher = student.with_(**extents), teacher.with_(**extents)
-        self.time_plan = TimePlan(spec, name=name, teacher=self.teacher, student=student)
-        if self.evictor is not None:
-            assert_evicts(self.layer_map, parts, warper=spec.time_warper.name)
-        teacher = self.teacher.with_(dim=teacher.dim * self.layer_map.joined)
-        self.moved, fixed = (student, teacher) if self.lifts else (teacher, student)
-        with self._blame("head_adapter"):
-            self.head_adapter = spec.head_adapter.build(teacher=self.moved, student=fixed)
-            self.adapted: Geometry = self.head_adapter.teacher_view
-            self.fixed: Geometry = self.head_adapter.student_view
-        with self._blame("dim_projector"):
-            self.dim_projector = spec.dim_projector.build(teacher=self.adapted, student=self.fixed)
+        self.name = components.teacher
+        self.lifts = lifts_student
+        self.teacher = teacher
+        self.layer_map = components.layer_map
+        self.time_plan = components.time_plan
+        self.head_adapter: Any = components.head_adapter
+        self.dim_projector: Any = components.dim_projector
+        self._errors_of = components.errors_of
+        joined_teacher = teacher.with_(dim=teacher.dim * self.layer_map.joined)
+        self.moved = student if lifts_student else joined_teacher
+        """Extents of the side that head adapter and projector map, before they do."""
+        self.adapted: Geometry = components.teacher_view
+        self.fixed: Geometry = components.student_view
         keeps_width = getattr(self.dim_projector, "keeps_width", False)
         self.projected = self.fixed.with_(dim=self.adapted.dim) if keeps_width else self.fixed
-        self.freedom = self._freedom()
+        self.commuting = self._what_commutes()
 
     @property
     def target(self) -> Geometry:
@@ -93,11 +72,8 @@ class TeacherAligner(nn.Module):
         """Extents of the student's side where the losses compare."""
         return self.projected if self.lifts else self.fixed
 
-    def _blame(self, kind: str) -> AbstractContextManager[None]:
-        config = getattr(self._spec, kind)
-        return attribute_errors_to(f"{kind} {config.name!r}, teacher {self.name!r}", config)
-
-    def _freedom(self) -> Commuting:
+    def _what_commutes(self) -> Commuting:
+        # A view that folds heads or layers into the width has no width "of every head" to project.
         folds = (self.adapted.dim, self.adapted.layer) != (self.moved.dim, self.moved.layer)
         return Commuting(
             linear_heads=getattr(self.head_adapter, "linear", False),
@@ -121,15 +97,67 @@ class TeacherAligner(nn.Module):
         return self.time_plan.evictor
 
     def plan(self, teacher: Timeline, student: Timeline) -> TimeMap:
-        """The time map of a batch."""
-        return self.time_plan(teacher, student)
+        """Return the time map of a batch."""
+        planned: TimeMap = self.time_plan(teacher, student)
+        return planned
+
+    # one stage
+
+    def _warp(self, x: Tensor, time_map: TimeMap) -> Tensor:
+        with self._errors_of("time_warper"):
+            return warp_time(time_map, x, time=time_map.valid.shape[1])
+
+    def _adapt(self, x: Tensor, part: Part, row: int | None = None) -> Tensor:
+        batch, _, _, time, dim = x.shape
+        layer = self.adapted.layer if row is None else 1
+        head = self.adapted.heads(part)
+        # The width may have been projected before.
+        dim = self.adapted.dim if dim == self.moved.dim else dim
+        with self._errors_of("head_adapter"):
+            adapter = component_at_layer(self.head_adapter, row)
+            adapted = adapt_heads(adapter, x, part, layer=layer, head=head, dim=dim)
+            return require_shape(adapted, (batch, layer, head, time, dim), AXES)
+
+    def _project(self, x: Tensor, part: Part, row: int | None = None) -> Tensor:
+        with self._errors_of("dim_projector"):
+            projector = component_at_layer(self.dim_projector, row)
+            projected = project_dim(projector, x, part, dim=self.projected.dim)
+            return require_shape(projected, (*x.shape[:4], self.projected.dim), AXES)
+
+    def _fold(self, x: Tensor, part: Part, row: int | None = None) -> Tensor:
+        layer = self.fixed.layer if row is None else 1
+        with self._errors_of("head_adapter"):
+            return fold_heads(
+                self.head_adapter, x, layer=layer, head=self.fixed.heads(part), dim=self.fixed.dim
+            )
+
+    def apply_stage(
+        self, stage: Stage, x: Tensor, part: Part, time_map: TimeMap, row: int | None = None
+    ) -> Tensor:
+        """Return one part of the teacher's cache after one stage.
+
+        Args:
+            stage: which axis it changes.
+            x: ``batch layer head time dim``.
+            part: which part this is.
+            time_map: of the batch.
+            row: set if ``x`` holds only the compared layer at this place.
+        """
+        if stage == "time":
+            return self._warp(x, time_map)
+        if self.lifts:
+            return self._fold(x, part, row)
+        return self._adapt(x, part, row) if stage == "heads" else self._project(x, part, row)
+
+    # the order of stages
 
     def order(self, part: Part, t_time: int, time_map: TimeMap) -> tuple[Stage, ...]:
-        """The cheapest order of stages for these lengths."""
+        """Return the cheapest order of stages for these lengths."""
         time = time_map.valid.shape[1]
-        return self._cheapest(part, t_time, time, taps=0 if time_map.identity else time_map.taps)
+        taps = 0 if time_map.identity else time_map.taps
+        return self._cheapest_order(part, t_time, time, taps=taps)
 
-    def _cheapest(self, part: Part, t_time: int, time: int, *, taps: int) -> tuple[Stage, ...]:
+    def _cheapest_order(self, part: Part, t_time: int, time: int, *, taps: int) -> tuple[Stage, ...]:
         extents = StageExtents(
             t_head=self.moved.heads(part),
             head=self.adapted.heads(part),
@@ -139,84 +167,66 @@ class TeacherAligner(nn.Module):
             dim=self.projected.dim,
             taps=taps,
         )
-        return cheapest_order(extents, self.freedom)
-
-    def _warp(self, x: Tensor, time_map: TimeMap) -> Tensor:
-        with self._blame("time_warper"):
-            return warp_time(time_map, x, time=time_map.valid.shape[1])
-
-    def _adapt(self, x: Tensor, part: Part, row: int | None = None) -> Tensor:
-        batch, _, _, time, dim = x.shape
-        layer, head = self.adapted.layer if row is None else 1, self.adapted.heads(part)
-        dim = self.adapted.dim if dim == self.moved.dim else dim
-        with self._blame("head_adapter"):
-            adapter = component_at_layer(self.head_adapter, row)
-            adapted = adapt_heads(adapter, x, part, layer=layer, head=head, dim=dim)
-            return require_shape(adapted, (batch, layer, head, time, dim), AXES)
-
-    def _project(self, x: Tensor, part: Part, row: int | None = None) -> Tensor:
-        with self._blame("dim_projector"):
-            projector = component_at_layer(self.dim_projector, row)
-            projected = project_dim(projector, x, part, dim=self.projected.dim)
-            return require_shape(projected, (*x.shape[:4], self.projected.dim), AXES)
-
-    def _fold(self, x: Tensor, part: Part, row: int | None = None) -> Tensor:
-        layer, head, dim = self.fixed.layer if row is None else 1, self.fixed.heads(part), self.fixed.dim
-        with self._blame("head_adapter"):
-            return fold_heads(self.head_adapter, x, layer=layer, head=head, dim=dim)
-
-    def _stage(
-        self, stage: Stage, x: Tensor, part: Part, time_map: TimeMap, row: int | None = None
-    ) -> Tensor:
-        if stage == "time":
-            return self._warp(x, time_map)
-        if self.lifts:
-            return self._fold(x, part, row)
-        return self._adapt(x, part, row) if stage == "heads" else self._project(x, part, row)
+        return cheapest_order(extents, self.commuting)
 
     def stages(self, part: Part, t_time: int, time_map: TimeMap) -> tuple[Stage, ...]:
-        """What the teacher's cache goes through after its layers."""
+        """Return what the teacher's cache goes through after its layers, in order."""
         return ("time", "heads") if self.lifts else self.order(part, t_time, time_map)
 
+    # the teacher's side
+
     def steps(self, cache: Cache, time_map: TimeMap) -> Iterator[tuple[str, Cache]]:
-        """Every intermediate cache of the teacher, named by the stages that made it; the last is the target.
+        """Yield every intermediate cache of the teacher with the name of the stage; the last is the target.
 
         Keys and queries may take different orders, as their head counts differ.
         """
         cache = cache.map(lambda x, _: self.layer_map(x))
         yield "layers", cache
         orders = {part: self.stages(part, x.shape[3], time_map) for part, x in cache.items()}
-        for now in zip(*orders.values(), strict=True):
-            stage_of = dict(zip(orders, now, strict=True))
-            cache = cache.map(lambda x, part: self._stage(stage_of[part], x, part, time_map))  # noqa: B023
-            yield "/".join(dict.fromkeys(now)), cache
+        for stages_now in zip(*orders.values(), strict=True):
+            stage_of_part = dict(zip(orders, stages_now, strict=True))
+            cache = cache.map(
+                lambda x, part: self.apply_stage(stage_of_part[part], x, part, time_map)  # noqa: B023
+            )
+            yield "/".join(dict.fromkeys(stages_now)), cache
 
     def align(self, cache: Cache, time_map: TimeMap) -> Cache:
-        """The target: this teacher's cache where the losses compare."""
+        """Return the target: this teacher's cache where the losses compare."""
         *_, (_, target) = self.steps(cache, time_map)
         return target
 
     def align_layer(self, sources: Cache, time_map: TimeMap, row: int) -> Cache:
-        """``align`` for the student layer at ``row`` alone, from the teacher layers it reads (``reads``)."""
+        """Return the target of the student layer at ``row`` alone, from the teacher layers it reads."""
         target = {}
         for part, x in sources.items():
-            x = self.layer_map.one(x, row)
+            x = self.layer_map.mix_row(x, row)
             for stage in self.stages(part, x.shape[3], time_map):
-                x = self._stage(stage, x, part, time_map, row)
+                x = self.apply_stage(stage, x, part, time_map, row)
             target[part] = x
         return Cache(**target)
 
+    # the student's side
+
     def view_of(self, student: Cache, row: int | None = None) -> Cache:
-        """The student's cache where the losses compare; ``row``: it holds only the layer at this place."""
-        view = self._lift if self.lifts else self._fold
-        return student.map(lambda x, part: view(x, part, row))
+        """Return the student's cache where the losses compare.
+
+        Args:
+            student: of the compared layers.
+            row: set if the cache holds only the layer at this place.
+        """
+        to_view = self._lift if self.lifts else self._fold
+        return student.map(lambda x, part: to_view(x, part, row))
 
     def _lift(self, x: Tensor, part: Part, row: int | None = None) -> Tensor:
         time = x.shape[3]
-        for stage in self._cheapest(part, time, time, taps=0):
-            if stage != "time":
-                x = self._adapt(x, part, row) if stage == "heads" else self._project(x, part, row)
+        for stage in self._cheapest_order(part, time, time, taps=0):
+            if stage == "heads":
+                x = self._adapt(x, part, row)
+            elif stage == "width":
+                x = self._project(x, part, row)
         return x
+
+    # calibration
 
     @torch.no_grad()
     def observe(self, teacher: Cache, student: Cache, time_map: TimeMap) -> None:
@@ -224,8 +234,10 @@ class TeacherAligner(nn.Module):
         for (part, theirs), (_, own) in zip(teacher.items(), student.items(), strict=True):
             theirs = self.layer_map(theirs)
             if self.lifts:
-                x, like = self._adapt(own, part), self._fold(self._warp(theirs, time_map), part)
+                projected_side = self._adapt(own, part)
+                other_side = self._fold(self._warp(theirs, time_map), part)
             else:
-                x, like = self._warp(self._adapt(theirs, part), time_map), self._fold(own, part)
-            with self._blame("dim_projector"):
-                self.dim_projector.observe(x, like, time_map.valid, part)
+                projected_side = self._warp(self._adapt(theirs, part), time_map)
+                other_side = self._fold(own, part)
+            with self._errors_of("dim_projector"):
+                self.dim_projector.observe(projected_side, other_side, time_map.valid, part)

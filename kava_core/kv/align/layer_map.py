@@ -89,7 +89,7 @@ class LayerMap(nn.Module):
             return tuple(map(tuple, self.pick.view(len(matrix), self.joined).tolist()))
         return tuple(tuple(row.nonzero().flatten().tolist()) for row in matrix)
 
-    def one(
+    def mix_row(
         self, x: Float[Tensor, "batch t_layer head time _"], row: int
     ) -> Float[Tensor, "batch 1 head time dim"]:
         """The wanted layer at ``row`` alone; ``x`` holds the layers in ``reads[row]``, in that order."""

@@ -13,7 +13,7 @@ def component_at_layer(component: nn.Module, row: int | None) -> Any:
 
     Its parameters and buffers named in ``layered``, whose first axis is the student's layer, are those of the
     one layer; gradients reach them. All others serve every layer. A component that treats layers otherwise
-    has a method ``component_at_layer(row)`` that returns what is to be called.
+    has a method ``at_layer(row)`` that returns what is to be called.
     """
     if row is not None and hasattr(component, "at_layer"):
         return component.at_layer(row)

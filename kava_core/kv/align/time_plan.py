@@ -1,18 +1,23 @@
-"""A teacher's way from its positions to the student's: one time warper, or one after another."""
+"""Plan how a teacher's positions become the student's: one time warper, or one after another."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from typing import Literal
 
 from torch import nn
 
+from kava_core.config import ComponentConfig
 from kava_core.errors import PluginError, SpecError
 from kava_core.kv.align.boundaries import attribute_errors_to, plan_time
 from kava_core.protocols.axes import Geometry
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.time_warper import Evictor
 from kava_core.protocols.timeline import Timeline
-from kava_core.specfile.sections.align import AlignSpec
+
+WarperField = Literal["token_warper", "time_warper"]
+"""The two places of a spec's ``align`` section that hold a time warper."""
 
 
 class TimePlan(nn.Module):
@@ -22,49 +27,63 @@ class TimePlan(nn.Module):
     between the student's positions and themselves, and both are one map.
 
     Args:
-        spec: the alignment.
+        warpers: the declaration of each warper, by its place in the spec; None where there is none.
         name: the teacher's name, for error notes.
         teacher: the teacher's geometry.
         student: the student's geometry.
 
     Raises:
         PluginError: a warper has parameters that want to be trained.
-        SpecError: a token warper stands before one that evicts, or is one itself.
+        SpecError: a token warper is given beside one that evicts, or is one itself.
     """
 
-    def __init__(self, spec: AlignSpec, *, name: str, teacher: Geometry, student: Geometry) -> None:
+    def __init__(
+        self,
+        warpers: Mapping[WarperField, ComponentConfig | None],
+        *,
+        name: str,
+        teacher: Geometry,
+        student: Geometry,
+    ) -> None:
         super().__init__()
-        self._configs = {"token_warper": spec.token_warper, "time_warper": spec.time_warper}
+        self._configs = dict(warpers)
         self._name = name
-        for field, config in self._configs.items():
-            with self._blame(field):
-                built = None if config is None else config.build(teacher=teacher, student=student)
-                self.add_module(field, built)
-                if built is not None and any(p.requires_grad for p in built.parameters()):
-                    raise PluginError("has trained parameters, but time maps pass no gradient to them")
-        if self.token_warper is not None and any(isinstance(one, Evictor) for one in self.children()):
+        for field in ("token_warper", "time_warper"):
+            self.add_module(field, self._build_warper(field, teacher, student))
+        if self.token_warper is not None and any(isinstance(warper, Evictor) for warper in self.children()):
             raise SpecError(
                 f"teacher {name!r}: a time warper that evicts chooses among the teacher's own tokens, and "
                 "cannot go together with a token_warper"
             )
+
+    def _build_warper(self, field: WarperField, teacher: Geometry, student: Geometry) -> nn.Module | None:
+        config = self._configs.get(field)
+        if config is None:
+            return None
+        with self._errors_of(field):
+            warper: nn.Module = config.build(teacher=teacher, student=student)
+            if any(parameter.requires_grad for parameter in warper.parameters()):
+                # Time maps are planned beside the batches, in processes that have no gradients.
+                raise PluginError("has trained parameters, but time maps pass no gradient to them")
+        return warper
 
     @property
     def evictor(self) -> Evictor | None:
         """The time warper, if it evicts: the map is then from its slots."""
         return self.time_warper if isinstance(self.time_warper, Evictor) else None
 
-    def _blame(self, field: str) -> AbstractContextManager[None]:
+    def _errors_of(self, field: WarperField) -> AbstractContextManager[None]:
         config = self._configs[field]
-        who = "" if config is None else f"{field} {config.name!r}, teacher {self._name!r}"
-        return attribute_errors_to(who, config)
+        assert config is not None
+        return attribute_errors_to(f"{field} {config.name!r}, teacher {self._name!r}", config)
 
     def forward(self, teacher: Timeline, student: Timeline) -> TimeMap:
-        """The map of a batch, for timelines on one device."""
+        """Return the map of a batch, for timelines on one device."""
         if self.token_warper is None:
-            return self._planned("time_warper", teacher, student)
-        tokens = self._planned("token_warper", teacher, student)
-        return tokens.then(self._planned("time_warper", student, student))
+            return self._plan_with("time_warper", teacher, student)
+        tokens_to_tokens = self._plan_with("token_warper", teacher, student)
+        return tokens_to_tokens.then(self._plan_with("time_warper", student, student))
 
-    def _planned(self, field: str, teacher: Timeline, student: Timeline) -> TimeMap:
-        with self._blame(field):
+    def _plan_with(self, field: WarperField, teacher: Timeline, student: Timeline) -> TimeMap:
+        with self._errors_of(field):
             return plan_time(getattr(self, field), teacher, student)

@@ -30,16 +30,16 @@ def freeze_unused(pipeline: KVPipeline, *, parts: tuple[Part, ...], student: Geo
     probe = copy.deepcopy(pipeline).to("meta")
     time_map = TimeMap.same(torch.ones(BATCH, TIME, dtype=torch.bool, device="meta"))
     cache = partial(meta_cache, parts=parts, batch=BATCH, time=TIME)
-    run = (True,) * len(probe.names) if probe.draws else pipeline.choose()
+    run = (True,) * len(probe.names) if probe.draws_teachers else pipeline.choose_teachers()
     aligned = [
         Aligned(aligner.align(cache(aligner.teacher, layer=len(aligner.sources)), time_map), time_map.valid)
         if runs
-        else probe.absent(aligner, time_map.valid)
+        else probe.empty_target(aligner, time_map.valid)
         for aligner, runs in zip(probe.teachers, run, strict=True)
     ]
     terms = probe.compare(cache(student, layer=len(probe.layers)), aligned, torch.ones((), device="meta"))
     _check_router(probe, terms)
-    probe.total(terms).backward()
+    probe.weighted_total(terms).backward()
     reached = {name for name, parameter in probe.named_parameters() if parameter.grad is not None}
     for name, parameter in pipeline.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name in reached)
@@ -50,7 +50,7 @@ def _check_router(probe: KVPipeline, terms: dict[str, Tensor]) -> None:
     trained = [p for p in probe.fuser.parameters() if p.requires_grad]
     if not trained or isinstance(probe.fuser, Rewarded):
         return
-    losses = probe.total({name: term for name, term in terms.items() if name != ROUTER})
+    losses = probe.weighted_total({name: term for name, term in terms.items() if name != ROUTER})
     found: Sequence[Tensor | None] = [None]
     if losses.requires_grad:
         found = torch.autograd.grad(losses, trained, retain_graph=True, allow_unused=True)

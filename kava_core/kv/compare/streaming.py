@@ -56,20 +56,20 @@ def terms_layer_by_layer(
     Args:
         pipeline: says what is aligned and compared.
         student: the student's cache of the compared layers.
-        weights: of every teacher at every position, as ``KVPipeline.routed`` gives them.
+        weights: of every teacher at every position, as ``KVPipeline.route`` gives them.
         streams: the teachers that run, one after another.
         factors: a row for each sum, with a factor for every term. The gradient of each sum takes as much
             memory as the student's cache.
         rotation: as for ``KVPipeline.forward``.
 
-    Equal to ``KVPipeline.terms_of`` up to the order in which layers are added.
+    Equal to ``KVPipeline.compare_aligned`` up to the order in which layers are added.
     """
     trained = [p for p in (*pipeline.aligners.parameters(), *pipeline.losses.parameters()) if p.requires_grad]
     parts = dict(student.map(part_at_least_float32).items())
     job = _AllTeachers(pipeline, streams, factors, rotation, tuple(parts), trained)
     wanted = torch.is_grad_enabled()
     sums, terms = _LayerByLayerTerms.apply(job, wanted, weights, *parts.values(), *trained)  # type: ignore[no-untyped-call]
-    return sums, dict(zip(pipeline.terms, terms.unbind(), strict=True))
+    return sums, dict(zip(pipeline.term_names, terms.unbind(), strict=True))
 
 
 class _LayerByLayerTerms(torch.autograd.Function):
@@ -117,7 +117,7 @@ class _AllTeachers:
         sums = range(len(self.factors) if any(needed) else 0)
         gradients = [_gradient_buffers((weights, *tensors), needed) for _ in sums]
         dtype = torch.promote_types(weights.dtype, student.any.dtype)
-        terms = weights.new_zeros(len(self.pipeline.terms), dtype=dtype)
+        terms = weights.new_zeros(len(self.pipeline.term_names), dtype=dtype)
         for stream in self.streams:
             layers = _OneTeacher(self, stream, student, weights.detach(), needed, gradients, terms)
             stream.run(layers.take)
@@ -186,7 +186,7 @@ class _OneTeacher:
             valid = self.stream.time_map.valid
             assert_finite(view, valid, f"the student's cache (compared layer {row})")
             assert_finite(target, valid, f"the aligned cache of teacher {aligner.name!r} (layer {row})")
-        yield from pipeline.of_layer(self.stream.teacher, row, view, target, weight)
+        yield from pipeline.losses_at_layer(self.stream.teacher, row, view, target, weight)
 
     def _collect(self, row: int, found: list[tuple[int, Tensor]], leaves: list[Tensor]) -> None:
         """Add this layer's gradients; losses that need none of it have none."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kava_core.config import Part
+from kava_core.config import KVLossConfig, Part
 from kava_core.kv.align.boundaries import fuse_targets
 from kava_core.kv.capture.rotation import Rotation
 from kava_core.protocols.axes import Cache
@@ -21,18 +22,17 @@ class Aligned:
     """One teacher's target, and where it is valid."""
 
     target: Cache
-    valid: Tensor
-    """Bool ``batch time``."""
+    valid: Bool[Tensor, "batch time"]
     ran: bool = True
     """False for a teacher that the fuser did not choose: nothing is valid."""
 
 
 @dataclass(frozen=True)
 class FuserInputs:
-    """What no loss needs of a forward pass, but a fuser may."""
+    """What no loss needs of the student's forward pass, but a fuser may."""
 
-    hidden: Tensor | None = None
-    """The student's last hidden states, ``batch time hidden``."""
+    hidden: Float[Tensor, "batch time hidden"] | None = None
+    """The student's last hidden states."""
     tasks: tuple[str, ...] | None = None
     """The task label of every example."""
 
@@ -41,29 +41,53 @@ NO_FUSER_INPUTS = FuserInputs()
 """For fusers that look at caches alone."""
 
 
+@dataclass(frozen=True)
+class ComparedLoss:
+    """One KV loss of the spec, and which of the compared layers it looks at."""
+
+    term: str
+    """Its name among the terms of the loss; two losses of one name are told apart by a number."""
+    config: KVLossConfig
+    rows: tuple[int, ...]
+    """Places, among the compared layers, of those it looks at."""
+
+
 def rotate_target(target: Cache, rotation: Rotation) -> Cache:
-    """Keys and queries as the rotation's forward pass would have them."""
+    """Return a target with keys and queries rotated as in the forward pass that ``rotation`` is of."""
     return target.map(lambda x, part: x if part == "values" else rotation.apply(x))
 
 
-def fuse_caches(targets: list[Cache], weights: Tensor) -> Cache:
+def fuse_caches(targets: list[Cache], weights: Float[Tensor, "teacher batch layer time"]) -> Cache:
+    """Return the mean of all teachers' targets, with weights that need not sum to 1."""
     if len(targets) == 1:
         return targets[0]
-    share = weights / weights.sum(0, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-    return targets[0].map(
-        lambda x, part: fuse_targets(torch.stack([getattr(t, part) for t in targets]), share)
-    )
+    total = weights.sum(0, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    share = weights / total
+
+    def fuse_part(_: Tensor, part: Part) -> Tensor:
+        return fuse_targets(torch.stack([getattr(target, part) for target in targets]), share)
+
+    return targets[0].map(fuse_part)
 
 
-def select_layers(cache: Cache, rows: Tensor, parts: tuple[Part, ...]) -> Cache:
+def select_layers(cache: Cache, rows: Int[Tensor, " _"], parts: tuple[Part, ...]) -> Cache:
+    """Return some layers and parts of a cache."""
     return cache.pick(parts).map(lambda x, _: x.index_select(1, rows))
 
 
-def rows_of_loss(
-    view: Cache, target: Cache, weight: Tensor, rows: Tensor, parts: tuple[Part, ...]
+def inputs_of_loss(
+    view: Cache,
+    target: Cache,
+    weight: Float[Tensor, "batch layer time"],
+    rows: Int[Tensor, " _"],
+    parts: tuple[Part, ...],
 ) -> tuple[Cache, Cache, Tensor]:
-    """Student, target and weight of a loss's layers; the mean over layers is in the weight."""
+    """Return student, target and weight of the layers that a loss looks at.
+
+    The mean over these layers is in the weight, so that a loss need only sum.
+    """
     if len(rows) < weight.shape[1]:
-        view, target = (cache.map(lambda x, _: x.index_select(1, rows)) for cache in (view, target))
+        view = view.map(lambda x, _: x.index_select(1, rows))
+        target = target.map(lambda x, _: x.index_select(1, rows))
         weight = weight.index_select(1, rows)
     return view.pick(parts), target.pick(parts), weight / len(rows)

@@ -8,8 +8,23 @@ from kava_core.config import KVLossConfig
 
 
 def schedule_factor(config: KVLossConfig, progress: float) -> float:
-    """What is left of λ: 1 at first, ``end`` at last."""
+    """Return what the schedule multiplies λ by: 1 at the first step, ``end`` at the last.
+
+    Args:
+        config: the loss.
+        progress: how far the run is, from 0 to 1.
+    """
     if config.schedule == "constant":
         return 1.0
-    gone = progress if config.schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
-    return 1 + (config.end - 1) * gone
+    way_gone = progress if config.schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
+    return 1 + (config.end - 1) * way_gone
+
+
+def unique_names(names: list[str]) -> list[str]:
+    """Number names that occur again: ``relation, relation`` → ``relation, relation_2``."""
+    counts: dict[str, int] = {}
+    unique = []
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+        unique.append(name if counts[name] == 1 else f"{name}_{counts[name]}")
+    return unique

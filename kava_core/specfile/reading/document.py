@@ -8,9 +8,9 @@ from typing import Any
 
 from kava_core.errors import SpecError
 from kava_core.hookspecs import KINDS
-from kava_core.specfile.reading.places import DEEPEST, Path, Place, Places, dotted
+from kava_core.specfile.reading.source_map import MAX_DEPTH, SourceLocation, SourceMap, SpecPath, dotted_path
 
-_ROOT: Path = ()
+_ROOT: SpecPath = ()
 
 
 @dataclass
@@ -18,7 +18,7 @@ class Document:
     """Values and places; ``set`` changes both."""
 
     data: Any
-    places: Places
+    places: SourceMap
     context: str = ""
     """What errors say after the place, such as ``variant wide: ``."""
 
@@ -26,11 +26,11 @@ class Document:
         """An independent copy, with a context of its own."""
         return Document(deepcopy(self.data), self.places.copy(), context)
 
-    def error(self, place: Place, message: str, path: Path = ()) -> str:
+    def error(self, place: SourceLocation, message: str, path: SpecPath = ()) -> str:
         """``place: context: path: message``."""
-        return place.error(self.context + (f"{dotted(path)}: " if path else "") + message)
+        return place.error(self.context + (f"{dotted_path(path)}: " if path else "") + message)
 
-    def set(self, key: str, value: Any, place: Place, inner: Places | None = None) -> None:
+    def set(self, key: str, value: Any, place: SourceLocation, inner: SourceMap | None = None) -> None:
         """Put a value at a dotted path; ``inner`` has the places of what is inside it.
 
         SpecError where the path leads through something that is neither mapping nor list, or past a list's
@@ -40,18 +40,18 @@ class Document:
         holder = self._at(path[:-1])
         holder[path[-1]] = value
         self.places.forget(path)
-        self.places.graft(path, inner or Places(place))
+        self.places.graft(path, inner or SourceMap(place))
 
-    def _at(self, path: Path) -> Any:
+    def _at(self, path: SpecPath) -> Any:
         value = self.data
         for part in path:
             value = value[part]
         return value
 
-    def _prepare(self, key: str, place: Place) -> Path:
+    def _prepare(self, key: str, place: SourceLocation) -> SpecPath:
         """The path of a dotted key, with everything on the way made ready."""
         rest, path = key.split("."), _ROOT
-        if not all(rest) or len(rest) > DEEPEST:
+        if not all(rest) or len(rest) > MAX_DEPTH:
             raise SpecError(self.error(place, f"{key!r} is not a dotted path such as train.steps"))
         while rest:
             self._open(path, place)
@@ -61,7 +61,7 @@ class Document:
                 self._make(path, place)
         return path
 
-    def _next(self, rest: list[str], path: Path, place: Place) -> tuple[str | int, list[str]]:
+    def _next(self, rest: list[str], path: SpecPath, place: SourceLocation) -> tuple[str | int, list[str]]:
         """The next key, and what is left. Keys with dots are found where they exist, or name a change."""
         holder = self._at(path)
         if isinstance(holder, list):
@@ -72,20 +72,20 @@ class Document:
         whole = len(rest) if len(path) == 2 and path[0] == "variants" else 1
         return ".".join(rest[:whole]), rest[whole:]
 
-    def _index(self, holder: list[Any], given: str, path: Path, place: Place) -> int:
+    def _index(self, holder: list[Any], given: str, path: SpecPath, place: SourceLocation) -> int:
         if given.isdecimal() and int(given) < len(holder):
             return int(given)
         possible = f"0 to {len(holder) - 1}" if holder else "none, it is empty"
         raise SpecError(self.error(place, f"no entry {given!r}; possible: {possible}", path))
 
-    def _make(self, path: Path, place: Place) -> None:
+    def _make(self, path: SpecPath, place: SourceLocation) -> None:
         """Put an empty mapping where there is no value yet."""
         holder = self._at(path[:-1])
         if isinstance(holder, dict) and path[-1] not in holder:
             holder[path[-1]] = {}
             self.places.keys[path] = place
 
-    def _open(self, path: Path, place: Place) -> None:
+    def _open(self, path: SpecPath, place: SourceLocation) -> None:
         """Make sure that something can be put under this path."""
         value = self._at(path)
         if isinstance(value, dict | list):
@@ -97,6 +97,6 @@ class Document:
             self.places.keys[*path, "name"] = self.places.values[*path, "name"] = self.places.value(path)
 
 
-def _holds_component(path: Path) -> bool:
+def _holds_component(path: SpecPath) -> bool:
     in_losses = len(path) == 2 and path[0] == "losses"
     return in_losses or (bool(path) and path[-1] in KINDS)

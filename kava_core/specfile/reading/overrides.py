@@ -7,11 +7,11 @@ from textwrap import shorten
 
 from kava_core.errors import SpecError
 from kava_core.specfile.reading.document import Document
-from kava_core.specfile.reading.places import InvalidSpecError, Place
-from kava_core.specfile.reading.yaml_loader import parse
+from kava_core.specfile.reading.source_map import InvalidSpecError, SourceLocation
+from kava_core.specfile.reading.yaml_loader import parse_yaml
 
 
-def override(document: Document, overrides: Iterable[str]) -> Document:
+def apply_overrides(document: Document, overrides: Iterable[str]) -> Document:
     """A copy with every ``key=value`` set, in order; InvalidSpecError with all that cannot be.
 
     Keys are dotted paths with list indexes, such as ``losses.0.weight``; values are read as in a spec, so
@@ -20,7 +20,7 @@ def override(document: Document, overrides: Iterable[str]) -> Document:
     changed, errors = document.copy(), []
     for text in overrides:
         try:
-            _set(changed, text)
+            _apply_override(changed, text)
         except SpecError as error:
             errors.append(str(error))
     if errors:
@@ -28,10 +28,10 @@ def override(document: Document, overrides: Iterable[str]) -> Document:
     return changed
 
 
-def _set(document: Document, text: str) -> None:
+def _apply_override(document: Document, text: str) -> None:
     key, equals, written = text.partition("=")
-    place = Place(f"override {shorten(text, 100, placeholder='…')}")
+    place = SourceLocation(f"override {shorten(text, 100, placeholder='…')}")
     if not equals:
         raise SpecError(place.error("must be key=value, such as train.steps=100"))
-    value = parse(written, place)[0] if written.strip() else None
+    value = parse_yaml(written, place)[0] if written.strip() else None
     document.set(key.strip(), value, place)

@@ -13,37 +13,37 @@ from typing import Any
 import yaml
 
 from kava_core.errors import SpecError
-from kava_core.specfile.reading.places import DEEPEST, Path, Place, Places
-from kava_core.specfile.reading.scalars import Scalar, plain
+from kava_core.specfile.reading.scalars import Scalar, parse_plain_scalar
+from kava_core.specfile.reading.source_map import MAX_DEPTH, SourceLocation, SourceMap, SpecPath
 
-LARGEST = 1024 * 1024
+MAX_BYTES = 1024 * 1024
 """Bytes of a spec."""
 
 
-def read_source(file: str | File) -> str:
+def read_spec_text(file: str | File) -> str:
     """The text of a spec file; SpecError where it is missing, a directory, too large, empty or not UTF-8."""
     try:
         with open(file, "rb") as stream:
-            data = stream.read(LARGEST + 1)
+            data = stream.read(MAX_BYTES + 1)
     except FileNotFoundError as error:
         raise SpecError(f"{file}: no such file") from error
     except OSError as error:
         raise SpecError(f"{file}: cannot be read: {error.strerror}") from error
-    if len(data) > LARGEST:
-        raise SpecError(f"{file}: a spec has at most {LARGEST} bytes; this file is larger")
-    return _decoded(data, file)
+    if len(data) > MAX_BYTES:
+        raise SpecError(f"{file}: a spec has at most {MAX_BYTES} bytes; this file is larger")
+    return _decode_text(data, file)
 
 
-def parse(text: str, start: Place) -> tuple[Any, Places]:
+def parse_yaml(text: str, start: SourceLocation) -> tuple[Any, SourceMap]:
     """The document and the place of every key and value; SpecError at the first thing that is not allowed.
 
     In an override, whose place has no line, all values stand at ``start``.
     """
-    reader = _Reader(text, start)
+    reader = _EventReader(text, start)
     try:
         return reader.document(), reader.places
     except yaml.MarkedYAMLError as error:
-        raise SpecError(reader.place(error.problem_mark).error(_syntax(error))) from error
+        raise SpecError(reader.place(error.problem_mark).error(_syntax_message(error))) from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         column = error.position - text.rfind("\n", 0, error.position)
@@ -52,7 +52,7 @@ def parse(text: str, start: Place) -> tuple[Any, Places]:
         ) from error
 
 
-def _decoded(data: bytes, file: str | File) -> str:
+def _decode_text(data: bytes, file: str | File) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -63,7 +63,7 @@ def _decoded(data: bytes, file: str | File) -> str:
     return text
 
 
-def _syntax(error: yaml.MarkedYAMLError) -> str:
+def _syntax_message(error: yaml.MarkedYAMLError) -> str:
     problem = str(error.problem).replace("<block end>", "the end of the block")
     problem = problem.replace("'<block mapping start>'", "deeper indentation")
     problem = problem.replace("'<stream end>'", "the end").replace(repr("\0"), "the end")
@@ -71,13 +71,13 @@ def _syntax(error: yaml.MarkedYAMLError) -> str:
     return f"not valid YAML: {problem}{hint}"
 
 
-class _Reader:
+class _EventReader:
     """One pass over the events of a document."""
 
-    def __init__(self, text: str, start: Place) -> None:
+    def __init__(self, text: str, start: SourceLocation) -> None:
         self.events: Iterator[Any] = yaml.parse(text, Loader=yaml.SafeLoader)
         self.start = start
-        self.places = Places(start)
+        self.places = SourceMap(start)
 
     def document(self) -> Any:
         """The only document."""
@@ -94,17 +94,17 @@ class _Reader:
             raise self.error(more, "a second document is not allowed")
         return value
 
-    def node(self, event: Any, path: Path) -> Any:
+    def node(self, event: Any, path: SpecPath) -> Any:
         """The value that begins with this event."""
         self.refuse_special(event)
         self.places.values[path] = self.place(event.start_mark)
         if isinstance(event, yaml.ScalarEvent):
             return self.scalar(event)
-        if len(path) >= DEEPEST:
-            raise self.error(event, f"nested more than {DEEPEST} deep")
+        if len(path) >= MAX_DEPTH:
+            raise self.error(event, f"nested more than {MAX_DEPTH} deep")
         return self.mapping(path) if isinstance(event, yaml.MappingStartEvent) else self.sequence(path)
 
-    def mapping(self, path: Path) -> dict[str, Any]:
+    def mapping(self, path: SpecPath) -> dict[str, Any]:
         """Keys are text, whatever they look like."""
         items: dict[str, Any] = {}
         while not isinstance(event := next(self.events), yaml.MappingEndEvent):
@@ -117,7 +117,7 @@ class _Reader:
             items[key] = self.node(next(self.events), (*path, key))
         return items
 
-    def sequence(self, path: Path) -> list[Any]:
+    def sequence(self, path: SpecPath) -> list[Any]:
         """Each entry's place is also the place of its index."""
         items: list[Any] = []
         while not isinstance(event := next(self.events), yaml.SequenceEndEvent):
@@ -137,7 +137,9 @@ class _Reader:
 
     def scalar(self, event: Any) -> Scalar:
         """Quoted scalars are text; plain ones may be numbers, true, false or null."""
-        return self.checked(event, lambda: plain(event.value) if event.implicit[0] else str(event.value))
+        return self.checked(
+            event, lambda: parse_plain_scalar(event.value) if event.implicit[0] else str(event.value)
+        )
 
     def checked(self, event: Any, value: Callable[[], Scalar]) -> Scalar:
         """``value()``; an error where it raises, or where the text holds half a surrogate pair."""
@@ -158,11 +160,11 @@ class _Reader:
         if event.tag is not None:
             raise self.error(event, f"tags ({event.tag.replace('tag:yaml.org,2002:', '!!')}) are not allowed")
 
-    def at(self, line: int, column: int) -> Place:
+    def at(self, line: int, column: int) -> SourceLocation:
         """A place in this text."""
-        return self.start if self.start.line is None else Place(self.start.source, line, column)
+        return self.start if self.start.line is None else SourceLocation(self.start.source, line, column)
 
-    def place(self, mark: Any) -> Place:
+    def place(self, mark: Any) -> SourceLocation:
         """PyYAML's mark as a place."""
         return self.start if mark is None else self.at(mark.line + 1, mark.column + 1)
 

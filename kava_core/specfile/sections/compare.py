@@ -14,11 +14,17 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
 Control = Literal["no_kv", "shuffled_teacher", "random_alignment", "frozen_probe"]
 Budget = Literal["student_tokens", "teacher_tokens", "flops"]
 
-STEPS, FLOPS = "steps_to_target", "flops_to_target"
-TO_TARGET = (STEPS, FLOPS)
+STEPS_TO_TARGET, FLOPS_TO_TARGET = "steps_to_target", "flops_to_target"
+TARGET_METRICS = (STEPS_TO_TARGET, FLOPS_TO_TARGET)
 """The metrics that are read off a run's curve instead of its last evaluation."""
 
-DIRECTIONS = {"exact_match": "higher", "ce": "lower", "perplexity": "lower", STEPS: "lower", FLOPS: "lower"}
+DIRECTIONS = {
+    "exact_match": "higher",
+    "ce": "lower",
+    "perplexity": "lower",
+    STEPS_TO_TARGET: "lower",
+    FLOPS_TO_TARGET: "lower",
+}
 """Which way is better."""
 
 
@@ -71,8 +77,10 @@ class CompareSpec(Strict):
 
     @model_validator(mode="after")
     def _asks_something(self) -> CompareSpec:
-        if (self.metric in TO_TARGET) != (self.target is not None):
-            raise ValueError(f"'target' goes with 'metric: {STEPS}' or '{FLOPS}', and only with them")
+        if (self.metric in TARGET_METRICS) != (self.target is not None):
+            raise ValueError(
+                f"'target' goes with 'metric: {STEPS_TO_TARGET}' or '{FLOPS_TO_TARGET}', and only with them"
+            )
         if self.metric not in DIRECTIONS and self.goal is None:
             raise ValueError(f"'metric: {self.metric}' needs 'goal': higher or lower")
         if len(set(self.controls)) != len(self.controls):

@@ -117,7 +117,7 @@ class HubData(Strict):
 DataSpec = Annotated[ChainData | JsonlData | HubData, Field(discriminator="name")]
 
 
-def changed_data(data: DataSpec, changes: dict[str, Any]) -> DataSpec:
+def change_data(data: DataSpec, changes: dict[str, Any]) -> DataSpec:
     """The section with some fields changed; ValueError where it does not take them."""
     made: DataSpec = type(data).model_validate(data.model_dump() | changes)
     return made

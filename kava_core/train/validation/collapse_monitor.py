@@ -14,6 +14,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kava_core.distill.calibration import aligned_targets, student_cache_without_dropout
 from kava_core.distill.distiller import Distiller
 from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.kv.compare.values import Aligned
@@ -45,7 +46,7 @@ class CollapseMonitor:
 
     def begin(self, distiller: Distiller, batch: Mapping[str, Any]) -> None:
         """Keep the state before the first step."""
-        if PartialState().is_main_process and _trains_yardstick(distiller.pipeline):
+        if PartialState().is_main_process and distiller.pipeline.trains_without_student:
             draft = self.file.with_suffix(".draft")
             save_file(_first_state(distiller, batch), draft)
             os.replace(draft, self.file)
@@ -55,12 +56,12 @@ class CollapseMonitor:
     def __call__(self, distiller: Distiller, batch: Mapping[str, Any]) -> dict[str, float]:
         """Return ``collapse/TEACHER/PART/…`` for every teacher and part, and ``collapse/absorbed``."""
         pipeline = distiller.pipeline
-        if pipeline is None:
+        if not pipeline.compared:
             return {}
-        student = distiller.still_cache(batch["student"])
-        aligned = _align_teachers(distiller, pipeline, batch)
+        student = student_cache_without_dropout(distiller, batch["student"])
+        aligned = aligned_targets(distiller, batch)
         measures = _measure_parts(pipeline, student, aligned)
-        if _trains_yardstick(pipeline) and self.file.exists():
+        if pipeline.trains_without_student and self.file.exists():
             measures |= self._compare_with_start(distiller, batch, student, aligned)
         return {f"{PREFIX}/{name}": value for name, value in measures.items() if not math.isnan(value)}
 
@@ -69,7 +70,6 @@ class CollapseMonitor:
     ) -> dict[str, float]:
         """Return ``absorbed``, and cosines through the aligners as they were before the first step."""
         pipeline = distiller.pipeline
-        assert pipeline is not None
         saved = load_file(self.file, device=str(student.any.device))
         weights: dict[str, Tensor] = {}
         for name, tensor in saved.items():
@@ -78,7 +78,7 @@ class CollapseMonitor:
         first_pipeline = copy.deepcopy(pipeline)
         first_pipeline.load_state_dict(weights)
         first_student = Cache(**{part: saved[part] for part in PARTS if part in saved})
-        first_aligned = _align_teachers(distiller, first_pipeline, batch)
+        first_aligned = aligned_targets(distiller, batch, first_pipeline)
         timeline = Timeline.from_batch(batch["student"])
         share = absorbed_share(
             _unrouted_loss(first_pipeline, first_student, first_aligned, timeline),
@@ -88,20 +88,11 @@ class CollapseMonitor:
         return _frozen_cosines(first_pipeline, student, first_aligned) | {"absorbed": float(share)}
 
 
-def _trains_yardstick(pipeline: KVPipeline | None) -> bool:
-    return pipeline is not None and pipeline.trains_yardstick
-
-
 def _first_state(distiller: Distiller, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the pipeline's weights and the student's cache, to be saved."""
-    assert distiller.pipeline is not None
     state = {f"pipeline.{name}": value for name, value in distiller.pipeline.state_dict().items()}
-    state |= dict(distiller.still_cache(batch["student"]).items())
+    state |= dict(student_cache_without_dropout(distiller, batch["student"]).items())
     return {name: value.detach().contiguous().cpu() for name, value in state.items()}
-
-
-def _align_teachers(distiller: Distiller, pipeline: KVPipeline, batch: Mapping[str, Any]) -> list[Aligned]:
-    return distiller.aligned(batch["teachers"], Timeline.from_batch(batch["student"]), pipeline)
 
 
 def _unrouted_loss(
@@ -113,7 +104,7 @@ def _unrouted_loss(
     """
     valid = torch.stack([target.valid for target in aligned]).float()
     weights = valid / (valid.sum(0).clamp_min(1) * timeline.mask.sum())
-    return pipeline.total(pipeline.weighed(student, aligned, weights))
+    return pipeline.weighted_total(pipeline.terms_with_weights(student, aligned, weights))
 
 
 def _measure_parts(pipeline: KVPipeline, student: Cache, aligned: list[Aligned]) -> dict[str, float]:

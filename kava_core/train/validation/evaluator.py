@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Subset
 
 from kava_core.build.time_plans import PlansTime
 from kava_core.data.collate import Collator
-from kava_core.data.dataset import EncodedDataset, nearly_equal
+from kava_core.data.dataset import EncodedDataset, split_nearly_equal
 from kava_core.data.examples import is_correct
 from kava_core.distill.denominators import EXAMPLES, LABELLED, READ, TOKENS
 from kava_core.distill.distiller import LOGITS, Distiller
@@ -34,7 +34,7 @@ from kava_core.train.validation.gradient_shares import gradient_shares
 from kava_core.train.validation.score_spreads import eviction_score_spreads
 
 COUNTS = ("labelled", "tokens", "examples", "read")
-"""Names of ``Distiller.counts``."""
+"""Names of ``Distiller.loss_denominators``."""
 
 DIVISORS = {"ce": LABELLED, LOGITS: LABELLED, CODI: EXAMPLES, STEPS: EXAMPLES, READING: READ}
 """Which count a term's sum is divided by; all others by the student's positions."""
@@ -117,7 +117,7 @@ class Evaluator:
         for batch in DataLoader(Subset(self.items, indices), self.spec.batch_size, collate_fn=collate):
             batch = send_to_device(batch, accelerator.device)
             terms = distiller(batch["student"], batch["teachers"], items=undivided)
-            terms |= dict(zip(COUNTS, distiller.counts(batch), strict=True))
+            terms |= dict(zip(COUNTS, distiller.loss_denominators(batch), strict=True))
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0) + value.double()
         own_sums = {name: value.item() for name, value in sums.items()}
@@ -137,7 +137,7 @@ class Evaluator:
         marks: list[bool] = []
         passes = 0
         written: list[dict[str, Any]] = []
-        for indices_of_batch in nearly_equal(indices, self.spec.batch_size):
+        for indices_of_batch in split_nearly_equal(indices, self.spec.batch_size):
             examples = [self.examples[index] for index in indices_of_batch]
             texts, passes_of_batch = self.write_answers(distiller, examples, accelerator.device, control)
             passes += passes_of_batch

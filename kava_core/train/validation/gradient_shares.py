@@ -21,13 +21,12 @@ def gradient_norms(distiller: Distiller, batch: Mapping[str, Any]) -> dict[str, 
     Gradients are those of the student's trained weights; each term is a mean over its own positions of this
     batch. Gradients that are being collected stay as they are.
     """
-    assert distiller.pipeline is not None
-    items = distiller.counts(batch).clamp_min(1)
+    items = distiller.loss_denominators(batch).clamp_min(1)
     with torch.enable_grad():
         ce, terms = distiller.terms(batch["student"], batch["teachers"], items)
         trained = [weight for weight in distiller.student.parameters() if weight.requires_grad]
         norms = {"ce": _gradient_norm(ce, trained)}
-        for name in distiller.pipeline.terms:
+        for name in distiller.pipeline.term_names:
             norms[name] = _gradient_norm(terms[name], trained)
         return norms
 
@@ -46,13 +45,13 @@ def gradient_shares(distiller: Distiller, batch: Mapping[str, Any]) -> dict[str,
     There are none for a student that is sharded or compiled, or without KV losses.
     """
     pipeline = distiller.pipeline
-    if pipeline is None or with_hooks(distiller.student):
+    if not pipeline.compared or with_hooks(distiller.student):
         return {}
     norms = gradient_norms(distiller, batch)
     if not norms["ce"] > 0:
         return {}
     shares = {}
-    for name, weight in zip(pipeline.terms, pipeline.present_weights(), strict=True):
+    for name, weight in zip(pipeline.term_names, pipeline.current_weights(), strict=True):
         shares[f"{PREFIX}/{name}"] = float(weight * norms[name] / norms["ce"])
     return shares
 
@@ -64,12 +63,11 @@ def set_weights_by_share(distiller: Distiller, batches: Sequence[Mapping[str, An
         SpecError: a gradient is 0, so that no λ gives the share.
     """
     pipeline = distiller.pipeline
-    assert pipeline is not None
     norms_of_batches = [gradient_norms(distiller, batch) for batch in batches]
     means = {}
     for name in norms_of_batches[0]:
         means[name] = torch.stack([norms[name] for norms in norms_of_batches]).mean()
-    for index, (name, config) in enumerate(zip(pipeline.terms, pipeline.configs, strict=True)):
+    for index, (name, config) in enumerate(zip(pipeline.term_names, pipeline.configs, strict=True)):
         if config.share is None:
             continue
         if not (means[name] > 0 and means["ce"] > 0):

@@ -21,10 +21,10 @@ def eviction_score_spreads(distiller: Distiller, batch: Mapping[str, Any]) -> di
     These teachers run once more. A spread that cannot be computed is left out.
     """
     spreads = {}
-    for teacher in distiller.__dict__["teachers"]:
+    for teacher in distiller.teachers:
         if teacher.eviction is None:
             continue
-        for name, score in teacher.scores(batch["teachers"][teacher.name]).items():
+        for name, score in teacher.eviction_scores(batch["teachers"][teacher.name]).items():
             spread = float(score_spread(score))
             if not math.isnan(spread):
                 spreads[f"{PREFIX}/{teacher.name}/{name}"] = spread

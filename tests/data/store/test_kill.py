@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kava_core.data.store.index import INDEX
+from kava_core.data.store.index import INDEX_FILE
 from kava_core.runs import checkpoint
 from tests.support.repository import ROOT
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 BORDERS = {
     "a shard without its record": "writer.write_json = die",
-    "a shard with its record": "writer.Writer._begin = die_at(2, writer.Writer._begin)",
+    "a shard with its record": "writer.StoreWriter._begin_shard = die_at(2, writer.StoreWriter._begin_shard)",
     "half a shard": "writer.save_file = die_at(2, writer.save_file)",
     "a whole index, not sealed": "cache.drop_records = die",
     "records gone, not sealed": "checkpoint.seal = die",
@@ -33,8 +33,9 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from kava_core.data.store import writer
-from kava_core.train import cache, checkpoint
-from tests import tiny
+from kava_core.jobs import cache
+from kava_core.runs import checkpoint
+from tests.support import tiny
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -47,11 +48,11 @@ def die_at(call, function):
     return counting
 
 def attempt(folder, border):
-    class Small(writer.Writer):
+    class Small(writer.StoreWriter):
         def __init__(self, *given, **named):
             super().__init__(*given, **named)
             self.limit = 4000
-    cache.Writer = Small
+    cache.StoreWriter = Small
     exec(border)
     made = tiny.spec(store={"folder": folder, "dtype": "bfloat16"}, data={"train": 24})
     cache.cache(made, seed=0)
@@ -114,6 +115,6 @@ def test_going_on_ends_in_the_very_same_store(outcomes: dict, border: str) -> No
     checkpoint.verify(store)
     found, expected = contents(folder), contents(outcomes["never"][1])
     assert found.keys() == expected.keys()
-    assert {INDEX, "shard-00001.safetensors"} <= found.keys()
+    assert {INDEX_FILE, "shard-00001.safetensors"} <= found.keys()
     assert [name for name in expected if found[name] != expected[name]] == []
     assert not list(folder.glob("*.partial"))

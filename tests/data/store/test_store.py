@@ -11,10 +11,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from kava_core.data.store.codec import StoredDtype, bytes_per_vector, decode, encode
-from kava_core.data.store.index import INDEX, Layout, differences, digest, nearest, read_index
-from kava_core.data.store.reader import SCALE, VALID, Store, target_of, tensor_name
-from kava_core.data.store.writer import Writer, drop_records
+from kava_core.data.store.codec import StoredDtype, bytes_per_vector, decode_vectors, encode_vectors
+from kava_core.data.store.index import (
+    INDEX_FILE,
+    Layout,
+    ingredient_differences,
+    nearest_store,
+    read_index,
+    store_digest,
+)
+from kava_core.data.store.reader import SCALE, VALID, Store, decode_target, tensor_name
+from kava_core.data.store.writer import StoreWriter, drop_records
 from kava_core.errors import CheckpointError, KavaError, NonFiniteError
 from kava_core.jobs.cache import encode_target
 from kava_core.kv.compare.values import Aligned
@@ -34,7 +41,7 @@ def made_store(
 ) -> dict[str, dict[str, Tensor]]:
     """A store of several shards in ``folder``; the float32 targets it was made of, by example and tensor."""
     folder.mkdir(parents=True, exist_ok=True)
-    writer = Writer(folder, Layout(dtype, TEACHERS), shard_mb=1)  # type: ignore[arg-type]
+    writer = StoreWriter(folder, Layout(dtype, TEACHERS), shard_mb=1)  # type: ignore[arg-type]
     writer.limit = limit
     originals = {f"example {i}": example(time, seed=i) for i, time in enumerate(LENGTHS)}
     for key, tensors in originals.items():
@@ -59,7 +66,7 @@ def example(time: int, *, seed: int) -> dict[str, Tensor]:
 def stored(tensors: dict[str, Tensor], dtype: StoredDtype) -> dict[str, Tensor]:
     blocks = {}
     for name, x in tensors.items():
-        numbers, scale = (x, None) if name.endswith(VALID) else encode(x, dtype)
+        numbers, scale = (x, None) if name.endswith(VALID) else encode_vectors(x, dtype)
         blocks[name] = numbers.reshape(-1)
         if scale is not None:
             blocks[name + SCALE] = scale.reshape(-1)
@@ -74,25 +81,25 @@ def test_int8_is_off_by_at_most_half_a_step(size: float) -> None:
     """Against float64: a step is the largest magnitude of the vector over 127."""
     x = normal(3, 2, 5, 16) * size
     x[0, 0, 0, 3] *= 100
-    back = decode(*encode(x, "int8")).double()
+    back = decode_vectors(*encode_vectors(x, "int8")).double()
     step = x.double().abs().amax(-1, keepdim=True) / 127
     assert ((back - x.double()).abs() <= step * 0.5001).all()
 
 
 def test_int8_keeps_zeros_signs_and_the_largest_number() -> None:
     x = torch.tensor([[0.0, 0.0, 0.0], [-127.0, 64.0, 127.0], [1e-45, 0.0, 0.0]])
-    numbers, scale = encode(x, "int8")
+    numbers, scale = encode_vectors(x, "int8")
     assert numbers.tolist()[:2] == [[0, 0, 0], [-127, 64, 127]]
-    assert torch.isfinite(decode(numbers, scale)).all()
-    assert torch.equal(decode(encode(-x, "int8")[0], scale)[:2], -x[:2])
+    assert torch.isfinite(decode_vectors(numbers, scale)).all()
+    assert torch.equal(decode_vectors(encode_vectors(-x, "int8")[0], scale)[:2], -x[:2])
 
 
 def test_bfloat16_is_off_by_at_most_half_of_its_last_bit() -> None:
     x = normal(4, 2, 3, 32) * torch.logspace(-6, 6, 32)
-    back = decode(*encode(x, "bfloat16"))
+    back = decode_vectors(*encode_vectors(x, "bfloat16"))
     assert back.dtype == torch.float32
     assert ((back.double() - x.double()).abs() <= x.double().abs() * 2**-8).all()
-    assert torch.equal(decode(*encode(x, "float32")), x)
+    assert torch.equal(decode_vectors(*encode_vectors(x, "float32")), x)
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("float32", 256), ("bfloat16", 128), ("int8", 68)])
@@ -106,7 +113,7 @@ def test_invalid_positions_are_stored_as_zeros_whatever_they_hold() -> None:
     valid = torch.tensor([[True, False, True], [True, True, False]])
     layout = Layout("int8", {"a": {"keys": (1, 1, 4)}})
     found = encode_target("a", Aligned(Cache(keys=x), valid), layout)
-    back = decode(found["a/keys"], found["a/keys.scale"][..., 0])
+    back = decode_vectors(found["a/keys"], found["a/keys.scale"][..., 0])
     assert torch.equal(back.ne(0).any(-1)[:, 0, 0], valid)
 
 
@@ -123,7 +130,7 @@ def test_a_valid_position_that_is_not_finite_is_refused() -> None:
 
 def assert_rows(side: dict, teacher: str, rows: list[dict[str, Tensor]], time: int) -> None:
     """Every row is the example's own target, and zero and invalid after it."""
-    target, valid = target_of(side)
+    target, valid = decode_target(side)
     for row, tensors in enumerate(rows):
         own = tensors[tensor_name(teacher, VALID)]
         assert torch.equal(valid[row, : len(own)], own)
@@ -147,13 +154,13 @@ def test_any_order_reads_the_same_targets(tmp_path: Path, order: list[int]) -> N
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_reading_gives_back_what_wasencode_target(tmp_path: Path, dtype: StoredDtype) -> None:
+def test_reading_gives_back_what_was_encoded(tmp_path: Path, dtype: StoredDtype) -> None:
     originals = made_store(tmp_path, dtype)
     store = pickle.loads(pickle.dumps(Store(tmp_path)))
     side = store.batch(["example 2"], 7)["a"]
     assert side["target"]["keys"].dtype == getattr(torch, dtype)
-    expected = decode(*encode(originals["example 2"]["a/keys"], dtype))
-    assert torch.equal(target_of(side)[0].any[0], expected)
+    expected = decode_vectors(*encode_vectors(originals["example 2"]["a/keys"], dtype))
+    assert torch.equal(decode_target(side)[0].any[0], expected)
 
 
 def test_an_opened_store_can_be_pickled(tmp_path: Path) -> None:
@@ -184,7 +191,7 @@ def test_an_example_that_is_not_there_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 99}'])
 def test_a_damaged_index_is_one_line(tmp_path: Path, text: str) -> None:
     made_store(tmp_path)
-    (tmp_path / INDEX).write_text(text)
+    (tmp_path / INDEX_FILE).write_text(text)
     with pytest.raises(
         CheckpointError, match=r"index\.json: (unreadable: .*|store format 99, this kava reads 1)$"
     ):
@@ -205,7 +212,7 @@ def test_a_missing_shard_is_one_line(tmp_path: Path) -> None:
 def test_going_on_writes_again_what_has_no_record(tmp_path: Path, lost: str) -> None:
     """Everything from the first incomplete shard on; the shards before it are left alone."""
     originals = made_store(tmp_path)
-    (tmp_path / INDEX).unlink()
+    (tmp_path / INDEX_FILE).unlink()
     (tmp_path / lost).unlink()
     before = (tmp_path / "shard-00000.safetensors").stat().st_mtime_ns
     made_store(tmp_path)
@@ -220,7 +227,7 @@ def test_records_and_drafts_go_before_a_store_is_sealed(tmp_path: Path) -> None:
     (tmp_path / "shard-00009.draft").write_bytes(b"half")
     drop_records(tmp_path)
     assert {file.suffix for file in tmp_path.iterdir()} == {".json", ".safetensors"}
-    assert [file.name for file in tmp_path.glob("*.json")] == [INDEX]
+    assert [file.name for file in tmp_path.glob("*.json")] == [INDEX_FILE]
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
@@ -229,7 +236,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 
 
 def made_store_in_nowhere(folder: Path) -> None:
-    writer = Writer(folder, Layout("float32", TEACHERS), shard_mb=1)  # type: ignore[arg-type]
+    writer = StoreWriter(folder, Layout("float32", TEACHERS), shard_mb=1)  # type: ignore[arg-type]
     writer.add("x", 3, stored(example(3, seed=0), "float32"))
     writer.flush()
 
@@ -240,27 +247,31 @@ def made_store_in_nowhere(folder: Path) -> None:
 def test_differences_are_told_in_words() -> None:
     then = {"kava": "0.1", "tokenizer of teacher 'a'": "f" * 64, "same": 1, "gone": [1]}
     now = {"kava": "0.2", "tokenizer of teacher 'a'": "e" * 64, "same": 1, "new": 3}
-    assert differences(now, then) == [
+    assert ingredient_differences(now, then) == [
         "kava changed (0.1 → 0.2)",
         "tokenizer of teacher 'a' changed",
         "new changed",
         "gone changed",
     ]
-    assert differences(now, now) == []
+    assert ingredient_differences(now, now) == []
 
 
 def test_the_digest_is_that_of_the_content() -> None:
-    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1}) != digest({"a": 1, "b": [3]})
+    assert (
+        store_digest({"a": 1, "b": [2]})
+        == store_digest({"b": [2], "a": 1})
+        != store_digest({"a": 1, "b": [3]})
+    )
 
 
 def test_the_nearest_store_is_the_one_with_fewest_differences(tmp_path: Path) -> None:
     for name, kava in (("one", "0.1"), ("two", "0.2")):
         made_store(tmp_path / name)
-        file = tmp_path / name / INDEX
+        file = tmp_path / name / INDEX_FILE
         file.write_text(json.dumps(json.loads(file.read_text()) | {"ingredients": {"kava": kava, "x": 1}}))
     (tmp_path / "two" / "noise").mkdir()
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / INDEX).write_text("{")
-    found = nearest(tmp_path, {"kava": "0.2", "x": 2})
+    (tmp_path / "broken" / INDEX_FILE).write_text("{")
+    found = nearest_store(tmp_path, {"kava": "0.2", "x": 2})
     assert found == (tmp_path / "two", ["x changed (1 → 2)"])
-    assert nearest(tmp_path / "broken", {}) is None
+    assert nearest_store(tmp_path / "broken", {}) is None

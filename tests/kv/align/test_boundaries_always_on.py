@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 
+from kava_core.build.aligner import build_time_plan
 from kava_core.errors import PluginError
 from kava_core.kv.align.boundaries import require_shape
-from kava_core.kv.align.time_plan import TimePlan
 from tests.support.pipeline_helpers import STUDENT, WIDE, FakeConfig, Module, fake_align
 from tests.support.repository import ROOT
 
@@ -74,5 +74,5 @@ def test_a_time_warper_cannot_be_trained() -> None:
     warper.weight = torch.nn.Parameter(torch.ones(1))
     spec = fake_align(time_warper=FakeConfig(make=lambda **_: warper))
     with pytest.raises(PluginError, match="has trained parameters, but time maps pass no gradient") as caught:
-        TimePlan(spec, name="a", teacher=WIDE, student=STUDENT)
+        build_time_plan(spec, name="a", teacher=WIDE, student=STUDENT)
     assert caught.value.__notes__ == ["in time_warper 'fake', teacher 'a'"]

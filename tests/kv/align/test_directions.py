@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kava_core.build.data import make_data
 from kava_core.build.distiller import make_distiller
+from kava_core.build.pipeline import build_pipeline
 from kava_core.errors import SpecError
 from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.protocols.axes import Cache, Geometry
@@ -23,7 +24,9 @@ BROAD = WIDE.with_(dim=6)
 
 def pipeline(*geometries: Geometry, align: dict[str, Any], losses: list[Any], **fields: Any) -> KVPipeline:
     made = spec(*[align] * len(geometries), losses=losses, **fields)
-    return KVPipeline(made, teachers=dict(zip("abcdef", geometries, strict=False)), student=STUDENT).double()
+    return build_pipeline(
+        made, teachers=dict(zip("abcdef", geometries, strict=False)), student=STUDENT
+    ).double()
 
 
 def terms(pipe: KVPipeline, ours: Cache, *theirs: Cache) -> dict[str, Tensor]:
@@ -52,7 +55,9 @@ def test_the_student_is_lifted_and_the_teacher_stays_as_it_is() -> None:
     [aligner] = pipe.teachers
     assert (aligner.target.head, aligner.target.dim) == (aligner.view.head, aligner.view.dim) == (4, 6)
     target = theirs.values[:, [1, 3]]
-    aligned = pipe.align(aligner, theirs.map(lambda x, _: x[:, [1, 3]]), timeline(*SIZES), timeline(*SIZES))
+    aligned = pipe.align_with_map(
+        aligner, theirs.map(lambda x, _: x[:, [1, 3]]), aligner.plan(timeline(*SIZES), timeline(*SIZES))
+    )
     real = timeline(*SIZES).mask[:, None, None, :, None]
     assert torch.equal(aligned.target.values * real, target * real)
     matrix = aligner.dim_projector.values.detach()

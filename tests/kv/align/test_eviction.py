@@ -13,6 +13,7 @@ from kava_core.build.data import make_data
 from kava_core.build.distiller import make_distiller
 from kava_core.config import ComponentConfig
 from kava_core.costs.plan import make_plan
+from kava_core.distill.calibration import aligned_targets
 from kava_core.errors import PluginError, SpecError
 from kava_core.kv.align.eviction import Eviction, evicted_cache, filled_slots
 from kava_core.kv.capture.capture import Capture
@@ -21,7 +22,7 @@ from kava_core.protocols.timeline import Timeline
 from kava_core.testing import TimeWarperTests
 from kava_core.train.run import run
 from kava_core.train.validation.score_spreads import eviction_score_spreads, score_spread
-from kava_plugins.time_warpers.reasoning import highest, is_reasoning
+from kava_plugins.time_warpers._reasoning import highest, is_reasoning
 from tests.support import tiny
 from tests.support.pipeline_helpers import FakeConfig, Module, timeline
 
@@ -44,7 +45,7 @@ def made(**changes: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def teacher_of(distiller: Any, name: str) -> Any:
-    return next(t for t in distiller.__dict__["teachers"] if t.name == name)
+    return next(t for t in distiller.teachers if t.name == name)
 
 
 def raw(distiller: Any, batch: dict[str, Any], name: str, rotary: Any) -> Cache:
@@ -194,9 +195,7 @@ def test_the_student_as_its_own_teacher(steps: int, filled: int) -> None:
         teachers=[{"name": "own", "itself": {}, "last_step": False, "align": align}],
         data=tiny.FIELDS["data"] | {"steps": steps},
     )
-    (aligned,) = distiller.aligned(
-        batch["teachers"], Timeline.from_batch(batch["student"]), distiller.pipeline
-    )
+    (aligned,) = aligned_targets(distiller, batch)
     assert aligned.valid.sum(1).tolist() == [filled] * 5
     assert not any(x.requires_grad for _, x in aligned.target.items())
     found = distiller(batch["student"], batch["teachers"], torch.ones(4))
@@ -215,9 +214,7 @@ def test_targets_stand_at_the_latent_tokens_in_order() -> None:
         latent={"count": 4, "passes": 1},
         losses=["mse"],
     )
-    (aligned,) = distiller.aligned(
-        batch["teachers"], Timeline.from_batch(batch["student"]), distiller.pipeline
-    )
+    (aligned,) = aligned_targets(distiller, batch)
     whole, reasoning = raw(distiller, batch, "t", "strip"), batch["teachers"]["t"]["segments"] == 1
     assert aligned.valid.all()
     for part, target in aligned.target.items():

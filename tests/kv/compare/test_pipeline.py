@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kava_core.build.pipeline import build_pipeline
 from kava_core.errors import NonFiniteError, PluginError, SpecError
 from kava_core.kv.align import aligner as aligner_module
 from kava_core.kv.align.stage_order import CANONICAL
@@ -48,7 +49,9 @@ def pipeline(
 ) -> KVPipeline:
     """A float64 pipeline with one teacher for each geometry."""
     made = spec(*(aligns or [{}] * len(geometries)), losses=losses, **fields)
-    return KVPipeline(made, teachers=dict(zip("abcdef", geometries, strict=False)), student=STUDENT).double()
+    return build_pipeline(
+        made, teachers=dict(zip("abcdef", geometries, strict=False)), student=STUDENT
+    ).double()
 
 
 def run(
@@ -200,7 +203,7 @@ def test_losses_of_one_name_and_their_weights() -> None:
     assert {n: t.item() for n, t in terms.items()} == pytest.approx(
         dict(zip(["mse", "mse_2"], wanted, strict=True))
     )
-    assert pipe.total(terms).item() == pytest.approx(2 * wanted[0] + 0.5 * wanted[1])
+    assert pipe.weighted_total(terms).item() == pytest.approx(2 * wanted[0] + 0.5 * wanted[1])
 
 
 def test_layer_that_does_not_exist() -> None:
@@ -259,7 +262,7 @@ def test_padding_does_not_matter(warper: Any, fill: float) -> None:
         caches = [padded(theirs[0], right, left, fill), padded(theirs[1], left, left, fill)]
         side = timeline(*SIZES, left=left, right=right)
         terms = run(pipe, padded(x, left, right, fill), caches, side, teachers)
-        pipe.total(terms).backward()
+        pipe.weighted_total(terms).backward()
         return {name: term.item() for name, term in terms.items()}, torch.stack([x.keys.grad, x.values.grad])
 
     (terms, gradient), (longer, same) = measured(0, 0), measured(3, 2)
@@ -282,7 +285,7 @@ def test_nan_where_a_teacher_is_not_valid(warper: str, target: str) -> None:
             c.map(lambda t, _, m=side.mask: torch.where(m[:, None, None, :, None], t, fill))
             for c, side in zip(theirs, teachers, strict=True)
         ]
-        pipe.total(run(pipe, x, filled, timeline(*SIZES), teachers)).backward()
+        pipe.weighted_total(run(pipe, x, filled, timeline(*SIZES), teachers)).backward()
         return torch.stack([x.keys.grad, x.values.grad])
 
     assert torch.equal(gradient(math.nan), gradient(0.0))
@@ -319,8 +322,8 @@ def test_order_does_not_change_the_target(share_heads: bool, monkeypatch: pytest
     time_map = one.plan(timeline(*T_SIZES), timeline(*SIZES))
     targets = {}
     for order in permutations(CANONICAL):
-        if one.freedom.allows(order):
-            monkeypatch.setattr(aligner_module, "cheapest", lambda extents, freedom, order=order: order)
+        if one.commuting.allows(order):
+            monkeypatch.setattr(aligner_module, "cheapest_order", lambda extents, freedom, order=order: order)
             targets[order] = one.align(theirs, time_map)
             assert [name for name, _ in one.steps(theirs, time_map)] == ["layers", *order]
     assert len(targets) == (6 if share_heads else 3)
@@ -375,7 +378,7 @@ def broken(geometry: Geometry = WIDE, **replaced: Any) -> KVPipeline:
     outside = {name: replaced.pop(name) for name in ("losses", "fuser") if name in replaced}
     teacher = made.teachers[0].model_copy(update={"align": fake_align(**replaced)})
     made = made.model_copy(update={"teachers": (teacher,), **outside})
-    return KVPipeline(made, teachers={"a": geometry}, student=STUDENT).double()
+    return build_pipeline(made, teachers={"a": geometry}, student=STUDENT).double()
 
 
 def fake(function: Any) -> FakeConfig:

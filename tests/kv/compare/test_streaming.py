@@ -28,7 +28,7 @@ def made(tmp_path: Path, **changes: Any) -> tuple[Distiller, dict[str, Any], Ten
     spec = tiny.spec(tmp_path, **changes)
     data = make_data(spec)
     distiller = make_distiller(spec, data, seed=0).double()
-    for teacher in distiller.__dict__["teachers"]:
+    for teacher in distiller.teachers:
         teacher.model.double()
     batch = data.plain_collator([data.train_items[index] for index in range(5)])
     calibrate_components(distiller, data, spec, torch.device("cpu"))
@@ -48,7 +48,7 @@ def assert_same(tmp_path: Path, **changes: Any) -> dict[str, Tensor]:
     """Streamed and at once; the gradients, for more looks at them."""
     distiller, batch, items = made(tmp_path, **changes)
     whole, expected = gradients(distiller, batch, items)
-    distiller.stream = True
+    distiller.choose_alignment(stream=True)
     streamed, found = gradients(distiller, batch, items)
     assert streamed.keys() == whole.keys()
     for name in whole:
@@ -135,7 +135,7 @@ def test_several_teachers_and_routers(tmp_path: Path, fuser: Any) -> None:
     state = {name: value.clone() for name, value in distiller.state_dict().items()}
     whole, expected = gradients(distiller, batch, items)
     distiller.load_state_dict(state)  # reinforce keeps what it has seen
-    distiller.stream = True
+    distiller.choose_alignment(stream=True)
     streamed, found = gradients(distiller, batch, items)
     close = (
         CLOSE if fuser == "fixed" or "sample" in fuser else {"rtol": 1e-5, "atol": 1e-7}
@@ -160,7 +160,7 @@ def test_unweighted_terms_have_the_same_gradients(tmp_path: Path) -> None:
         return {name: slope(terms[name]) for name in ("mercator", "relation", "attention_kl")}
 
     expected = slopes()
-    distiller.stream = True
+    distiller.choose_alignment(stream=True)
     for name, found in slopes().items():
         torch.testing.assert_close(found, expected[name], **CLOSE)
 
@@ -173,7 +173,7 @@ def test_with_gradient_checkpointing(tmp_path: Path, checkpointed: bool) -> None
 
 def test_no_gradient_is_made_in_evaluation(tmp_path: Path) -> None:
     distiller, batch, items = made(tmp_path, student=STUDENT, teachers=[TRAINED], losses=LOSSES)
-    distiller.stream = True
+    distiller.choose_alignment(stream=True)
     with torch.no_grad():
         terms = distiller(batch["student"], batch["teachers"], items)
     assert not terms["loss"].requires_grad
@@ -187,7 +187,7 @@ def test_one_teacher_layer_is_alive_at_a_time(
     """Layers that no later student layer reads are let go at once."""
     teacher = deep("t", align={"dim_projector": projector})
     distiller, batch, items = made(tmp_path, student=STUDENT, teachers=[teacher], losses=LOSSES[:1])
-    distiller.stream = True
+    distiller.choose_alignment(stream=True)
     alive: list[int] = []
     plain = align_stream.WaitingLayers.take
 
@@ -216,7 +216,7 @@ def test_fixed_alignment_streams_for_all(tmp_path: Path, changes: dict[str, Any]
     changes = changes | {"teachers": [deep("a"), deep("b")], "losses": LOSSES[:1]}
     distiller, batch, items = made(tmp_path, student=STUDENT, **changes)
     whole, expected = gradients(distiller, batch, items)
-    distiller.stream = True
+    distiller.choose_alignment(stream=True)
     streamed, found = gradients(distiller, batch, items)
     for name in whole:
         torch.testing.assert_close(streamed[name], whole[name], **CLOSE)
@@ -252,7 +252,7 @@ def test_under_autocast_sums_are_exact(tmp_path: Path) -> None:
     batch = data.plain_collator([data.train_items[index] for index in range(5)])
     found = {}
     for stream in (False, True):
-        distiller.stream = stream
+        distiller.choose_alignment(stream=stream)
         with torch.autocast("cpu", torch.bfloat16):
             found[stream] = distiller(batch["student"], batch["teachers"], torch.ones(4))
     torch.testing.assert_close(found[True]["loss"], found[False]["loss"], rtol=1e-6, atol=0)
@@ -260,7 +260,7 @@ def test_under_autocast_sums_are_exact(tmp_path: Path) -> None:
 
 def test_debug_mode_sees_what_is_streamed(tmp_path: Path) -> None:
     distiller, batch, items = made(tmp_path, student=STUDENT, teachers=[TRAINED], losses=LOSSES[:1])
-    distiller.stream = True
+    distiller.choose_alignment(stream=True)
     with torch.no_grad():
         distiller.pipeline.teachers[0].dim_projector.values.fill_(torch.nan)
     with pytest.raises(KavaError, match=r"the aligned cache of teacher 't' \(layer 0\)"):

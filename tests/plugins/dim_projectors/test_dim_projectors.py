@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from kava_core.protocols.axes import PARTS
-from kava_plugins.dim_projectors.matrices import project
+from kava_plugins.dim_projectors._matrices import project
 from tests.plugins.dim_projectors.projector_helpers import (
     BATCH,
     HEAD,

@@ -15,7 +15,7 @@ from kava_core.kv.align.boundaries import teacher_weights
 from kava_core.protocols.axes import Cache, Geometry
 from kava_core.protocols.fuser import FusionContext
 from kava_plugins.fusers import kava_fusers
-from kava_plugins.fusers.routing import imbalance, negative_entropy
+from kava_plugins.fusers._routing import imbalance, negative_entropy
 
 GEOMETRY = Geometry(layer=2, head=2, dim=3, qhead=2, hidden=5)
 NAMES = ("ada", "bob", "cleo")

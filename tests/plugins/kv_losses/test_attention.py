@@ -10,22 +10,22 @@ from kava_core.errors import SpecError
 from kava_core.protocols.axes import Cache, Geometry
 from kava_core.testing import KVLossTests
 from kava_core.testing.geometries import GEOMETRIES
-from kava_plugins.kv_losses import AttentionKL, AttentionOutput, Structural, kava_kv_losses
+from kava_plugins.kv_losses import AttentionKLConfig, AttentionOutputConfig, StructuralConfig, kava_kv_losses
 from tests.plugins.kv_losses.attention_helpers import Rows, draw_weight, slow_divergence
 
 torch.set_num_threads(1)
 BATCH, LAYER, QHEAD, HEAD, TIME, DIM = 2, 3, 4, 2, 6, 4
 GEOMETRY = Geometry(layer=LAYER, head=HEAD, dim=DIM, qhead=QHEAD, hidden=QHEAD * DIM)
 ALL = [
-    AttentionKL(),
-    AttentionKL(kind="jeffreys", temperature=2.0, causal=False),
-    AttentionOutput(),
-    AttentionOutput(form="mse", temperature=0.5),
-    AttentionOutput(causal=False),
-    Structural(),
-    Structural(alpha_k=0, alpha_v=0.5, alpha_attn=2.0, attention_layers=(0, -1), kind="reverse"),
-    Structural(alpha_k=0.3, alpha_v=0),
-    Structural(alpha_attn=0),
+    AttentionKLConfig(),
+    AttentionKLConfig(kind="jeffreys", temperature=2.0, causal=False),
+    AttentionOutputConfig(),
+    AttentionOutputConfig(form="mse", temperature=0.5),
+    AttentionOutputConfig(causal=False),
+    StructuralConfig(),
+    StructuralConfig(alpha_k=0, alpha_v=0.5, alpha_attn=2.0, attention_layers=(0, -1), kind="reverse"),
+    StructuralConfig(alpha_k=0.3, alpha_v=0),
+    StructuralConfig(alpha_attn=0),
 ]
 each_loss = pytest.mark.parametrize("config", ALL, ids=lambda c: c.name)
 
@@ -215,47 +215,47 @@ def test_a_longer_batch_of_outputs_is_the_whole_maps():
         scores = (cache.queries.double() @ keys.mT / DIM**0.5).masked_fill(dead, -1e30)
         outputs.append(scores.softmax(-1) @ values)
     wanted = ((1 - torch.cosine_similarity(*outputs, dim=-1)).mean(2) * weight).sum()
-    found = build(AttentionOutput())(student, target, weight)
+    found = build(AttentionOutputConfig())(student, target, weight)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=0)
 
 
 def test_parts_follow_from_the_alphas():
-    assert Structural().parts == ("keys", "values", "queries")
-    assert Structural(alpha_attn=0).parts == ("keys", "values")
-    assert Structural(alpha_attn=0, alpha_k=0).parts == ("values",)
-    assert Structural(alpha_k=0, alpha_v=0).parts == ("keys", "queries")
-    assert Structural(alpha_attn=0, parts=("keys", "values")).parts == ("keys", "values")
-    config = Structural(alpha_v=0)
-    assert Structural.model_validate_json(config.model_dump_json()) == config
+    assert StructuralConfig().parts == ("keys", "values", "queries")
+    assert StructuralConfig(alpha_attn=0).parts == ("keys", "values")
+    assert StructuralConfig(alpha_attn=0, alpha_k=0).parts == ("values",)
+    assert StructuralConfig(alpha_k=0, alpha_v=0).parts == ("keys", "queries")
+    assert StructuralConfig(alpha_attn=0, parts=("keys", "values")).parts == ("keys", "values")
+    config = StructuralConfig(alpha_v=0)
+    assert StructuralConfig.model_validate_json(config.model_dump_json()) == config
 
 
 def test_parts_that_do_not_follow_are_refused():
     with pytest.raises(
         ValidationError, match="these alphas compare keys, values, queries: leave 'parts' out"
     ):
-        Structural(parts=("keys",))
+        StructuralConfig(parts=("keys",))
     with pytest.raises(ValidationError, match="all 0: nothing is compared"):
-        Structural(alpha_k=0, alpha_v=0, alpha_attn=0)
+        StructuralConfig(alpha_k=0, alpha_v=0, alpha_attn=0)
     with pytest.raises(ValidationError):
-        AttentionKL(parts=("keys", "values"))
+        AttentionKLConfig(parts=("keys", "values"))
     with pytest.raises(ValidationError):
-        AttentionOutput(parts=("keys", "queries"))
+        AttentionOutputConfig(parts=("keys", "queries"))
 
 
 def test_attention_layers_must_exist():
     with pytest.raises(SpecError, match=r"attention_layers \[3, -4\]: the loss looks at 3 layers"):
-        build(Structural(attention_layers=(0, 3, -4)))
+        build(StructuralConfig(attention_layers=(0, 3, -4)))
 
 
 def test_query_heads_must_agree():
     with pytest.raises(SpecError, match="the student has 4, the target 8; use a head_adapter"):
-        AttentionKL().build(teacher=GEOMETRY.with_(qhead=8), student=GEOMETRY)
+        AttentionKLConfig().build(teacher=GEOMETRY.with_(qhead=8), student=GEOMETRY)
 
 
 def test_own_widths_and_key_heads():
     student, target = draw(0), draw(1, head=4, dim=7)
     weight = draw_weight(BATCH, LAYER, TIME)
-    config = AttentionKL()
+    config = AttentionKLConfig()
     loss = config.build(teacher=GEOMETRY.with_(head=4, dim=7), student=GEOMETRY)
     torch.testing.assert_close(
         loss(student, target, weight), slow_attention_kl(config, student, target, weight)
@@ -272,7 +272,7 @@ class TestKitOfAttentionKL(KVLossTests):
 
     refuses = tuple(name for name, (t, s) in GEOMETRIES.items() if t.qhead != s.qhead)
 
-    @pytest.fixture(params=[AttentionKL(), AttentionKL(kind="jeffreys", causal=False)])
+    @pytest.fixture(params=[AttentionKLConfig(), AttentionKLConfig(kind="jeffreys", causal=False)])
     def config(self, request):
         return request.param
 
@@ -281,7 +281,11 @@ class TestKitOfTheOthers(KVLossTests):
     """Target and student alike."""
 
     @pytest.fixture(
-        params=[AttentionOutput(), AttentionOutput(form="mse"), Structural(attention_layers=(-1,))]
+        params=[
+            AttentionOutputConfig(),
+            AttentionOutputConfig(form="mse"),
+            StructuralConfig(attention_layers=(-1,)),
+        ]
     )
     def config(self, request):
         return request.param

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kava_plugins.kv_losses import row_blocks
-from kava_plugins.kv_losses.attention_divergence import attention_divergence
+from kava_plugins.kv_losses import _row_blocks
+from kava_plugins.kv_losses._attention_divergence import attention_divergence
 from tests.plugins.kv_losses.attention_helpers import (
     CASES,
     Rows,
@@ -24,8 +24,8 @@ each_kind = pytest.mark.parametrize("kind", ["forward", "reverse", "jeffreys"])
 @pytest.fixture(params=[(8, 100), (2**19, 1000), (2**19, 2**17)], ids=["small blocks", "pieces", "as usual"])
 def extents_of_blocks(request, monkeypatch):
     elements, piece = request.param
-    monkeypatch.setitem(row_blocks.ELEMENTS, "cpu", elements)
-    monkeypatch.setitem(row_blocks.PIECE, "cpu", piece)
+    monkeypatch.setitem(_row_blocks.ELEMENTS, "cpu", elements)
+    monkeypatch.setitem(_row_blocks.PIECE, "cpu", piece)
 
 
 def agree(rows, weight, slow=slow_divergence, scale=1e-10, **options):
@@ -222,7 +222,7 @@ def test_no_product_of_whole_rows_is_made(monkeypatch):
             attention_divergence(*rows, torch.ones(1, 1, time)).backward()
         sizes.append(largest.elements)
     assert sizes[1] <= 4 * sizes[0]
-    assert sizes[1] <= row_blocks.ELEMENTS["cpu"] < 2 * 1024**2
+    assert sizes[1] <= _row_blocks.ELEMENTS["cpu"] < 2 * 1024**2
 
 
 class Largest(torch.utils._python_dispatch.TorchDispatchMode):

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from kava_plugins.kv_losses import attention_divergence as module
+from kava_plugins.kv_losses import _attention_divergence as module
 from tests.plugins.kv_losses.attention_helpers import CASES, Rows, dense_divergence, draw_rows, draw_weight
 
 torch.set_num_threads(1)
@@ -19,7 +19,7 @@ each_kind = pytest.mark.parametrize("kind", ["forward", "reverse", "jeffreys"])
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    from kava_plugins.kv_losses.attention_divergence_triton import fused
+    from kava_plugins.kv_losses._attention_divergence_triton import fused
 
     monkeypatch.setattr(module, "_backend", lambda mine: fused)
 

@@ -8,7 +8,7 @@ import torch
 from kava_core.errors import SpecError
 from kava_core.protocols.axes import Cache, Geometry
 from kava_core.testing import KVLossTests
-from kava_plugins.kv_losses import Relation, row_blocks
+from kava_plugins.kv_losses import RelationConfig, _row_blocks
 from tests.plugins.kv_losses.attention_helpers import draw_weight
 
 torch.set_num_threads(1)
@@ -16,7 +16,7 @@ BATCH, LAYER, TIME = 2, 2, 6
 STUDENT = Geometry(layer=LAYER, head=2, dim=4, qhead=4, hidden=16)
 TEACHER = Geometry(layer=LAYER, head=3, dim=8, qhead=3, hidden=24)
 ALL = [
-    Relation(form=form, heads=heads, center=center, parts=("keys", "values", "queries"))
+    RelationConfig(form=form, heads=heads, center=center, parts=("keys", "values", "queries"))
     for form in ("cosine", "softmax")
     for heads in ("merged", 4)
     for center in (True, False)
@@ -134,11 +134,11 @@ def test_zero_vectors_have_finite_gradients(config):
 
 def test_heads_must_divide_both_widths():
     with pytest.raises(SpecError, match="heads 5 does not divide the student's values, all heads 8 wide"):
-        build(Relation(heads=5))
+        build(RelationConfig(heads=5))
     with pytest.raises(SpecError, match="heads 16 does not divide the student's"):
-        build(Relation(heads=16))
+        build(RelationConfig(heads=16))
     with pytest.raises(SpecError, match="heads 2 does not divide the target's values, all heads 9 wide"):
-        Relation(heads=2).build(teacher=TEACHER.with_(dim=3), student=STUDENT)
+        RelationConfig(heads=2).build(teacher=TEACHER.with_(dim=3), student=STUDENT)
 
 
 class Stored:
@@ -164,7 +164,7 @@ def test_what_is_kept_for_the_backward_pass_is_linear_in_time(form):
     for time in (200, 800):
         student, target = sides(torch.float32, time)
         with Stored() as stored:
-            build(Relation(form=form))(student, target, torch.ones(BATCH, LAYER, time))
+            build(RelationConfig(form=form))(student, target, torch.ones(BATCH, LAYER, time))
         kept.append(stored.elements)
     assert 0 < kept[1] <= 4.05 * kept[0]
 
@@ -172,11 +172,11 @@ def test_what_is_kept_for_the_backward_pass_is_linear_in_time(form):
 @pytest.mark.parametrize("form", ["cosine", "softmax"])
 def test_blocks_change_nothing(form, monkeypatch):
     student, target = sides(time=50)
-    weight, loss = draw_weight(BATCH, LAYER, 50), build(Relation(form=form, heads=2))
+    weight, loss = draw_weight(BATCH, LAYER, 50), build(RelationConfig(form=form, heads=2))
     found = []
     for elements in (8, 2**20):
-        monkeypatch.setitem(row_blocks.ELEMENTS, "cpu", elements)
-        monkeypatch.setitem(row_blocks.PIECE, "cpu", elements)
+        monkeypatch.setitem(_row_blocks.ELEMENTS, "cpu", elements)
+        monkeypatch.setitem(_row_blocks.PIECE, "cpu", elements)
         value = loss(student, target, weight)
         found.append((value, *torch.autograd.grad(value, (student.values, target.values))))
     for mine, theirs in zip(*found, strict=True):
@@ -187,7 +187,10 @@ class TestKitOfRelation(KVLossTests):
     """The forms that are not the default; every geometry, with a target of its own heads and widths."""
 
     @pytest.fixture(
-        params=[Relation(form="softmax", parts=("keys", "queries")), Relation(heads=1, center=False)]
+        params=[
+            RelationConfig(form="softmax", parts=("keys", "queries")),
+            RelationConfig(heads=1, center=False),
+        ]
     )
     def config(self, request):
         return request.param

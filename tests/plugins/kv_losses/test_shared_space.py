@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kava_core.errors import KavaError
 from kava_core.protocols.axes import Cache, Geometry
-from kava_plugins.kv_losses import SharedSpace
+from kava_plugins.kv_losses import SharedSpaceConfig
 from kava_plugins.kv_losses.shared_space import orthonormal, whiten
 
 torch.set_num_threads(1)
@@ -35,7 +35,7 @@ def sides() -> tuple[Cache, Cache, Tensor]:
 
 def fitted(**fields: object) -> tuple[torch.nn.Module, Cache, Cache, Tensor]:
     student, target, valid = sides()
-    loss = SharedSpace(**fields).build(teacher=TARGET, student=STUDENT).double()
+    loss = SharedSpaceConfig(**fields).build(teacher=TARGET, student=STUDENT).double()
     for some in (slice(0, 3), slice(3, BATCH)):
         loss.observe(*(c.map(lambda x, _: x[some]) for c in (student, target)), valid[some])  # noqa: B023
     loss.finish()
@@ -92,7 +92,7 @@ def test_few_positions_of_noise_do_not_correlate() -> None:
     student, target = (
         Cache(values=draw(seed, 4, 2, heads, 6, dim)) for seed, heads, dim in ((1, 2, 3), (2, 1, 4))
     )
-    loss = SharedSpace(dim=4, ridge=1e-9).build(teacher=TARGET, student=STUDENT).double()
+    loss = SharedSpaceConfig(dim=4, ridge=1e-9).build(teacher=TARGET, student=STUDENT).double()
     loss.observe(student, target, torch.ones(4, 6).bool())
     loss.finish()
     assert loss.values_correlation.mean() < 0.4
@@ -108,7 +108,7 @@ def test_any_invertible_map_of_either_side_leaves_the_loss() -> None:
     loss, student, target, valid = fitted(ridge=1e-9, dim=2)
     weight = valid[:, None].expand(-1, 2, -1).double()
     turned = Cache(values=target.values @ draw(8, 4, 4) + 3)
-    again = SharedSpace(ridge=1e-9, dim=2).build(teacher=TARGET, student=STUDENT).double()
+    again = SharedSpaceConfig(ridge=1e-9, dim=2).build(teacher=TARGET, student=STUDENT).double()
     again.observe(student, turned, valid)
     again.finish()
     torch.testing.assert_close(
@@ -146,7 +146,7 @@ def test_whitening_what_does_not_vary_is_zero() -> None:
 
 
 def test_use_before_data_and_too_little_data_are_said() -> None:
-    loss = SharedSpace().build(teacher=TARGET, student=STUDENT)
+    loss = SharedSpaceConfig().build(teacher=TARGET, student=STUDENT)
     student, target, valid = sides()
     with pytest.raises(KavaError, match="used before it has seen data"):
         loss(student, target, torch.ones(BATCH, 2, TIME))

@@ -8,13 +8,13 @@ import torch
 
 from kava_core.protocols.axes import Geometry
 from kava_core.protocols.timeline import Timeline
-from kava_plugins.time_warpers import CharIoU
+from kava_plugins.time_warpers import CharIoUConfig
 
 GEOMETRY = Geometry(layer=1, head=1, dim=2, qhead=1, hidden=2)
 
 
 def warper(**fields):
-    return CharIoU(**fields).build(teacher=GEOMETRY, student=GEOMETRY)
+    return CharIoUConfig(**fields).build(teacher=GEOMETRY, student=GEOMETRY)
 
 
 def timeline(examples, *, left=0, right=0):

@@ -13,7 +13,7 @@ import torch
 from tokenizers import normalizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from kava_core.data import trainers
+from kava_core.data import tokenizer_training
 from kava_core.protocols.timeline import Timeline
 from kava_core.specfile.sections.models import TrainTokenizer
 from tests.plugins.time_warpers.char_iou_reference import check, timeline, warper
@@ -40,7 +40,7 @@ SEEN = [
 
 
 def trained(kind, vocab_size, texts=SEEN):
-    return trainers.train(TrainTokenizer(kind=kind, vocab_size=vocab_size), texts)
+    return tokenizer_training.train_on_texts(TrainTokenizer(kind=kind, vocab_size=vocab_size), texts)
 
 
 def decomposed():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kava_core.protocols.axes import Cache, Geometry
-from kava_plugins.time_warpers import Crop, Random, Uniform
+from kava_plugins.time_warpers import CropConfig, RandomConfig, UniformConfig
 from tests.support.pipeline_helpers import timeline
 
 torch.set_num_threads(1)
@@ -21,7 +21,7 @@ def built(declaration):
 def drawn(line, count, seed=0):
     torch.manual_seed(seed)
     keys = torch.full((len(line.mask), GEOMETRY.layer, GEOMETRY.head, line.mask.shape[1], 4), torch.nan)
-    return built(Random).choose(Cache(keys=keys), line, count)
+    return built(RandomConfig).choose(Cache(keys=keys), line, count)
 
 
 def reasoning_of(line, b):
@@ -81,7 +81,9 @@ STUDENTS = {
 
 @pytest.mark.parametrize("student", STUDENTS.values(), ids=STUDENTS)
 @pytest.mark.parametrize(
-    ("declaration", "read"), [(Uniform, evenly), (Crop, lambda k, count, tokens: k)], ids=["uniform", "crop"]
+    ("declaration", "read"),
+    [(UniformConfig, evenly), (CropConfig, lambda k, count, tokens: k)],
+    ids=["uniform", "crop"],
 )
 def test_the_same_tokens_of_all_layers(declaration, read, student):
     teacher = timeline(*SIZES, left=2, right=1)
@@ -93,10 +95,10 @@ def test_the_same_tokens_of_all_layers(declaration, read, student):
 def test_evictors_map_slot_to_token():
     """A latent student costs nothing; beside other text the k-th reasoning token reads slot k."""
     teacher = timeline((2, 3, 1), (2, 9, 1))
-    latent = built(Random)(teacher, timeline((0, 4, 0), (0, 4, 0)))
+    latent = built(RandomConfig)(teacher, timeline((0, 4, 0), (0, 4, 0)))
     assert latent.identity
     assert latent.valid.tolist() == [[True, True, True, False], [True] * 4]
-    text = built(Random)(teacher, timeline((1, 4, 1), (2, 3, 1)))
+    text = built(RandomConfig)(teacher, timeline((1, 4, 1), (2, 3, 1)))
     wanted = torch.zeros(2, 6, 6)
     wanted[0, [1, 2, 3], [0, 1, 2]] = 1
     wanted[1, [2, 3, 4], [0, 1, 2]] = 1

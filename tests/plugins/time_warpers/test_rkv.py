@@ -9,8 +9,8 @@ import torch
 
 from kava_core.protocols.axes import Cache, Geometry
 from kava_core.protocols.timeline import Timeline
-from kava_plugins.time_warpers import Rkv
-from kava_plugins.time_warpers.reasoning import highest
+from kava_plugins.time_warpers import RkvConfig
+from kava_plugins.time_warpers._reasoning import highest
 from kava_plugins.time_warpers.rkv import redundancy
 from tests.support.pipeline_helpers import timeline
 
@@ -22,7 +22,7 @@ like one another as the other way round, so λ = 0 leaves them to rounding."""
 
 
 def warper(weight=0.1):
-    return Rkv(weight=weight).build(teacher=GEOMETRY, student=GEOMETRY)
+    return RkvConfig(weight=weight).build(teacher=GEOMETRY, student=GEOMETRY)
 
 
 def padded(sizes, *, left=2, right=1):

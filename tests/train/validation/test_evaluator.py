@@ -14,9 +14,9 @@ from torch import Tensor
 
 from kava_core.build.data import Data, make_data
 from kava_core.build.distiller import make_distiller
-from kava_core.data.examples import render
+from kava_core.data.encode import NO_LABEL
+from kava_core.data.examples import render_example
 from kava_core.distill.distiller import Distiller
-from kava_core.distill.student_pass import IGNORED
 from kava_core.runs import checkpoint
 from kava_core.train.run import run
 from kava_core.train.validation.collapse_monitor import CollapseMonitor
@@ -48,7 +48,7 @@ def token_losses(distiller: Distiller, data: Data) -> list[float]:
     for item in data.validation_items:
         logits = student(input_ids=item.student.input_ids[None]).logits[0]
         for t in range(1, len(item.student.input_ids)):
-            if item.student.labels[t] != IGNORED:
+            if item.student.labels[t] != NO_LABEL:
                 exponents = [math.exp(x) for x in logits[t - 1].tolist()]
                 losses.append(-math.log(exponents[int(item.student.labels[t])] / sum(exponents)))
     distiller.student.float()
@@ -120,7 +120,8 @@ def test_exact_match_counts_right_answers(tmp_path: Path, monkeypatch: pytest.Mo
     evaluator, distiller, data = setup(tmp_path, evaluate={"generate": True, "max_new_tokens": 9})
     examples = data.validation_items.examples
     right = [
-        render(e, evaluator.template).text[len(render(e, evaluator.template).prompt) :] for e in examples
+        render_example(e, evaluator.template).text[len(render_example(e, evaluator.template).prompt) :]
+        for e in examples
     ]
     texts = [f" #{(int(e.answer) + 1) % 10}" if i % 3 == 0 else right[i] for i, e in enumerate(examples)]
     texts[1] = examples[1].answer
@@ -139,7 +140,7 @@ def test_no_labelled_token_gives_no_nan(tmp_path: Path) -> None:
 
     def unlabelled(items: list[Any]) -> dict[str, Any]:
         batch = collate(items)
-        batch["student"]["labels"] = torch.full_like(batch["student"]["labels"], IGNORED)
+        batch["student"]["labels"] = torch.full_like(batch["student"]["labels"], NO_LABEL)
         return batch
 
     evaluator.collator = unlabelled  # type: ignore[assignment]

@@ -25,7 +25,7 @@ from kava_core.experiment.report.figures.drawing import (
 from kava_core.experiment.report.pages.blocks import Block, Gallery, Paragraph, Picture, Section, Table
 from kava_core.experiment.report.pages.text import amount, plain, words, written
 from kava_core.experiment.tables import average, number
-from kava_core.specfile.sections.compare import STEPS
+from kava_core.specfile.sections.compare import STEPS_TO_TARGET
 
 GIB = 2**30
 
@@ -52,7 +52,7 @@ def _table(found: Found) -> Table:
     head = ["variant", "complete", "failed", f"{metric}, mean", "± SD", "student tokens", "teacher tokens"]
     head += [
         "FLOPs",
-        *(["FLOPs to the target"] if found.compare.metric == STEPS else []),
+        *(["FLOPs to the target"] if found.compare.metric == STEPS_TO_TARGET else []),
         "seconds",
         "peak memory, GiB",
         "each seed",
@@ -73,7 +73,7 @@ def _cells(found: Found, variant: str) -> Iterator[str]:
     yield number(stdev(values)) if len(values) > 1 and whole else "–"
     for budget in BUDGETS:
         yield amount(average(run.compute.get(budget) for run in done))
-    if found.compare.metric == STEPS:
+    if found.compare.metric == STEPS_TO_TARGET:
         spent = [_to_target(run, by_seed.get(seed)) for seed, run in those.items()]
         yield amount(average(spent))
     yield amount(average(run.compute.get("seconds") for run in done))

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kava_plugins.kv_losses import Divergence
-from kava_plugins.kv_losses.row_blocks import Masking, Side
+from kava_plugins.kv_losses._row_blocks import Masking, Side
 
 ROWS, KEYS = 64, 64
 """Extents of a tile."""
@@ -30,7 +30,7 @@ NARROWEST = 16
 
 
 def fused(mine: Side, theirs: Side, weight: Tensor, masking: Masking, kind: Divergence) -> Tensor:
-    """As ``attention_divergence.portable``."""
+    """As ``_attention_divergence.portable``."""
     weight = weight / mine.queries.shape[1]
     orders = {"forward": [(mine, theirs)], "reverse": [(theirs, mine)]}
     orders["jeffreys"] = orders["forward"] + orders["reverse"]

@@ -20,22 +20,22 @@ from kava_core.specfile.sections.models import TrainTokenizer
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 
 
-def train(spec: TrainTokenizer, texts: Sequence[str]) -> Tokenizer:
+def train_on_texts(spec: TrainTokenizer, texts: Sequence[str]) -> Tokenizer:
     """A tokenizer of at most ``spec.vocab_size`` tokens; SpecError where so few cannot spell the texts."""
     try:
-        tokenizer = KINDS[spec.kind](texts, spec.vocab_size)
+        tokenizer = TRAINERS[spec.kind](texts, spec.vocab_size)
     except Exception as error:  # the Rust library raises bare Exception
-        raise _too_small(spec, str(error)) from error
+        raise _training_error(spec, str(error)) from error
     if (size := tokenizer.get_vocab_size()) > spec.vocab_size:
-        raise _too_small(spec, f"its characters and special tokens alone need {size}")
+        raise _training_error(spec, f"its characters and special tokens alone need {size}")
     return tokenizer
 
 
-def _too_small(spec: TrainTokenizer, why: str) -> SpecError:
+def _training_error(spec: TrainTokenizer, why: str) -> SpecError:
     return SpecError(f"tokenizer: cannot train {spec.kind!r} with vocab_size={spec.vocab_size}: {why}")
 
 
-def _chars(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+def _train_chars(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     """The most frequent characters, in order of code points."""
     counts = Counter(character for text in texts for character in text)
     special = [PAD, EOS, UNK]
@@ -48,7 +48,7 @@ def _chars(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+def _train_bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     """Byte-level: all 256 bytes are tokens, nothing is unknown."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -63,7 +63,7 @@ def _bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _unigram(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+def _train_unigram(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     """As SentencePiece does it, with no space put before the text; every line break is a token of its own."""
     special = [PAD, EOS, UNK]
     tokenizer = Tokenizer(models.Unigram())
@@ -74,13 +74,13 @@ def _unigram(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     pieces = json.loads(tokenizer.to_str())["model"]["vocab"]
-    settled = _settled({piece: score for piece, score in pieces if piece not in special})
+    settled = _reproducible_pieces({piece: score for piece, score in pieces if piece not in special})
     tokenizer.model = models.Unigram([(token, 0.0) for token in special] + settled, unk_id=special.index(UNK))
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
     return tokenizer
 
 
-def _settled(scores: dict[str, float]) -> list[tuple[str, float]]:
+def _reproducible_pieces(scores: dict[str, float]) -> list[tuple[str, float]]:
     """The pieces in an order, and with scores, that are the same in every run.
 
     The trainer walks through hash tables of random order: sums differ in their last digits, and characters
@@ -95,7 +95,7 @@ def _settled(scores: dict[str, float]) -> list[tuple[str, float]]:
     return sorted(rounded.items(), key=lambda item: (-item[1], item[0]))
 
 
-def _wordpiece(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+def _train_wordpiece(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     """Words and runs of punctuation, in pieces; pieces that continue a word begin with ``##``."""
     split = pre_tokenizers.Whitespace()
     tokenizer = Tokenizer(models.WordPiece(unk_token=UNK))
@@ -113,10 +113,10 @@ def _wordpiece(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     return plain
 
 
-KINDS: dict[str, Callable[[Sequence[str], int], Tokenizer]] = {
-    "chars": _chars,
-    "bpe": _bpe,
-    "unigram": _unigram,
-    "wordpiece": _wordpiece,
+TRAINERS: dict[str, Callable[[Sequence[str], int], Tokenizer]] = {
+    "chars": _train_chars,
+    "bpe": _train_bpe,
+    "unigram": _train_unigram,
+    "wordpiece": _train_wordpiece,
 }
 """``kind`` of ``TrainTokenizer`` to the function that trains it."""

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kava_core.kv.maths.masks import live, select, widen, without_autocast
 from kava_core.protocols.axes import Cache
-from kava_plugins.kv_losses import AttentionKL, Divergence, Structural
-from kava_plugins.kv_losses.row_blocks import Compare, Masking, Side, of_one_dtype, sum_of_rows
+from kava_plugins.kv_losses import AttentionKLConfig, Divergence, StructuralConfig
+from kava_plugins.kv_losses._row_blocks import Compare, Masking, Side, of_one_dtype, sum_of_rows
 
 LN2 = log(2)
 
@@ -53,7 +53,10 @@ def attention_divergence(
 
 
 def between_caches(
-    student: Cache, target: Cache, weight: Float[Tensor, "batch layer time"], config: AttentionKL | Structural
+    student: Cache,
+    target: Cache,
+    weight: Float[Tensor, "batch layer time"],
+    config: AttentionKLConfig | StructuralConfig,
 ) -> Float[Tensor, ""]:
     """``attention_divergence`` of two caches, as a declaration says."""
     mine, theirs = (dict(cache.items()) for cache in (student, target))
@@ -85,7 +88,7 @@ Backend = Callable[[Side, Side, Tensor, Masking, Divergence], Tensor]
 def _backend(mine: Side) -> Backend:
     if mine.queries.device.type == "cuda" and mine.queries.dtype == torch.float32:
         try:
-            from kava_plugins.kv_losses.attention_divergence_triton import fused
+            from kava_plugins.kv_losses._attention_divergence_triton import fused
         except ImportError:
             return portable
         return fused

@@ -1,0 +1,96 @@
+"""Show data to components that want it before the first step. Nothing here has gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kava_core.config import Part
+from kava_core.distill.distiller import Distiller
+from kava_core.distill.teachers import time_map_of
+from kava_core.kv.capture.evaluation_mode import evaluation_mode
+from kava_core.kv.compare.pipeline import KVPipeline
+from kava_core.kv.compare.values import NO_FUSER_INPUTS, Aligned
+from kava_core.protocols.axes import Cache
+from kava_core.protocols.timeline import Timeline
+
+
+@torch.no_grad()
+def calibrate_projectors(distiller: Distiller, batch: Mapping[str, Any]) -> None:
+    """Show one batch of everyone's cache to every projector that wants to see data."""
+    timeline = Timeline.from_batch(batch["student"])
+    student = student_cache_without_dropout(distiller, batch["student"])
+    for aligner, teacher in zip(distiller.pipeline.teachers, distiller.teachers, strict=True):
+        if aligner.wants_calibration:
+            side = batch["teachers"][teacher.name]
+            cache = teacher.cache(side).map(_as_float32)
+            aligner.observe(cache, student, time_map_of(aligner, side, timeline))
+
+
+def finish_projectors(pipeline: KVPipeline) -> None:
+    """Compute every calibrated projection from what was observed."""
+    for aligner in pipeline.teachers:
+        if aligner.wants_calibration:
+            aligner.dim_projector.finish()
+
+
+@torch.no_grad()
+def show_fuser(distiller: Distiller, batch: Mapping[str, Any]) -> None:
+    """Show one batch of aligned targets to a fuser that wants to see data."""
+    pipeline = distiller.pipeline
+    student = student_cache_without_dropout(distiller, batch["student"])
+    view = pipeline.teachers[0].view_of(student)
+    context = pipeline.fusion_context(view, aligned_targets(distiller, batch), NO_FUSER_INPUTS)
+    pipeline.fuser.observe(context)
+
+
+@torch.no_grad()
+def show_losses(distiller: Distiller, batch: Mapping[str, Any]) -> None:
+    """Show one batch to the losses that want to see data."""
+    student = student_cache_without_dropout(distiller, batch["student"])
+    distiller.pipeline.show_losses(student, aligned_targets(distiller, batch))
+
+
+def aligned_targets(
+    distiller: Distiller, batch: Mapping[str, Any], pipeline: KVPipeline | None = None
+) -> list[Aligned]:
+    """Return every teacher's target of a batch; all teachers run.
+
+    Args:
+        distiller: whose teachers.
+        batch: the collator's.
+        pipeline: whose aligners; None: the distiller's.
+    """
+    timeline = Timeline.from_batch(batch["student"])
+    pipeline = distiller.pipeline if pipeline is None else pipeline
+    aligned, _ = distiller.alignment.targets.read_targets(batch["teachers"], timeline, pipeline)
+    return aligned
+
+
+@torch.no_grad()
+def student_cache_without_dropout(distiller: Distiller, side: Mapping[str, Tensor]) -> Cache:
+    """Return the student's cache in evaluation mode, in float32; unrotated with ``rotary: match``.
+
+    The student runs where its weights are; the cache comes back to where the batch is.
+    """
+    student, home = distiller.student, side["segments"].device
+    device = next(student.parameters()).device
+    side = {name: x.to(device) for name, x in side.items() if name != "tasks"}
+    capture = distiller.capture_student("keep" if distiller.rotary == "keep" else "strip")
+    with evaluation_mode(student):
+        if distiller.latents is None:
+            with capture:
+                student.base_model(
+                    input_ids=side["input_ids"], attention_mask=side["attention_mask"], use_cache=False
+                )
+        else:
+            distiller.run_student(side, capture)
+    cache = distiller.compared_positions(capture.take(), side)
+    return cache.map(lambda x, part: _as_float32(x, part).to(home))
+
+
+def _as_float32(x: Tensor, _: Part) -> Tensor:
+    return x.float()
