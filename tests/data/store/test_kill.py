@@ -55,7 +55,7 @@ def attempt(folder, border):
     cache.StoreWriter = Small
     exec(border)
     made = tiny.spec(store={"folder": folder, "dtype": "bfloat16"}, data={"train": 24})
-    cache.cache(made, seed=0)
+    cache.write_store(made, seed=0)
 
 for line in sys.stdin:
     pid = os.fork()
