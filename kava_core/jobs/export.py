@@ -10,7 +10,7 @@ from typing import Any
 
 from kava_core.errors import CheckpointError, KavaError
 from kava_core.runs import checkpoint
-from kava_core.runs.finished import finished_record, verify_student
+from kava_core.runs.folder import Folder
 from kava_core.train.save_student import USES, _reason, loader
 
 CARD = """---
@@ -36,22 +36,23 @@ Data: {data}
 """
 
 
-def export(run: Path, target: Path) -> None:
+def export(path: Path, target: Path) -> None:
     """Copy a finished run's student to ``target`` with a model card.
 
     Raises:
-        SpecError: ``run`` is no finished run.
+        SpecError: ``path`` is no finished run.
         CheckpointError: the run directory is damaged, its student missing or altered.
         KavaError: ``target`` exists and is not an empty folder, or cannot be written.
     """
-    record = finished_record(run)
-    verify_student(run / "student")
+    run = Folder(path)
+    record = run.finished_record()
+    run.verify_student()
     card = _card(run, record)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise KavaError(f"{target}: exists already; give a new folder")
     staging = target.with_name(f"{target.name}.{os.getpid()}.staging")
     try:
-        shutil.copytree(run / "student", staging, ignore=shutil.ignore_patterns(checkpoint.MANIFEST))
+        shutil.copytree(run.student, staging, ignore=shutil.ignore_patterns(checkpoint.MANIFEST))
         (staging / "README.md").write_text(card, encoding="utf-8")
         if target.exists():
             target.rmdir()
@@ -62,12 +63,12 @@ def export(run: Path, target: Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _card(run: Path, record: dict[str, Any]) -> str:
+def _card(run: Folder, record: dict[str, Any]) -> str:
     rows = "\n".join(
         f"| {name} | {value:.6g} |" for name, value in record["results"].items() if name != "steps"
     )
     return CARD.format(
-        use=f"Load it with `{loader(run / 'student')}.from_pretrained`; {USES[loader(run / 'student')]}.",
+        use=f"Load it with `{loader(run.student)}.from_pretrained`; {USES[loader(run.student)]}.",
         name=record["name"],
         version=record["versions"].get("kava", "from source"),
         variant=record["variant"],
@@ -75,7 +76,7 @@ def _card(run: Path, record: dict[str, Any]) -> str:
         steps=record["results"]["steps"],
         rows=rows,
         data=json.dumps(record["data"]),
-        spec=_spec(run / "spec.json"),
+        spec=_spec(run.spec_file),
     )
 
 

@@ -36,7 +36,7 @@ from kava_core.models.placement import SHARDED
 from kava_core.models.student import compile_forward
 from kava_core.processes import is_main, world_size
 from kava_core.runs import checkpoint
-from kava_core.runs.folder import FAILURE, RunDir
+from kava_core.runs.folder import Folder
 from kava_core.specfile.questions import used_teachers
 from kava_core.specfile.sections.models import ModelSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
@@ -81,7 +81,7 @@ def run(spec: PipelineSpec, *, variant: str, seed: int, wait: bool = False) -> R
         KavaError: another run holds the directory, or the disk is full.
         Preempted: stopped by a signal; everything is saved (exit code 75).
     """
-    folder = RunDir(spec, variant, seed)
+    folder = Folder.planned(spec, variant, seed)
     with folder.lock(wait=wait) if is_main() else nullcontext():
         _meet()
         if folder.complete:
@@ -93,10 +93,10 @@ def run(spec: PipelineSpec, *, variant: str, seed: int, wait: bool = False) -> R
 
 
 @contextmanager
-def _failure_noted(folder: RunDir) -> Iterator[None]:
+def _failure_noted(folder: Folder) -> Iterator[None]:
     """What ends the run, other than a request to stop, is written down beside it."""
     if is_main():
-        (folder.path / FAILURE).unlink(missing_ok=True)
+        folder.forget_failure()
     try:
         yield
     except Preempted:
@@ -120,7 +120,7 @@ def with_trained_models(spec: PipelineSpec) -> PipelineSpec:
     return spec.model_copy(update={"teachers": teachers, "student": _trained(spec, spec.student)})
 
 
-def _same_data(spec: PipelineSpec, folder: RunDir) -> None:
+def _same_data(spec: PipelineSpec, folder: Folder) -> None:
     """SpecError where a finished run was trained on other examples than the spec's files hold now."""
     if not load_splits(spec.data, root=Path.cwd()).same_as(folder.record()["data"]):
         raise SpecError(f"{folder.path}: the data changed since this run ended; give the run another name")
@@ -132,21 +132,21 @@ def _trained(spec: PipelineSpec, model: M) -> M:
         return model
     plan = pretraining_spec(spec, model)
     result = run(plan, variant=pretraining_name(spec, model), seed=plan.seeds[0], wait=True)
-    path = str(result.folder / "student")
+    path = str(Folder(result.folder).student)
     return model.model_copy(update={"path": path, "tokenizer": path, "config": None, "pretrain": None})
 
 
-def _train(spec: PipelineSpec, folder: RunDir) -> None:
+def _train(spec: PipelineSpec, folder: Folder) -> None:
     with quiet():
         _train_quietly(spec, folder)
 
 
-def _train_quietly(spec: PipelineSpec, folder: RunDir) -> None:
+def _train_quietly(spec: PipelineSpec, folder: Folder) -> None:
     with StopOnSignal() as stop:
         spec, data = with_store(spec, make_data(spec, folder.spec.teachers), seed=folder.seed)
         if is_main():
             folder.check_data(data.report())
-        spec = with_measured_maps(spec, folder.path / "layer_maps", data, seed=folder.seed)
+        spec = with_measured_maps(spec, folder.layer_maps, data, seed=folder.seed)
         if is_main():
             store = {} if data.store is None else {"store": str(data.store.folder)}
             learnt = {"pretraining_data": pretraining_report(folder.spec)}
@@ -177,7 +177,7 @@ def _train_quietly(spec: PipelineSpec, folder: RunDir) -> None:
         raise Preempted(f"{folder.path}: finished; {stop.received.name} stops what comes after it")
 
 
-def _recovered(folder: RunDir) -> Path | None:
+def _recovered(folder: Folder) -> Path | None:
     """The checkpoint to go on from, chosen by one process for all; what is damaged is reported on stderr."""
     chosen: list[Path | None] = [None]
     if is_main():
@@ -189,13 +189,13 @@ def _recovered(folder: RunDir) -> Path | None:
     return broadcast_object_list(chosen)[0]
 
 
-def _stopped(folder: RunDir, stop: StopOnSignal, step: int) -> str:
+def _stopped(folder: Folder, stop: StopOnSignal, step: int) -> str:
     name = stop.received.name if stop.received else "a signal"
     return f"{folder.path}: stopped by {name} at step {step}, saved; run the same command again to go on"
 
 
 def _trainer(
-    spec: PipelineSpec, folder: RunDir, data: Data, distiller: Distiller, stop: StopOnSignal
+    spec: PipelineSpec, folder: Folder, data: Data, distiller: Distiller, stop: StopOnSignal
 ) -> KavaTrainer:
     evaluator = Evaluator(
         data.validation_items,
@@ -203,8 +203,8 @@ def _trainer(
         data.tokenizer,
         spec.data.template,
         spec.evaluate,
-        folder.samples,
-        CollapseMonitor(folder.path / "before_training.safetensors"),
+        folder,
+        CollapseMonitor(folder.before_training),
     )
     ledger = Ledger(step_passes(spec.student))
     distiller.attach_ledger(ledger)
@@ -237,7 +237,7 @@ def _trainer(
     return trainer
 
 
-def _finish(trainer: KavaTrainer, folder: RunDir, data: Data, spec: PipelineSpec) -> None:
+def _finish(trainer: KavaTrainer, folder: Folder, data: Data, spec: PipelineSpec) -> None:
     distiller = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     ledger, memory = trainer.ledger, gather_object([trainer.ledger.peak()])
     counts = gather_object([ledger.state()])
@@ -253,7 +253,7 @@ def _finish(trainer: KavaTrainer, folder: RunDir, data: Data, spec: PipelineSpec
     trainer.accelerator.wait_for_everyone()
 
 
-def _keep_attention(distiller: Distiller, folder: RunDir, data: Data, spec: PipelineSpec) -> None:
+def _keep_attention(distiller: Distiller, folder: Folder, data: Data, spec: PipelineSpec) -> None:
     """Not of latent tokens, which stand for no text, nor of teachers that all processes would have to run."""
     if spec.trajectory == "latent" or spec.student.encoder:
         return
@@ -263,7 +263,7 @@ def _keep_attention(distiller: Distiller, folder: RunDir, data: Data, spec: Pipe
     # Texts of all sides, also where training reads a store and this collator brings targets instead.
     batch = Collator.__call__(data.plain_collator, [data.validation_items[0]])
     with torch.compiler.set_stance("force_eager"):
-        keep_attention(folder.path, {"student": distiller.student, **teachers}, batch, tokenizers)
+        keep_attention(folder, {"student": distiller.student, **teachers}, batch, tokenizers)
 
 
 def _last_evaluation(state: TrainerState) -> dict[str, float]:

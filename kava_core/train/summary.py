@@ -12,7 +12,7 @@ from rich.table import Table
 
 from kava_core.console import print_whole
 from kava_core.distill.hidden_states import CODI, READING, STEPS
-from kava_core.runs.folder import RECORD, read_record
+from kava_core.runs.folder import Folder
 from kava_core.runs.metrics import read_metrics
 from kava_core.train.run import Result
 from kava_core.train.validation.collapse_monitor import PREFIX
@@ -37,7 +37,7 @@ def show(results: Sequence[Result]) -> None:
 
 def skills(results: Sequence[Result]) -> list[str]:
     """A line for every model that was trained on the spot: a student is not better than what it is shown."""
-    models = [read_record(one.folder / RECORD).get("models", {}) for one in results]
+    models = [Folder(one.folder).record().get("models", {}) for one in results]
     found = {
         f"{name}: trained on the spot; validation {_skill(facts['results'])}": None
         for one in models
@@ -161,7 +161,7 @@ NOT_KV = {f"eval_{name}" for name in ("ce", "perplexity", "exact_match", "passes
 
 
 def _evaluations(result: Result) -> list[dict[str, Any]]:
-    return [line for line in read_metrics(result.folder / "metrics.jsonl") if "eval_ce" in line]
+    return [line for line in read_metrics(Folder(result.folder).metrics) if "eval_ce" in line]
 
 
 def _curves(lines: list[dict[str, Any]], name: str) -> Curves:

@@ -347,7 +347,7 @@ class KavaTrainer(Trainer):
     def _stage(self, model: nn.Module, trial: Any) -> Path:
         self._staging = True
         super()._save_checkpoint(model, trial)
-        staged = Path(self._get_output_dir()) / f"checkpoint-{self.state.global_step}"
+        staged = checkpoint.path_of_step(Path(self._get_output_dir()), self.state.global_step)
         self._means.save(staged / self._of_process("means"))
         self.ledger.save(staged / self._of_process("ledger"))
         return staged
@@ -362,7 +362,7 @@ class KavaTrainer(Trainer):
 
     def _describe_unwritten(self, error: Exception) -> str:
         said = (str(error).splitlines() or [type(error).__name__])[0]
-        where = self.checkpoints / f"checkpoint-{self.state.global_step}"
+        where = checkpoint.path_of_step(self.checkpoints, self.state.global_step)
         return f"{where}: cannot be written: {said}; earlier checkpoints are untouched. Is the disk full?"
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -48,7 +48,7 @@ def evaluate_run(
     for line in track(writing, "answers", total=len(examples), console=Console(stderr=True), transient=True):
         lines.append(line)
     label = "validation" if file is None else file.stem
-    folder = output or run / "evals" / f"{label}-{split_hash(examples)[:8]}"
+    folder = output or student.run.evaluations / f"{label}-{split_hash(examples)[:8]}"
     found = summary(student, examples, lines, {"file": str(file or "the run's own"), **asdict(settings)})
     before = write(folder, lines, found)
     low, high = found["wilson_95"]

@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from kava_core.build.provenance import file_hash
 from kava_core.data.dataset import split_nearly_equal
 from kava_core.data.examples import Example, is_correct, render_example
 from kava_core.data.jsonl import read_examples
 from kava_core.data.splits import Splits, load_splits, split_hash
 from kava_core.errors import SpecError
 from kava_core.jobs.evaluate.student import Student
+from kava_core.json_files import write_json
 from kava_core.models.config import check_answer_fits
-from kava_core.paths import make_folder
-from kava_core.runs.folder import environment, write_json
+from kava_core.paths import file_hash, make_folder
+from kava_core.runs.record import environment
 from kava_core.train.validation.answers import Answers
 
 LEVEL = 1.959963984540054
@@ -89,7 +89,7 @@ def summary(
     """The numbers, and everything they depend on."""
     right = sum(line["correct"] for line in lines)
     low, high = wilson(right, len(lines))
-    weights = sorted((student.run / "student").glob("*.safetensors"))
+    weights = sorted(student.run.student.glob("*.safetensors"))
     return {
         "exact_match": right / len(lines),
         "correct": right,

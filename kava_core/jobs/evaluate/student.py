@@ -17,7 +17,8 @@ from kava_core.errors import SpecError
 from kava_core.latent.collate import LatentCollator
 from kava_core.latent.exported import load_latents
 from kava_core.models.student import load_student
-from kava_core.runs.finished import finished_record, finished_spec, trained_student, verify_student
+from kava_core.runs.folder import Folder
+from kava_core.runs.saved_models import trained_student
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
 
@@ -25,7 +26,7 @@ from kava_core.specfile.sections.pipeline import PipelineSpec
 class Student:
     """What answers, and how its prompts are made."""
 
-    run: Path
+    run: Folder
     spec: PipelineSpec
     record: dict[str, Any]
     distiller: Distiller
@@ -33,27 +34,28 @@ class Student:
     collator: Collator
 
 
-def load_answering(run: Path) -> Student:
+def load_answering(path: Path) -> Student:
     """Load a finished run's student in evaluation mode, on a GPU if there is one.
 
     Raises:
         SpecError: the run is not finished.
         CheckpointError: its directory is damaged.
     """
-    record, spec = finished_record(run), finished_spec(run)
+    run = Folder(path)
+    record, spec = run.finished_record(), run.spec
     if spec.student.encoder:
         raise SpecError(f"{run}: its student is an encoder, which writes no answers")
-    verify_student(run / "student")
+    run.verify_student()
     with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(run / "student")
-        own = trained_student(spec, run)
+        tokenizer = AutoTokenizer.from_pretrained(run.student)
+        own = trained_student(run)
         student = load_student(own, tokenizer, seed=0)
     latent = None
     collator = Collator(tokenizer, {}, spec.data.template)
     if spec.trajectory == "latent":
         alone = spec.model_copy(update={"codi": None, "teachers": ()})
         latent = make_latent(alone, student, seed=0)
-        latent.tokens.load_state_dict(load_latents(run / "student").state_dict())
+        latent.tokens.load_state_dict(load_latents(run.student).state_dict())
         collator = LatentCollator(tokenizer, {}, spec.data.template, latent=spec.latent)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     distiller = Distiller(student, latent=latent).to(device).eval()

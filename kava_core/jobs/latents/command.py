@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -19,8 +18,8 @@ from kava_core.jobs.latents.cosine_map import Maps, Sums, comparable, cosine_map
 from kava_core.jobs.latents.cosine_picture import draw_cosines
 from kava_core.jobs.latents.decoded_tokens import likely_tokens, slot_logits, written_tokens
 from kava_core.jobs.latents.finished_run import FinishedRun, finished_run
+from kava_core.json_files import finite_or_null, write_json
 from kava_core.paths import make_folder
-from kava_core.runs.folder import write_json
 
 SHOWN = 4
 """Examples that are printed; all of them are in the file."""
@@ -164,7 +163,6 @@ def _of_sums(sums: Sums) -> dict[str, Any]:
 
 
 def _rows(x: Tensor) -> list[list[float | None]]:
-    return [
-        [round(value, 6) if known else None for value, known in zip(*pair, strict=True)]
-        for pair in zip(x.tolist(), torch.isfinite(x).tolist(), strict=True)
-    ]
+    rounded = [[round(value, 6) for value in row] for row in x.tolist()]
+    rows: list[list[float | None]] = finite_or_null(rounded)
+    return rows

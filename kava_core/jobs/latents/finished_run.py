@@ -21,13 +21,8 @@ from kava_core.distill.distiller import Distiller
 from kava_core.errors import CheckpointError, SpecError
 from kava_core.latent.exported import load_latents
 from kava_core.runs import checkpoint
-from kava_core.runs.finished import (
-    finished_record,
-    finished_spec,
-    from_folder,
-    trained_student,
-    verify_student,
-)
+from kava_core.runs.folder import Folder
+from kava_core.runs.saved_models import model_in_folder, trained_student
 from kava_core.specfile.questions import active_losses, used_teachers
 from kava_core.specfile.sections.models import TeacherSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
@@ -58,18 +53,19 @@ class FinishedRun:
             yield made | {"student": self.distiller.at_curriculum_stage(made["student"])}
 
 
-def finished_run(run: Path) -> FinishedRun:
-    """Load ``run``.
+def finished_run(path: Path) -> FinishedRun:
+    """Load a run from its directory.
 
     Raises:
         SpecError: no finished run with latent tokens; or the data, or a model's folder, are not what they
             were.
         CheckpointError: the run directory is damaged.
     """
-    record = finished_record(run)
+    run = Folder(path)
+    record = run.finished_record()
     spec = _spec(run)
-    verify_student(run / "student")
-    last = run / "checkpoints" / f"checkpoint-{record['results']['steps']}"
+    run.verify_student()
+    last = run.checkpoint_at(record["results"]["steps"])
     missing = _missing(spec, record, last)
     if missing is not None:
         spec = spec.model_copy(update={"losses": (), "teachers": (), "codi": None, "logits": None})
@@ -80,14 +76,14 @@ def finished_run(run: Path) -> FinishedRun:
             raise SpecError(f"{run}: the data changed since this run ended")
         distiller = make_distiller(spec, data, seed=record["seed"])
     assert distiller.latents is not None
-    distiller.latents.load_state_dict(load_latents(run / "student").state_dict())
+    distiller.latents.load_state_dict(load_latents(run.student).state_dict())
     if distiller.pipeline.compared:
         _load_aligners(distiller, last)
     return FinishedRun(spec, data, _placed(distiller, spec), missing)
 
 
-def _spec(run: Path) -> PipelineSpec:
-    spec = finished_spec(run)
+def _spec(run: Folder) -> PipelineSpec:
+    spec = run.spec
     if spec.trajectory != "latent":
         raise SpecError(
             f"{run}: a run with trajectory: {spec.trajectory}; only a latent one has latent tokens"
@@ -120,16 +116,16 @@ def _origin(record: dict[str, Any], teacher: TeacherSpec) -> str:
     return str(record.get("models", {}).get(teacher.name, {}).get("origin", "a known place"))
 
 
-def _with_models(spec: PipelineSpec, record: dict[str, Any], run: Path) -> PipelineSpec:
+def _with_models(spec: PipelineSpec, record: dict[str, Any], run: Folder) -> PipelineSpec:
     """The spec with the trained student as it was saved, and the teachers it had."""
-    teachers = tuple(_teacher(teacher, record, run / "student") for teacher in used_teachers(spec))
-    return spec.model_copy(update={"student": trained_student(spec, run), "teachers": teachers})
+    teachers = tuple(_teacher(teacher, record, run.student) for teacher in used_teachers(spec))
+    return spec.model_copy(update={"student": trained_student(run), "teachers": teachers})
 
 
 def _teacher(teacher: TeacherSpec, record: dict[str, Any], student: Path) -> TeacherSpec:
     if teacher.itself is not None:
-        return from_folder(teacher, student)
-    return from_folder(teacher, _origin(record, teacher)) if _was_trained(teacher) else teacher
+        return model_in_folder(teacher, student)
+    return model_in_folder(teacher, _origin(record, teacher)) if _was_trained(teacher) else teacher
 
 
 def _load_aligners(distiller: Distiller, last: Path) -> None:

@@ -18,8 +18,9 @@ from kava_core.jobs.profile.prepared import compares, refuse
 from kava_core.jobs.profile.profile import Profile, Wanted, profile
 from kava_core.jobs.profile.tables import show, show_verdict, side_by_side
 from kava_core.jobs.profile.warnings import signs
+from kava_core.json_files import write_json
 from kava_core.paths import make_folder
-from kava_core.runs.folder import write_json
+from kava_core.runs.folder import LAYER_MAPS
 from kava_core.specfile.load import LoadedSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.specfile.variants import MAIN, resolve_variants
@@ -45,7 +46,7 @@ def profile_all(
         make_folder(folder)
     console = Console(stderr=format == "json")
     with TemporaryDirectory() as scratch:
-        found = _profiled(loaded, chosen, (folder or Path(scratch)) / "layer_maps", wanted)
+        found = _profiled(loaded, chosen, (folder or Path(scratch)) / LAYER_MAPS, wanted)
     wrong = {name: signs(one) for name, one in found.items()}
     plain = {name: one.json(wrong[name]) for name, one in found.items()}
     if format == "json":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from kava_core.jobs.profile.gate import Gate, gates
 from kava_core.jobs.profile.layers import Entropy, TeacherLayers, own_entropy, teacher_layers
 from kava_core.jobs.profile.prepared import Subject, make_subject
 from kava_core.jobs.profile.stages import Cost, Stage, costs, stages
+from kava_core.json_files import finite_or_null
 from kava_core.registry import Registry
 from kava_core.specfile.sections.compare import CompareSpec, control_changes
 from kava_core.specfile.sections.pipeline import PipelineSpec
@@ -43,7 +42,7 @@ class Profile:
         for name, gate in (self.gates or {}).items():
             if gate is not None:
                 found["gates"][name]["open"] = gate.open
-        return _plain(found)
+        return finite_or_null(found)
 
 
 @dataclass(frozen=True)
@@ -129,11 +128,3 @@ def _notes(subject: Subject, trained: bool) -> list[str]:
     if spec.train.shuffle_teacher:
         found.append("train.shuffle_teacher is not looked at: teachers are the examples' own")
     return found
-
-
-def _plain(x: Any) -> Any:
-    if isinstance(x, Mapping):
-        return {name: _plain(value) for name, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [_plain(value) for value in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from kava_core.json_files import write_json
 from kava_core.kv.capture.attention_layers import without_adapters
-from kava_core.runs.folder import MAPS, TOKENS, write_json
+from kava_core.runs.folder import Folder
 
 LAYERS, LONGEST = 3, 64
 """Layers that are kept, evenly from the first to the last, and tokens."""
@@ -54,7 +54,7 @@ def _eager(model: nn.Module) -> Iterator[None]:
 
 
 def keep_attention(
-    folder: Path,
+    folder: Folder,
     models: Mapping[str, nn.Module],
     batch: Mapping[str, Any],
     tokenizers: Mapping[str, PreTrainedTokenizerBase],
@@ -80,5 +80,5 @@ def keep_attention(
             told[name] = {"unknown": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
             continue
         kept[name], told[name] = maps, {"layers": layers, "tokens": words}
-    save_file({name: x.half().contiguous() for name, x in kept.items()}, folder / MAPS)
-    write_json(folder / TOKENS, told)
+    save_file({name: x.half().contiguous() for name, x in kept.items()}, folder.attention_maps)
+    write_json(folder.attention_tokens, told)

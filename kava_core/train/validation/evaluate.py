@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -22,8 +21,9 @@ from kava_core.data.examples import is_correct
 from kava_core.distill.denominators import EXAMPLES, LABELLED, READ, TOKENS
 from kava_core.distill.distiller import LOGITS, Distiller
 from kava_core.distill.hidden_states import CODI, READING, STEPS
+from kava_core.json_files import write_json
 from kava_core.latent.student import Control
-from kava_core.runs.folder import write_json
+from kava_core.runs.folder import Folder
 from kava_core.specfile.sections.data import Template
 from kava_core.specfile.sections.training import EvaluateSpec
 from kava_core.train.validation.answers import Answers
@@ -40,10 +40,6 @@ SAMPLES = 8
 """Written answers of the newest evaluation that are kept."""
 
 
-CORRECT = "correct.json"
-"""Beside them: which examples were right."""
-
-
 class Evaluator:
     """Evaluates a distiller on the validation split, shared among processes.
 
@@ -53,7 +49,7 @@ class Evaluator:
         tokenizer: the student's.
         template: finds the answer in what the student wrote.
         spec: sizes.
-        samples: file for some written answers of the newest evaluation.
+        folder: keeps some written answers of the newest evaluation, and which were right.
         monitor: watches the aligners on the first validation examples.
     """
 
@@ -64,11 +60,11 @@ class Evaluator:
         tokenizer: Any,
         template: Template,
         spec: EvaluateSpec,
-        samples: Path,
+        folder: Folder,
         monitor: CollapseMonitor,
     ) -> None:
         self.items, self.examples, self.collator = items, items.examples, collator
-        self.tokenizer, self.template, self.spec, self.samples = tokenizer, template, spec, samples
+        self.tokenizer, self.template, self.spec, self.folder = tokenizer, template, spec, folder
         self.monitor = monitor
         self.answers = Answers(collator, tokenizer, spec.max_new_tokens)
 
@@ -138,7 +134,7 @@ class Evaluator:
                     {"prompt": example.prompt, "gold": example.answer, "wrote": text, "correct": correct}
                 )
         if accelerator.is_main_process and control is None:
-            with self.samples.open("w", encoding="utf-8") as stream:
+            with self.folder.samples.open("w", encoding="utf-8") as stream:
                 stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in written[:SAMPLES])
         if control is None:
             self._keep_each(mine, marks, accelerator)
@@ -150,7 +146,7 @@ class Evaluator:
         """Which examples the newest evaluation found right, for resampling; 1 or 0 in their order."""
         everyones: list[tuple[int, bool]] = gather_object(list(zip(mine, marks, strict=True)))
         if accelerator.is_main_process:
-            write_json(self.samples.with_name(CORRECT), [int(mark) for _, mark in sorted(everyones)])
+            write_json(self.folder.correct, [int(mark) for _, mark in sorted(everyones)])
 
 
 def _added(mine: dict[str, float]) -> dict[str, float]:
