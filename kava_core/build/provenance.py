@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from kava_core.build.data import Data
 from kava_core.models.config import model_config
-from kava_core.runs.folder import RECORD, read_record
+from kava_core.paths import file_hash
+from kava_core.runs.folder import LAYER_MAPS, Folder
 from kava_core.specfile.questions import used_components
 from kava_core.specfile.sections.models import ModelSpec, TeacherSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
@@ -24,7 +25,7 @@ def run_provenance(spec: PipelineSpec) -> dict[str, Any]:
     return {
         "models": {"student": model_facts(spec.student)} | teachers,
         "plugins": plugin_facts(spec),
-        "layer_maps": map_facts(spec),
+        LAYER_MAPS: map_facts(spec),
     }
 
 
@@ -41,12 +42,12 @@ def model_facts(model: ModelSpec) -> dict[str, Any]:
         return {"origin": model.path, "commit": commit}
     files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json"))
     hashes = {file.name: file_hash(file) for file in files}
-    return {"origin": model.path, "sha256": hashes, **_teacher_results(folder.parent)}
+    return {"origin": model.path, "sha256": hashes, **_teacher_results(Folder(folder.parent))}
 
 
-def _teacher_results(run: Path) -> dict[str, Any]:
+def _teacher_results(run: Folder) -> dict[str, Any]:
     """Of a finished run of kava's."""
-    record = read_record(run / RECORD) if (run / RECORD).is_file() else {}
+    record = run.record() if run.record_file.is_file() else {}
     return {"results": record["results"]} if record.get("status") == "complete" else {}
 
 
@@ -62,12 +63,6 @@ def plugin_facts(spec: PipelineSpec) -> dict[str, str | None]:
         f"{kind} {config.name}": distributor(type(config).__module__)
         for kind, config in used_components(spec)
     }
-
-
-def file_hash(file: Path) -> str:
-    """sha256 of a file, read piece by piece."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 Subject = dict[str, Any]

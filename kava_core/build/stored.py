@@ -14,7 +14,7 @@ import torch
 from kava_core.build.data import Data
 from kava_core.build.layer_maps import wants_measuring
 from kava_core.build.pipeline import config_geometries, make_pipeline, student_config_geometry
-from kava_core.build.provenance import file_hash, models_of, tokenizer_hash
+from kava_core.build.provenance import models_of, tokenizer_hash
 from kava_core.data.collate import Collator, EncodedExample
 from kava_core.data.examples import Example
 from kava_core.data.splits import split_hash
@@ -32,6 +32,7 @@ from kava_core.data.store.reader import Store
 from kava_core.errors import SpecError
 from kava_core.kv.align.aligner import TeacherAligner
 from kava_core.kv.compare.pipeline import KVPipeline
+from kava_core.paths import file_hash
 from kava_core.protocols.axes import Geometry
 from kava_core.runs import checkpoint
 from kava_core.specfile.questions import compared_parts, used_components, used_teachers

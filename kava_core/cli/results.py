@@ -93,5 +93,6 @@ def latents(
 ) -> None:
     """Show what a run's latent tokens say, and what they resemble."""
     from kava_core.jobs.latents.show_latents import show_latents
+    from kava_core.runs.folder import Folder
 
-    show_latents(run, output or run / "latents", examples=examples, top=top)
+    show_latents(run, output or Folder(run).latents, examples=examples, top=top)

@@ -15,8 +15,8 @@ from kava_core.costs.dry_run import dry_run, sized_config
 from kava_core.costs.flops import alignment_flops, forward_flops
 from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.models.ledger import HEAD, STUDENT
-from kava_core.runs.folder import STORE
 from kava_core.runs.metrics import read_metrics
+from kava_core.runs.record import STORE
 from kava_core.specfile.questions import active_losses
 from kava_core.specfile.sections.pipeline import PipelineSpec
 

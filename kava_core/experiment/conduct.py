@@ -15,10 +15,8 @@ from typing import Any
 
 from kava_core.errors import Preempted
 from kava_core.experiment.progress import Watch
-from kava_core.runs.folder import FAILURE, note_failure
-from kava_core.runs.state import Planned, failure_of, state_of
+from kava_core.runs.folder import Folder
 
-LOG = "log.txt"
 POLL = 0.2
 IMPATIENT = 3
 """Signals after which nothing is waited for."""
@@ -30,7 +28,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.
 class Job:
     """A run at work."""
 
-    run: Planned
+    run: Folder
     process: subprocess.Popen[bytes]
     slot: int
     told: bool = False
@@ -38,8 +36,8 @@ class Job:
 
 
 def conduct(
-    command: Sequence[str], runs: Sequence[Planned], watch: Watch, *, jobs: int, devices: int = 0
-) -> list[Planned]:
+    command: Sequence[str], runs: Sequence[Folder], watch: Watch, *, jobs: int, devices: int = 0
+) -> list[Folder]:
     """Start every run that is not complete, ``jobs`` at a time; what fails does not stop the others.
 
     Args:
@@ -55,9 +53,9 @@ def conduct(
     Raises:
         Preempted: a signal was passed on to all processes, which have saved; or one of them got its own.
     """
-    waiting = [run for run in runs if state_of(run.folder) != "complete"]
+    waiting = [run for run in runs if run.state() != "complete"]
     watch.begin(total=len(runs), complete=len(runs) - len(waiting))
-    active, ends = list[Job](), dict[str, list[Planned]]()
+    active, ends = list[Job](), dict[str, list[Folder]]()
     with _signals() as received, _nobody_left(active):
         while waiting or active:
             while waiting and len(active) < jobs and not received:
@@ -74,7 +72,7 @@ def conduct(
             watch.look([job.run for job in active])
             time.sleep(0 if ended else POLL)
     if received or "stopped" in ends:
-        by = f"stopped by {received[0].name}" if received else f"{ends['stopped'][0].name} was stopped"
+        by = f"stopped by {received[0].name}" if received else f"{ends['stopped'][0].label} was stopped"
         raise Preempted(f"{by}; run the same command again to go on")
     return ends.get("failed", [])
 
@@ -91,16 +89,16 @@ def _nobody_left(active: list[Job]) -> Iterator[None]:
             job.process.wait()
 
 
-def _start(command: Sequence[str], run: Planned, slot: int, jobs: int, devices: int) -> Job:
-    run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / FAILURE).unlink(missing_ok=True)
+def _start(command: Sequence[str], run: Folder, slot: int, jobs: int, devices: int) -> Job:
+    run.path.mkdir(parents=True, exist_ok=True)
+    run.forget_failure()
     environment = dict(os.environ)
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = _device(slot, devices)
     else:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     own = [*command, "--variant", run.variant, "--seed", str(run.seed)]
-    with (run.folder / LOG).open("ab") as log:
+    with run.log.open("ab") as log:
         # A session of its own: the terminal's Ctrl-C comes from here alone, as a request to save.
         process = subprocess.Popen(
             own, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -117,15 +115,15 @@ def _device(slot: int, devices: int) -> str:
 def _ended(job: Job, watch: Watch) -> str:
     """``complete``, ``stopped`` or ``failed``, which is noted in the run's folder."""
     code, run = job.process.returncode, job.run
-    if code == 0 and state_of(run.folder) == "complete":
+    if code == 0 and run.state() == "complete":
         watch.ended(run, "complete")
         return "complete"
     if code == STOPPED or (job.told and code == -signal.SIGTERM):  # the latter before it could listen
         watch.ended(run, "stopped")
         return "stopped"
-    if failure_of(run.folder) is None:
-        note_failure(run.folder, code, f"{_cause(code)}; its last words: {_last_line(run.folder / LOG)}")
-    watch.ended(run, f"failed: {(failure_of(run.folder) or {}).get('error')}")
+    if run.failure() is None:
+        run.note_failure(code, f"{_cause(code)}; its last words: {_last_line(run.log)}")
+    watch.ended(run, f"failed: {(run.failure() or {}).get('error')}")
     return "failed"
 
 

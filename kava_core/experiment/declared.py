@@ -11,14 +11,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from kava_core.errors import CheckpointError
-from kava_core.runs.folder import write_json
-from kava_core.runs.state import Planned, state_of
+from kava_core.json_files import write_json
+from kava_core.runs.folder import Folder
 from kava_core.specfile.sections.compare import CompareSpec
 
 FILE = "experiment.json"
 
 
-def declare(folder: Path, compare: CompareSpec, treatment: str, runs: Sequence[Planned]) -> None:
+def declare(folder: Path, compare: CompareSpec, treatment: str, runs: Sequence[Folder]) -> None:
     """Write, or bring up to date, what will be run and compared.
 
     What was declared before stays beside it, with how many of its runs were complete, and so could have been
@@ -27,7 +27,7 @@ def declare(folder: Path, compare: CompareSpec, treatment: str, runs: Sequence[P
     now = {
         "compare": compare.model_dump(mode="json"),
         "treatment": treatment,
-        "runs": [{"variant": r.variant, "seed": r.seed, "folder": r.folder.name} for r in runs],
+        "runs": [{"variant": r.variant, "seed": r.seed, "folder": r.path.name} for r in runs],
     }
     before = read(folder) if (folder / FILE).exists() else {}
     changed = [name for name, value in now.items() if before.get(name) != value]
@@ -40,7 +40,7 @@ def declare(folder: Path, compare: CompareSpec, treatment: str, runs: Sequence[P
 
 
 def _complete(folder: Path, runs: Sequence[Mapping[str, Any]]) -> int:
-    return sum(state_of(folder / run["folder"]) == "complete" for run in runs)
+    return sum(Folder(folder / run["folder"]).state() == "complete" for run in runs)
 
 
 def read(folder: Path) -> dict[str, Any]:

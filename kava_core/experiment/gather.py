@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,11 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kava_core.errors import CheckpointError, KavaError, SpecError
+from kava_core.errors import KavaError, SpecError
 from kava_core.experiment import declared
-from kava_core.runs.folder import RECORD, STORE, read_record
+from kava_core.json_files import read_json
+from kava_core.runs.folder import Folder, State, runs_in
 from kava_core.runs.metrics import read_metrics
-from kava_core.runs.state import State, failure_of, state_of
+from kava_core.runs.record import STORE
 from kava_core.specfile.sections.compare import DIRECTIONS, STEPS_TO_TARGET, TARGET_METRICS, CompareSpec
 
 BUDGETS = ("student_tokens", "teacher_tokens", "flops")
@@ -26,7 +26,7 @@ class Run:
 
     variant: str
     seed: int
-    folder: Path
+    folder: Folder
     state: State
     record: dict[str, Any] = field(default_factory=dict)
     """``run.json``; empty where there is none."""
@@ -34,7 +34,7 @@ class Run:
     @property
     def failure(self) -> dict[str, Any] | None:
         """Exit code and reason of a failed run."""
-        return failure_of(self.folder) if self.state == "failed" else None
+        return self.folder.failure() if self.state == "failed" else None
 
     @property
     def results(self) -> dict[str, float]:
@@ -58,20 +58,14 @@ class Run:
     @cached_property
     def lines(self) -> list[dict[str, Any]]:
         """All lines of ``metrics.jsonl``; none where there is no such file."""
-        file = self.folder / "metrics.jsonl"
-        return read_metrics(file) if file.exists() else []
+        return read_metrics(self.folder.metrics) if self.folder.metrics.exists() else []
 
     @cached_property
     def correct(self) -> list[int] | None:
         """1 or 0 for every validation example of the last evaluation; None where none wrote answers."""
-        file = self.folder / "correct.json"
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not self.folder.correct.exists():
             return None
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{file}: unreadable: {error}") from error
-        return list(found)
+        return list(read_json(self.folder.correct))
 
 
 @dataclass(frozen=True)
@@ -117,20 +111,18 @@ def gather(folder: Path) -> Experiment:
         raise SpecError(f"{folder}: no such folder; give one that kava train or kava experiment wrote")
     if (folder / declared.FILE).exists():
         asked = declared.read(folder)
-        runs = [_run(folder / one["folder"], one["variant"], one["seed"]) for one in asked["runs"]]
+        runs = [_run(Folder(folder / one["folder"]), one["variant"], one["seed"]) for one in asked["runs"]]
         compare = CompareSpec.model_validate(asked["compare"])
         return Experiment(folder.name, folder, runs, compare, asked["treatment"], asked["earlier"])
-    found = [read_record(file) | {"folder": file.parent} for file in sorted(folder.glob(f"*/{RECORD}"))]
-    if not found:
+    runs = [_run(run, run.variant, run.seed) for run in runs_in(folder)]
+    if not runs:
         raise SpecError(f"{folder}: holds no runs; give a folder such as runs/NAME")
-    runs = [_run(one["folder"], one["variant"], one["seed"]) for one in found]
     _assert_one_spec_each(runs)
     return Experiment(folder.name, folder, sorted(runs, key=lambda run: (run.variant, run.seed)))
 
 
-def _run(folder: Path, variant: str, seed: int) -> Run:
-    record = read_record(folder / RECORD) if (folder / RECORD).exists() else {}
-    return Run(variant, seed, folder, state_of(folder), record)
+def _run(folder: Folder, variant: str, seed: int) -> Run:
+    return Run(variant, seed, folder, folder.state(), folder.record())
 
 
 def _assert_one_spec_each(runs: Iterable[Run]) -> None:
@@ -140,7 +132,7 @@ def _assert_one_spec_each(runs: Iterable[Run]) -> None:
         known = digests.setdefault(run.variant, run.record["spec_digest"])
         if known != run.record["spec_digest"]:
             raise SpecError(
-                f"{run.folder.parent}: variant {run.variant!r} has runs of two specs ({known} and "
+                f"{run.folder.path.parent}: variant {run.variant!r} has runs of two specs ({known} and "
                 f"{run.record['spec_digest']}); run kava experiment, which says which belong together"
             )
 

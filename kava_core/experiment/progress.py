@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from kava_core.runs.state import Planned
+from kava_core.runs.folder import Folder
 
 ENOUGH = 65_536
 """Bytes of a metrics file that are sure to hold its last line."""
@@ -37,28 +37,28 @@ class Watch:
             self._whole = self.bars.add_task(self.title, total=total, completed=complete)
             self.bars.start()
 
-    def started(self, run: Planned) -> None:
+    def started(self, run: Folder) -> None:
         """A run's process is there."""
-        self._since[run.name] = time.monotonic()
+        self._since[run.label] = time.monotonic()
         if self.bars is not None:
-            self._tasks[run.name] = self.bars.add_task(run.name, total=run.spec.train.steps)
+            self._tasks[run.label] = self.bars.add_task(run.label, total=run.spec.train.steps)
         else:
-            self._say(f"{run.name}: started; {run.folder / 'log.txt'}")
+            self._say(f"{run.label}: started; {run.log}")
 
-    def look(self, active: Sequence[Planned]) -> None:
+    def look(self, active: Sequence[Folder]) -> None:
         """Bring the bars to the steps that the runs have reached."""
         for run in active if self.bars is not None else ():
             assert self.bars is not None
-            self.bars.update(self._tasks[run.name], completed=last_step(run))
+            self.bars.update(self._tasks[run.label], completed=last_step(run))
 
-    def ended(self, run: Planned, how: str) -> None:
+    def ended(self, run: Folder, how: str) -> None:
         """A run's process is gone."""
-        seconds = time.monotonic() - self._since[run.name]
+        seconds = time.monotonic() - self._since[run.label]
         self.complete += how == "complete"
         if self.bars is not None:
-            self.bars.remove_task(self._tasks[run.name])
+            self.bars.remove_task(self._tasks[run.label])
             self.bars.update(self._whole, completed=self.complete)
-        self._say(f"{run.name}: {how} after {seconds:.0f} s; {self.complete} of {self.total} complete")
+        self._say(f"{run.label}: {how} after {seconds:.0f} s; {self.complete} of {self.total} complete")
 
     def close(self) -> None:
         """Take the bars away."""
@@ -72,9 +72,9 @@ class Watch:
             print(text, file=sys.stderr, flush=True)
 
 
-def last_step(run: Planned) -> int:
+def last_step(run: Folder) -> int:
     """The newest step that a run has logged; 0 before the first."""
-    file = run.folder / "metrics.jsonl"
+    file = run.metrics
     try:
         with file.open("rb") as stream:
             stream.seek(max(0, file.stat().st_size - ENOUGH))

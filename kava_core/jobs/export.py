@@ -10,7 +10,7 @@ from typing import Any
 
 from kava_core.errors import CheckpointError, KavaError
 from kava_core.runs import checkpoint
-from kava_core.runs.finished import finished_record, verify_student
+from kava_core.runs.folder import Folder
 from kava_core.train.save_student import LOADING_NOTES, copy_error_text, loading_class
 
 CARD = """---
@@ -36,22 +36,23 @@ Data: {data}
 """
 
 
-def export_student(run: Path, target: Path) -> None:
+def export_student(path: Path, target: Path) -> None:
     """Copy a finished run's student to ``target`` with a model card.
 
     Raises:
-        SpecError: ``run`` is no finished run.
+        SpecError: ``path`` is no finished run.
         CheckpointError: the run directory is damaged, its student missing or altered.
         KavaError: ``target`` exists and is not an empty folder, or cannot be written.
     """
-    record = finished_record(run)
-    verify_student(run / "student")
+    run = Folder(path)
+    record = run.finished_record()
+    run.verify_student()
     card = _model_card(run, record)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise KavaError(f"{target}: exists already; give a new folder")
     staging = target.with_name(f"{target.name}.{os.getpid()}.staging")
     try:
-        shutil.copytree(run / "student", staging, ignore=shutil.ignore_patterns(checkpoint.MANIFEST))
+        shutil.copytree(run.student, staging, ignore=shutil.ignore_patterns(checkpoint.MANIFEST))
         (staging / "README.md").write_text(card, encoding="utf-8")
         if target.exists():
             target.rmdir()
@@ -62,10 +63,10 @@ def export_student(run: Path, target: Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _model_card(run: Path, record: dict[str, Any]) -> str:
+def _model_card(run: Folder, record: dict[str, Any]) -> str:
     results = record["results"]
     rows = [f"| {name} | {value:.6g} |" for name, value in results.items() if name != "steps"]
-    class_name = loading_class(run / "student")
+    class_name = loading_class(run.student)
     return CARD.format(
         use=f"Load it with `{class_name}.from_pretrained`; {LOADING_NOTES[class_name]}.",
         name=record["name"],
@@ -75,7 +76,7 @@ def _model_card(run: Path, record: dict[str, Any]) -> str:
         steps=results["steps"],
         rows="\n".join(rows),
         data=json.dumps(record["data"]),
-        spec=_read_spec_text(run / "spec.json"),
+        spec=_read_spec_text(run.spec_file),
     )
 
 

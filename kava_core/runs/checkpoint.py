@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent.
+"""Save and recover checkpoints, each of which is complete or absent.
 
 A checkpoint is written into a staging folder, every file flushed to disk; its manifest (sha256 and size
 of every file) comes last; then the folder is renamed. A folder without a manifest is not a checkpoint.
@@ -7,7 +7,6 @@ Deleting begins with a rename as well, so a killed process never leaves half of 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -17,21 +16,18 @@ from itertools import count
 from pathlib import Path
 
 from kava_core.errors import CheckpointError
+from kava_core.paths import file_hash
 
 MANIFEST = "manifest.json"
 STAGING = "staging"
 """Folder beside the checkpoints where one is written."""
-NAME = re.compile(r"checkpoint-(\d+)")
+NAME = "checkpoint-{step}"
+PATTERN = re.compile(r"checkpoint-(\d+)")
 READ_BACK = frozenset({".safetensors", ".pt", ".pth", ".bin", ".pkl", ".distcp", ".metadata"})
 """Ends of the names of files that loading a checkpoint reads; pickles among them."""
 
 
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
+def _flush_to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -39,8 +35,11 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return (file for file in sorted(folder.rglob("*")) if file.is_file() and file != folder / MANIFEST)
+def _described_files(folder: Path) -> Iterator[Path]:
+    """Yield every file in a folder but its manifest, sorted."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path != folder / MANIFEST:
+            yield path
 
 
 def flush(folder: Path) -> None:
@@ -52,24 +51,27 @@ def flush(folder: Path) -> None:
     os.umask(mask)
     for path in (*folder.rglob("*"), folder):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-        _sync(path)
+        _flush_to_disk(path)
 
 
 def seal(staging: Path, final: Path) -> None:
-    """Flush, describe and rename a staged folder. Afterwards ``final`` is complete, whatever happens next."""
+    """Write a staged folder's manifest, bring all to disk and rename the folder.
+
+    Afterwards ``final`` is complete, whatever happens next.
+    """
     entries = {
-        str(file.relative_to(staging)): {"sha256": _digest(file), "size": file.stat().st_size}
-        for file in _files(staging)
+        str(file.relative_to(staging)): {"sha256": file_hash(file), "size": file.stat().st_size}
+        for file in _described_files(staging)
     }
     (staging / MANIFEST).write_text(json.dumps(entries, indent=1, sort_keys=True), encoding="utf-8")
     flush(staging)
     discard(final)
     staging.rename(final)
-    _sync(final.parent)
+    _flush_to_disk(final.parent)
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder, which loses its name first: nobody meets half of it."""
+    """Delete a folder. It loses its name first, so that nobody ever reads half of it."""
     doomed = folder.with_name(f"{folder.name}.deleted")
     shutil.rmtree(doomed, ignore_errors=True)
     if folder.exists():
@@ -78,24 +80,29 @@ def discard(folder: Path) -> None:
 
 
 def verify(folder: Path, *, content: bool = True) -> None:
-    """CheckpointError naming the first thing wrong with a sealed folder.
+    """Check a sealed folder against its manifest.
 
-    Without ``content`` only names and sizes are looked at, which does not read the files.
+    Args:
+        folder: what ``seal`` left.
+        content: compare hashes too, which reads the files; otherwise only names and sizes.
+
+    Raises:
+        CheckpointError: names the first thing that is wrong.
     """
-    entries = _manifest(folder)
+    entries = _read_manifest(folder)
     for name, (digest, size) in entries.items():
         file = folder / name
         if not file.is_file():
             raise CheckpointError(f"{file}: missing, though the manifest lists it")
-        if file.stat().st_size != size or (content and _digest(file) != digest):
+        if file.stat().st_size != size or (content and file_hash(file) != digest):
             raise CheckpointError(f"{file}: altered since it was saved: not what the manifest says")
-    for file in _files(folder):
+    for file in _described_files(folder):
         if file.name.endswith(tuple(READ_BACK)) and str(file.relative_to(folder)) not in entries:
             raise CheckpointError(f"{file}: not in the manifest, so not saved by kava; it is never loaded")
 
 
-def _manifest(folder: Path) -> dict[str, tuple[str, int]]:
-    """File name to sha256 and size."""
+def _read_manifest(folder: Path) -> dict[str, tuple[str, int]]:
+    """Return sha256 and size of every file, by its name."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         raise CheckpointError(f"{folder}: not a complete checkpoint: no {MANIFEST}")
@@ -109,27 +116,43 @@ def _manifest(folder: Path) -> dict[str, tuple[str, int]]:
     return entries
 
 
+def path_of_step(folder: Path, step: int) -> Path:
+    """Return where the checkpoint after ``step`` steps belongs."""
+    return folder / NAME.format(step=step)
+
+
 def steps(folder: Path) -> dict[int, Path]:
-    """Step to checkpoint folder, complete or not, ascending."""
-    found = ((NAME.fullmatch(entry.name), entry) for entry in folder.glob("checkpoint-*"))
-    return dict(sorted((int(match[1]), entry) for match, entry in found if match))
+    """Return the checkpoints in a folder by their step, ascending, whether complete or not."""
+    checkpoints = {}
+    for path in folder.glob(NAME.format(step="*")):
+        match = PATTERN.fullmatch(path.name)
+        if match:
+            checkpoints[int(match[1])] = path
+    return dict(sorted(checkpoints.items()))
 
 
 def step_of(folder: Path) -> int:
-    """The step a checkpoint was saved at, from its name."""
-    match = NAME.fullmatch(folder.name)
+    """Return the step after which a checkpoint was saved, going by its name.
+
+    Raises:
+        CheckpointError: it is named otherwise.
+    """
+    match = PATTERN.fullmatch(folder.name)
     if match is None:
         raise CheckpointError(f"{folder}: not named checkpoint-STEP")
     return int(match[1])
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest complete and unaltered checkpoint; None where there is none. Changes nothing on disk."""
-    return next((path for path in reversed(steps(folder).values()) if fault(path) is None), None)
+    """Return the newest complete and unaltered checkpoint, None if there is none. Changes nothing on disk."""
+    for path in reversed(steps(folder).values()):
+        if fault(path) is None:
+            return path
+    return None
 
 
 def fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None where nothing is."""
+    """Return what is wrong with a checkpoint, None if nothing is."""
     try:
         verify(folder)
     except CheckpointError as error:
@@ -138,29 +161,34 @@ def fault(folder: Path) -> str | None:
 
 
 def recover(folder: Path) -> tuple[Path | None, list[str]]:
-    """Prepare a folder of checkpoints for going on: the newest intact one, and what was found wrong.
+    """Prepare a folder of checkpoints for a run that goes on.
 
     What a killed process left is deleted. Checkpoints newer than the intact one are damaged: they are
-    renamed, so that they neither count as kept ones nor stand in the way, and never deleted.
+    renamed, so that they neither count as kept ones nor are in the way, and never deleted.
+
+    Returns:
+        The newest intact checkpoint, None if there is none, and a line for every damaged one.
     """
     clear(folder)
-    found: list[str] = []
+    damaged: list[str] = []
     for path in reversed(steps(folder).values()):
         wrong = fault(path)
         if wrong is None:
-            return path, found
-        found.append(f"{wrong}; set aside as {_set_aside(path).name}")
-    return None, found
+            return path, damaged
+        damaged.append(f"{wrong}; set aside as {_set_aside(path).name}")
+    return None, damaged
 
 
 def _set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint to the first free name, and return that."""
     names = (path.with_name(f"{path.name}.damaged-{number}") for number in count(1))
-    return path.rename(next(name for name in names if not name.exists()))
+    free_name = next(name for name in names if not name.exists())
+    return path.rename(free_name)
 
 
 def clear(folder: Path) -> None:
     """Delete what a killed process was writing or deleting."""
-    for leftover in (folder / STAGING, *folder.glob("checkpoint-*.deleted")):
+    for leftover in (folder / STAGING, *folder.glob(NAME.format(step="*.deleted"))):
         shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -1,119 +1,254 @@
-"""A run directory: what was asked for, what happened, and whether it is finished.
+"""Give access to a run on disk: what was asked for, what happened, and whether it is finished.
 
-``<output>/<name>/<variant>-<spec_digest>-s<seed>/``: never overwritten; a complete one is skipped, an
-incomplete one resumed.
+A run lives in ``<output>/<name>/<variant>-<digest>-s<seed>/``. It is never overwritten: a complete run is
+skipped, an incomplete one is resumed. File names of a run are spelled here and nowhere else in kava.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
-import os
-import platform
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, Self, TextIO
+
+from pydantic import ValidationError
 
 from kava_core.errors import CheckpointError, KavaError, SpecError
-from kava_core.processes import world_size
+from kava_core.json_files import write_json
+from kava_core.registry import Registry
+from kava_core.runs import checkpoint
+from kava_core.runs.record import environment, read_record
+from kava_core.specfile.bind import bind_spec_model
 from kava_core.specfile.digest import spec_digest
 from kava_core.specfile.sections.pipeline import PipelineSpec
-from kava_core.versions import versions
 
 RECORD = "run.json"
-STORE = "store"
-"""In the record's ``flops_of``: what making the store took, spent before the first step."""
-MAPS, TOKENS = "attention.safetensors", "attention.json"
-"""What models attend to: head means ``layer time time`` by model, and what stands at the positions."""
+LAYER_MAPS = "layer_maps"
+"""Folder of measured layer maps; in the record, their hashes."""
 
-FAILURE = "failure.json"
-LOOKS = 4
-"""Attempts to lock a directory."""
-ALWAYS = ("name", "variant", "seed", "spec_digest", "status", "data", "versions", "world_size")
-"""What every ``run.json`` holds."""
+LOCK_ATTEMPTS = 4
+LOCK_PAUSE = 0.05
+"""Seconds between two attempts."""
+
+State = Literal["complete", "running", "stopped", "failed", "interrupted", "missing"]
+"""``stopped``: by a signal, saved; ``failed``: with an error; ``interrupted``: killed without a word."""
 
 
-class RunDir:
-    """One variant and seed of a spec on disk."""
+class Folder:
+    """A run on disk: one variant and seed of a spec, and every file that it keeps.
 
-    def __init__(self, spec: PipelineSpec, variant: str, seed: int) -> None:
-        self.spec, self.variant, self.seed = spec, variant, seed
-        self.digest = spec_digest(spec)
-        self.path = Path(spec.output) / spec.name / f"{variant}-{self.digest}-s{seed}"
-        self.checkpoints = self.path / "checkpoints"
-        self.metrics = self.path / "metrics.jsonl"
-        self.samples = self.path / "samples.jsonl"
-        self.student = self.path / "student"
+    ``Folder(path)`` is a run that exists: its spec, variant and seed are read from its files.
+    ``Folder.planned(spec, variant, seed)`` is where a run belongs, whether or not it has begun.
+    """
 
-    @contextmanager
-    def lock(self, *, wait: bool = False) -> Iterator[None]:
-        """Hold the directory; where another process does, wait for it or raise KavaError."""
-        with self._lock_file() as stream:
-            if wait:
-                fcntl.flock(stream, fcntl.LOCK_EX)
-            else:
-                self._take_at_once(stream)
-            yield
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.record_file = path / RECORD
+        """What the run is, where it comes from, and how it ended."""
+        self.spec_file = path / "spec.json"
+        """The resolved spec."""
+        self.metrics = path / "metrics.jsonl"
+        """A line for everything that was logged."""
+        self.samples = path / "samples.jsonl"
+        """Some answers that the newest evaluation wrote."""
+        self.correct = path / "correct.json"
+        """1 or 0 for every validation example: whether the newest evaluation found its answer right."""
+        self.student = path / "student"
+        """The trained student, sealed."""
+        self.checkpoints = path / "checkpoints"
+        self.layer_maps = path / LAYER_MAPS
+        self.attention_maps = path / "attention.safetensors"
+        """What models attend to: head means ``layer time time`` by model."""
+        self.attention_tokens = path / "attention.json"
+        """The layers and tokens of the attention maps."""
+        self.before_training = path / "before_training.safetensors"
+        """What the collapse monitor saw before the first step."""
+        self.evaluations = path / "evals"
+        """What ``kava eval`` wrote of the run."""
+        self.latents = path / "latents"
+        """What ``kava latents`` wrote of the run."""
+        self.log = path / "log.txt"
+        """What the run's process printed, if ``kava experiment`` started it."""
+        self.failure_file = path / "failure.json"
+        self.lock_file = path / "lock"
 
-    def _take_at_once(self, stream: TextIO) -> None:
-        """KavaError where another process trains; one that only looks holds the lock for a moment."""
-        for _ in range(LOOKS):
-            try:
-                return fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(0.05)
-        raise KavaError(f"{self.path}: another process is training here")
+    @classmethod
+    def planned(cls, spec: PipelineSpec, variant: str, seed: int) -> Self:
+        """Return the folder where the run of a spec's variant and seed belongs."""
+        name = f"{variant}-{spec_digest(spec)}-s{seed}"
+        folder = cls(Path(spec.output) / spec.name / name)
+        folder.spec, folder.variant, folder.seed = spec, variant, seed
+        return folder
 
-    def _lock_file(self) -> TextIO:
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @cached_property
+    def spec(self) -> PipelineSpec:
+        """Return the resolved spec.
+
+        Raises:
+            CheckpointError: the file is damaged, or the plugins that the spec names are not installed.
+        """
+        file = self.spec_file
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            return (self.path / "lock").open("w")
-        except OSError as error:
-            raise KavaError(f"{self.path}: cannot be written: {error.strerror}") from error
+            text = file.read_text(encoding="utf-8")
+            return bind_spec_model(Registry.build()).model_validate_json(text, strict=True)
+        except ValidationError as error:
+            raise CheckpointError(f"{file}: {_first_error(error)}") from error
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file}: unreadable: {error}") from error
+
+    @cached_property
+    def variant(self) -> str:
+        """Return the name of the spec's variant."""
+        return str(self.record()["variant"])
+
+    @cached_property
+    def seed(self) -> int:
+        """Return the seed."""
+        return int(self.record()["seed"])
+
+    @property
+    def label(self) -> str:
+        """Return variant and seed for people: ``kv seed 3``."""
+        return f"{self.variant} seed {self.seed}"
+
+    def checkpoint_at(self, step: int) -> Path:
+        """Return the folder of the checkpoint that is saved after ``step`` steps."""
+        return checkpoint.path_of_step(self.checkpoints, step)
 
     def record(self) -> dict[str, Any]:
-        """What ``run.json`` says; empty where there is none yet."""
-        file = self.path / RECORD
-        return read_record(file) if file.exists() else {}
+        """Return the content of ``run.json``, empty if there is none yet.
 
-    def fail(self, error: Exception) -> None:
-        """Note what ended a run that did not reach its end; a new attempt takes the note away."""
-        if isinstance(error, KavaError):
-            note_failure(self.path, error.exit_code, str(error))
-        else:
-            note_failure(self.path, 1, f"{type(error).__name__}: {error}")
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        return read_record(self.record_file) if self.record_file.exists() else {}
+
+    def finished_record(self) -> dict[str, Any]:
+        """Return the record of a finished run.
+
+        Raises:
+            SpecError: the folder holds no run, or one that is not finished.
+            CheckpointError: the record is damaged.
+        """
+        if not self.record_file.is_file():
+            raise SpecError(f"{self.path}: not a run directory (no {self.record_file.name})")
+        record = self.record()
+        if record.get("status") != "complete":
+            raise SpecError(f"{self.path}: the run is not finished; train it to its end first")
+        return record
 
     @property
     def complete(self) -> bool:
-        """Whether the run reached its end."""
+        """Return whether the run has reached its end."""
         return self.record().get("status") == "complete"
 
-    def begin(self, facts: dict[str, Any]) -> None:
-        """Write the resolved spec and ``run.json``; SpecError where the directory holds another run."""
-        before = self.record()
-        facts = facts | environment()
-        self._same(before, facts)
-        write_json(self.path / "spec.json", self.spec.model_dump(mode="json"))
-        started = before.get("started") or _now()
-        self.write({**facts, "started": started, "status": "running"})
+    def state(self) -> State:
+        """Return how far the run has come.
 
-    def _same(self, before: dict[str, Any], facts: dict[str, Any]) -> None:
-        """SpecError where going on would silently be another experiment."""
-        if not before:
-            return
-        if before["spec_digest"] != self.digest:
-            raise SpecError(f"{self.path}: holds a run of spec {before['spec_digest']}, not {self.digest}")
+        Raises:
+            CheckpointError: the record is damaged.
+        """
+        record = self.record()
+        if record.get("status") == "complete":
+            return "complete"
+        if self.is_locked():
+            return "running"
+        if self.failure_file.exists():
+            return "failed"
+        if not record:
+            return "missing"
+        return "stopped" if record["status"] == "stopped" else "interrupted"
+
+    def failure(self) -> dict[str, Any] | None:
+        """Return ``exit_code``, ``error`` and ``when`` of a failure; None if none is noted."""
+        try:
+            failure: dict[str, Any] = json.loads(self.failure_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return failure
+
+    def is_locked(self) -> bool:
+        """Return whether a process on this machine is at work in the folder."""
+        try:
+            with self.lock_file.open("r+") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    @contextmanager
+    def lock(self, *, wait: bool = False) -> Iterator[None]:
+        """Hold the folder for this process.
+
+        Args:
+            wait: wait for a process that holds it already, instead of raising an error.
+
+        Raises:
+            KavaError: another process holds the folder, or it cannot be written.
+        """
+        with self._open_lock_file() as stream:
+            if wait:
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            else:
+                self._lock_at_once(stream)
+            yield
+
+    def _open_lock_file(self) -> TextIO:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            return self.lock_file.open("w")
+        except OSError as error:
+            raise KavaError(f"{self.path}: cannot be written: {error.strerror}") from error
+
+    def _lock_at_once(self, stream: TextIO) -> None:
+        # Several attempts: a process that only asks for the state holds the lock for a moment.
+        for _ in range(LOCK_ATTEMPTS):
+            try:
+                return fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(LOCK_PAUSE)
+        raise KavaError(f"{self.path}: another process is training here")
+
+    def begin(self, facts: dict[str, Any]) -> None:
+        """Write the resolved spec and ``run.json``.
+
+        Args:
+            facts: what else the record is to hold, ``data`` among it.
+
+        Raises:
+            SpecError: the folder holds another run.
+        """
+        earlier = self.record()
+        facts = facts | environment()
+        if earlier:
+            self._check_same_run(earlier, facts)
+        write_json(self.spec_file, self.spec.model_dump(mode="json"))
+        started = earlier.get("started") or _now()
+        self.write_record({**facts, "started": started, "status": "running"})
+
+    def _check_same_run(self, earlier: dict[str, Any], facts: dict[str, Any]) -> None:
+        """Raise a SpecError where going on would silently be another experiment."""
+        if earlier["spec_digest"] != spec_digest(self.spec):
+            raise SpecError(
+                f"{self.path}: holds a run of spec {earlier['spec_digest']}, not {spec_digest(self.spec)}"
+            )
         self.check_data(facts["data"])
-        if before.get("layer_maps", {}) != facts.get("layer_maps", {}):
+        if earlier.get(LAYER_MAPS, {}) != facts.get(LAYER_MAPS, {}):
             raise SpecError(
                 f"{self.path}: a layer map changed since this run began; give the run another name, or bring "
                 "the old map back"
             )
-        begun, now = before["world_size"], facts["world_size"]
+        begun, now = earlier["world_size"], facts["world_size"]
         if begun != now:
             raise SpecError(
                 f"{self.path}: begun by {begun} processes, now {now}: the batches would differ; "
@@ -121,91 +256,76 @@ class RunDir:
             )
 
     def check_data(self, data: dict[str, Any]) -> None:
-        """SpecError where the directory holds a run on other data."""
-        before = self.record()
-        if before and before["data"] != data:
+        """Compare the data with those that the run began with.
+
+        Raises:
+            SpecError: they are others.
+        """
+        earlier = self.record()
+        if earlier and earlier["data"] != data:
             raise SpecError(f"{self.path}: the data changed since this run began; give the run another name")
 
     def stop(self) -> None:
-        """Note that the run was asked to stop, and can go on."""
-        self.write({**self.record(), "status": "stopped"})
+        """Record that the run was asked to stop, and can go on."""
+        self.write_record({**self.record(), "status": "stopped"})
 
     def finish(self, results: dict[str, Any], facts: dict[str, Any]) -> None:
-        """Mark the run complete, with its last metrics and what else is known of it now."""
-        ended = {"finished": _now(), "results": results, "status": "complete"}
-        self.write({**self.record(), **facts, **ended})
+        """Record that the run is complete.
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Replace ``run.json`` at once."""
-        head = {
+        Args:
+            results: its last metrics.
+            facts: what else is known only now.
+        """
+        end = {"finished": _now(), "results": results, "status": "complete"}
+        self.write_record({**self.record(), **facts, **end})
+
+    def write_record(self, record: dict[str, Any]) -> None:
+        """Replace ``run.json`` in one step."""
+        identity = {
             "name": self.spec.name,
             "variant": self.variant,
             "seed": self.seed,
-            "spec_digest": self.digest,
+            "spec_digest": spec_digest(self.spec),
         }
-        write_json(self.path / RECORD, head | record)
+        write_json(self.record_file, identity | record)
+
+    def fail(self, error: Exception) -> None:
+        """Write down the error that ended the run."""
+        if isinstance(error, KavaError):
+            self.note_failure(error.exit_code, str(error))
+        else:
+            self.note_failure(1, f"{type(error).__name__}: {error}")
+
+    def note_failure(self, code: int, message: str) -> None:
+        """Write ``failure.json``: the exit code and the first line of the message."""
+        lines = message.strip().splitlines() or ["no message"]
+        write_json(self.failure_file, {"exit_code": code, "error": lines[0], "when": _now()})
+
+    def forget_failure(self) -> None:
+        """Delete the note of a failure, because a new attempt begins."""
+        self.failure_file.unlink(missing_ok=True)
+
+    def verify_student(self) -> None:
+        """Check that the student is what training saved.
+
+        Raises:
+            CheckpointError: it is missing or altered.
+        """
+        if not self.student.is_dir():
+            raise CheckpointError(f"{self.student}: missing, though the run is complete")
+        checkpoint.verify(self.student)
 
 
-def note_failure(run: Path, code: int, said: str) -> None:
-    """Write ``failure.json``: the exit code and the first line of what was said."""
-    first = (said.strip().splitlines() or ["no message"])[0]
-    write_json(run / FAILURE, {"exit_code": code, "error": first, "when": _now()})
+def runs_in(experiment: Path) -> list[Folder]:
+    """Return the runs in a folder such as ``runs/NAME`` that have begun, by name."""
+    return [Folder(file.parent) for file in sorted(experiment.glob(f"*/{RECORD}"))]
 
 
-def read_record(file: Path) -> dict[str, Any]:
-    """A ``run.json`` with everything that a run writes into it; CheckpointError where it is damaged."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _damaged(file, f"unreadable: {error}") from error
-    if not isinstance(found, dict):
-        raise _damaged(file, f"holds a {type(found).__name__}, not an object")
-    if missing := [name for name in ALWAYS if name not in found]:
-        raise _damaged(file, f"says nothing of {', '.join(missing)}")
-    if found["status"] == "complete" and not _are_results(found.get("results")):
-        raise _damaged(file, "the run is complete, but its results are missing or no numbers")
-    return found
-
-
-def _damaged(file: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{file}: {what}; restore it, or delete {file.parent} to train anew")
-
-
-def _are_results(results: Any) -> bool:
-    """Whether these are numbers by name, the step among them."""
-    return (
-        isinstance(results, dict)
-        and "steps" in results
-        and all(isinstance(value, int | float) for value in results.values())
-    )
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file in one step."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            json.dump(value, stream, indent=1, ensure_ascii=False)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise KavaError(f"{path}: cannot be written: {error.strerror}") from error
-
-
-def environment() -> dict[str, Any]:
-    """Versions, machine and command of this process."""
-    import torch
-
-    return {
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": {name: found for name, found in versions().items() if found},
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "world_size": world_size(),
-    }
+def _first_error(error: ValidationError) -> str:
+    """Return the first thing that is wrong, and where, in one line."""
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{place}: {first['msg']}".removeprefix(": ")
 
 
 def _now() -> str:

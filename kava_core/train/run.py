@@ -36,7 +36,7 @@ from kava_core.models.placement import SHARDED
 from kava_core.models.student import compile_forward
 from kava_core.processes import is_main, world_size
 from kava_core.runs import checkpoint
-from kava_core.runs.folder import FAILURE, RunDir
+from kava_core.runs.folder import Folder
 from kava_core.specfile.questions import used_teachers
 from kava_core.specfile.sections.models import ModelSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
@@ -86,7 +86,7 @@ def run(spec: PipelineSpec, *, variant: str, seed: int, wait: bool = False) -> R
         KavaError: another run holds the directory, or the disk is full.
         Preempted: stopped by a signal; everything is saved (exit code 75).
     """
-    folder = RunDir(spec, variant, seed)
+    folder = Folder.planned(spec, variant, seed)
     with folder.lock(wait=wait) if is_main() else nullcontext():
         _wait_for_all_processes()
         if folder.complete:
@@ -100,10 +100,10 @@ def run(spec: PipelineSpec, *, variant: str, seed: int, wait: bool = False) -> R
 
 
 @contextmanager
-def _recording_failure(folder: RunDir) -> Iterator[None]:
+def _recording_failure(folder: Folder) -> Iterator[None]:
     """Write down beside the run what ends it, other than a request to stop."""
     if is_main():
-        (folder.path / FAILURE).unlink(missing_ok=True)
+        folder.forget_failure()
     try:
         yield
     except Preempted:
@@ -128,7 +128,7 @@ def with_pretrained_models(spec: PipelineSpec) -> PipelineSpec:
     return spec.model_copy(update={"teachers": teachers, "student": student})
 
 
-def _check_same_data(spec: PipelineSpec, folder: RunDir) -> None:
+def _check_same_data(spec: PipelineSpec, folder: Folder) -> None:
     """Raise SpecError if a finished run was trained on other examples than the spec's files hold now."""
     if not load_splits(spec.data, root=Path.cwd()).same_as(folder.record()["data"]):
         raise SpecError(f"{folder.path}: the data changed since this run ended; give the run another name")
@@ -140,17 +140,17 @@ def _with_pretrained_folder(spec: PipelineSpec, model: M) -> M:
         return model
     plan = pretraining_spec(spec, model)
     result = run(plan, variant=pretraining_name(spec, model), seed=plan.seeds[0], wait=True)
-    path = str(result.folder / "student")
+    path = str(Folder(result.folder).student)
     return model.model_copy(update={"path": path, "tokenizer": path, "config": None, "pretrain": None})
 
 
-def _train(spec: PipelineSpec, folder: RunDir) -> None:
+def _train(spec: PipelineSpec, folder: Folder) -> None:
     """Train from the start or the newest checkpoint, and finish the run unless a signal stops it."""
     with StopOnSignal() as stop:
         spec, data = with_store(spec, make_data(spec, folder.spec.teachers), seed=folder.seed)
         if is_main():
             folder.check_data(data.report())
-        spec = with_measured_maps(spec, folder.path / "layer_maps", data, seed=folder.seed)
+        spec = with_measured_maps(spec, folder.layer_maps, data, seed=folder.seed)
         if is_main():
             folder.begin(_beginning_record(spec, folder, data))
         distiller = make_distiller(spec, data, seed=folder.seed)
@@ -169,7 +169,7 @@ def _train(spec: PipelineSpec, folder: RunDir) -> None:
         raise Preempted(f"{folder.path}: finished; {stop.received.name} stops what comes after it")
 
 
-def _beginning_record(spec: PipelineSpec, folder: RunDir, data: Data) -> dict[str, Any]:
+def _beginning_record(spec: PipelineSpec, folder: Folder, data: Data) -> dict[str, Any]:
     """Return what ``run.json`` holds from the beginning of a run."""
     record = {"data": data.report(), **run_provenance(spec)}
     if data.store is not None:
@@ -179,7 +179,7 @@ def _beginning_record(spec: PipelineSpec, folder: RunDir, data: Data) -> dict[st
 
 
 def _train_to_the_end(
-    trainer: KavaTrainer, distiller: Distiller, spec: PipelineSpec, folder: RunDir, data: Data
+    trainer: KavaTrainer, distiller: Distiller, spec: PipelineSpec, folder: Folder, data: Data
 ) -> None:
     """Train all steps that are left; a checkpoint of the last step is only loaded."""
     resume = _recover_checkpoint(folder)
@@ -196,7 +196,7 @@ def _train_to_the_end(
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
 
 
-def _recover_checkpoint(folder: RunDir) -> Path | None:
+def _recover_checkpoint(folder: Folder) -> Path | None:
     """Return the checkpoint to go on from, chosen by one process for all; report damage on stderr."""
     chosen: list[Path | None] = [None]
     if is_main():
@@ -208,13 +208,13 @@ def _recover_checkpoint(folder: RunDir) -> Path | None:
     return broadcast_object_list(chosen)[0]
 
 
-def _describe_stop(folder: RunDir, stop: StopOnSignal, step: int) -> str:
+def _describe_stop(folder: Folder, stop: StopOnSignal, step: int) -> str:
     name = stop.received.name if stop.received else "a signal"
     return f"{folder.path}: stopped by {name} at step {step}, saved; run the same command again to go on"
 
 
 def _make_trainer(
-    spec: PipelineSpec, folder: RunDir, data: Data, distiller: Distiller, stop: StopOnSignal
+    spec: PipelineSpec, folder: Folder, data: Data, distiller: Distiller, stop: StopOnSignal
 ) -> KavaTrainer:
     evaluator = Evaluator(
         data.validation_items,
@@ -222,8 +222,8 @@ def _make_trainer(
         data.tokenizer,
         spec.data.template,
         spec.evaluate,
-        folder.samples,
-        CollapseMonitor(folder.path / "before_training.safetensors"),
+        folder,
+        CollapseMonitor(folder.before_training),
     )
     ledger = Ledger(step_passes(spec.student))
     distiller.attach_ledger(ledger)
@@ -258,7 +258,7 @@ def _make_trainer(
     return trainer
 
 
-def _finish_run(trainer: KavaTrainer, folder: RunDir, data: Data, spec: PipelineSpec) -> None:
+def _finish_run(trainer: KavaTrainer, folder: Folder, data: Data, spec: PipelineSpec) -> None:
     """Save the student and the run's record."""
     distiller = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     peak_of_each_process = gather_object([trainer.ledger.peak()])
@@ -279,7 +279,7 @@ def _finish_run(trainer: KavaTrainer, folder: RunDir, data: Data, spec: Pipeline
     trainer.accelerator.wait_for_everyone()
 
 
-def _save_attention(distiller: Distiller, folder: RunDir, data: Data, spec: PipelineSpec) -> None:
+def _save_attention(distiller: Distiller, folder: Folder, data: Data, spec: PipelineSpec) -> None:
     """Save what the models attend to in one validation example.
 
     Latent tokens are left out, as they are no text, and so are sharded teachers, which all processes would
@@ -296,7 +296,7 @@ def _save_attention(distiller: Distiller, folder: RunDir, data: Data, spec: Pipe
     # Texts of all sides, also where training reads a store and this collator brings targets instead.
     batch = Collator.__call__(data.plain_collator, [data.validation_items[0]])
     with torch.compiler.set_stance("force_eager"):
-        save_attention_maps(folder.path, models, batch, tokenizers)
+        save_attention_maps(folder, models, batch, tokenizers)
 
 
 def _last_evaluation(state: TrainerState) -> dict[str, float]:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from kava_core.console import print_whole
 from kava_core.distill.hidden_states import CODI, READING, STEPS
-from kava_core.runs.folder import RECORD, read_record
+from kava_core.runs.folder import Folder
 from kava_core.runs.metrics import read_metrics
 from kava_core.train.run import RunResult
 from kava_core.train.validation.collapse_monitor import PREFIX
@@ -42,7 +42,7 @@ def pretrained_scores(results: Sequence[RunResult]) -> list[str]:
     """
     lines: dict[str, None] = {}  # a set that keeps its order
     for result in results:
-        models = read_record(result.folder / RECORD).get("models", {})
+        models = Folder(result.folder).record().get("models", {})
         for name, provenance in models.items():
             if "results" in provenance:
                 scores = _score_text(provenance["results"])
@@ -194,7 +194,7 @@ NOT_KV = {f"eval_{name}" for name in ("ce", "perplexity", "exact_match", "passes
 
 
 def _evaluation_lines(result: RunResult) -> list[dict[str, Any]]:
-    return [line for line in read_metrics(result.folder / "metrics.jsonl") if "eval_ce" in line]
+    return [line for line in read_metrics(Folder(result.folder).metrics) if "eval_ce" in line]
 
 
 def _run_curves(lines: list[dict[str, Any]], panel: str) -> Curves:

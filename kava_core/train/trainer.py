@@ -315,7 +315,7 @@ class KavaTrainer(Trainer):
         """Write everything into the staging folder; return the checkpoint's folder there."""
         self._staging = True
         super()._save_checkpoint(model, trial)
-        staged = Path(self._get_output_dir()) / f"checkpoint-{self.state.global_step}"
+        staged = checkpoint.path_of_step(Path(self._get_output_dir()), self.state.global_step)
         self._term_means.save(staged / self._process_file("means"))
         self.ledger.save(staged / self._process_file("ledger"))
         return staged
@@ -330,7 +330,7 @@ class KavaTrainer(Trainer):
 
     def _describe_unwritten(self, error: Exception) -> str:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        where = self.checkpoints / f"checkpoint-{self.state.global_step}"
+        where = checkpoint.path_of_step(self.checkpoints, self.state.global_step)
         return f"{where}: cannot be written: {reason}; earlier checkpoints are untouched. Is the disk full?"
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -10,11 +10,11 @@ from transformers import TrainingArguments
 
 from kava_core.errors import SpecError
 from kava_core.processes import world_size
-from kava_core.runs.folder import RunDir
+from kava_core.runs.folder import Folder
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
 
-def training_arguments(spec: PipelineSpec, folder: RunDir, *, examples: int) -> TrainingArguments:
+def training_arguments(spec: PipelineSpec, folder: Folder, *, examples: int) -> TrainingArguments:
     """Translate the spec's ``train`` section into transformers' arguments.
 
     Args:

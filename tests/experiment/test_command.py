@@ -17,12 +17,12 @@ import pytest
 import yaml
 
 from kava_core.errors import CheckpointError, KavaError, Preempted, SpecError
-from kava_core.experiment.conduct import LOG, conduct
+from kava_core.experiment.conduct import conduct
 from kava_core.experiment.declared import declare, read
 from kava_core.experiment.gather import Run, gather, spent_to_target, value_of
 from kava_core.experiment.progress import Watch, last_step
-from kava_core.runs.folder import FAILURE, RunDir, note_failure
-from kava_core.runs.state import Planned, failure_of, planned, state_of
+from kava_core.runs.folder import Folder
+from kava_core.runs.planned import planned_runs
 from kava_core.specfile.sections.compare import CompareSpec
 from tests.support import tiny
 
@@ -83,10 +83,10 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("RECORD", json.dumps(RECORD))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
-    def go(*variants: str, seeds: tuple[int, ...] = (0, 1), jobs: int = 2) -> tuple[list[Planned], Silent]:
+    def go(*variants: str, seeds: tuple[int, ...] = (0, 1), jobs: int = 2) -> tuple[list[Folder], Silent]:
         watch = Silent()
         spec = tiny.spec(tmp_path / "runs", seeds=seeds)
-        runs = planned(dict.fromkeys(variants, spec))
+        runs = planned_runs(dict.fromkeys(variants, spec))
         return conduct([sys.executable, str(script)], runs, watch, jobs=jobs), watch
 
     return go
@@ -94,7 +94,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_all_variants_of_a_seed_come_together() -> None:
     spec = tiny.spec(seeds=(4, 2))
-    assert [run.name for run in planned({"b": spec, "a": spec})] == [
+    assert [run.label for run in planned_runs({"b": spec, "a": spec})] == [
         "b seed 4",
         "a seed 4",
         "b seed 2",
@@ -120,11 +120,11 @@ def test_threads_are_shared_among_jobs(fake: Any, tmp_path: Path) -> None:
 def test_a_failure_stops_nothing_and_is_written_down(fake: Any) -> None:
     failed, watch = fake("bad", "a", "killed", seeds=(0,))
     assert sorted(run.variant for run in failed) == ["bad", "killed"]
-    by_name = {run.variant: failure_of(run.folder) for run in failed}
+    by_name = {run.variant: run.failure() for run in failed}
     assert by_name["bad"]["exit_code"] == 1
     assert by_name["bad"]["error"] == "exit code 1; its last words: the last word"
     assert by_name["killed"]["error"].startswith("killed by SIGKILL")
-    assert (failed[0].folder / LOG).read_text().startswith("some words")
+    assert failed[0].log.read_text().startswith("some words")
     assert any("failed: exit code 1" in line for line in watch.lines)
 
 
@@ -163,14 +163,14 @@ def test_a_run_that_was_stopped_by_another_is_no_success(fake: Any) -> None:
 def test_a_run_that_ended_elsewhere_has_failed(fake: Any) -> None:
     """As when the spec was edited meanwhile: its folder has another name then."""
     (failed,), _ = fake("elsewhere", seeds=(0,))
-    assert failure_of(failed.folder)["error"].startswith("it ended well, but not this run")
+    assert failed.failure()["error"].startswith("it ended well, but not this run")
 
 
 def test_an_old_failure_is_not_told_again(fake: Any, tmp_path: Path) -> None:
     (failed,), _ = fake("bad", seeds=(0,))
-    note_failure(failed.folder, 4, "an older reason")
+    failed.note_failure(4, "an older reason")
     (failed,), _ = fake("bad", seeds=(0,))
-    assert failure_of(failed.folder)["exit_code"] == 1
+    assert failed.failure()["exit_code"] == 1
 
 
 def test_no_process_is_left_behind(fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,25 +186,25 @@ def test_no_process_is_left_behind(fake: Any, tmp_path: Path, monkeypatch: pytes
 
 
 def test_states_of_a_run(tmp_path: Path) -> None:
-    folder = RunDir(tiny.spec(tmp_path), "main", 0)
-    assert state_of(folder.path) == "missing"
+    folder = Folder.planned(tiny.spec(tmp_path), "main", 0)
+    assert folder.state() == "missing"
     with folder.lock():
-        assert state_of(folder.path) == "running"
+        assert folder.state() == "running"
     facts = {name: RECORD[name] for name in ("data", "versions", "world_size")}
-    folder.write({**facts, "status": "running"})
-    assert state_of(folder.path) == "interrupted"
+    folder.write_record({**facts, "status": "running"})
+    assert folder.state() == "interrupted"
     folder.stop()
-    assert state_of(folder.path) == "stopped"
-    note_failure(folder.path, 4, "ce not finite\nand more")
-    assert state_of(folder.path) == "failed"
-    assert failure_of(folder.path)["error"] == "ce not finite"
+    assert folder.state() == "stopped"
+    folder.note_failure(4, "ce not finite\nand more")
+    assert folder.state() == "failed"
+    assert folder.failure()["error"] == "ce not finite"
     folder.finish(RECORD["results"], {})
-    assert state_of(folder.path) == "complete"
+    assert folder.state() == "complete"
 
 
 def test_looking_does_not_keep_a_run_from_starting(tmp_path: Path) -> None:
     """One that looks holds the lock for a moment; a run tries again."""
-    folder = RunDir(tiny.spec(tmp_path), "main", 0)
+    folder = Folder.planned(tiny.spec(tmp_path), "main", 0)
     folder.path.mkdir(parents=True)
     code = (
         "import fcntl, sys, time\n"
@@ -213,7 +213,7 @@ def test_looking_does_not_keep_a_run_from_starting(tmp_path: Path) -> None:
     )
     for seconds, gets_it in ((0.06, True), (5.0, False)):
         other = subprocess.Popen(
-            [sys.executable, "-c", code, str(folder.path / "lock"), str(seconds)], stdout=subprocess.PIPE
+            [sys.executable, "-c", code, str(folder.lock_file), str(seconds)], stdout=subprocess.PIPE
         )
         assert other.stdout is not None
         other.stdout.readline()
@@ -227,20 +227,20 @@ def test_looking_does_not_keep_a_run_from_starting(tmp_path: Path) -> None:
         other.wait()
 
 
-def runs_of(folder: Path, *variants: str) -> list[Planned]:
-    return planned(dict.fromkeys(variants, tiny.spec(folder, seeds=(0, 1))))
+def runs_of(folder: Path, *variants: str) -> list[Folder]:
+    return planned_runs(dict.fromkeys(variants, tiny.spec(folder, seeds=(0, 1))))
 
 
-def complete(run: Planned, **results: float) -> None:
-    run.folder.mkdir(parents=True, exist_ok=True)
+def complete(run: Folder, **results: float) -> None:
+    run.path.mkdir(parents=True, exist_ok=True)
     record = RECORD | {"variant": run.variant, "seed": run.seed, "status": "complete"}
     record |= {"results": RECORD["results"] | results}
-    (run.folder / "run.json").write_text(json.dumps(record))
+    run.record_file.write_text(json.dumps(record))
 
 
 def test_comparisons_changed_on_the_way_are_kept(tmp_path: Path) -> None:
     runs = runs_of(tmp_path, "a", "b")
-    folder = runs[0].folder.parent
+    folder = runs[0].path.parent
     first, second = CompareSpec(pairs=[("a", "b")]), CompareSpec(pairs=[("a", "b")], metric="ce")
     declare(folder, first, "a", runs)
     complete(runs[0])
@@ -260,7 +260,7 @@ def test_comparisons_changed_on_the_way_are_kept(tmp_path: Path) -> None:
 
 def test_planned_runs_are_gathered_though_they_are_missing(tmp_path: Path) -> None:
     runs = runs_of(tmp_path, "a", "b")
-    folder = runs[0].folder.parent
+    folder = runs[0].path.parent
     declare(folder, CompareSpec(), "a", runs)
     complete(runs[0])
     found = gather(folder)
@@ -270,7 +270,7 @@ def test_planned_runs_are_gathered_though_they_are_missing(tmp_path: Path) -> No
 
 def test_a_folder_without_a_declaration_is_read_too(tmp_path: Path) -> None:
     runs = runs_of(tmp_path, "a", "b")
-    folder = runs[0].folder.parent
+    folder = runs[0].path.parent
     with pytest.raises(SpecError, match="no such folder"):
         gather(folder)
     folder.mkdir()
@@ -279,8 +279,8 @@ def test_a_folder_without_a_declaration_is_read_too(tmp_path: Path) -> None:
     for run in runs:
         complete(run)
     assert len(gather(folder).runs) == 4
-    record = json.loads((runs[0].folder / "run.json").read_text()) | {"spec_digest": "1"}
-    (runs[0].folder / "run.json").write_text(json.dumps(record))
+    record = json.loads(runs[0].record_file.read_text()) | {"spec_digest": "1"}
+    runs[0].record_file.write_text(json.dumps(record))
     with pytest.raises(SpecError, match="variant 'a' has runs of two specs"):
         gather(folder)
 
@@ -293,7 +293,7 @@ def test_steps_to_a_target(tmp_path: Path, curve: list[float], expected: int) ->
     """A run that never gets there counts as one interval more than it had."""
     lines = [{"step": 100 * n, "eval_ce": 1.0, "eval_exact_match": x} for n, x in enumerate(curve, 1)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run = Run("a", 0, tmp_path, "complete", {"results": {"steps": 300}})
+    run = Run("a", 0, Folder(tmp_path), "complete", {"results": {"steps": 300}})
     compare = CompareSpec(metric="steps_to_target", target=0.95)
     assert spent_to_target(run, compare) == value_of(run, compare) == expected
 
@@ -304,25 +304,25 @@ def test_operations_to_a_target(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     compute = {"flops": 640.0, "flops_of": {"student": 600.0, "store": 40.0}}
     record = {"results": {"steps": 200}, "compute": compute, "store": "stores/0"}
-    run = Run("a", 0, tmp_path, "complete", record)
+    run = Run("a", 0, Folder(tmp_path), "complete", record)
 
     def spent(target: float, horizon: float = math.inf) -> float:
         return value_of(run, CompareSpec(metric="flops_to_target", target=target), horizon)
 
     assert (spent(0.1), spent(0.9), spent(1.0)) == (340, 640, 940)
     assert spent(0.9, horizon=500.0) == 800
-    untold = Run("a", 0, tmp_path, "complete", {"results": {"steps": 200}})
+    untold = Run("a", 0, Folder(tmp_path), "complete", {"results": {"steps": 200}})
     with pytest.raises(KavaError, match="does not say how many operations"):
         value_of(untold, CompareSpec(metric="flops_to_target", target=0.9))
 
 
 def test_the_newest_step_of_a_run_at_work(tmp_path: Path) -> None:
-    (run,) = planned({"a": tiny.spec(tmp_path)})
+    (run,) = planned_runs({"a": tiny.spec(tmp_path)})
     assert last_step(run) == 0
-    run.folder.mkdir(parents=True)
-    (run.folder / "metrics.jsonl").write_text('{"step": 3}\n{"step": 6, "x": "' + "y" * 70_000 + '"}\n{"st')
+    run.path.mkdir(parents=True)
+    run.metrics.write_text('{"step": 3}\n{"step": 6, "x": "' + "y" * 70_000 + '"}\n{"st')
     assert last_step(run) == 0  # a line longer than what is looked at
-    (run.folder / "metrics.jsonl").write_text('{"step": 3}\n{"step": 6}\n{"st')
+    run.metrics.write_text('{"step": 3}\n{"step": 6}\n{"st')
     assert last_step(run) == 6
 
 
@@ -348,4 +348,4 @@ def test_from_a_spec_to_a_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert "stopped before the update" in ended.stderr
     assert "2 of 3 runs are complete" in ended.stderr
     (failed,) = (tmp_path / "runs" / "small").glob("wild-*")
-    assert json.loads((failed / FAILURE).read_text())["exit_code"] == 4
+    assert json.loads(Folder(failed).failure_file.read_text())["exit_code"] == 4

@@ -16,6 +16,7 @@ from kava_core.errors import KavaError
 from kava_core.experiment.gather import Experiment, Run
 from kava_core.experiment.tables import means, told
 from kava_core.experiment.verdict import helps, judge, steps_for_equal_flops
+from kava_core.runs.folder import Folder
 from kava_core.specfile.sections.compare import CompareSpec
 
 EQUAL = {"student_tokens": 10, "teacher_tokens": 20, "flops": 30.0, "seconds": 1.0}
@@ -25,7 +26,9 @@ def run(variant: str, seed: int, value: float | None, folder: Path = Path("nowhe
     """A complete run with this exact match, or a failed one."""
     state = "failed" if value is None else "complete"
     record = {"results": {"steps": 100, "exact_match": value}, "compute": EQUAL | changes.pop("compute", {})}
-    return Run(variant, seed, folder / f"{variant}-{seed}", changes.pop("state", state), record | changes)
+    return Run(
+        variant, seed, Folder(folder / f"{variant}-{seed}"), changes.pop("state", state), record | changes
+    )
 
 
 def experiment(

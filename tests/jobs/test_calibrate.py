@@ -28,7 +28,7 @@ from kava_core.kv.maths.cka import StreamedCKA
 from kava_core.models.load import load_model
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.timeline import Timeline
-from kava_core.runs.folder import RunDir
+from kava_core.runs.folder import Folder
 from kava_core.train.run import run
 from tests.cli.test_runs import kava
 from tests.support import tiny
@@ -382,7 +382,7 @@ def test_heat_map_is_drawn_for_every_size(tmp_path, layer, t_layer):
 def test_a_run_is_not_resumed_with_another_map(tmp_path: Path) -> None:
     """Sources would come from the new map and weights from the old one: a target of zeros."""
     record = {"layer_maps": {"a": "1" * 64}}
-    folder = RunDir(tiny.spec(tmp_path), "main", 0)
+    folder = Folder.planned(tiny.spec(tmp_path), "main", 0)
     folder.path.mkdir(parents=True)
     folder.begin({"data": {}, "layer_maps": {"a": "0" * 64}})
     with pytest.raises(SpecError, match="a layer map changed since this run began"):

@@ -24,8 +24,8 @@ DECLARATIVE = [
     *(
         f"kava_core/{name}.py"
         for name in [
-            *("__init__", "config", "console", "declarations", "errors", "hookspecs", "moved", "paths"),
-            *("processes", "registry", "shapecheck", "versions"),
+            *("__init__", "config", "console", "declarations", "errors", "hookspecs", "json_files"),
+            *("moved", "paths", "processes", "registry", "shapecheck", "versions"),
         ]
     ),
     "kava_core/specfile",

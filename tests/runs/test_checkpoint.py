@@ -27,7 +27,7 @@ from kava_core.build.data import make_data
 from kava_core.errors import CheckpointError, KavaError, Preempted
 from kava_core.runs import checkpoint
 from kava_core.runs.checkpoint import MANIFEST, STAGING
-from kava_core.runs.folder import RunDir
+from kava_core.runs.folder import Folder
 from kava_core.runs.metrics import read_metrics
 from kava_core.train import run as run_module
 from kava_core.train.run import RunResult, run
@@ -181,7 +181,7 @@ SEAL_FOREVER = """
 import sys
 from itertools import count
 from pathlib import Path
-from kava_core.train import checkpoint
+from kava_core.runs import checkpoint
 
 folder = Path(sys.argv[1])
 chosen, _ = checkpoint.recover(folder)
@@ -217,7 +217,7 @@ def test_kill_9_inside_a_save_leaves_only_complete_checkpoints(tmp_path: Path) -
         assert [checkpoint.fault(path) for path in found.values()] == [None] * len(found)
     assert inside >= 5, "the kills missed the saves: nothing was tested"
     checkpoint.recover(tmp_path)
-    assert all(checkpoint.NAME.fullmatch(entry.name) for entry in tmp_path.iterdir())
+    assert all(checkpoint.PATTERN.fullmatch(entry.name) for entry in tmp_path.iterdir())
 
 
 # in a run
@@ -259,20 +259,20 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
 
 
 @pytest.fixture
-def crashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+def crashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
     """A run that crashed in step 6, with checkpoints at 2 and 4."""
     spec = tiny.spec(tmp_path)
     with monkeypatch.context() as patched:
         patched.setattr(run_module, "ShowProgress", lambda title: At(6, crash))
         with pytest.raises(Stop):
             run(spec, variant="main", seed=0)
-    folder = RunDir(spec, "main", 0)
+    folder = Folder.planned(spec, "main", 0)
     assert list(checkpoint.steps(folder.checkpoints)) == [2, 4]
     return folder
 
 
 def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(
-    whole: RunResult, crashed: RunDir, capsys: pytest.CaptureFixture[str]
+    whole: RunResult, crashed: Folder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flip(crashed.checkpoints / "checkpoint-4" / "optimizer.pt")
     result = run(crashed.spec, variant="main", seed=0)
@@ -282,14 +282,14 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(
     assert names == ["checkpoint-4", "checkpoint-4.damaged-1", "checkpoint-6"]
 
 
-def test_only_damaged_checkpoints_begin_anew(whole: RunResult, crashed: RunDir) -> None:
+def test_only_damaged_checkpoints_begin_anew(whole: RunResult, crashed: Folder) -> None:
     for path in checkpoint.steps(crashed.checkpoints).values():
         flip(path / "trainer_state.json")
     assert_same(weights(run(crashed.spec, variant="main", seed=0)), weights(whole))
 
 
 def test_a_pickle_offered_as_checkpoint_is_not_opened(
-    whole: RunResult, crashed: RunDir, tmp_path: Path
+    whole: RunResult, crashed: Folder, tmp_path: Path
 ) -> None:
     class Evil:
         def __reduce__(self) -> tuple[object, tuple[str]]:
@@ -305,7 +305,7 @@ def test_a_pickle_offered_as_checkpoint_is_not_opened(
     assert not (tmp_path / "executed").exists()
 
 
-def test_what_a_killed_save_left_in_staging_is_not_taken_over(whole: RunResult, crashed: RunDir) -> None:
+def test_what_a_killed_save_left_in_staging_is_not_taken_over(whole: RunResult, crashed: Folder) -> None:
     left = crashed.checkpoints / STAGING / "checkpoint-6"
     left.mkdir(parents=True)
     (left / "rng_state_1.pth").write_bytes(b"half of an earlier save")
@@ -314,7 +314,7 @@ def test_what_a_killed_save_left_in_staging_is_not_taken_over(whole: RunResult, 
     assert not (crashed.checkpoints / "checkpoint-6" / "rng_state_1.pth").exists()
 
 
-def test_a_metrics_line_cut_off_by_a_kill_is_written_again(whole: RunResult, crashed: RunDir) -> None:
+def test_a_metrics_line_cut_off_by_a_kill_is_written_again(whole: RunResult, crashed: Folder) -> None:
     with crashed.metrics.open("a") as stream:
         stream.write('{"step": 5, "lo')
     run(crashed.spec, variant="main", seed=0)
@@ -333,7 +333,7 @@ def test_a_signal_while_the_data_are_made_saves_after_one_step(
         )
         with pytest.raises(Preempted, match="stopped by SIGUSR2 at step 1, saved"):
             run(spec, variant="main", seed=0)
-    assert RunDir(spec, "main", 0).record()["status"] == "stopped"
+    assert Folder.planned(spec, "main", 0).record()["status"] == "stopped"
     assert_same(weights(run(spec, variant="main", seed=0)), weights(whole))
 
 
@@ -361,7 +361,7 @@ def test_a_full_disk_is_explained_and_costs_nothing(
         ) as error:
             run(spec, variant="main", seed=0)
     assert "\n" not in str(error.value)
-    folder = RunDir(spec, "main", 0)
+    folder = Folder.planned(spec, "main", 0)
     assert sorted(entry.name for entry in folder.checkpoints.iterdir()) == ["checkpoint-2"]
     checkpoint.verify(folder.checkpoints / "checkpoint-2")
     assert_same(weights(run(spec, variant="main", seed=0)), weights(whole))

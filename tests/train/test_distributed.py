@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kava_core.errors import SpecError
 from kava_core.runs import checkpoint
-from kava_core.runs.folder import RunDir
+from kava_core.runs.folder import Folder
 from kava_core.runs.metrics import read_metrics
 from kava_core.train.pretrain import pretraining_name, pretraining_spec
 from kava_core.train.run import run
@@ -188,7 +188,7 @@ def test_a_model_that_another_run_is_pretraining_is_waited_for(
     teacher = tiny.fields()["teachers"][1] | {"pretrain": {"steps": 2, "batch_size": 4}}
     spec = tiny.spec(tmp_path, teachers=[teacher], train={"steps": 1})
     plan, name = pretraining_spec(spec, spec.teachers[0]), pretraining_name(spec, spec.teachers[0])
-    folder, held = RunDir(plan, name, 0), ExitStack()
+    folder, held = Folder.planned(plan, name, 0), ExitStack()
     held.enter_context(folder.lock())
     begin, release = time.monotonic(), threading.Timer(1.5, held.close)
     release.start()

@@ -21,7 +21,7 @@ from kava_core.errors import KavaError, NonFiniteError, Preempted, SpecError
 from kava_core.jobs.export import export_student
 from kava_core.models.teacher import Teacher
 from kava_core.runs import checkpoint
-from kava_core.runs.folder import RunDir
+from kava_core.runs.folder import Folder
 from kava_core.runs.metrics import read_metrics
 from kava_core.specfile.sections.models import ModelSpec
 from kava_core.train import run as run_module
@@ -73,7 +73,7 @@ def test_a_signal_saves_once_and_resuming_is_bit_exact(
         run(spec, variant="main", seed=1)
     assert stopped.value.exit_code == 75
     monkeypatch.undo()
-    folder = RunDir(spec, "main", 1)
+    folder = Folder.planned(spec, "main", 1)
     assert checkpoint.step_of(checkpoint.newest(folder.checkpoints)) == at + 1
     result = run(spec, variant="main", seed=1)
     assert_same(weights(result), weights(whole))
@@ -159,7 +159,7 @@ def test_non_finite_loss_stops_before_the_update(tmp_path: Path, monkeypatch: py
     with pytest.raises(NonFiniteError, match=told) as stopped:
         run(spec, variant="main", seed=0)
     assert stopped.value.exit_code == 4
-    assert list(checkpoint.steps(RunDir(spec, "main", 0).checkpoints)) == [2, 3]
+    assert list(checkpoint.steps(Folder.planned(spec, "main", 0).checkpoints)) == [2, 3]
 
 
 @pytest.mark.usefixtures("no_value_checks")
@@ -169,14 +169,17 @@ def test_non_finite_weights_are_never_saved(tmp_path: Path) -> None:
         NonFiniteError, match=r"step 1: .* holds NaN or infinity after the update; nothing saved"
     ):
         run(spec, variant="main", seed=0)
-    folder = RunDir(spec, "main", 0)
+    folder = Folder.planned(spec, "main", 0)
     assert not checkpoint.steps(folder.checkpoints)
     assert not folder.student.exists()
 
 
 def test_two_processes_do_not_share_a_run_directory(tmp_path: Path) -> None:
     spec = tiny.spec(tmp_path)
-    with RunDir(spec, "main", 0).lock(), pytest.raises(KavaError, match="another process is training here"):
+    with (
+        Folder.planned(spec, "main", 0).lock(),
+        pytest.raises(KavaError, match="another process is training here"),
+    ):
         run(spec, variant="main", seed=0)
 
 
@@ -191,7 +194,7 @@ def test_changed_data_is_refused(tmp_path: Path) -> None:
     spec = type(spec).model_validate(
         tiny.fields(losses=[], teachers=[]) | {"data": data, "output": str(tmp_path)}
     )
-    folder = RunDir(spec, "main", 0)
+    folder = Folder.planned(spec, "main", 0)
     folder.path.mkdir(parents=True)
     folder.begin({"data": {"train": {"sha256": "other"}}})
     with pytest.raises(SpecError, match="the data changed since this run began"):

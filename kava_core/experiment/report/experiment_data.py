@@ -15,6 +15,7 @@ from typing import Any, TypeGuard
 from kava_core.errors import CheckpointError, KavaError
 from kava_core.experiment.gather import Experiment, Run, gather, value_of
 from kava_core.experiment.verdict import Verdict, comparisons, judge
+from kava_core.json_files import read_json_object
 from kava_core.specfile.sections.compare import CompareSpec
 
 Curve = list[tuple[int, float]]
@@ -105,10 +106,10 @@ class Found:
         """The resolved spec of every variant that has begun."""
         found = {}
         for variant in self.experiment.variants:
-            files = (run.folder / "spec.json" for run in self.experiment.of(variant).values())
+            files = (run.folder.spec_file for run in self.experiment.of(variant).values())
             file = next((one for one in files if one.exists()), None)
             if file is not None:
-                found[variant] = read_object(file)
+                found[variant] = read_json_object(file)
         return found
 
     @cached_property
@@ -175,17 +176,6 @@ def find(folders: Sequence[Path]) -> list[Found]:
     """Gather every folder; errors as ``gather``'s."""
     whole = [folder if folder.name not in ("", "..") else folder.resolve() for folder in folders]
     return [Found(gather(folder), place, len(folders) > 1) for place, folder in enumerate(whole, 1)]
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object; CheckpointError where the file is damaged."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: unreadable: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{file}: holds a {type(found).__name__}, not an object")
-    return found
 
 
 def read_lines(file: Path) -> Iterator[dict[str, Any]]:

@@ -15,7 +15,8 @@ from kava_core.experiment.slurm.resources import Resources
 from kava_core.experiment.slurm.sbatch import SCRIPT, SPEC, Job, script
 from kava_core.experiment.slurm.scheduler import queue, submit
 from kava_core.paths import make_folder
-from kava_core.runs.state import Planned, planned, state_of
+from kava_core.runs.folder import Folder
+from kava_core.runs.planned import planned_runs
 from kava_core.specfile.load import load_spec
 from kava_core.specfile.variants import resolve_variants
 
@@ -46,8 +47,8 @@ def launch(
         KavaError: SLURM does not answer, or files cannot be written.
     """
     loaded = load_spec(file, overrides)
-    every = planned(resolve_variants(loaded))
-    runs = [run for run in every if state_of(run.folder) != "complete"]
+    every = planned_runs(resolve_variants(loaded))
+    runs = [run for run in every if run.state() != "complete"]
     if not runs:
         tell(f"nothing to submit: {len(every)} of {len(every)} runs are complete")
         return
@@ -75,11 +76,11 @@ def _new_folder(base: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def _refuse_busy(runs: Sequence[Planned]) -> None:
+def _refuse_busy(runs: Sequence[Folder]) -> None:
     """SpecError where a run would be trained twice."""
     queued = queue(runs[0].spec)
-    busy = [f"{run.name} ({queued[str(run.folder)]})" for run in runs if str(run.folder) in queued]
-    busy += [f"{run.name} (at work)" for run in runs if state_of(run.folder) == "running"]
+    busy = [f"{run.label} ({queued[str(run.path)]})" for run in runs if str(run.path) in queued]
+    busy += [f"{run.label} (at work)" for run in runs if run.state() == "running"]
     if busy:
         raise SpecError(f"queued or at work already: {', '.join(busy)}; wait for them, or scancel the job")
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kava_core.errors import KavaError
-from kava_core.runs.state import Planned
+from kava_core.runs.folder import Folder
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
 FOLDER = "slurm"
@@ -33,9 +33,9 @@ def launches_of(spec: PipelineSpec) -> Path:
     return Path(spec.output) / spec.name / FOLDER
 
 
-def elements(runs: Sequence[Planned]) -> list[Element]:
+def elements(runs: Sequence[Folder]) -> list[Element]:
     """An element for every run, in their order."""
-    return [Element(index, run.variant, run.seed, str(run.folder)) for index, run in enumerate(runs)]
+    return [Element(index, run.variant, run.seed, str(run.path)) for index, run in enumerate(runs)]
 
 
 def job_name(name: str, launch: Path) -> str:

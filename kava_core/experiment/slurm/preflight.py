@@ -15,8 +15,7 @@ from kava_core.experiment.slurm.present import missing_data, missing_models, off
 from kava_core.experiment.slurm.resources import Resources
 from kava_core.experiment.slurm.scheduler import ask
 from kava_core.experiment.slurm.size import Size, size_of
-from kava_core.runs.folder import RECORD, read_record
-from kava_core.runs.state import Planned
+from kava_core.runs.folder import Folder
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
 GIB = 2**30
@@ -46,7 +45,7 @@ class Preflight:
     """
 
     def __init__(
-        self, runs: Sequence[Planned], resources: Resources, script: str, gpu_memory: float | None = None
+        self, runs: Sequence[Folder], resources: Resources, script: str, gpu_memory: float | None = None
     ) -> None:
         self.runs, self.resources, self.script, self.gpu_memory = runs, resources, script, gpu_memory
 
@@ -95,12 +94,11 @@ class Preflight:
         found = f"processes: {asked.processes} (nodes: {asked.nodes}, GPUs of each: {asked.gpus})"
         return Check("gpus", list(faults), found)
 
-    def _begun(self, run: Planned) -> Iterator[str]:
+    def _begun(self, run: Folder) -> Iterator[str]:
         """A run goes on with as many processes as it began with."""
-        file = run.folder / RECORD
-        begun = read_record(file)["world_size"] if file.exists() else self.resources.processes
+        begun = run.record().get("world_size", self.resources.processes)
         if begun != self.resources.processes:
-            yield f"{run.name} was begun by {begun} processes, not {self.resources.processes}"
+            yield f"{run.label} was begun by {begun} processes, not {self.resources.processes}"
 
     def _disk(self) -> Check:
         needed = sum(self._sizes[run.variant].disk for run in self.runs)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from kava_core.errors import KavaError
 from kava_core.experiment.slurm.mapping import Attempt, attempts
 from kava_core.experiment.slurm.scheduler import Queued, is_there, queue
+from kava_core.json_files import finite_or_null
+from kava_core.runs.folder import Folder
 from kava_core.runs.metrics import read_metrics
-from kava_core.runs.state import Planned, failure_of, planned, state_of
+from kava_core.runs.planned import planned_runs
 from kava_core.specfile.load import load_spec
 from kava_core.specfile.variants import resolve_variants
 
@@ -32,7 +33,7 @@ class Row:
     variant: str
     seed: int
     state: str
-    """As ``state_of`` has it, or ``damaged``."""
+    """As ``Folder.state`` has it, or ``damaged``."""
     exit_code: int | None
     reason: str | None
     """Why it failed or cannot be read; where the job's log is, if that is all there is to say."""
@@ -50,16 +51,16 @@ class Row:
 
     def json(self) -> dict[str, Any]:
         """Field to value; numbers that JSON does not have (NaN, infinity) are null."""
-        fields = asdict(self)
-        return {n: None if isinstance(v, float) and not isfinite(v) else v for n, v in fields.items()}
+        fields: dict[str, Any] = finite_or_null(asdict(self))
+        return fields
 
 
-def runs_of(file: Path, overrides: Sequence[str]) -> list[Planned]:
+def runs_of(file: Path, overrides: Sequence[str]) -> list[Folder]:
     """The runs of a spec; SpecError as for loading it."""
-    return planned(resolve_variants(load_spec(file, overrides)))
+    return planned_runs(resolve_variants(load_spec(file, overrides)))
 
 
-def table_of(runs: Sequence[Planned]) -> list[Row]:
+def table_of(runs: Sequence[Folder]) -> list[Row]:
     """A row for each run. Where squeue does not answer that is said on stderr, and the column stays empty."""
     queued: Mapping[str, Queued] = {}
     launched: Mapping[str, Attempt] = {}
@@ -68,33 +69,33 @@ def table_of(runs: Sequence[Planned]) -> list[Row]:
         queued = queue(runs[0].spec) if is_there() else {}
     except KavaError as error:
         print(error, file=sys.stderr)
-    return [row_of(run, queued.get(str(run.folder)), launched.get(str(run.folder))) for run in runs]
+    return [row_of(run, queued.get(str(run.path)), launched.get(str(run.path))) for run in runs]
 
 
-def row_of(run: Planned, queued: Queued | None = None, attempt: Attempt | None = None) -> Row:
+def row_of(run: Folder, queued: Queued | None = None, attempt: Attempt | None = None) -> Row:
     """A run as its folder and SLURM tell it."""
-    state, code, reason = _state(run.folder, queued)
+    state, code, reason = _state(run, queued)
     if state in SILENT and queued is None and attempt is not None and attempt.code:
         code, reason = attempt.code, f"see {attempt.log}"
-    lines = _metrics(run.folder / "metrics.jsonl")
+    lines = _metrics(run.metrics)
     step, steps = (lines[-1]["step"] if lines else 0), run.spec.train.steps
     name, value = _newest(lines)
     pace = seconds_per_step(lines)
     left = None if pace is None or state == "complete" else pace * (steps - step)
-    slurm, folder = None if queued is None else str(queued), str(run.folder)
+    slurm, folder = None if queued is None else str(queued), str(run.path)
     known = (run.variant, run.seed, state, code, reason, step, steps)
     return Row(*known, name, value, pace, left, slurm, folder)
 
 
-def _state(folder: Path, queued: Queued | None) -> tuple[str, int | None, str | None]:
+def _state(run: Folder, queued: Queued | None) -> tuple[str, int | None, str | None]:
     """State, exit code, reason. Locks are not seen from other machines on every file system; SLURM is."""
     try:
-        state = state_of(folder)
+        state = run.state()
     except KavaError as error:
         return "damaged", error.exit_code, str(error)
     if queued is not None and queued.at_work and state != "complete":
         return "running", None, None
-    failure = failure_of(folder) if state == "failed" else None
+    failure = run.failure() if state == "failed" else None
     return (state, failure["exit_code"], failure["error"]) if failure else (state, None, None)
 
 

@@ -17,7 +17,8 @@ from kava_core.errors import SpecError
 from kava_core.latent.collate import LatentCollator
 from kava_core.latent.exported import load_latents
 from kava_core.models.student import load_student
-from kava_core.runs.finished import finished_record, finished_spec, trained_student, verify_student
+from kava_core.runs.folder import Folder
+from kava_core.runs.saved_models import trained_student
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
 
@@ -25,7 +26,7 @@ from kava_core.specfile.sections.pipeline import PipelineSpec
 class AnsweringStudent:
     """A student that can answer, and how its prompts are made."""
 
-    run: Path
+    run: Folder
     spec: PipelineSpec
     record: dict[str, Any]
     distiller: Distiller
@@ -33,26 +34,27 @@ class AnsweringStudent:
     collator: Collator
 
 
-def load_answering_student(run: Path) -> AnsweringStudent:
+def load_answering_student(path: Path) -> AnsweringStudent:
     """Load a finished run's student in evaluation mode, on a GPU if there is one.
 
     Raises:
         SpecError: the run is not finished.
         CheckpointError: its directory is damaged.
     """
-    record, spec = finished_record(run), finished_spec(run)
+    run = Folder(path)
+    record, spec = run.finished_record(), run.spec
     if spec.student.encoder:
         raise SpecError(f"{run}: its student is an encoder, which writes no answers")
-    verify_student(run / "student")
+    run.verify_student()
     with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(run / "student")
-        student = load_student(trained_student(spec, run), tokenizer, seed=0)
+        tokenizer = AutoTokenizer.from_pretrained(run.student)
+        student = load_student(trained_student(run), tokenizer, seed=0)
     latent = None
     collator = Collator(tokenizer, {}, spec.data.template)
     if spec.trajectory == "latent":
         spec_without_teachers = spec.model_copy(update={"codi": None, "teachers": ()})
         latent = make_latent(spec_without_teachers, student, seed=0)
-        latent.tokens.load_state_dict(load_latents(run / "student").state_dict())
+        latent.tokens.load_state_dict(load_latents(run.student).state_dict())
         collator = LatentCollator(tokenizer, {}, spec.data.template, latent=spec.latent)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     distiller = Distiller(student, latent=latent).to(device).eval()

@@ -61,7 +61,7 @@ def evaluate_run(
     errors = Console(stderr=True)
     lines = list(track(scored, "answers", total=len(examples), console=errors, transient=True))
     label = "validation" if file is None else file.stem
-    folder = output or run / "evals" / f"{label}-{split_hash(examples)[:8]}"
+    folder = output or student.run.evaluations / f"{label}-{split_hash(examples)[:8]}"
     settings = {"file": str(file or "the run's own"), **asdict(options)}
     result = summarise_scores(student, examples, lines, settings)
     times_before = write_result(folder, lines, result)

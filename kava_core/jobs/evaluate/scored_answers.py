@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from kava_core.build.provenance import file_hash
 from kava_core.data.dataset import split_nearly_equal
 from kava_core.data.examples import Example, is_correct, render_example
 from kava_core.data.jsonl import read_examples
 from kava_core.data.splits import Splits, load_splits, split_hash
 from kava_core.errors import SpecError
 from kava_core.jobs.evaluate.answering_student import AnsweringStudent
+from kava_core.json_files import write_json
 from kava_core.models.config import check_answer_fits
-from kava_core.paths import make_folder
-from kava_core.runs.folder import environment, write_json
+from kava_core.paths import file_hash, make_folder
+from kava_core.runs.record import environment
 from kava_core.train.validation.answer_writer import AnswerWriter
 
 QUANTILE_95 = 1.959963984540054
@@ -104,7 +104,7 @@ def summarise_scores(
 ) -> dict[str, Any]:
     """Return the scores, and everything they depend on."""
     right = sum(line["correct"] for line in lines)
-    weights = sorted((student.run / "student").glob("*.safetensors"))
+    weights = sorted(student.run.student.glob("*.safetensors"))
     return {
         "exact_match": right / len(lines),
         "correct": right,

@@ -21,13 +21,8 @@ from kava_core.distill.distiller import Distiller
 from kava_core.errors import CheckpointError, SpecError
 from kava_core.latent.exported import load_latents
 from kava_core.runs import checkpoint
-from kava_core.runs.finished import (
-    finished_record,
-    finished_spec,
-    from_folder,
-    trained_student,
-    verify_student,
-)
+from kava_core.runs.folder import Folder
+from kava_core.runs.saved_models import model_in_folder, trained_student
 from kava_core.specfile.questions import active_losses, used_teachers
 from kava_core.specfile.sections.models import TeacherSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
@@ -58,7 +53,7 @@ class LatentRun:
             yield batch | {"student": self.distiller.at_curriculum_stage(batch["student"])}
 
 
-def load_latent_run(run: Path) -> LatentRun:
+def load_latent_run(path: Path) -> LatentRun:
     """Load the run in a directory.
 
     Raises:
@@ -66,10 +61,11 @@ def load_latent_run(run: Path) -> LatentRun:
             were.
         CheckpointError: the run directory is damaged.
     """
-    record = finished_record(run)
+    run = Folder(path)
+    record = run.finished_record()
     spec = _latent_spec(run)
-    verify_student(run / "student")
-    last_checkpoint = run / "checkpoints" / f"checkpoint-{record['results']['steps']}"
+    run.verify_student()
+    last_checkpoint = run.checkpoint_at(record["results"]["steps"])
     missing = _why_no_teacher(spec, record, last_checkpoint)
     if missing is not None:
         spec = spec.model_copy(update={"losses": (), "teachers": (), "codi": None, "logits": None})
@@ -80,15 +76,15 @@ def load_latent_run(run: Path) -> LatentRun:
             raise SpecError(f"{run}: the data changed since this run ended")
         distiller = make_distiller(spec, data, seed=record["seed"])
     assert distiller.latents is not None
-    distiller.latents.load_state_dict(load_latents(run / "student").state_dict())
+    distiller.latents.load_state_dict(load_latents(run.student).state_dict())
     if distiller.pipeline.compared:
         _load_aligners(distiller, last_checkpoint)
     return LatentRun(spec, data, _placed_distiller(distiller, spec), missing)
 
 
-def _latent_spec(run: Path) -> PipelineSpec:
+def _latent_spec(run: Folder) -> PipelineSpec:
     """Read a run's spec; SpecError if it has no latent tokens."""
-    spec = finished_spec(run)
+    spec = run.spec
     if spec.trajectory != "latent":
         raise SpecError(
             f"{run}: a run with trajectory: {spec.trajectory}; only a latent one has latent tokens"
@@ -121,16 +117,16 @@ def _model_origin(record: dict[str, Any], teacher: TeacherSpec) -> str:
     return str(record.get("models", {}).get(teacher.name, {}).get("origin", "a known place"))
 
 
-def _with_trained_models(spec: PipelineSpec, record: dict[str, Any], run: Path) -> PipelineSpec:
+def _with_trained_models(spec: PipelineSpec, record: dict[str, Any], run: Folder) -> PipelineSpec:
     """Return the spec with the trained student as it was saved, and the teachers it had."""
     teachers = []
     for teacher in used_teachers(spec):
         if teacher.itself is not None:
-            teacher = from_folder(teacher, run / "student")
+            teacher = model_in_folder(teacher, run.student)
         elif _was_pretrained(teacher):
-            teacher = from_folder(teacher, _model_origin(record, teacher))
+            teacher = model_in_folder(teacher, _model_origin(record, teacher))
         teachers.append(teacher)
-    return spec.model_copy(update={"student": trained_student(spec, run), "teachers": tuple(teachers)})
+    return spec.model_copy(update={"student": trained_student(run), "teachers": tuple(teachers)})
 
 
 def _load_aligners(distiller: Distiller, checkpoint_folder: Path) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -24,8 +23,8 @@ from kava_core.jobs.latents.cosine_map import (
 from kava_core.jobs.latents.cosine_picture import draw_cosine_maps
 from kava_core.jobs.latents.decoded_tokens import likely_tokens, reasoning_tokens, slot_logits
 from kava_core.jobs.latents.latent_run import LatentRun, load_latent_run
+from kava_core.json_files import finite_or_null, write_json
 from kava_core.paths import make_folder
-from kava_core.runs.folder import write_json
 
 PRINTED = 4
 """Examples that are printed; all of them are in the file."""
@@ -179,9 +178,6 @@ def _plain_map(maps: CosineMaps) -> dict[str, Any]:
 
 
 def _rounded_rows(cosines: Tensor) -> list[list[float | None]]:
-    rows = []
-    for row in cosines:
-        finite = torch.isfinite(row).tolist()
-        values = row.tolist()
-        rows.append([round(x, 6) if known else None for x, known in zip(values, finite, strict=True)])
+    rounded = [[round(value, 6) for value in row] for row in cosines.tolist()]
+    rows: list[list[float | None]] = finite_or_null(rounded)
     return rows

@@ -18,8 +18,9 @@ from kava_core.jobs.profile.profile_picture import draw_profiles
 from kava_core.jobs.profile.profile_tables import print_profile, print_warnings, side_by_side_table
 from kava_core.jobs.profile.profile_warnings import profile_warnings
 from kava_core.jobs.profile.variant_profile import Profile, ProfileOptions, load_and_profile
+from kava_core.json_files import write_json
 from kava_core.paths import make_folder
-from kava_core.runs.folder import write_json
+from kava_core.runs.folder import LAYER_MAPS
 from kava_core.specfile.load import LoadedSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.specfile.variants import MAIN, resolve_variants
@@ -49,7 +50,7 @@ def profile_variants(
         make_folder(folder)
     console = Console(stderr=format == "json")
     with TemporaryDirectory() as scratch:
-        maps = (folder or Path(scratch)) / "layer_maps"
+        maps = (folder or Path(scratch)) / LAYER_MAPS
         profiles = _profile_each(loaded, variants, maps, options)
     warnings = {name: profile_warnings(profile) for name, profile in profiles.items()}
     plain = {name: profile.json(warnings[name]) for name, profile in profiles.items()}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from kava_core.jobs.profile.layer_comparison import (
 from kava_core.jobs.profile.prepared_variant import PreparedVariant, prepare_variant
 from kava_core.jobs.profile.profiled_stages import Cost, Stage, profile_costs, profile_stages
 from kava_core.jobs.profile.quality_gate import Gate, judge_teachers
+from kava_core.json_files import finite_or_null
 from kava_core.kv.align.aligner import TeacherAligner
 from kava_core.registry import Registry
 from kava_core.specfile.sections.compare import CompareSpec, control_changes
@@ -49,7 +48,7 @@ class Profile:
         for name, gate in (self.gates or {}).items():
             if gate is not None:
                 fields["gates"][name]["open"] = gate.open
-        return _without_nan(fields)
+        return finite_or_null(fields)
 
 
 @dataclass(frozen=True)
@@ -144,12 +143,3 @@ def _reading_notes(variant: PreparedVariant, trained: bool) -> list[str]:
 
 def _is_fitted_to_student(aligner: TeacherAligner) -> bool:
     return aligner.wants_calibration and bool(getattr(aligner.dim_projector, "paired", True))
-
-
-def _without_nan(value: Any) -> Any:
-    """Return plain values with None for every float that is not finite."""
-    if isinstance(value, Mapping):
-        return {name: _without_nan(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

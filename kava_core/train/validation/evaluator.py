@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -22,9 +21,10 @@ from kava_core.data.examples import is_correct
 from kava_core.distill.denominators import EXAMPLES, LABELLED, READ, TOKENS
 from kava_core.distill.distiller import LOGITS, Distiller
 from kava_core.distill.hidden_states import CODI, READING, STEPS
+from kava_core.json_files import write_json
 from kava_core.kv.capture.evaluation_mode import evaluation_mode
 from kava_core.latent.student import Control
-from kava_core.runs.folder import write_json
+from kava_core.runs.folder import Folder
 from kava_core.specfile.sections.data import Template
 from kava_core.specfile.sections.training import EvaluateSpec
 from kava_core.train.validation.answer_writer import AnswerWriter
@@ -42,9 +42,6 @@ DIVISORS = {"ce": LABELLED, LOGITS: LABELLED, CODI: EXAMPLES, STEPS: EXAMPLES, R
 SAMPLES = 8
 """Written answers of the newest evaluation that are kept."""
 
-CORRECT = "correct.json"
-"""File beside them: which examples were right."""
-
 
 class Evaluator:
     """Evaluates a distiller on the validation split, shared among processes.
@@ -55,7 +52,7 @@ class Evaluator:
         tokenizer: the student's.
         template: finds the answer in what the student wrote.
         spec: sizes.
-        samples: file for some written answers of the newest evaluation.
+        folder: keeps some written answers of the newest evaluation, and which were right.
         monitor: watches the aligners on the first validation examples.
     """
 
@@ -66,11 +63,11 @@ class Evaluator:
         tokenizer: Any,
         template: Template,
         spec: EvaluateSpec,
-        samples: Path,
+        folder: Folder,
         monitor: CollapseMonitor,
     ) -> None:
         self.items, self.examples, self.collator = items, items.examples, collator
-        self.tokenizer, self.template, self.spec, self.samples = tokenizer, template, spec, samples
+        self.tokenizer, self.template, self.spec, self.folder = tokenizer, template, spec, folder
         self.monitor = monitor
         self.write_answers = AnswerWriter(collator, tokenizer, spec.max_new_tokens)
 
@@ -156,7 +153,7 @@ class Evaluator:
         return {"exact_match": float(right / count), "passes": float(all_passes / count)}
 
     def _save_samples(self, lines: list[dict[str, Any]]) -> None:
-        with self.samples.open("w", encoding="utf-8") as stream:
+        with self.folder.samples.open("w", encoding="utf-8") as stream:
             for line in lines:
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
 
@@ -164,7 +161,7 @@ class Evaluator:
         """Save which examples the newest evaluation found right, for resampling; 1 or 0 in their order."""
         of_all: list[tuple[int, bool]] = gather_object(list(zip(indices, marks, strict=True)))
         if accelerator.is_main_process:
-            write_json(self.samples.with_name(CORRECT), [int(mark) for _, mark in sorted(of_all)])
+            write_json(self.folder.correct, [int(mark) for _, mark in sorted(of_all)])
 
 
 def _sum_over_processes(own_sums: dict[str, float]) -> dict[str, float]:

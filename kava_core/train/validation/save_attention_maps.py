@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from kava_core.json_files import write_json
 from kava_core.kv.capture.attention_layers import without_adapters
 from kava_core.kv.capture.evaluation_mode import evaluation_mode
-from kava_core.runs.folder import MAPS, TOKENS, write_json
+from kava_core.runs.folder import Folder
 
 LAYERS, LONGEST = 3, 64
 """Layers that are kept, evenly from the first to the last, and tokens."""
@@ -60,7 +60,7 @@ def _eager_attention(model: nn.Module) -> Iterator[None]:
 
 
 def save_attention_maps(
-    folder: Path,
+    folder: Folder,
     models: Mapping[str, nn.Module],
     batch: Mapping[str, Any],
     tokenizers: Mapping[str, PreTrainedTokenizerBase],
@@ -90,5 +90,5 @@ def save_attention_maps(
             continue
         kept[name] = maps.half().contiguous()
         descriptions[name] = {"layers": layers, "tokens": tokens}
-    save_file(kept, folder / MAPS)
-    write_json(folder / TOKENS, descriptions)
+    save_file(kept, folder.attention_maps)
+    write_json(folder.attention_tokens, descriptions)

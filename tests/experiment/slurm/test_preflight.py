@@ -18,7 +18,7 @@ from kava_core.experiment.slurm.preflight import Check, Preflight, device_faults
 from kava_core.experiment.slurm.resources import Resources
 from kava_core.experiment.slurm.size import size_of
 from kava_core.experiment.slurm.status import runs_of
-from kava_core.runs.state import planned
+from kava_core.runs.planned import planned_runs
 from kava_core.train.run import run
 from tests.experiment.slurm.fake_slurm import Slurm
 from tests.support import tiny
@@ -59,7 +59,7 @@ def refused(file: Path, resources: Resources = CPU, **more: Any) -> list[str]:
 
 
 def checks_of(spec: Any, resources: Resources = CPU, **more: Any) -> dict[str, Check]:
-    return {check.name: check for check in Preflight(planned({"main": spec}), resources, "", **more)}
+    return {check.name: check for check in Preflight(planned_runs({"main": spec}), resources, "", **more)}
 
 
 def test_every_check_is_a_line_and_the_job_is_sent(slurm: Slurm) -> None:
@@ -99,7 +99,7 @@ def test_what_is_queued_is_not_sent_again(slurm: Slurm) -> None:
 
 def test_what_is_at_work_on_this_machine_is_not_sent(slurm: Slurm) -> None:
     file = write_spec()
-    folder = runs_of(file, ())[1].folder
+    folder = runs_of(file, ())[1].path
     folder.mkdir(parents=True)
     with (folder / "lock").open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
@@ -174,10 +174,10 @@ def test_a_folder_that_cannot_be_written(slurm: Slurm) -> None:
 
 def test_a_run_begun_by_other_processes_is_refused(tmp_path: Path) -> None:
     spec = tiny.spec(tmp_path, teachers=[], losses=[])
-    (begun,) = planned({"main": spec})
-    begun.folder.mkdir(parents=True)
+    (begun,) = planned_runs({"main": spec})
+    begun.path.mkdir(parents=True)
     record = dict.fromkeys(("name", "variant", "seed", "spec_digest", "status", "data", "versions"), "x")
-    (begun.folder / "run.json").write_text(json.dumps(record | {"world_size": 2}))
+    begun.record_file.write_text(json.dumps(record | {"world_size": 2}))
     found = list(Preflight([begun], CPU, "")._gpus().faults)
     assert found == ["main seed 0 was begun by 2 processes, not 1"]
     assert Preflight([begun], Resources(gpus=2), "")._gpus().faults == []

@@ -17,26 +17,24 @@ from kava_core.experiment.slurm.mapping import elements, job_name, launches_of, 
 from kava_core.experiment.slurm.scheduler import Queued
 from kava_core.experiment.slurm.status import Row, row_of, seconds_per_step, table_of
 from kava_core.experiment.slurm.status_text import show, table
-from kava_core.runs.folder import note_failure
-from kava_core.runs.state import Planned, planned
+from kava_core.runs.folder import Folder
+from kava_core.runs.planned import planned_runs
 from tests.experiment.slurm.fake_slurm import Slurm
 from tests.support import tiny
 
 RECORD = {"name": "tiny", "seed": 0, "spec_digest": "d", "data": {}, "versions": {}, "world_size": 1}
 
 
-def planned_run(
-    output: Path, status: str | None = None, lines: list[dict[str, Any]] | None = None
-) -> Planned:
+def planned_run(output: Path, status: str | None = None, lines: list[dict[str, Any]] | None = None) -> Folder:
     """A run of ten steps, as far as it has come."""
-    (made,) = planned({"kv": tiny.spec(output, train={"steps": 10})})
-    made.folder.mkdir(parents=True)
+    (made,) = planned_runs({"kv": tiny.spec(output, train={"steps": 10})})
+    made.path.mkdir(parents=True)
     if status is not None:
         results = {"results": {"steps": 10}} if status == "complete" else {}
         record = RECORD | {"variant": "kv", "status": status} | results
-        (made.folder / "run.json").write_text(json.dumps(record))
+        made.record_file.write_text(json.dumps(record))
     if lines is not None:
-        (made.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        made.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return made
 
 
@@ -50,7 +48,7 @@ def test_state_by_what_the_record_says(tmp_path: Path, status: str | None, state
 
 def test_a_run_whose_lock_is_held_is_running(tmp_path: Path) -> None:
     run = planned_run(tmp_path, "running")
-    with (run.folder / "lock").open("w") as stream:
+    with run.lock_file.open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         assert row_of(run).state == "running"
     assert row_of(run).state == "interrupted"
@@ -58,7 +56,7 @@ def test_a_run_whose_lock_is_held_is_running(tmp_path: Path) -> None:
 
 def test_a_failure_is_shown_with_code_and_reason(tmp_path: Path) -> None:
     run = planned_run(tmp_path, "running")
-    note_failure(run.folder, 4, "step 3: ce not finite\nmore")
+    run.note_failure(4, "step 3: ce not finite\nmore")
     row = row_of(run)
     assert (row.state, row.exit_code, row.reason) == ("failed", 4, "step 3: ce not finite")
 
@@ -88,7 +86,7 @@ def test_slurm_knows_of_runs_on_other_machines(tmp_path: Path, word: str, state:
 
 def test_a_damaged_record_spoils_no_other_row(tmp_path: Path) -> None:
     run = planned_run(tmp_path)
-    (run.folder / "run.json").write_text("{")
+    run.record_file.write_text("{")
     row = row_of(run)
     assert (row.state, row.exit_code) == ("damaged", 5)
     assert "unreadable" in str(row.reason)
@@ -125,10 +123,10 @@ def test_the_newest_evaluation_is_the_metric(tmp_path: Path) -> None:
 
 def test_damaged_metrics_and_half_a_line_are_survived(tmp_path: Path) -> None:
     run = planned_run(tmp_path, "stopped", [{"step": 3, "ce": 1.5}])
-    with (run.folder / "metrics.jsonl").open("a") as stream:
+    with run.metrics.open("a") as stream:
         stream.write('{"step": 4, "c')
     assert row_of(run).step == 3
-    (run.folder / "metrics.jsonl").write_text("no\nlines\n")
+    run.metrics.write_text("no\nlines\n")
     assert (row_of(run).step, row_of(run).metric) == (0, None)
 
 
@@ -146,7 +144,7 @@ def shown(rows: list[Row]) -> str:
 
 def test_the_table_shows_markup_as_it_is(tmp_path: Path) -> None:
     run = planned_run(tmp_path, "running", [{"step": 4, "seconds": 3700.0, "eval_ce": 1.23456}])
-    note_failure(run.folder, 3, "kv_loss 'x' [bold]: no [/]")
+    run.note_failure(3, "kv_loss 'x' [bold]: no [/]")
     text = shown([row_of(run)])
     assert "failed (3): kv_loss 'x' [bold]: no [/]" in text
     assert "4/10" in text
@@ -160,9 +158,9 @@ def test_watching_ends_when_all_is_complete(tmp_path: Path, capsys: pytest.Captu
         nonlocal rounds
         rounds += 1
         if rounds == 3:
-            record = json.loads((run.folder / "run.json").read_text())
+            record = json.loads(run.record_file.read_text())
             done = record | {"status": "complete", "results": {"steps": 10}}
-            (run.folder / "run.json").write_text(json.dumps(done))
+            run.record_file.write_text(json.dumps(done))
         return [row_of(run)]
 
     show(rows, 0.01)
@@ -171,12 +169,12 @@ def test_watching_ends_when_all_is_complete(tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.fixture
-def queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Slurm, list[Planned]]:
+def queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Slurm, list[Folder]]:
     """Two runs, of which the scheduler knows the second."""
     slurm = Slurm(tmp_path / "slurm")
     for name, value in slurm.environment.items():
         monkeypatch.setenv(name, value)
-    runs = planned({"kv": tiny.spec(tmp_path / "runs", seeds=[0, 1])})
+    runs = planned_runs({"kv": tiny.spec(tmp_path / "runs", seeds=[0, 1])})
     folder = launches_of(runs[0].spec) / "20261122-010203"
     folder.mkdir(parents=True)
     (folder / "array.jsonl").write_text(mapping_text(elements(runs)))
@@ -185,7 +183,7 @@ def queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Slurm, list
     return slurm, runs
 
 
-def test_squeue_tells_which_run_an_element_is(queued: tuple[Slurm, list[Planned]]) -> None:
+def test_squeue_tells_which_run_an_element_is(queued: tuple[Slurm, list[Folder]]) -> None:
     rows = table_of(queued[1])
     assert [(row.seed, row.state, row.slurm) for row in rows] == [
         (0, "missing", None),
@@ -194,7 +192,7 @@ def test_squeue_tells_which_run_an_element_is(queued: tuple[Slurm, list[Planned]
 
 
 def test_a_silent_squeue_is_said_and_survived(
-    queued: tuple[Slurm, list[Planned]], capsys: pytest.CaptureFixture[str]
+    queued: tuple[Slurm, list[Folder]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     slurm, runs = queued
     (slurm.home / "squeue-is-down").touch()

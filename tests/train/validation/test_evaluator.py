@@ -18,6 +18,7 @@ from kava_core.data.encode import NO_LABEL
 from kava_core.data.examples import render_example
 from kava_core.distill.distiller import Distiller
 from kava_core.runs import checkpoint
+from kava_core.runs.folder import Folder
 from kava_core.train.run import run
 from kava_core.train.validation.collapse_monitor import CollapseMonitor
 from kava_core.train.validation.evaluator import Evaluator
@@ -33,7 +34,7 @@ def setup(folder: Path, **changes: Any) -> tuple[Evaluator, Distiller, Data]:
     data = make_data(spec)
     distiller = make_distiller(spec, data, seed=0)
     parts = (data.plain_collator, data.tokenizer, spec.data.template, spec.evaluate)
-    files = (folder / "samples.jsonl", monitor(folder))
+    files = (Folder(folder), monitor(folder))
     return Evaluator(data.validation_items, *parts, *files), distiller, data
 
 
@@ -89,7 +90,7 @@ def test_shuffled_teachers_are_a_control_of_training_only(tmp_path: Path) -> Non
         plain.tokenizer,
         plain.template,
         _without_rest(plain),
-        tmp_path / "s",
+        Folder(tmp_path / "s"),
         monitor(tmp_path),
     )
     assert wrong(distiller)["relation"] != pytest.approx(plain(distiller)["relation"], rel=1e-6)

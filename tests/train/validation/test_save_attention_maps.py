@@ -14,14 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kava_core.errors import CheckpointError
 from kava_core.experiment.report.command import report
+from kava_core.runs.folder import Folder
 from kava_core.train.run import run
 from kava_core.train.validation.save_attention_maps import (
     LAYERS,
-    MAPS,
-    TOKENS,
     compute_attention_maps,
-    evenly_spaced_layers,
     save_attention_maps,
+    spread,
 )
 from tests.experiment.report.report_runs import declare, falling, write_run
 from tests.support import tiny
@@ -29,12 +28,12 @@ from tests.support import tiny
 
 @pytest.mark.parametrize(("count", "kept"), [(1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (7, [0, 3, 6])])
 def test_layers_are_spread_from_the_first_to_the_last(count: int, kept: list[int]) -> None:
-    assert evenly_spaced_layers(count) == kept
+    assert spread(count) == kept
 
 
 def test_a_run_keeps_what_its_models_attend_to(tmp_path: Path) -> None:
-    made = run(tiny.spec(tmp_path), variant="main", seed=0)
-    maps, told = load_file(made.folder / MAPS), json.loads((made.folder / TOKENS).read_text())
+    kept = Folder(run(tiny.spec(tmp_path), variant="main", seed=0).folder)
+    maps, told = load_file(kept.attention_maps), json.loads(kept.attention_tokens.read_text())
     assert maps.keys() == told.keys() == {"student", "wide", "gpt"}
     for name, one in told.items():
         layers, time = len(one["layers"]), len(one["tokens"])
@@ -84,19 +83,20 @@ def test_a_model_that_cannot_tell_is_noted(tmp_path: Path) -> None:
         config = type("Config", (), {"_attn_implementation": "sdpa"})
 
     side = {"input_ids": torch.ones(1, 3).long(), "attention_mask": torch.ones(1, 3).long()}
-    save_attention_maps(tmp_path, {"student": Silent(1, 1)}, {"student": side, "teachers": {}}, {})
-    told = json.loads((tmp_path / TOKENS).read_text())
+    folder = Folder(tmp_path)
+    save_attention_maps(folder, {"student": Silent(1, 1)}, {"student": side, "teachers": {}}, {})
+    told = json.loads(folder.attention_tokens.read_text())
     assert "set_attn_implementation" in told["student"]["unknown"]
-    assert load_file(tmp_path / MAPS) == {}
+    assert load_file(folder.attention_maps) == {}
 
 
 def with_maps(folder: Path, tokens: int) -> Path:
     for variant in ("kv", "no_kv"):
-        made = write_run(folder, variant, 0, falling(1.0))
+        made = Folder(write_run(folder, variant, 0, falling(1.0)))
         told = {"student": {"layers": [0, 1], "tokens": ["$<b>"] * tokens}, "t5": {"unknown": "no"}}
-        (made / TOKENS).write_text(json.dumps(told))
+        made.attention_tokens.write_text(json.dumps(told))
         weights = torch.rand(2, tokens, tokens).softmax(-1).half().numpy()
-        save_arrays({"student": weights}, made / MAPS)
+        save_arrays({"student": weights}, made.attention_maps)
     declare(folder, {"metric": "ce"}, "kv")
     return folder
 
@@ -114,6 +114,6 @@ def test_the_report_draws_them(tmp_path: Path, tokens: int) -> None:
 
 def test_damaged_maps_are_said(tmp_path: Path) -> None:
     folder = with_maps(tmp_path / "x", 3)
-    next(folder.glob("run-*")).joinpath(MAPS).write_bytes(b"no")
+    Folder(next(folder.glob("run-*"))).attention_maps.write_bytes(b"no")
     with pytest.raises(CheckpointError, match=r"attention\.safetensors: unreadable"):
         list(report([folder], tmp_path / "out"))

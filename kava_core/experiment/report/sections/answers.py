@@ -10,7 +10,6 @@ from kava_core.experiment.report.experiment_data import Found, read_lines
 from kava_core.experiment.report.pages.blocks import Answer, Answers, Block, Paragraph, Section
 from kava_core.experiment.report.pages.text import plain
 
-FILE = "samples.jsonl"
 TITLE = "Written answers"
 EACH = 2
 """Right ones and wrong ones of every variant."""
@@ -23,7 +22,7 @@ def answers(found: Found) -> Section:
     """Of the first complete run of every variant that wrote any."""
     blocks: list[Block] = []
     for variant in found.experiment.variants:
-        run = next((one for one in found.complete(variant).values() if (one.folder / FILE).exists()), None)
+        run = next((one for one in found.complete(variant).values() if one.folder.samples.exists()), None)
         blocks += [_of(run)] if run is not None else []
     if not blocks:
         return Section("answers", TITLE, absent="No complete run has written answers.")
@@ -32,7 +31,7 @@ def answers(found: Found) -> Section:
 
 
 def _of(run: Run) -> Answers:
-    written = [_answer(line) for line in read_lines(run.folder / FILE)]
+    written = [_answer(line) for line in read_lines(run.folder.samples)]
     right = [one for one in written if one.correct]
     wrong = [one for one in written if not one.correct]
     title = plain(f"{run.variant}, seed {run.seed}: {len(right)} right, {len(wrong)} wrong were kept")

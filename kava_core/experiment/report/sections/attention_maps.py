@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,13 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from kava_core.errors import CheckpointError
-from kava_core.experiment.report.experiment_data import Found, read_object
+from kava_core.experiment.report.experiment_data import Found
 from kava_core.experiment.report.figures.drawing import Style, picture
 from kava_core.experiment.report.figures.gallery import gallery
 from kava_core.experiment.report.pages.blocks import Picture, Section
 from kava_core.experiment.report.pages.text import shorten, written
-from kava_core.runs.folder import MAPS, TOKENS
+from kava_core.json_files import read_json_object
+from kava_core.runs.folder import Folder
 
 TITLE = "Attention"
 LABELLED = 32
@@ -60,18 +60,18 @@ def attention(found: Found) -> Section:
 
 def _first(found: Found, variant: str) -> Iterator[Attention]:
     for seed, run in found.complete(variant).items():
-        if (run.folder / MAPS).exists():
+        if run.folder.attention_maps.exists():
             models = _read(run.folder)
             if models:
                 yield Attention(variant, seed, models)
             return
 
 
-def _read(folder: Path) -> list[Model]:
+def _read(folder: Folder) -> list[Model]:
     from safetensors.numpy import load_file
 
     try:
-        there, told = load_file(folder / MAPS), read_object(folder / TOKENS)
+        there, told = load_file(folder.attention_maps), read_json_object(folder.attention_tokens)
         return [
             Model(name, list(one["layers"]), [str(t) for t in one["tokens"]], there[name].astype(np.float64))
             for name, one in told.items()
@@ -80,7 +80,7 @@ def _read(folder: Path) -> list[Model]:
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{folder / MAPS}: unreadable: {error}") from error
+        raise CheckpointError(f"{folder.attention_maps}: unreadable: {error}") from error
 
 
 def _picture(found: Found, one: Attention) -> Picture:

@@ -14,13 +14,13 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from kava_core.errors import CheckpointError
-from kava_core.experiment.report.experiment_data import Found, read_object
+from kava_core.experiment.report.experiment_data import Found
 from kava_core.experiment.report.figures.drawing import Style, picture
 from kava_core.experiment.report.figures.gallery import gallery
 from kava_core.experiment.report.pages.blocks import Picture, Section
 from kava_core.experiment.report.pages.text import shorten, written
+from kava_core.json_files import read_json_object
 
-FOLDER = "layer_maps"
 TITLE = "Layer maps"
 WRITTEN = 16
 """Most layers on a side for which values are written into the cells."""
@@ -53,7 +53,7 @@ def layer_maps(found: Found) -> Section:
 
 def _maps(found: Found, variant: str) -> Iterator[LayerMap]:
     for seed, run in sorted(found.experiment.of(variant).items()):
-        files = sorted((run.folder / FOLDER).glob("*.safetensors"))
+        files = sorted(run.folder.layer_maps.glob("*.safetensors"))
         if files:
             yield from (_read(file, variant, seed) for file in files)
             return
@@ -68,7 +68,7 @@ def _read(file: Path, variant: str, seed: int) -> LayerMap:
     except Exception as error:
         raise CheckpointError(f"{file}: unreadable: {error}") from error
     beside = file.with_suffix(".json")
-    on: Any = read_object(beside).get("on", "layers") if beside.exists() else "layers"
+    on: Any = read_json_object(beside).get("on", "layers") if beside.exists() else "layers"
     return LayerMap(variant, seed, file.stem, str(on), similarity, weights)
 
 

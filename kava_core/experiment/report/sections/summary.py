@@ -12,7 +12,7 @@ from kava_core.experiment.report.pages.blocks import Block, Card, Cards, Paragra
 from kava_core.experiment.report.pages.text import counted, plain, seeds, words
 from kava_core.experiment.report.sections.compared import uneven
 from kava_core.experiment.verdict import Verdict, helps, steps_for_equal_flops, unjudged
-from kava_core.runs.state import State
+from kava_core.runs.folder import State
 
 TONES: dict[str, Tone] = {
     "better": "good",

@@ -1,0 +1,64 @@
+"""Read and write JSON files: a file is replaced in one step, and numbers that JSON does not have are null."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kava_core.errors import CheckpointError, KavaError
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file in one step, so that nobody ever reads half of it.
+
+    Raises:
+        KavaError: the file cannot be written.
+    """
+    temporary = path.with_suffix(".tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            json.dump(value, stream, indent=1, ensure_ascii=False)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise KavaError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def read_json(file: Path) -> Any:
+    """Return the value in a JSON file.
+
+    Raises:
+        CheckpointError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: unreadable: {error}") from error
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        CheckpointError: the file is missing, is not JSON, or holds something else than an object.
+    """
+    value = read_json(file)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: holds a {type(value).__name__}, not an object")
+    return value
+
+
+def finite_or_null(value: Any) -> Any:
+    """Return a copy of nested values with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {name: finite_or_null(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_null(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
