@@ -19,8 +19,8 @@ from kava_core.train.run import run
 from kava_core.train.validation.save_attention_maps import (
     LAYERS,
     compute_attention_maps,
+    evenly_spaced_layers,
     save_attention_maps,
-    spread,
 )
 from tests.experiment.report.report_runs import declare, falling, write_run
 from tests.support import tiny
@@ -28,7 +28,7 @@ from tests.support import tiny
 
 @pytest.mark.parametrize(("count", "kept"), [(1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (7, [0, 3, 6])])
 def test_layers_are_spread_from_the_first_to_the_last(count: int, kept: list[int]) -> None:
-    assert spread(count) == kept
+    assert evenly_spaced_layers(count) == kept
 
 
 def test_a_run_keeps_what_its_models_attend_to(tmp_path: Path) -> None:
