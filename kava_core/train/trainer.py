@@ -51,9 +51,10 @@ class KavaTrainer(Trainer):
     """Trains a ``Distiller``.
 
     Args:
-        evaluator: called with the distiller; gives the metrics of an evaluation.
+        evaluator: called with the distiller; returns the metrics of an evaluation.
         ledger: counts what training costs.
-        own_texts: lets the student write a part of every batch; the collator is then a ``KeepsExamples``.
+        own_texts: lets the student write a part of every batch; the collator is then a
+            ``CollatorWithExamples``.
         keep: complete checkpoints kept.
         Everything else as in ``transformers.Trainer``.
     """

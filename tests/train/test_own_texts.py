@@ -144,7 +144,8 @@ def test_without_kv_losses_rows_only_lose_their_labels(tmp_path: Path) -> None:
     spec = tiny.spec(tmp_path, online=ONLINE, losses=[])
     data = make_data(spec)
     distiller = make_distiller(spec, data, seed=0)
-    batch = CollatorWithExamples(PlansTime(data.collator, None))([data.train_items[i] for i in range(8)])
+    collate = CollatorWithExamples(PlansTime(data.collator, distiller.pipeline))
+    batch = collate([data.train_items[i] for i in range(8)])
     ledger = Ledger(3)
     made = own_texts(spec, data, distiller)(batch, distiller, ledger, (0, 0, 0))
     assert not ledger.read
