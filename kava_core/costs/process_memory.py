@@ -87,7 +87,7 @@ def distilled_logits_memory(
     if not distilled:
         return {}
     student, teachers = models[0], models[1:]
-    declared = {teacher.name: teacher for teacher in spec.teachers}
+    declared = _declared_teachers(spec)
     teacher_bytes = 0
     for teacher in teachers:
         if teacher.name in distilled:
@@ -99,12 +99,16 @@ def distilled_logits_memory(
 
 def unshared_teachers(spec: PipelineSpec, teachers: list[ModelCost]) -> list[tuple[ModelCost, TeacherSpec]]:
     """Return the teachers with their declarations, one for all those that share weights."""
-    declared = {teacher.name: teacher for teacher in spec.teachers}
+    declared = _declared_teachers(spec)
     by_weights: dict[object, tuple[ModelCost, TeacherSpec]] = {}
     for cost in reversed(teachers):  # so that of those who share weights the first is kept
         teacher = declared[cost.name]
         by_weights[shared_weights_key(teacher)] = (cost, teacher)
     return list(reversed(by_weights.values()))
+
+
+def _declared_teachers(spec: PipelineSpec) -> dict[str, TeacherSpec]:
+    return {teacher.name: teacher for teacher in spec.teachers}
 
 
 def own_device(teacher: TeacherSpec) -> str | None:
@@ -125,7 +129,7 @@ def _largest_captured_cache(spec: PipelineSpec, dry: DryRun, teachers: list[Mode
     """
     if dry.pipeline is None:
         return 0
-    declared = {teacher.name: teacher for teacher in spec.teachers}
+    declared = _declared_teachers(spec)
     largest = 0
     for teacher in teachers:
         cache = dry.teacher_caches[teacher.name]

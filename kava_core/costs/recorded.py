@@ -95,10 +95,10 @@ def _operations(
 
 def _store_flops(spec: PipelineSpec, counts: Counts) -> float:
     """Return the operations of making the store: the teachers' passes and their alignment."""
-    configs = {teacher.name: sized_config(teacher, where=teacher.name) for teacher in spec.teachers}
     total = 0.0
-    for name, config in configs.items():
-        total += _model_flops(config, name, counts) + _alignment_flops(spec, name, counts)
+    for teacher in spec.teachers:
+        config = sized_config(teacher, where=teacher.name)
+        total += _model_flops(config, teacher.name, counts) + _alignment_flops(spec, teacher.name, counts)
     return total
 
 
