@@ -7,8 +7,8 @@ import torch
 import kava_core as kava
 
 
-def train(spec_file: Path, steps: int) -> list[float]:
-    """Train the student of a spec and return its loss at every step."""
+def train(spec_file: Path, steps: int):
+    """Train the student of a spec and yield its loss at every step."""
     spec = kava.load_spec(spec_file).spec
     data = kava.make_data(spec)
     student = kava.load_student(spec.student, data.tokenizer, seed=0)
@@ -18,7 +18,6 @@ def train(spec_file: Path, steps: int) -> list[float]:
     read_teacher = kava.Capture(teacher, layers=pipeline.teachers[0].sources, parts=pipeline.parts)
     read_student = kava.Capture(student, layers=pipeline.layers, parts=pipeline.parts)
     optimizer = torch.optim.AdamW([*student.parameters(), *pipeline.parameters()], lr=1e-3)
-    losses = []
     for first in range(0, 8 * steps, 8):
         batch = data.collator([data.train_items[first + row] for row in range(8)])
         own, theirs = batch["student"], batch["teachers"]["teacher"]
@@ -33,8 +32,7 @@ def train(spec_file: Path, steps: int) -> list[float]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
-    return losses
+        yield loss.item()
 
 
 if __name__ == "__main__":

@@ -46,11 +46,11 @@ def test_torch_is_imported_when_it_is_needed_and_not_before() -> None:
 
 def test_the_example_trains_in_under_forty_lines(tmp_path: Path) -> None:
     """Both models learn the form of the text: the loss falls, and it holds the KV term."""
-    assert sum(bool(line.strip()) for line in EXAMPLE.read_text(encoding="utf-8").splitlines()) < 40
+    assert len(EXAMPLE.read_text(encoding="utf-8").splitlines()) < 40
     train = runpy.run_path(str(EXAMPLE))["train"]
-    losses = train(EXAMPLE.with_suffix(".yaml"), steps=12)
+    losses = list(train(EXAMPLE.with_suffix(".yaml"), steps=12))
     assert losses[-1] < losses[0] - 0.5
     plain = tmp_path / "plain.yaml"
     text = EXAMPLE.with_suffix(".yaml").read_text(encoding="utf-8")
     plain.write_text(text.replace("weight: 0.5", "weight: 1e-9"), encoding="utf-8")
-    assert losses[0] > train(plain, steps=1)[0] + 0.1
+    assert losses[0] > next(train(plain, steps=1)) + 0.1
