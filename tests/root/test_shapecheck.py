@@ -36,8 +36,8 @@ with warnings.catch_warnings(record=True) as caught:
     import kava_core
     {after}
     from kava_core.kv.maths.masks import widen
-    from kava_core.kv.align.boundaries import fuse
-    from kava_core.runs.checkpoint import verify
+    from kava_core.kv.align.boundaries import fuse_targets
+    from kava_core.train.weights import assert_finite_weights
     from kava_plugins.kv_losses.mse import MSE
     from kava_plugins.kv_losses.mercator import one_minus_cosine
     from theirs.tensors import halve
@@ -50,7 +50,8 @@ with warnings.catch_warnings(record=True) as caught:
             return type(error).__module__.partition(".")[0] in ("jaxtyping", "beartype")
         return False
 
-    wrapped = [hasattr(f, "__wrapped__") for f in (fuse, widen, verify, one_minus_cosine, MSE.forward, halve)]
+    ours = (fuse_targets, widen, assert_finite_weights, one_minus_cosine, MSE.forward)
+    wrapped = [hasattr(function, "__wrapped__") for function in (*ours, halve)]
     hooks = [finder for finder in sys.meta_path if type(finder).__module__.startswith("jaxtyping")]
     print(json.dumps(dict(
         wrapped=wrapped,
