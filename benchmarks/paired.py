@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kava_core.experiment.statistics import holm, paired
+from kava_core.experiment.statistics import holm_correction, paired_test
 
 
 def results(folder: Path, variant: str, metric: str) -> dict[int, float]:
@@ -46,8 +46,8 @@ def main() -> None:
         print(f"| {variant} | {np.mean([values[seed] for seed in seeds]):.3f} | {each} |")
     first, *others = options.variants
     rows = [np.array([found[first][s] - found[other][s] for s in seeds]) for other in others]
-    tests = [paired(row.tolist()) for row in rows]
-    adjusted = holm([test.p for test in tests])
+    tests = [paired_test(row.tolist()) for row in rows]
+    adjusted = holm_correction([test.p for test in tests])
     print(
         f"\n| {first} − | mean | 95 % t-interval | p (Holm) | better / equal / worse |\n|---|---|---|---|---|"
     )

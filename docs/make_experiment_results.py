@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from kava_core.experiment.report.command import FIGURES, report
+from kava_core.experiment.report.write_report import FIGURES, write_report
 
 RESULTS = Path(__file__).parent / "results"
 PICTURES = ("differences", "curve-exact-match", "curve-ce", "cost")
@@ -38,7 +38,7 @@ def keep(runs: Path) -> Path:
     (target / FIGURES).mkdir(parents=True)
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder)
-        list(report([runs], whole))
+        list(write_report([runs], whole))
         for name in TEXTS:
             text = (whole / name).read_text(encoding="utf-8")
             (target / name).write_text(shortened(text) if name.endswith(".md") else text, encoding="utf-8")

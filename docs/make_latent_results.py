@@ -17,7 +17,7 @@ from statistics import mean
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kava_core.experiment.statistics import holm, paired
+from kava_core.experiment.statistics import holm_correction, paired_test
 
 HERE = Path(__file__).parent
 METHODS = {
@@ -109,7 +109,7 @@ def methods_table(runs: Runs) -> str:
         values = scores(runs, variant)
         if not values:
             continue
-        found = paired(values)
+        found = paired_test(values)
         early = _percent(scores(runs, variant, "at_200"))
         controls = ", ".join(
             _percent(scores(runs, variant, f"exact_match/{c}")) for c in ("zeroed", "shuffled")
@@ -133,8 +133,8 @@ def comparisons_table(runs: Runs) -> str:
     for one, other in FAMILY:
         shared = sorted(set(runs.get(one, {})) & set(runs.get(other, {})))
         gaps = [runs[one][s]["exact_match"] - runs[other][s]["exact_match"] for s in shared]
-        found += [(one, other, paired(gaps))] if gaps else []
-    corrected = holm([test.p for *_, test in found])
+        found += [(one, other, paired_test(gaps))] if gaps else []
+    corrected = holm_correction([test.p for *_, test in found])
     rows = [
         "| difference | n | mean (95 % t-interval), points | p, paired t | p, Holm |",
         "|---|---|---|---|---|",

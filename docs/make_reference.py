@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,8 +146,10 @@ def meaning(field: Schema, schema: Schema) -> str:
 
 
 def text(docstring: str) -> str:
-    """A docstring as Markdown: one backtick where reStructuredText has two."""
-    return docstring.replace("``", "`")
+    """Return a docstring as Markdown: one backtick for two, labels in bold, papers as links."""
+    markdown = docstring.replace("``", "`")
+    markdown = re.sub(r"^(Formula|Source):", r"**\1:**", markdown, flags=re.MULTILINE)
+    return re.sub(r"\barXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", markdown)
 
 
 def value(default: Any, *, model: bool) -> str:

@@ -15,29 +15,29 @@ from rich.table import Table
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers' own chatter off; kava reports what matters."""
+    """Switch off what transformers itself prints; kava reports what matters."""
     from transformers.utils import logging
 
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
-        if bars:
+        logging.set_verbosity(verbosity)
+        if had_bars:
             logging.enable_progress_bar()
 
 
-def print_whole(shown: Table, console: Console) -> None:
-    """Print a table with every word whole, also where it is wider than the terminal."""
-    needed = Measurement.get(console, console.options.update(max_width=10_000), shown).maximum
+def print_whole(table: Table, console: Console) -> None:
+    """Print a table with every word whole, even if it is wider than the terminal."""
+    needed = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
     console.width = max(console.width, needed)
-    console.print(shown)
+    console.print(table)
 
 
 def size_text(size: float) -> str:
-    """``1.5 GiB``."""
+    """Return a number of bytes for people: ``1.5 GiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:.4g} {unit}"
@@ -45,32 +45,42 @@ def size_text(size: float) -> str:
     return f"{size:.4g} TiB"
 
 
-LINES = 10
-"""Progress lines on something that is no terminal."""
+PROGRESS_LINES = 10
+"""Progress lines if stderr is not a terminal."""
 
 
 @contextmanager
 def progress(title: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Gives a function to be called with the number of examples done since the last call."""
+    """Show how many of ``total`` examples are done: a bar on a terminal, a few lines elsewhere.
+
+    Args:
+        title: what is done.
+        total: examples.
+        done: examples that were done before.
+
+    Yields:
+        A function to be called with the number of examples done since the last call.
+    """
     if sys.stderr.isatty() and "CI" not in os.environ:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(title, total=total, completed=done)
             yield lambda count: bar.advance(task, count)
     else:
-        yield _Lines(title, total, done)
+        yield _ProgressLines(title, total, done)
 
 
-class _Lines:
-    """Prints how far it is, at most ten times."""
+class _ProgressLines:
+    """Prints on stderr how many examples are done, at most ten times."""
 
     def __init__(self, title: str, total: int, done: int) -> None:
         self.title, self.total, self.done = title, total, done
-        self.told = done * LINES // max(total, 1)
+        self.printed = done * PROGRESS_LINES // max(total, 1)
 
     def __call__(self, count: int) -> None:
-        """``count`` more examples are done."""
+        """Count more examples as done."""
         self.done += count
-        if self.done * LINES // self.total > self.told:
-            self.told = self.done * LINES // self.total
+        reached = self.done * PROGRESS_LINES // self.total
+        if reached > self.printed:
+            self.printed = reached
             print(f"{self.title} {self.done}/{self.total} examples", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Every error kava raises on purpose, with its exit code, and the did-you-mean helper."""
+"""Define every error kava raises on purpose, with its exit code, and help to word them."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ class UnsupportedModelError(KavaError):
 
 
 def did_you_mean(given: str, possible: Iterable[str]) -> str:
-    """``"; did you mean 'ratio'?"``, or the empty string where nothing is close."""
+    """Return ``"; did you mean 'ratio'?"``, or the empty string if nothing is close."""
     close = difflib.get_close_matches(given, list(possible), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def one_of(possible: Iterable[str]) -> str:
-    """The possible values, sorted and comma-separated, for an error message."""
+    """Return the possible values, sorted and comma-separated, for an error message."""
     return ", ".join(sorted(possible)) or "none"

@@ -1,32 +1,22 @@
-"""Which distributions decide what a run computes, and their versions."""
+"""List the distributions that decide what a run computes, and their versions."""
 
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
 LIBRARIES = (
-    *(
-        "kava",
-        "torch",
-        "transformers",
-        "accelerate",
-        "tokenizers",
-        "safetensors",
-        "numpy",
-        "peft",
-        "datasets",
-    ),
-    *("pydantic", "pluggy", "einops", "jaxtyping", "beartype", "pyyaml", "typer"),
+    *("kava", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "peft"),
+    *("datasets", "pydantic", "pluggy", "einops", "jaxtyping", "beartype", "pyyaml", "typer"),
 )
 
 
 def versions() -> dict[str, str | None]:
-    """Version of every library; None where it is not installed."""
+    """Return the version of every library, None for one that is not installed."""
     return {name: version_of(name) for name in LIBRARIES}
 
 
 def version_of(distribution: str) -> str | None:
-    """A distribution's version; None where it is not installed."""
+    """Return a distribution's version, None if it is not installed."""
     try:
         return version(distribution)
     except PackageNotFoundError:
@@ -34,9 +24,9 @@ def version_of(distribution: str) -> str | None:
 
 
 def distributor(module: str) -> str | None:
-    """``distribution version`` of the plugin a module belongs to, by entry points; None without one.
+    """Return ``distribution version`` of the plugin that a module belongs to, None if it belongs to none.
 
-    Not by ``packages_distributions``: it knows no editable installs.
+    Entry points are asked, not ``packages_distributions``, which knows no editable installs.
     """
     package = module.partition(".")[0]
     for point in entry_points(group="kava"):

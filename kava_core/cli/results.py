@@ -21,7 +21,7 @@ def report(
     ] = None,
 ) -> None:
     """Write what experiments say: a page, figures, tables."""
-    from kava_core.experiment.report.command import report as write
+    from kava_core.experiment.report.write_report import write_report as write
 
     for line in write(folders, output):
         typer.echo(line)

@@ -50,9 +50,9 @@ def experiment(
     from kava_core.specfile.load import load_spec
 
     loaded = load_spec(spec, overrides or ())
-    from kava_core.experiment.command import carry_out
+    from kava_core.experiment.run_experiment import run_experiment
 
-    failed = carry_out(loaded, spec, overrides or (), jobs=jobs)
+    failed = run_experiment(loaded, spec, overrides or (), jobs=jobs)
     if failed:
         sys.exit(KavaError.exit_code)
 
@@ -84,7 +84,7 @@ def launch(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script; touch nothing.")] = False,
 ) -> None:
     """Check and submit what is not complete as one SLURM array."""
-    from kava_core.experiment.slurm.launch import launch as submit
+    from kava_core.experiment.slurm.launch import launch_array as submit
     from kava_core.experiment.slurm.resources import Resources
 
     resources = Resources(partition, account, time, gpus, nodes, cpus, memory, array_limit, extra)
@@ -103,12 +103,12 @@ def status(
     format: Annotated[Literal["table", "json"], typer.Option("--format", help="How to print.")] = "table",
 ) -> None:
     """Show how far every run of a spec has come."""
-    from kava_core.experiment.slurm.status import runs_of, table_of
+    from kava_core.experiment.slurm.status import run_statuses, runs_of_spec
 
-    runs = runs_of(spec, overrides or ())
+    runs = runs_of_spec(spec, overrides or ())
     if format == "json":
-        typer.echo(json.dumps([row.json() for row in table_of(runs)], indent=2, ensure_ascii=False))
+        typer.echo(json.dumps([row.as_json() for row in run_statuses(runs)], indent=2, ensure_ascii=False))
         return
     from kava_core.experiment.slurm import status_text
 
-    status_text.show(lambda: table_of(runs), watch)
+    status_text.show_status(lambda: run_statuses(runs), watch)

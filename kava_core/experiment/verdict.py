@@ -1,15 +1,23 @@
-"""What the declared comparisons say: one verdict and one sentence for each, over one family."""
+"""Judge the declared comparisons: one verdict and one sentence for each, corrected over one family."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any, Literal
 
-from kava_core.experiment.gather import BUDGETS, Experiment, Run, most_spent, value_of
-from kava_core.experiment.statistics import FEW, Paired, bonferroni, bootstrap, holm, paired
+from kava_core.experiment.compared_value import BUDGETS, compared_value, most_spent
+from kava_core.experiment.load_experiment import Experiment, RunResults
+from kava_core.experiment.statistics import (
+    FEW,
+    PairedTest,
+    bonferroni_correction,
+    bootstrap_interval,
+    holm_correction,
+    paired_test,
+)
 from kava_core.specfile.sections.compare import TARGET_METRICS, CompareSpec, Control
 
 SIGNIFICANT = 0.05
@@ -32,18 +40,18 @@ class Verdict:
     """By seed."""
     means: tuple[float, float]
     """Of both variants over these seeds."""
-    test: Paired
+    test: PairedTest
     holm: float
     bonferroni: float
     family: int
     """How many comparisons the corrections are for."""
     resampled: tuple[float, float] | None
-    """Interval of the bootstrap over seeds and examples; None where examples were not kept."""
+    """Interval of the bootstrap over seeds and examples; None if examples were not kept."""
     budgets: Mapping[str, float]
     """First over second, for every budget that both recorded."""
 
     def sentence(self, compare: CompareSpec) -> str:
-        """Difference, interval, test, n, corrected p, family, budgets, in one line."""
+        """Return difference, interval, test, n, corrected p, family and budgets in one line."""
         test, unit = self.test, compare.metric.replace("_", " ")
         parts = [f"{self.first} − {self.second}: {test.mean:+.4g} {unit}"]
         if not math.isnan(test.low):
@@ -54,22 +62,24 @@ class Verdict:
         parts.append(f"{test.n} shared {'seed' if test.n == 1 else 'seeds'}")
         if not math.isnan(test.p):
             parts.append(f"paired t-test p {test.p:.3g}, Holm {self.holm:.3g} of {self.family}")
-        parts.append(f"budgets {_ratios(self.budgets)}")
-        told = f" ({self.reason})" if self.reason else ""
-        return "; ".join(parts) + f": {self.outcome}{told}"
+        parts.append(f"budgets {_budgets_text(self.budgets)}")
+        reason = f" ({self.reason})" if self.reason else ""
+        return "; ".join(parts) + f": {self.outcome}{reason}"
 
 
-def comparisons(experiment: Experiment) -> list[tuple[str, str]]:
-    """The family: the treatment against each control, then the declared pairs."""
+def declared_comparisons(experiment: Experiment) -> list[tuple[str, str]]:
+    """Return the family: the treatment against each control, then the declared pairs."""
     compare = experiment.compare
     if compare is None:
         return []
-    own = [(experiment.treatment, control) for control in compare.controls]
-    return list(dict.fromkeys([*own, *compare.pairs]))
+    with_controls = [(experiment.treatment, control) for control in compare.controls]
+    return list(dict.fromkeys([*with_controls, *compare.pairs]))
 
 
-def judge(experiment: Experiment) -> list[Verdict]:
-    """A verdict for every declared comparison that has a seed to go by, corrected over the whole family.
+def judge_comparisons(experiment: Experiment) -> list[Verdict]:
+    """Return a verdict for every declared comparison that has a seed to go by.
+
+    P-values are corrected over the whole family, comparisons without a seed included.
 
     Raises:
         KavaError: a complete run lacks the metric.
@@ -77,79 +87,102 @@ def judge(experiment: Experiment) -> list[Verdict]:
     compare = experiment.compare
     if compare is None:
         return []
-    there = {pair: _values(experiment, pair, compare) for pair in comparisons(experiment)}
-    tests = [paired([a - b for a, b in values.values()]) if values else None for values in there.values()]
-    p = [math.nan if test is None else test.p for test in tests]
-    corrected = zip(holm(p), bonferroni(p), strict=True)
-    return [
-        _verdict(experiment, compare, pair, values, test, both, family=len(there))
-        for (pair, values), test, both in zip(there.items(), tests, corrected, strict=True)
-        if test is not None
-    ]
+    pairs = declared_comparisons(experiment)
+    values_of_pairs = [_values_by_seed(experiment, pair, compare) for pair in pairs]
+    tests = [_test_of_values(values) for values in values_of_pairs]
+    p_values = [math.nan if test is None else test.p for test in tests]
+    holm, bonferroni = holm_correction(p_values), bonferroni_correction(p_values)
+    verdicts = []
+    for place, (pair, values, test) in enumerate(zip(pairs, values_of_pairs, tests, strict=True)):
+        if test is not None:
+            corrected = holm[place], bonferroni[place]
+            verdicts.append(_make_verdict(experiment, compare, pair, values, test, corrected, len(pairs)))
+    return verdicts
 
 
-def unjudged(experiment: Experiment, verdicts: Sequence[Verdict]) -> list[tuple[str, str]]:
-    """Comparisons that were declared and have no verdict: no seed is complete in both variants."""
+def _test_of_values(values: Mapping[int, tuple[float, float]]) -> PairedTest | None:
+    return paired_test([first - second for first, second in values.values()]) if values else None
+
+
+def comparisons_without_verdict(experiment: Experiment, verdicts: Sequence[Verdict]) -> list[tuple[str, str]]:
+    """Return the declared comparisons that have no verdict: no seed is complete in both variants."""
     judged = {(verdict.first, verdict.second) for verdict in verdicts}
-    return [pair for pair in comparisons(experiment) if pair not in judged]
+    return [pair for pair in declared_comparisons(experiment) if pair not in judged]
 
 
-def _values(
+def _values_by_seed(
     experiment: Experiment, pair: tuple[str, str], compare: CompareSpec
 ) -> dict[int, tuple[float, float]]:
-    """What both variants reached, by the seeds that both have finished."""
-    horizon = _horizon(experiment, pair, compare)
-    first, second = (
-        {seed: value_of(run, compare, horizon) for seed, run in _complete(experiment, name).items()}
-        for name in pair
-    )
-    return {seed: (first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())}
+    """Return what both variants reached, by the seeds that both have finished."""
+    horizon = _common_horizon(experiment, pair, compare)
+    first, second = (_values_of_variant(experiment, name, compare, horizon) for name in pair)
+    shared = sorted(first.keys() & second.keys())
+    return {seed: (first[seed], second[seed]) for seed in shared}
 
 
-def _complete(experiment: Experiment, name: str) -> dict[int, Run]:
-    return {seed: run for seed, run in experiment.of(name).items() if run.state == "complete"}
+def _values_of_variant(
+    experiment: Experiment, variant: str, compare: CompareSpec, horizon: float
+) -> dict[int, float]:
+    runs = experiment.complete_runs(variant)
+    return {seed: compared_value(run, compare, horizon) for seed, run in runs.items()}
 
 
-def _horizon(experiment: Experiment, pair: tuple[str, str], compare: CompareSpec) -> float:
-    """Of what is counted up to a target: as much as every run of the pair has spent."""
-    runs = [run for name in pair for run in _complete(experiment, name).values()]
+def _common_horizon(experiment: Experiment, pair: tuple[str, str], compare: CompareSpec) -> float:
+    """Return what every run of the pair has spent, if the metric is counted up to a target."""
+    runs = [run for variant in pair for run in experiment.complete_runs(variant).values()]
     if compare.metric not in TARGET_METRICS or not runs:
         return math.inf
     return min(most_spent(run, compare) for run in runs)
 
 
-def _verdict(
+def _make_verdict(
     experiment: Experiment,
     compare: CompareSpec,
     pair: tuple[str, str],
     values: dict[int, tuple[float, float]],
-    test: Paired,
+    test: PairedTest,
     corrected: tuple[float, float],
-    *,
     family: int,
 ) -> Verdict:
-    sides = [[experiment.of(name)[seed] for seed in values] for name in pair]
-    budgets = _budgets(*sides)
-    missing = _missing(experiment, pair) or _other_data(*sides)
-    outcome, reason = _outcome(compare, test, corrected[0], budgets, missing)
-    first, second = zip(*values.values(), strict=True)
+    runs_of_first, runs_of_second = (_runs_of_seeds(experiment, name, values) for name in pair)
+    budgets = _budget_ratios(runs_of_first, runs_of_second)
+    missing = _open_runs(experiment, pair) or _data_difference(runs_of_first, runs_of_second)
+    holm, bonferroni = corrected
+    outcome, reason = _decide_outcome(compare, test, holm, budgets, missing)
+    first_values, second_values = zip(*values.values(), strict=True)
     return Verdict(
-        *pair,
-        outcome,
-        reason,
-        {seed: a - b for seed, (a, b) in values.items()},
-        (mean(first), mean(second)),
-        test,
-        *corrected,
-        family,
-        _resampled(compare, *sides),
-        budgets,
+        first=pair[0],
+        second=pair[1],
+        outcome=outcome,
+        reason=reason,
+        differences={seed: first - second for seed, (first, second) in values.items()},
+        means=(mean(first_values), mean(second_values)),
+        test=test,
+        holm=holm,
+        bonferroni=bonferroni,
+        family=family,
+        resampled=_bootstrapped(compare, runs_of_first, runs_of_second),
+        budgets=budgets,
     )
 
 
-def _outcome(
-    compare: CompareSpec, test: Paired, p: float, budgets: Mapping[str, float], missing: str
+def _runs_of_seeds(experiment: Experiment, variant: str, seeds: Iterable[int]) -> list[RunResults]:
+    runs = experiment.runs_of_variant(variant)
+    return [runs[seed] for seed in seeds]
+
+
+def _decide_outcome(
+    compare: CompareSpec, test: PairedTest, p: float, budgets: Mapping[str, float], missing: str
 ) -> tuple[Outcome, str]:
+    """Return the outcome and why it is not more than that.
+
+    Args:
+        compare: what was declared.
+        test: of the differences.
+        p: corrected.
+        budgets: first over second.
+        missing: why the comparison is incomplete; empty if it is not.
+    """
     if missing:
         return "incomplete", missing
     if test.n < FEW:
@@ -157,120 +190,138 @@ def _outcome(
     if math.isnan(p):
         return "descriptive", test.note
     if p > SIGNIFICANT:
-        found = f"a true difference of {test.detectable:.3g} would be found 4 times of 5"
-        return "not shown", test.note or found
-    if uneven := _uneven(compare, budgets):
-        return "unequal budgets", f"{uneven}; not declared in compare.unequal"
-    return ("better" if (test.mean < 0) == compare.lower_is_better else "worse"), ""
+        detectable = f"a true difference of {test.detectable:.3g} would be found 4 times of 5"
+        return "not shown", test.note or detectable
+    inequality = _undeclared_inequality(compare, budgets)
+    if inequality:
+        return "unequal budgets", f"{inequality}; not declared in compare.unequal"
+    first_is_lower = test.mean < 0
+    return ("better" if first_is_lower == compare.lower_is_better else "worse"), ""
 
 
-def _missing(experiment: Experiment, pair: tuple[str, str]) -> str:
-    """Runs of the pair that are not complete, failed ones first; empty where there are none."""
-    open_runs = [run for name in pair for run in experiment.of(name).values() if run.state != "complete"]
+def _open_runs(experiment: Experiment, pair: tuple[str, str]) -> str:
+    """Return the runs of the pair that are not complete, failed ones first; empty if there are none."""
+    runs = [run for variant in pair for run in experiment.runs_of_variant(variant).values()]
+    open_runs = [run for run in runs if run.state != "complete"]
     open_runs.sort(key=lambda run: run.state != "failed")
     return ", ".join(f"{run.variant} seed {run.seed} {run.state}" for run in open_runs)
 
 
-def _other_data(first: Sequence[Run], second: Sequence[Run]) -> str:
-    """Why two runs of a seed did not see and answer the same examples; empty where all did."""
+def _data_difference(first: Sequence[RunResults], second: Sequence[RunResults]) -> str:
+    """Return why two runs of a seed did not see and answer the same examples; empty if all did."""
     for one, other in zip(first, second, strict=True):
         for split in ("train", "validation"):
-            if _hashes(one, split) != _hashes(other, split):
+            if _data_hashes(one, split) != _data_hashes(other, split):
                 return f"seed {one.seed}: {one.variant} and {other.variant} have other {split} examples"
-        counts = [len(run.correct) for run in (one, other) if run.correct is not None]
-        if len(set(counts)) > 1:
+        if one.correct_answers is None or other.correct_answers is None:
+            continue
+        answered, answered_by_other = len(one.correct_answers), len(other.correct_answers)
+        if answered != answered_by_other:
             return (
-                f"seed {one.seed}: {one.variant} answered {counts[0]} examples, {other.variant} {counts[1]}"
+                f"seed {one.seed}: {one.variant} answered {answered} examples, "
+                f"{other.variant} {answered_by_other}"
             )
     return ""
 
 
-def _hashes(run: Run, split: str) -> tuple[Any, ...]:
-    """Of the examples that were given, and of those that were short enough."""
+def _data_hashes(run: RunResults, split: str) -> tuple[Any, ...]:
+    """Return the hashes of the examples that were given, and of those that were short enough."""
     data = run.record.get("data", {})
     return data.get(split, {}).get("sha256"), data.get("kept", {}).get(split)
 
 
-def _budgets(first: Sequence[Run], second: Sequence[Run]) -> dict[str, float]:
-    """Mean of the first over mean of the second; 0 / 0 is equal."""
+def _budget_ratios(first: Sequence[RunResults], second: Sequence[RunResults]) -> dict[str, float]:
+    """Return the mean of the first over the mean of the second; nothing if a run did not record it."""
     if any(run.compute.get(name) is None for run in (*first, *second) for name in BUDGETS):
         return {}
-    spent = [{name: mean(run.compute[name] for run in side) for name in BUDGETS} for side in (first, second)]
-    return {name: _ratio(spent[0][name], spent[1][name]) for name in BUDGETS}
+    ratios = {}
+    for name in BUDGETS:
+        spent_by_first = mean(run.compute[name] for run in first)
+        spent_by_second = mean(run.compute[name] for run in second)
+        ratios[name] = _quotient(spent_by_first, spent_by_second)
+    return ratios
 
 
-def _ratio(first: float, second: float) -> float:
+def _quotient(first: float, second: float) -> float:
+    """Return first / second; 0 / 0 is equal."""
     if first == second:
         return 1.0
     return first / second if second else math.inf
 
 
-def _uneven(compare: CompareSpec, budgets: Mapping[str, float]) -> str:
-    """The budgets that differ though nobody declared it; empty where all is fair."""
+def _undeclared_inequality(compare: CompareSpec, budgets: Mapping[str, float]) -> str:
+    """Return the budgets that differ though nobody declared it; empty if all is fair."""
     if not budgets:
         return "no record of what the runs cost"
-    off = {
-        name: ratio
-        for name, ratio in budgets.items()
-        if name not in compare.unequal and abs(math.log(max(ratio, 1e-9))) > math.log1p(compare.tolerance)
-    }
-    return _ratios(off) if off else ""
+    tolerance = math.log1p(compare.tolerance)
+    unequal = {}
+    for name, ratio in budgets.items():
+        differs = abs(math.log(max(ratio, 1e-9))) > tolerance
+        if differs and name not in compare.unequal:
+            unequal[name] = ratio
+    return _budgets_text(unequal) if unequal else ""
 
 
-def _ratios(budgets: Mapping[str, float]) -> str:
-    told = (f"{name.replace('_', ' ')} {_times(ratio)}" for name, ratio in budgets.items())
-    return ", ".join(told) or "unknown"
+def _budgets_text(budgets: Mapping[str, float]) -> str:
+    texts = (f"{name.replace('_', ' ')} {ratio_text(ratio)}" for name, ratio in budgets.items())
+    return ", ".join(texts) or "unknown"
 
 
-def _times(ratio: float) -> str:
+def ratio_text(ratio: float) -> str:
+    """Return ``×1.02``, or words if only one of the two has spent anything."""
     return f"×{ratio:.3g}" if math.isfinite(ratio) and ratio else "of one alone"
 
 
-def _resampled(
-    compare: CompareSpec, first: Sequence[Run], second: Sequence[Run]
+def _bootstrapped(
+    compare: CompareSpec, first: Sequence[RunResults], second: Sequence[RunResults]
 ) -> tuple[float, float] | None:
-    """Only what is a mean over examples can be resampled: exact match."""
+    """Return the bootstrap's interval of exact match, which alone is a mean over examples."""
     if compare.metric != "exact_match":
         return None
-    rows = [_by_example(x, y) for x, y in zip(first, second, strict=True)]
-    kept = [row for row in rows if row]
-    return bootstrap(kept) if len(kept) == len(rows) else None
+    rows = [_example_differences(one, other) for one, other in zip(first, second, strict=True)]
+    return bootstrap_interval(rows) if all(rows) else None
 
 
-def _by_example(first: Run, second: Run) -> list[int]:
-    """Differences of two runs of a seed; none where one kept no examples, or they answered others."""
-    if first.correct is None or second.correct is None or len(first.correct) != len(second.correct):
+def _example_differences(first: RunResults, second: RunResults) -> list[int]:
+    """Return the differences of two runs of a seed; none if one kept no examples, or they answered others."""
+    right_first, right_second = first.correct_answers, second.correct_answers
+    if right_first is None or right_second is None or len(right_first) != len(right_second):
         return []
-    return [a - b for a, b in zip(first.correct, second.correct, strict=True)]
+    return [one - other for one, other in zip(right_first, right_second, strict=True)]
 
 
-NEEDED: tuple[Control, ...] = ("no_kv", "shuffled_teacher")
+NEEDED_CONTROLS: tuple[Control, ...] = ("no_kv", "shuffled_teacher")
 """What KV distillation has to beat before it is said to help."""
 
 
-def helps(experiment: Experiment, verdicts: Sequence[Verdict]) -> str:
-    """One sentence on whether KV distillation helped: only where it beats both controls that could tell."""
+def sentence_on_distillation(experiment: Experiment, verdicts: Sequence[Verdict]) -> str:
+    """Return a sentence on whether KV distillation helped: only if it beats both controls that can show it.
+
+    Empty if no control is declared.
+    """
     compare = experiment.compare
     if compare is None or not compare.controls:
         return ""
-    known = {v.second: v for v in verdicts if v.first == experiment.treatment}
-    asked = [name for name in NEEDED if name in compare.controls]
-    if len(asked) < len(NEEDED):
-        lacking = ", ".join(name for name in NEEDED if name not in asked)
-        return f"Whether KV distillation helps is not asked: declare the controls {lacking}."
-    beaten = [name for name in NEEDED if name in known and known[name].outcome == "better"]
-    if len(beaten) == len(NEEDED):
+    undeclared = [name for name in NEEDED_CONTROLS if name not in compare.controls]
+    if undeclared:
+        return f"Whether KV distillation helps is not asked: declare the controls {', '.join(undeclared)}."
+    outcomes = {v.second: v.outcome for v in verdicts if v.first == experiment.treatment}
+    unbeaten = []
+    for name in NEEDED_CONTROLS:
+        outcome = outcomes.get(name, "no shared seed")
+        if outcome != "better":
+            unbeaten.append(f"{name} ({outcome})")
+    if not unbeaten:
         return f"KV distillation helps here: {experiment.treatment} beats no_kv and shuffled_teacher."
-    open_ = ", ".join(
-        f"{name} ({known[name].outcome if name in known else 'no shared seed'})"
-        for name in NEEDED
-        if name not in beaten
+    return (
+        f"Not shown that KV distillation helps here: {experiment.treatment} does not beat "
+        f"{', '.join(unbeaten)}."
     )
-    return f"Not shown that KV distillation helps here: {experiment.treatment} does not beat {open_}."
 
 
 def steps_for_equal_flops(experiment: Experiment, verdict: Verdict) -> int | None:
-    """How many steps the second variant could have trained for the first one's operations."""
+    """Return how many steps the second variant could have trained for the first one's operations."""
     ratio = verdict.budgets.get("flops", 1.0)
-    steps = {run.results["steps"] for run in experiment.of(verdict.second).values() if run.results}
+    runs = experiment.runs_of_variant(verdict.second).values()
+    steps = [run.results["steps"] for run in runs if run.results]
     return round(max(steps) * ratio) if steps and math.isfinite(ratio) else None

@@ -1,1 +1,1 @@
-"""Spec files: the pipeline in YAML, validated against what is installed. No torch here."""
+"""Read spec files: a whole pipeline in YAML, validated against what is installed. No torch here."""

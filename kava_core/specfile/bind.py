@@ -1,4 +1,4 @@
-"""PipelineSpec narrowed to what is installed: component fields become tagged unions of declarations."""
+"""Bind PipelineSpec to what is installed: component fields become tagged unions of declarations."""
 
 from __future__ import annotations
 
@@ -23,20 +23,25 @@ SHORTHAND = "(name)"
 
 
 def bind_spec_model(registry: Registry) -> type[PipelineSpec]:
-    """A subclass of PipelineSpec that accepts exactly the components of this registry.
+    """Return a subclass of PipelineSpec that accepts exactly the components of a registry.
 
     A component is written as its name, or as a mapping with its name and parameters.
     """
-    parts = {kind: component_type(registry, kind) for kind in KINDS}
-    stages = {kind: part for kind, part in parts.items() if kind in AlignSpec.model_fields}
-    align = _narrow_fields(AlignSpec, {**stages, "token_warper": parts["time_warper"] | None})
+    types = {kind: component_type(registry, kind) for kind in KINDS}
+    stages = {kind: types[kind] for kind in KINDS if kind in AlignSpec.model_fields}
+    stages["token_warper"] = types["time_warper"] | None
+    align = _narrow_fields(AlignSpec, stages)
     teacher = _narrow_fields(TeacherSpec, {"align": align})
-    many = {"teachers": _tuple_of(teacher), "losses": _tuple_of(parts["kv_loss"])}
-    return cast(type[PipelineSpec], _narrow_fields(PipelineSpec, {**many, "fuser": parts["fuser"]}))
+    narrowed = {
+        "teachers": _tuple_of(teacher),
+        "losses": _tuple_of(types["kv_loss"]),
+        "fuser": types["fuser"],
+    }
+    return cast(type[PipelineSpec], _narrow_fields(PipelineSpec, narrowed))
 
 
 def component_type(registry: Registry, kind: str) -> Any:
-    """The annotation of a field that holds one component of this kind."""
+    """Return the type of a field that holds one component of this kind: a union tagged by name."""
     configs = {config.component_name(): config for config in registry.configs(kind)}
     if not configs:
         return _type_of_nothing(registry, kind)
@@ -44,43 +49,44 @@ def component_type(registry: Registry, kind: str) -> Any:
     def construct(name: str) -> ComponentConfig:
         return configs[name](name=name)
 
-    def tag(value: Any) -> Any:
+    def tag_of_value(value: Any) -> Any:
         if isinstance(value, str):
             return SHORTHAND if value in configs else value
         return value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
 
-    words: Any = Literal
-    bare = _annotated_type(words[tuple(configs)], AfterValidator(construct), Tag(SHORTHAND))
+    literal: Any = Literal
+    bare_name = _annotated_type(literal[tuple(configs)], AfterValidator(construct), Tag(SHORTHAND))
     members = [_annotated_type(config, Tag(name)) for name, config in configs.items()]
-    return _annotated_type(reduce(or_, [*members, bare]), Discriminator(tag))
+    return _annotated_type(reduce(or_, [*members, bare_name]), Discriminator(tag_of_value))
 
 
 def _type_of_nothing(registry: Registry, kind: str) -> Any:
-    """Refuses every name, because no component of this kind is installed."""
+    """Return a type that refuses every name, because no component of this kind is installed."""
 
     def refuse(value: Any) -> Any:
         name = value.get("name") if isinstance(value, dict) else value
         message = registry.unknown(kind, str(name))
-        raise PydanticCustomError("component_unknown", "{told}", {"told": message})
+        raise PydanticCustomError("component_unknown", "{message}", {"message": message})
 
     return _annotated_type(base_of(kind), BeforeValidator(refuse))
 
 
 def _annotated_type(item: Any, *metadata: Any) -> Any:
+    # Through Any: a type checker reads these subscripts as annotations, and they are made at run time.
     annotated: Any = Annotated
     return annotated[(item, *metadata)]
 
 
 def _tuple_of(item: Any) -> Any:
-    many: Any = tuple
-    return many[item, ...]
+    any_tuple: Any = tuple
+    return any_tuple[item, ...]
 
 
 def _narrow_fields(model: Any, annotations: dict[str, Any]) -> Any:
-    """A subclass of the same name whose fields have these annotations, and the old defaults and docs."""
-    fields: dict[str, Any] = {
-        name: (annotation, _same_field(model.model_fields[name])) for name, annotation in annotations.items()
-    }
+    """Return a subclass of the same name whose fields have these types, and the old defaults and docs."""
+    fields: dict[str, Any] = {}
+    for name, annotation in annotations.items():
+        fields[name] = (annotation, _same_field(model.model_fields[name]))
     return create_model(model.__name__, __base__=model, __module__=__name__, __doc__=model.__doc__, **fields)
 
 

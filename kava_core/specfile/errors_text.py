@@ -1,8 +1,7 @@
-"""pydantic's findings in plain words: what is wrong, what is possible, what was probably meant."""
+"""Explain pydantic's errors in plain words: what is wrong, what is possible, what was probably meant."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,17 +13,26 @@ from kava_core.hookspecs import KINDS
 from kava_core.registry import Registry
 from kava_core.specfile.reading.source_map import SpecPath
 from kava_core.specfile.sections.compare import Name
-from kava_core.specfile.walk import TypeAtLocation, accepted_keys, follow_location, literal_values, union_tags
+from kava_core.specfile.walk import (
+    TypeAtLocation,
+    accepted_keys,
+    follow_location,
+    literal_values,
+    union_tags,
+)
+
+ErrorDetail = Any
+"""pydantic's description of one error: a mapping with type, loc, input and ctx."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing wrong with a document."""
+    """One thing that is wrong with a document."""
 
     path: SpecPath
     """Where, from the root."""
     message: str
-    """What."""
+    """What is wrong, in words."""
     at_key: bool
     """Whether the key is wrong, not its value."""
     missing: bool
@@ -32,80 +40,97 @@ class Finding:
 
 
 def explain_errors(error: ValidationError, model: type[BaseModel], registry: Registry) -> list[Finding]:
-    """Every finding, in the order of the spec's fields; alternatives of a union become one."""
-    details = [(detail, follow_location(model, detail["loc"])) for detail in error.errors(include_url=False)]
-    spots = [spot for _, spot in details]
-    kept = [(detail, spot) for detail, spot in details if not _is_overshadowed(detail, spot, spots)]
-    groups: dict[tuple[SpecPath, bool], list[tuple[ErrorDetail, TypeAtLocation]]] = defaultdict(list)
-    for detail, spot in kept:
-        groups[spot.path, spot.is_key].append((detail, spot))
+    """Return everything that is wrong, in the order of the spec's fields.
+
+    pydantic reports every alternative of a union by itself; here they become one finding.
+    """
+    details = error.errors(include_url=False)
+    types = [follow_location(model, detail["loc"]) for detail in details]
+    groups: dict[tuple[SpecPath, bool], list[tuple[ErrorDetail, TypeAtLocation]]] = {}
+    for detail, here in zip(details, types, strict=True):
+        if not _is_overshadowed(detail, here, types):
+            groups.setdefault((here.path, here.is_key), []).append((detail, here))
     return [_make_finding(path, group, registry) for (path, _), group in groups.items()]
 
 
 def quote_value(value: Any) -> str:
-    """A value as an error message quotes it: short, and in the words of YAML."""
-    if isinstance(value, dict | list | tuple):
-        return "a mapping" if isinstance(value, dict) else "a list"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
+    """Return a value as an error message quotes it: short, and in the words of YAML."""
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list | tuple):
+        return "a list"
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-ErrorDetail = Any
-"""pydantic's description of one error: type, loc, input, ctx."""
+def _is_overshadowed(detail: ErrorDetail, here: TypeAtLocation, types: Sequence[TypeAtLocation]) -> bool:
+    """Return whether an error deeper inside explains more than this one.
 
-
-def _is_overshadowed(detail: ErrorDetail, spot: TypeAtLocation, spots: Sequence[TypeAtLocation]) -> bool:
-    """A finding deeper inside tells more than the failure of an alternative, or of the list around it."""
-    deeper = any(
-        len(other.path) > len(spot.path) and other.path[: len(spot.path)] == spot.path for other in spots
-    )
-    return deeper and (spot.alternative or detail["type"] == "too_short")
+    This one is then the failure of an alternative, or of the list around the deeper error.
+    """
+    if not (here.alternative or detail["type"] == "too_short"):
+        return False
+    depth = len(here.path)
+    return any(len(other.path) > depth and other.path[:depth] == here.path for other in types)
 
 
 def _make_finding(
     path: SpecPath, details: Sequence[tuple[ErrorDetail, TypeAtLocation]], registry: Registry
 ) -> Finding:
-    detail, spot = details[0]
+    detail, here = details[0]
     missing = detail["type"] == "missing"
-    at_key = detail["type"] == "extra_forbidden" or spot.is_key
+    at_key = detail["type"] == "extra_forbidden" or here.is_key
     if detail["type"] == "union_tag_invalid" and isinstance(detail["input"], dict):
         path = (*path, "name")
     return Finding(path, _describe_errors(details, registry), at_key, missing)
 
 
 def _describe_errors(details: Sequence[tuple[ErrorDetail, TypeAtLocation]], registry: Registry) -> str:
-    """Expectations of alternatives joined by ``or``; anything else as its own sentence."""
-    detail, spot = details[0]
-    expected = list(dict.fromkeys(filter(None, (_expected_value(*one) for one in details))))
+    """Join what the alternatives expect by ``or``; describe anything else in a sentence of its own."""
+    expectations = [_expected_value(detail, here) for detail, here in details]
+    expected = list(dict.fromkeys(filter(None, expectations)))
+    detail, here = details[0]
     if len(details) > 1 and expected:
         return f"must be {' or '.join(expected)}, not {quote_value(detail['input'])}"
-    sentence = _SENTENCES.get(detail["type"])
-    if sentence:
-        return sentence(detail, spot, registry)
+    describe = _SENTENCES.get(detail["type"])
+    if describe is not None:
+        return describe(detail, here, registry)
     if expected:
         return f"must be {expected[0]}, not {quote_value(detail['input'])}"
     return str(detail["msg"]).replace("Input should", "must", 1)
 
 
-def _unknown_key(detail: ErrorDetail, spot: TypeAtLocation, registry: Registry) -> str:
-    possible = accepted_keys(spot.parent)
-    return f"unknown key; possible: {', '.join(possible)}{did_you_mean(str(spot.path[-1]), possible)}"
+def _unknown_key(detail: ErrorDetail, here: TypeAtLocation, registry: Registry) -> str:
+    possible = accepted_keys(here.parent)
+    suggestion = did_you_mean(str(here.path[-1]), possible)
+    return f"unknown key; possible: {', '.join(possible)}{suggestion}"
 
 
-def _unknown_word(detail: ErrorDetail, spot: TypeAtLocation, registry: Registry) -> str:
-    given, possible = detail["input"], literal_values(spot.expected)
-    if spot.is_key:
-        given = spot.path[-1]
-        possible = [word.strip("' ") for word in detail["ctx"]["expected"].replace(" or ", ",").split(",")]
-    told = f"{quote_value(given)} is not possible; possible: {', '.join(possible)}"
-    return told + did_you_mean(str(given), possible)
+def _unknown_word(detail: ErrorDetail, here: TypeAtLocation, registry: Registry) -> str:
+    if here.is_key:
+        given = here.path[-1]
+        possible = _quoted_words(detail["ctx"]["expected"])
+    else:
+        given = detail["input"]
+        possible = literal_values(here.expected)
+    suggestion = did_you_mean(str(given), possible)
+    return f"{quote_value(given)} is not possible; possible: {', '.join(possible)}{suggestion}"
 
 
-def _unknown_tag(detail: ErrorDetail, spot: TypeAtLocation, registry: Registry) -> str:
-    given, kind, possible = detail["input"], _component_kind(spot.path), union_tags(spot.expected)
-    given = given["name"] if isinstance(given, dict) else given
+def _quoted_words(text: str) -> list[str]:
+    """Return the words of pydantic's list ``'a', 'b' or 'c'``."""
+    return [word.strip("' ") for word in text.replace(" or ", ",").split(",")]
+
+
+def _unknown_tag(detail: ErrorDetail, here: TypeAtLocation, registry: Registry) -> str:
+    given = detail["input"]
+    if isinstance(given, dict):
+        given = given["name"]
+    kind, possible = _component_kind(here.path), union_tags(here.expected)
     if not isinstance(given, str):
         return f"must be text, not {quote_value(given)}; possible: {one_of(possible)}"
     if kind in KINDS:
@@ -113,37 +138,37 @@ def _unknown_tag(detail: ErrorDetail, spot: TypeAtLocation, registry: Registry) 
     return f"no {kind} {given!r}; possible: {one_of(possible)}{did_you_mean(given, possible)}"
 
 
-def _missing_tag(detail: ErrorDetail, spot: TypeAtLocation, registry: Registry) -> str:
-    possible = one_of(union_tags(spot.expected))
-    if isinstance(detail["input"], dict):
+def _missing_tag(detail: ErrorDetail, here: TypeAtLocation, registry: Registry) -> str:
+    possible = one_of(union_tags(here.expected))
+    given = detail["input"]
+    if isinstance(given, dict):
         return f"needs a 'name'; possible: {possible}"
-    return (
-        f"must be a name or a mapping with a name, not {quote_value(detail['input'])}; possible: {possible}"
-    )
+    return f"must be a name or a mapping with a name, not {quote_value(given)}; possible: {possible}"
 
 
 def _component_kind(path: SpecPath) -> str:
-    """The kind of component a path holds, or its last key."""
-    words = [part for part in path if isinstance(part, str)]
-    return "kv_loss" if words[-1] == "losses" else words[-1]
+    """Return the kind of component that a path holds, or else its last key."""
+    keys = [part for part in path if isinstance(part, str)]
+    return "kv_loss" if keys[-1] == "losses" else keys[-1]
 
 
-def _words_of_validator(detail: ErrorDetail, spot: TypeAtLocation, registry: Registry) -> str:
+def _words_of_validator(detail: ErrorDetail, here: TypeAtLocation, registry: Registry) -> str:
     return str(detail["ctx"]["error"])
 
 
 _Sentence = Callable[[ErrorDetail, TypeAtLocation, Registry], str]
 
 _SENTENCES: dict[str, _Sentence] = {
-    "missing": lambda detail, spot, registry: "is missing",
+    "missing": lambda detail, here, registry: "is missing",
     "extra_forbidden": _unknown_key,
     "literal_error": _unknown_word,
     "union_tag_invalid": _unknown_tag,
     "union_tag_not_found": _missing_tag,
-    "too_short": lambda detail, spot, registry: f"needs at least {detail['ctx']['min_length']} entry",
+    "too_short": lambda detail, here, registry: f"needs at least {detail['ctx']['min_length']} entry",
     "value_error": _words_of_validator,
     "assertion_error": _words_of_validator,
 }
+"""pydantic's type of an error to the function that describes it."""
 
 _TYPES = {
     "int_type": "a whole number",
@@ -161,6 +186,7 @@ _TYPES = {
     "model_type": "a mapping",
     "none_required": "null",
 }
+"""pydantic's type of an error to what the value must be."""
 
 _BOUNDS = {
     "greater_than": "more than {gt}",
@@ -171,18 +197,19 @@ _BOUNDS = {
     "string_too_short": "at least {min_length} characters long",
     "string_too_long": "at most {max_length} characters long",
 }
+"""pydantic's type of an error to what the value must be, with the numbers of its ctx."""
 
 _NAME_PATTERN = Name.__metadata__[0].pattern  # type: ignore[attr-defined]
 
 
-def _expected_value(detail: ErrorDetail, spot: TypeAtLocation) -> str | None:
-    """What the value must be, to stand after ``must be``."""
+def _expected_value(detail: ErrorDetail, here: TypeAtLocation) -> str | None:
+    """Return what the value must be, as it reads after ``must be``; None if that says too little."""
     kind, context = detail["type"], detail.get("ctx", {})
     if kind in _BOUNDS:
         numbers = {key: _bound_text(value) for key, value in context.items()}
         return _BOUNDS[kind].format(**numbers)
     if kind == "literal_error":
-        return " or ".join(map(repr, literal_values(spot.expected))) or None
+        return " or ".join(map(repr, literal_values(here.expected))) or None
     if kind == "string_pattern_mismatch":
         return _describe_pattern(context["pattern"])
     return _TYPES.get(kind)
@@ -195,4 +222,5 @@ def _describe_pattern(pattern: str) -> str:
 
 
 def _bound_text(value: Any) -> str:
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    is_whole = isinstance(value, float) and value.is_integer()
+    return str(int(value)) if is_whole else str(value)

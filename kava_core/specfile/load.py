@@ -1,11 +1,11 @@
-"""From a file to a validated spec: read, override, validate; every error at once."""
+"""Load a spec: read the file, apply overrides, validate; every error at once."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -27,70 +27,97 @@ class LoadedSpec:
     """A spec and where it came from."""
 
     spec: PipelineSpec
-    """Validated against what is installed."""
+    """The spec, validated against what is installed."""
     source: str
     """Text of the file."""
     document: Document
-    """Values and places, with overrides applied."""
+    """Values and their locations, with overrides applied."""
     model: type[PipelineSpec]
-    """What the spec was validated by."""
+    """The class that the spec was validated by."""
     registry: Registry
     """What is installed."""
 
     @property
     def origins(self) -> dict[str, str]:
-        """Dotted path to ``file:line`` or ``apply_overrides``, for every value that is not a default."""
-        places, leaves = self.document.places, _leaf_paths(self.document.data, ())
-        return {dotted_path(path): places.value(path).origin for path in leaves}
+        """Return where every value that is not a default was written: dotted path to ``file:line``, or to
+        ``override``."""
+        origins = {}
+        for path in _leaf_paths(self.document.data, ()):
+            origins[dotted_path(path)] = self.document.locations.value_location(path).origin
+        return origins
 
     def digest(self) -> str:
-        """Ten hexadecimal digits that name what the spec asks for."""
+        """Return ten hexadecimal digits that name what the spec asks for."""
         return spec_digest(self.spec)
 
 
 def load_spec(
-    file: str | File, overrides: Iterable[str] = (), registry: Registry | None = None
+    file: str | Path, overrides: Iterable[str] = (), registry: Registry | None = None
 ) -> LoadedSpec:
     """Read, override and validate a spec.
 
-    SpecError at the first thing that is not strict YAML; otherwise InvalidSpecError with one line for
-    everything wrong: ``file:line:col: dotted_path.path: what is wrong; possible: …; did you mean …``.
+    Args:
+        file: the spec, in YAML.
+        overrides: changes such as ``train.steps=100``.
+        registry: the components that a spec may use; default: what is installed.
+
+    Raises:
+        SpecError: at the first thing that is not strict YAML.
+        InvalidSpecError: the YAML is right and the spec is not. It has one line for everything wrong:
+            ``file:line:col: dotted.path: what is wrong; possible: …; did you mean …``.
     """
     source, document = read_document(file, overrides)
     registry = registry or Registry.build()
     model = bind_spec_model(registry)
-    return LoadedSpec(validate_document(document, model, registry), source, document, model, registry)
+    spec = validate_document(document, model, registry)
+    return LoadedSpec(spec, source, document, model, registry)
 
 
-def read_document(file: str | File, overrides: Iterable[str] = ()) -> tuple[str, Document]:
-    """Text and document of a spec, with overrides applied, not yet validated; errors as for ``load_spec``."""
-    source, start = read_spec_text(file), SourceLocation(str(file), 1, 1)
-    data, places = parse_yaml(source, start)
+def read_document(file: str | Path, overrides: Iterable[str] = ()) -> tuple[str, Document]:
+    """Read text and document of a spec, with overrides applied, without validating it.
+
+    Raises:
+        SpecError: as for ``load_spec``.
+    """
+    source = read_spec_text(file)
+    start = SourceLocation(str(file), 1, 1)
+    data, locations = parse_yaml(source, start)
     if not isinstance(data, dict):
-        raise SpecError(start.error(f"a spec must be a mapping, not {quote_value(data)}"))
-    return source, apply_overrides(Document(data, places), overrides)
+        raise SpecError(start.error_text(f"a spec must be a mapping, not {quote_value(data)}"))
+    return source, apply_overrides(Document(data, locations), overrides)
 
 
 def validate_document(document: Document, model: type[PipelineSpec], registry: Registry) -> PipelineSpec:
-    """The spec a document describes; InvalidSpecError with every finding, in the order of the lines."""
+    """Return the spec that a document describes.
+
+    Raises:
+        InvalidSpecError: with every finding, in the order of the lines; those of overrides first.
+    """
     try:
         # As JSON, strict mode takes lists for tuples and still no text for numbers.
         return model.model_validate_json(json.dumps(document.data), strict=True)
     except ValidationError as error:
-        found = [_locate_finding(finding, document) for finding in explain_errors(error, model, registry)]
-        lines = sorted(found, key=lambda one: (one[0].line or 0, one[0].column or 0))
-        raise InvalidSpecError(line for _, line in lines) from None
+        findings = explain_errors(error, model, registry)
+    located = [(_location_of_finding(finding, document), finding) for finding in findings]
+    located.sort(key=lambda pair: (pair[0].line or 0, pair[0].column or 0))
+    raise InvalidSpecError(
+        document.error_text(location, finding.message, finding.path) for location, finding in located
+    )
 
 
-def _locate_finding(finding: Finding, document: Document) -> tuple[SourceLocation, str]:
-    path, places = finding.path, document.places
-    at_key = finding.at_key or finding.missing
-    place = places.key(path) if at_key else places.value(path)
-    return place, document.error(place, finding.message, path)
+def _location_of_finding(finding: Finding, document: Document) -> SourceLocation:
+    if finding.at_key or finding.missing:
+        return document.locations.key_location(finding.path)
+    return document.locations.value_location(finding.path)
 
 
 def _leaf_paths(value: Any, path: SpecPath) -> Iterator[SpecPath]:
-    """Paths of scalars and of empty lists and mappings."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    inside = [leaf for key, below in items for leaf in _leaf_paths(below, (*path, key))]
-    yield from inside or [path]
+    """Iterate over the paths of scalars and of empty lists and mappings."""
+    if isinstance(value, dict) and value:
+        for key, below in value.items():
+            yield from _leaf_paths(below, (*path, key))
+    elif isinstance(value, list) and value:
+        for index, below in enumerate(value):
+            yield from _leaf_paths(below, (*path, index))
+    else:
+        yield path

@@ -1,4 +1,4 @@
-"""The JSON Schema of a spec, with the components that are installed, for editors."""
+"""Make the JSON Schema of a spec, with the components that are installed, for editors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kava_core.specfile.bind import bind_spec_model
 
 
 def json_schema(registry: Registry) -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of PipelineSpec; fields carry their documentation."""
+    """Return the JSON Schema (draft 2020-12) of PipelineSpec; its fields carry their documentation."""
     schema = bind_spec_model(registry).model_json_schema()
     for definition in schema["$defs"].values():
         _require_name(definition)
@@ -17,6 +17,6 @@ def json_schema(registry: Registry) -> dict[str, Any]:
 
 
 def _require_name(definition: dict[str, Any]) -> None:
-    """A tagged mapping needs its tag, though the tag is a default of the class."""
+    """Require the tag ``name`` of a tagged mapping, though it is a default of the class."""
     if "const" in definition.get("properties", {}).get("name", {}):
         definition["required"] = ["name", *definition.get("required", [])]

@@ -1,8 +1,8 @@
-"""Variants: named changes of one spec, resolved by the machinery of command-line overrides."""
+"""Resolve variants: named changes of one spec, made by the machinery of command-line overrides."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 
 from kava_core.errors import SpecError, did_you_mean, one_of
@@ -20,24 +20,30 @@ SHARED_FIELDS = ("name", "seeds", "variants", "compare", "output")
 
 
 def resolve_variants(loaded: LoadedSpec) -> dict[str, PipelineSpec]:
-    """Each variant as a spec of its own, without variants and comparisons; ``{"main": spec}`` where there are
-    none. Controls that ``compare`` asks for are variants too.
+    """Return every variant as a spec of its own, without variants and comparisons.
 
-    InvalidSpecError with everything wrong in any variant, at the variant's lines.
+    Controls that ``compare`` asks for are variants too. A spec with neither gives ``{"main": spec}``.
+
+    Raises:
+        InvalidSpecError: with everything wrong in any variant, at the variant's lines.
     """
     spec = loaded.spec
     if not spec.variants and spec.compare is None:
         return {MAIN: spec}
     compare = spec.compare or CompareSpec()
-    declared, errors = dict.fromkeys(spec.variants or (MAIN,)), _wrong_names(loaded, compare)
-    resolved = dict[str, PipelineSpec]()
-    controls = () if errors else compare.controls
-    for name, control in [(name, None) for name in declared] + [(word, word) for word in controls]:
+    errors = _wrong_names(loaded, compare)
+    controls = compare.controls if not errors else ()
+    resolved: dict[str, PipelineSpec] = {}
+    for name in spec.variants or (MAIN,):
         try:
-            document = _document_of_variant(loaded.document, treatment_variant(spec) if control else name)
-            if control is not None:
-                _apply_control(document, loaded, control)
+            document = _document_of_variant(loaded.document, name)
             resolved[name] = validate_document(document, loaded.model, loaded.registry)
+        except InvalidSpecError as error:
+            errors += error.lines
+    for control in controls:
+        try:
+            document = _document_of_control(loaded, control)
+            resolved[control] = validate_document(document, loaded.model, loaded.registry)
         except InvalidSpecError as error:
             errors += error.lines
     if errors:
@@ -48,63 +54,73 @@ def resolve_variants(loaded: LoadedSpec) -> dict[str, PipelineSpec]:
 def chosen_runs(
     variants: Mapping[str, PipelineSpec], variant: str | None = None, seed: int | None = None
 ) -> list[tuple[str, int, PipelineSpec]]:
-    """Variant, seed and spec of every run, or of those asked for; SpecError for what there is not."""
+    """Return variant, seed and spec of every run, or of those asked for by ``--variant`` and ``--seed``.
+
+    Raises:
+        SpecError: there is no such variant or seed.
+    """
     if variant is not None and variant not in variants:
         possible = f"possible: {one_of(variants)}{did_you_mean(variant, variants)}"
         raise SpecError(f"--variant: no variant {variant!r}; {possible}")
     seeds = next(iter(variants.values())).seeds
     if seed is not None and seed not in seeds:
         raise SpecError(f"--seed: the spec has no seed {seed}; possible: {', '.join(map(str, seeds))}")
-    return [
-        (name, number, spec)
-        for name, spec in variants.items()
-        for number in spec.seeds
-        if variant in (None, name) and seed in (None, number)
-    ]
+    runs = []
+    for name, spec in variants.items():
+        for spec_seed in spec.seeds:
+            if variant in (None, name) and seed in (None, spec_seed):
+                runs.append((name, spec_seed, spec))
+    return runs
 
 
 def treatment_variant(spec: PipelineSpec) -> str:
-    """The variant that controls are made of."""
-    named = spec.compare.treatment if spec.compare is not None else None
-    return named or next(iter(spec.variants), MAIN)
+    """Return the name of the variant that controls are made of."""
+    treatment = spec.compare.treatment if spec.compare is not None else None
+    return treatment or next(iter(spec.variants), MAIN)
 
 
 def _wrong_names(loaded: LoadedSpec, compare: CompareSpec) -> list[str]:
-    """A line for everything that ``compare`` names and that is not there, or is there twice."""
+    """Return a line for every name in ``compare`` that does not exist, or exists already."""
     variants = tuple(loaded.spec.variants or (MAIN,))
-    known = (*variants, *compare.controls)
-    named = {("treatment",): compare.treatment} if compare.treatment is not None else {}
-    asked = {
-        ("pairs", row, side): name for row, pair in enumerate(compare.pairs) for side, name in enumerate(pair)
-    }
-    found: list[tuple[SpecPath, str]] = [
-        (path, f"no variant {name!r}; possible: {one_of(possible)}{did_you_mean(name, possible)}")
-        for names, possible in ((named, variants), (asked, known))
-        for path, name in names.items()
-        if name not in possible
-    ]
-    found += [
-        (("controls", place), f"variant {word!r} exists already; rename it")
-        for place, word in enumerate(compare.controls)
-        if word in variants
-    ]
+    found: list[tuple[SpecPath, str]] = []
+    if compare.treatment is not None and compare.treatment not in variants:
+        found.append((("treatment",), _no_variant(compare.treatment, variants)))
+    comparable = (*variants, *compare.controls)
+    for row, pair in enumerate(compare.pairs):
+        for side, name in enumerate(pair):
+            if name not in comparable:
+                found.append((("pairs", row, side), _no_variant(name, comparable)))
+    for index, control in enumerate(compare.controls):
+        if control in variants:
+            found.append((("controls", index), f"variant {control!r} exists already; rename it"))
     document = loaded.document
-    return [
-        document.error(document.places.value(("compare", *path)), message, ("compare", *path))
-        for path, message in found
-    ]
+    lines = []
+    for path, message in found:
+        full_path = ("compare", *path)
+        location = document.locations.value_location(full_path)
+        lines.append(document.error_text(location, message, full_path))
+    return lines
+
+
+def _no_variant(name: str, possible: Iterable[str]) -> str:
+    return f"no variant {name!r}; possible: {one_of(possible)}{did_you_mean(name, possible)}"
 
 
 def _document_of_variant(base: Document, name: str) -> Document:
-    """The base with one variant's changes; InvalidSpecError with those that cannot be made."""
-    document, errors = base.copy(f"variant {name}: "), list[str]()
+    """Return a copy of the base with one variant's changes.
+
+    Raises:
+        InvalidSpecError: some changes cannot be made.
+    """
+    document = base.copy(f"variant {name}: ")
     variants = document.data.pop("variants", None) or {}
     document.data.pop("compare", None)
+    errors: list[str] = []
     for key, value in (variants.get(name) or {}).items():
-        places = base.places.below(("variants", name, key))
+        locations = base.locations.part_below(("variants", name, key))
         try:
-            _refuse_shared(document, key, places.start)
-            document.set(key, deepcopy(value), places.start, places)
+            _refuse_shared_field(document, key, locations.start)
+            document.set_value(key, deepcopy(value), locations.start, locations)
         except SpecError as error:
             errors.append(str(error))
     if errors:
@@ -112,20 +128,27 @@ def _document_of_variant(base: Document, name: str) -> Document:
     return document
 
 
-def _apply_control(document: Document, loaded: LoadedSpec, control: Control) -> None:
-    """Make a treatment's document the control's; InvalidSpecError where there is nothing to break."""
-    place = loaded.document.places.value(("compare", "controls"))
+def _document_of_control(loaded: LoadedSpec, control: Control) -> Document:
+    """Return the treatment's document with what the control changes of it.
+
+    Raises:
+        InvalidSpecError: the treatment has no KV losses, so that there is nothing to control.
+    """
+    document = _document_of_variant(loaded.document, treatment_variant(loaded.spec))
     document.context = f"variant {control}: "
-    asked = loaded.spec.compare or CompareSpec()
-    teachers, losses = (document.data.get(field) or [] for field in ("teachers", "losses"))
-    if not losses:
-        raise InvalidSpecError([document.error(place, "the treatment has no KV losses: nothing to control")])
-    for key, value in control_changes(control, asked, len(teachers)).items():
-        document.set(key, value, place)
+    location = loaded.document.locations.value_location(("compare", "controls"))
+    if not document.data.get("losses"):
+        message = "the treatment has no KV losses: nothing to control"
+        raise InvalidSpecError([document.error_text(location, message)])
+    compare = loaded.spec.compare or CompareSpec()
+    teachers = len(document.data.get("teachers") or [])
+    for key, value in control_changes(control, compare, teachers).items():
+        document.set_value(key, value, location)
+    return document
 
 
-def _refuse_shared(document: Document, key: str, place: SourceLocation) -> None:
+def _refuse_shared_field(document: Document, key: str, location: SourceLocation) -> None:
     field = key.partition(".")[0]
     if field in SHARED_FIELDS:
         message = f"a variant cannot change {field!r}: all variants share it"
-        raise SpecError(document.error(place, message))
+        raise SpecError(document.error_text(location, message))

@@ -1,4 +1,4 @@
-"""Follows the location of a validation error through the spec's types.
+"""Follow the location of a validation error through the spec's types.
 
 pydantic's locations mix keys of the document with labels of union members; only the types can tell them
 apart.
@@ -18,22 +18,22 @@ from kava_core.specfile.reading.source_map import SpecPath
 
 @dataclass(frozen=True)
 class TypeAtLocation:
-    """What stands at a location."""
+    """What the spec's types expect at the location of an error."""
 
     path: SpecPath
-    """Keys and indexes of the document."""
+    """Keys and indexes of the document, without labels of union members."""
     expected: Any
-    """The type expected there; None where the types do not say."""
+    """The type expected there; None if the types do not determine it."""
     parent: Any
     """The type one key above."""
     alternative: bool
-    """True where the location is inside one member of an untagged union."""
+    """Whether the location is inside one member of an untagged union."""
     is_key: bool
-    """True where a mapping's key itself is wrong."""
+    """Whether a mapping's key itself is wrong."""
 
 
 def follow_location(model: type[BaseModel], location: Sequence[str | int]) -> TypeAtLocation:
-    """Resolve a location; unknown keys at its end are kept as they are."""
+    """Return the type at a location; unknown keys at its end are kept as they are."""
     path: list[str | int] = []
     here: Any = model
     parent: Any = None
@@ -46,35 +46,42 @@ def follow_location(model: type[BaseModel], location: Sequence[str | int]) -> Ty
             here = _member_with_label(members, step)
             alternative = not _is_tagged_union(members)
         else:
-            parent, here = _only_member(members), _type_below(_only_member(members), step)
+            parent = _only_member(members)
+            here = _type_below(parent, step)
             alternative = False
             path.append(step)
     return TypeAtLocation(tuple(path), here, parent, alternative, is_key)
 
 
 def union_members(annotation: Any) -> list[Any]:
-    """Members of a union, without None; otherwise the annotation alone."""
+    """Return the members of a union, without None; of any other type, the type alone."""
     if get_origin(annotation) is Annotated:
         return union_members(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        every = [member for part in get_args(annotation) for member in union_members(part)]
-        return [member for member in every if member is not type(None)]
-    return [annotation]
+    if get_origin(annotation) not in (Union, UnionType):
+        return [annotation]
+    members: list[Any] = []
+    for argument in get_args(annotation):
+        members += union_members(argument)
+    return [member for member in members if member is not type(None)]
 
 
 def literal_values(annotation: Any) -> list[str]:
-    """All words that Literals in this annotation allow."""
-    literals = [member for member in union_members(annotation) if get_origin(member) is Literal]
-    return [str(value) for literal in literals for value in get_args(literal)]
+    """Return all words that the Literals in a type allow."""
+    values: list[str] = []
+    for member in union_members(annotation):
+        if get_origin(member) is Literal:
+            values += map(str, get_args(member))
+    return values
 
 
 def union_tags(annotation: Any) -> list[str]:
-    """Names of the models in a tagged union."""
-    return [tag for tag in map(_tag_of_model, union_members(annotation)) if tag is not None]
+    """Return the names of the models in a tagged union."""
+    tags = [_tag_of_model(member) for member in union_members(annotation)]
+    return [tag for tag in tags if tag is not None]
 
 
 def accepted_keys(annotation: Any) -> list[str]:
-    """Keys a model accepts; none for anything else."""
+    """Return the keys that a model accepts; none if the type is no model."""
     only = _only_member(union_members(annotation))
     return list(only.model_fields) if _is_model(only) else []
 
@@ -88,6 +95,7 @@ def _is_model(annotation: Any) -> bool:
 
 
 def _tag_of_model(member: Any) -> str | None:
+    """Return the default of a model's field ``name``, if that is its only possible value."""
     field = member.model_fields.get("name") if _is_model(member) else None
     return str(field.default) if field and get_origin(field.annotation) is Literal else None
 
@@ -97,13 +105,18 @@ def _is_tagged_union(members: list[Any]) -> bool:
 
 
 def _member_with_label(members: list[Any], label: str | int) -> Any:
-    """The member that pydantic labels so: by tag, class name, or start of its type (``tuple[int, ...]``)."""
+    """Return the member that pydantic labels so: by tag, class name, or start of its type.
+
+    The last is ``tuple[int, ...]``, for example.
+    """
     for member in members:
         names = (_tag_of_model(member), getattr(member, "__name__", None))
         if label in names and get_origin(member) is None:
             return member
-    kinds = [member for member in members if str(label).startswith(f"{_origin_name(member)}[")]
-    return kinds[0] if kinds else None
+    for member in members:
+        if str(label).startswith(f"{_origin_name(member)}["):
+            return member
+    return None
 
 
 def _origin_name(member: Any) -> str:
@@ -112,7 +125,7 @@ def _origin_name(member: Any) -> str:
 
 
 def _type_below(annotation: Any, step: str | int) -> Any:
-    """The type under a key or index."""
+    """Return the type under a key or index."""
     if _is_model(annotation):
         field = annotation.model_fields.get(str(step))
         return field.annotation if field else None

@@ -1,4 +1,4 @@
-"""Built-in width projectors: ``t_dim → dim``."""
+"""Declare the built-in width projectors: ``t_dim → dim``."""
 
 from __future__ import annotations
 
@@ -14,17 +14,26 @@ Rate = Annotated[float, Field(gt=0)]
 
 
 class IdentityConfig(ComponentConfig):
-    """Heads are equally wide on both sides: nothing is done."""
+    """Leave every head as it is: both sides are equally wide.
+
+    Formula: ``y = x``.
+
+    Source: kava's own.
+    """
 
     name: Literal["identity"] = "identity"
     component = "kava_plugins.dim_projectors.identity:Identity"
 
 
 class LinearConfig(ComponentConfig):
-    """One matrix for each layer, trained with the student unless told otherwise.
+    """Multiply every head by one matrix for each layer, trained with the student.
+
+    Formula: ``y[layer, head, time, dim] = Σ_t_dim W[layer, dim, t_dim] · x[layer, head, time, t_dim]``.
 
     A projector trained only by the KV loss can absorb the mismatch: the loss falls, the student learns
     nothing.
+
+    Source: Romero et al. 2015, arXiv 1412.6550 (FitNets: a trained map between layers of unequal width).
     """
 
     name: Literal["linear"] = "linear"
@@ -46,10 +55,15 @@ class LinearConfig(ComponentConfig):
 
 
 class ElasticConfig(ComponentConfig):
-    """A bottleneck for each layer, trained with the student: LayerNorm, Linear, SiLU, Dropout, Linear.
+    """Send every head through a small network for each layer, trained with the student.
+
+    Formula: ``y = W₂ · dropout(SiLU(W₁ · LayerNorm(x) + b₁)) + b₂``; from ``t_dim`` to
+    ``round(mlp_ratio · dim)`` inner channels, then to ``dim``.
 
     A projector trained only by the KV loss can absorb the mismatch: the loss falls, the student learns
     nothing.
+
+    Source: kava's own.
     """
 
     name: Literal["elastic"] = "elastic"
@@ -81,10 +95,21 @@ class ElasticConfig(ComponentConfig):
 
 
 class CalibratedConfig(ComponentConfig):
-    """Computed from calibration batches before the first step, keys and values apart, then frozen.
+    """Compute a projection from calibration batches before the first step, then freeze it.
 
-    ``procrustes`` and ``ridge`` map onto the other side's cache as it is before training: they are for a
-    pretrained student. With one that starts from random weights there is only noise to fit.
+    Formula: with ``C_xx[t_dim, t_dim]`` and ``C_yx[dim, t_dim]``, the covariances of teacher x and student y:
+
+    - ``pca``: ``y = B · (x − mean x)``; the rows of B are the first eigenvectors of C_xx
+    - ``procrustes``: ``y = s · R · (x − mean x) + mean y``; ``R = U · Vᵀ`` with ``C_yx = U · Σ · Vᵀ``, and
+      ``s = tr Σ / tr(R · C_xx · Rᵀ)``
+    - ``ridge``: ``y = C_yx · (C_xx + ridge · (mean variance) · I)⁻¹ · (x − mean x) + mean y``
+
+    Keys and values have projections of their own. ``procrustes`` and ``ridge`` map onto the other side's
+    cache as it is before training: they are for a pretrained student. With one that starts from random
+    weights there is only noise to fit.
+
+    Source: Pearson 1901 (principal components), Schönemann 1966 (orthogonal Procrustes), Gower 1975 (its
+    scale), Hoerl and Kennard 1970 (ridge regression).
     """
 
     name: Literal["calibrated"] = "calibrated"

@@ -1,4 +1,4 @@
-"""Built-in fusers: how much each teacher counts, where and when."""
+"""Declare the built-in fusers: how much each teacher counts, where and when."""
 
 from __future__ import annotations
 
@@ -13,17 +13,22 @@ from kava_core.config import ComponentConfig
 Weights = dict[str, Annotated[float, Field(ge=0)]]
 
 
-def _some_weight(weights: Weights | None) -> Weights | None:
+def _check_some_weight(weights: Weights | None) -> Weights | None:
     if weights is not None and not any(weights.values()):
         raise ValueError("at least one weight must be above 0")
     return weights
 
 
-SomeWeights = Annotated[Weights | None, AfterValidator(_some_weight)]
+SomeWeights = Annotated[Weights | None, AfterValidator(_check_some_weight)]
 
 
 class FixedConfig(ComponentConfig):
-    """Constant weights, the same everywhere."""
+    """Give every teacher a constant weight, the same everywhere.
+
+    Formula: ``w[teacher, batch, layer, time] = weights[teacher]``.
+
+    Source: Hinton et al. 2015, arXiv 1503.02531 (averages of several teachers).
+    """
 
     name: Literal["fixed"] = "fixed"
     component = "kava_plugins.fusers.fixed:Fixed"
@@ -36,7 +41,13 @@ class FixedConfig(ComponentConfig):
 
 
 class SimilarityConfig(ComponentConfig):
-    """Softmax of the cosine between the student's cache and each teacher's mean cache."""
+    """Weigh teachers by the cosine between the student's cache and each teacher's mean cache.
+
+    Formula: ``w = softmax over teachers of cos(q[layer, time], p[teacher, layer]) / temperature``; q is the
+    student's cache, p the mean of a teacher's aligned cache over the calibration examples.
+
+    Source: kava's own.
+    """
 
     name: Literal["similarity"] = "similarity"
     component = "kava_plugins.fusers.similarity:Similarity"
@@ -48,7 +59,7 @@ class SimilarityConfig(ComponentConfig):
 
 
 class _RouterConfig(ComponentConfig):
-    """What trained routers share."""
+    """Parameters that all trained routers share."""
 
     name: str
     entropy: float = Field(0.0, ge=0)
@@ -62,7 +73,13 @@ class _RouterConfig(ComponentConfig):
 
 
 class LearnableConfig(_RouterConfig):
-    """A network on the student's hidden state gives each teacher's weight (MLP, one inner layer)."""
+    """Weigh teachers by a small network that reads the student's hidden state.
+
+    Formula: ``w = softmax over teachers of (W₂ · SiLU(W₁ · h[time] + b₁) + b₂) / temperature``; h is the
+    student's last hidden state.
+
+    Source: Shazeer et al. 2017, arXiv 1701.06538 (gating networks of mixtures of experts).
+    """
 
     name: Literal["learnable"] = "learnable"
     component = "kava_plugins.fusers.learnable:Learnable"
@@ -76,26 +93,45 @@ class LearnableConfig(_RouterConfig):
 
 
 class AttentionConfig(_RouterConfig):
-    """The student's query attends over the teachers' caches at each position and layer."""
+    """Weigh teachers by an attention query of the student over the teachers' caches.
+
+    Formula: ``w = softmax over teachers of (W_q · h[time]) · (W_k · c[teacher, layer, time]) / √width``; h is
+    the student's last hidden state, c a teacher's aligned cache.
+
+    Source: Vaswani et al. 2017, arXiv 1706.03762 (scaled dot-product attention; here its keys are teachers).
+    """
 
     name: Literal["attention"] = "attention"
     component = "kava_plugins.fusers.attention:Attention"
 
 
 class TaskConfig(ComponentConfig):
-    """Constant weights for each task label of the data (field ``task`` of an example)."""
+    """Give every teacher a constant weight for each task label of the data.
+
+    Formula: ``w[teacher, batch, layer, time] = weights[task of the example][teacher]``.
+
+    An example's label is its field ``task``.
+
+    Source: kava's own.
+    """
 
     name: Literal["task"] = "task"
     component = "kava_plugins.fusers.task:Task"
 
-    weights: dict[str, Annotated[Weights, AfterValidator(_some_weight)]] = Field(min_length=1)
+    weights: dict[str, Annotated[Weights, AfterValidator(_check_some_weight)]] = Field(min_length=1)
     """Label to weights of all teachers, such as ``{math: {a: 1, b: 0}}``."""
     default: SomeWeights = None
     """Weights for an example without label or with another one; none: all teachers count alike."""
 
 
 class ReinforceConfig(ComponentConfig):
-    """A policy over teachers, rewarded by the fall of the student's cross-entropy (REINFORCE)."""
+    """Draw one teacher for each pass from a policy, rewarded by the fall of the student's cross-entropy.
+
+    Formula: ``loss = −(r − mean r) · log π[drawn] − entropy · H(π)`` with ``π = softmax(logits)`` and the
+    reward ``r = CE of the pass − CE of the next pass``.
+
+    Source: Williams 1992 (REINFORCE); for a choice of teachers: Yuan et al. 2021, arXiv 2012.06048.
+    """
 
     name: Literal["reinforce"] = "reinforce"
     component = "kava_plugins.fusers.reinforce:Reinforce"

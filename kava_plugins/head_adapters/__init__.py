@@ -1,4 +1,4 @@
-"""Built-in head adapters: ``t_head → head``."""
+"""Declare the built-in head adapters: ``t_head → head``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from kava_core.config import ComponentConfig
 
 
 class StructuredConfig(ComponentConfig):
-    """Mix heads with heads: every student head is a weighted mean of teacher heads, for any two counts."""
+    """Mix heads with heads: every student head is a weighted mean of teacher heads, for any two counts.
+
+    Formula: ``y[layer, head, time, dim] = Σ_t_head A[head, t_head] · x[layer, t_head, time, dim]``; at first
+    every row of A sums to 1.
+
+    Source: Ainslie et al. 2023, arXiv 2305.13245 (GQA: heads averaged in groups).
+    """
 
     name: Literal["structured"] = "structured"
     component = "kava_plugins.head_adapters.structured:Structured"
@@ -33,7 +39,12 @@ class StructuredConfig(ComponentConfig):
 
 
 class FlatConfig(ComponentConfig):
-    """The baseline without structure: all heads side by side as one wide head, on both sides."""
+    """Put all heads side by side as one wide head, on both sides: the baseline without structure.
+
+    Formula: ``batch layer head time dim → batch layer 1 time (head · dim)``.
+
+    Source: kava's own.
+    """
 
     name: Literal["flat"] = "flat"
     component = "kava_plugins.head_adapters.flat:Flat"

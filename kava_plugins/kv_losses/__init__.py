@@ -1,4 +1,7 @@
-"""Built-in losses between the student's cache and the aligned target."""
+"""Declare the built-in losses between the student's cache and the aligned target.
+
+Formulas give the loss of one position: s is the student's vector, t the target's.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,12 @@ Divergence = Literal["forward", "reverse", "jeffreys"]
 
 
 class MSEConfig(KVLossConfig):
-    """Mean squared difference over heads and width (KaVa with p = 2, arXiv 2510.02312)."""
+    """Compare by the mean squared difference over heads and width.
+
+    Formula: ``mean over head, dim of (s[head, dim] − t[head, dim])²``.
+
+    Source: KaVa with p = 2, arXiv 2510.02312.
+    """
 
     name: Literal["mse"] = "mse"
     component = "kava_plugins.kv_losses.mse:MSE"
@@ -26,7 +34,12 @@ class MSEConfig(KVLossConfig):
 
 
 class SmoothL1Config(KVLossConfig):
-    """Mean absolute difference, quadratic near zero (KaVa with p = 1, arXiv 2510.02312)."""
+    """Compare by the mean absolute difference over heads and width, quadratic near zero.
+
+    Formula: ``mean over head, dim of (d² / (2 · beta) if |d| < beta, else |d| − beta / 2)``, ``d = s − t``.
+
+    Source: KaVa with p = 1, arXiv 2510.02312; Girshick 2015, arXiv 1504.08083 (smooth L1).
+    """
 
     name: Literal["smooth_l1"] = "smooth_l1"
     component = "kava_plugins.kv_losses.smooth_l1:SmoothL1"
@@ -39,16 +52,26 @@ class SmoothL1Config(KVLossConfig):
 
 
 class MercatorConfig(KVLossConfig):
-    """1 − cosine over the width of a head: directions count, lengths do not."""
+    """Compare the directions of a head's vectors; their lengths do not count.
+
+    Formula: ``mean over head of 1 − cos(s[head], t[head])``, the cosine over ``dim``.
+
+    Source: kava's own.
+    """
 
     name: Literal["mercator"] = "mercator"
     component = "kava_plugins.kv_losses.mercator:Mercator"
 
 
 class RelationConfig(KVLossConfig):
-    """Difference of the relations between positions: cosines or softmaxed products, heads merged or re-split.
+    """Compare the relations between positions: cosines or softmaxed products, heads merged or re-split.
 
-    Neither head counts nor bases need agree. Relations between positions: MiniLMv2 (arXiv 2012.15828).
+    Formula: ``cosine``: ``mean over the valid positions j of (cos(s[i], s[j]) − cos(t[i], t[j]))²``;
+    ``softmax``: ``KL(softmax over j of t[i] · t[j] / √width ‖ softmax over j of s[i] · s[j] / √width)``.
+
+    Neither head counts nor bases need agree.
+
+    Source: MiniLMv2, arXiv 2012.15828 (the softmax form; cosines are kava's own).
     """
 
     name: Literal["relation"] = "relation"
@@ -68,13 +91,17 @@ class RelationConfig(KVLossConfig):
 
 
 class SharedSpaceConfig(KVLossConfig):
-    """Distance in a space both caches are mapped to by canonical correlations (Hotelling 1936), measured
-    before training: for models that share neither widths nor architecture (an encoder's cache, say).
+    """Compare both caches in the space of their canonical correlations, measured before training.
 
-    All heads of a layer stand side by side, so neither head counts nor widths need agree, and
-    ``dim_projector: identity`` is enough. Directions count by how the two correlate in them, on examples that
-    they were not computed from. Maps that can be undone change nothing before it, so the control
-    ``random_alignment`` is none here.
+    Formula: ``Σ_k ρ[k] · (a[k] · (s − mean s) − b[k] · (t − mean t))² / Σ_k ρ[k]``; a and b are the canonical
+    directions of the two caches, heads merged, and ρ their correlations.
+
+    For models that share neither widths nor architecture, such as an encoder's cache. Neither head counts nor
+    widths need agree, so ``dim_projector: identity`` is enough. Directions count by how the two correlate in
+    them, on examples that they were not computed from. Maps that can be undone change nothing before it, so
+    the control ``random_alignment`` is none here.
+
+    Source: Hotelling 1936 (CCA).
     """
 
     name: Literal["shared_space"] = "shared_space"
@@ -97,12 +124,16 @@ class SharedSpaceConfig(KVLossConfig):
 
 
 class AttentionKLConfig(KVLossConfig):
-    """KL divergence of attention rows, without attention maps: memory is linear in time.
+    """Compare attention rows by their KL divergence, without attention maps.
 
-    Rows are made of the compared queries and keys, so ``rotary: match`` (or ``keep``) compares what the
-    models attend to, and ``strip`` only what they look for by content. Widths may differ, query heads may
-    not.
-    Attention rows as a target: MiniLM (arXiv 2002.10957).
+    Formula: ``mean over qhead of Σ_j P[j] · log(P[j] / Q[j])``, j over time; P is the target's row
+    ``softmax(q · k / (√dim · temperature))``, Q the student's.
+
+    Memory is linear in time. Rows are made of the compared queries and keys, so ``rotary: match`` (or
+    ``keep``) compares what the models attend to, and ``strip`` only what they look for by content. Widths may
+    differ, query heads may not.
+
+    Source: MiniLM, arXiv 2002.10957.
     """
 
     name: Literal["attention_kl"] = "attention_kl"
@@ -120,7 +151,13 @@ class AttentionKLConfig(KVLossConfig):
 
 
 class AttentionOutputConfig(KVLossConfig):
-    """Difference of softmax(q·k)·v: what the student's and the target's attention hand on."""
+    """Compare the outputs of attention, softmax(q·k)·v, of the student and the target.
+
+    Formula: ``mean over qhead of 1 − cos(o_s, o_t)``, with each side's
+    ``o = softmax(q · k / (√dim · temperature)) · v``; with ``form: mse`` the mean squared difference.
+
+    Source: kava's own; arXiv 2608.03893 found that attention outputs predict the quality of a mapped cache.
+    """
 
     name: Literal["attention_output"] = "attention_output"
     component = "kava_plugins.kv_losses.attention_output:AttentionOutput"
@@ -136,9 +173,14 @@ class AttentionOutputConfig(KVLossConfig):
 
 
 class StructuralConfig(KVLossConfig):
-    """alpha_k · (1 − cos K) + alpha_v · (1 − cos V) + alpha_attn · KL(attention).
+    """Compare directions of keys and values and the attention rows they serve, in one sum.
 
-    Queries are captured only if alpha_attn is above 0. See ``mercator`` and ``attention_kl``.
+    Formula: ``alpha_k · (1 − cos K) + alpha_v · (1 − cos V) + alpha_attn · KL(attention rows)``.
+
+    The terms are those of ``mercator`` and ``attention_kl``. Queries are captured only if alpha_attn is above
+    0.
+
+    Source: kava's own.
     """
 
     name: Literal["structural"] = "structural"
@@ -164,21 +206,21 @@ class StructuralConfig(KVLossConfig):
 
     @model_validator(mode="after")
     def _parts_follow(self) -> StructuralConfig:
-        parts = self._wanted()
+        parts = self._compared_parts()
         if not parts:
             raise ValueError("alpha_k, alpha_v and alpha_attn are all 0: nothing is compared")
         if self.parts and self.parts != parts:
             raise ValueError(f"these alphas compare {', '.join(parts)}: leave 'parts' out")
-        self.__dict__["parts"] = parts  # frozen against others
+        self.__dict__["parts"] = parts  # the model is frozen against others
         return self
 
-    def _wanted(self) -> tuple[Part, ...]:
-        reads: dict[Part, float] = {
+    def _compared_parts(self) -> tuple[Part, ...]:
+        alpha_of_part: dict[Part, float] = {
             "keys": self.alpha_k + self.alpha_attn,
             "values": self.alpha_v,
             "queries": self.alpha_attn,
         }
-        return tuple(part for part, alpha in reads.items() if alpha > 0)
+        return tuple(part for part, alpha in alpha_of_part.items() if alpha > 0)
 
 
 @hookimpl

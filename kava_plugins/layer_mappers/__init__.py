@@ -1,4 +1,4 @@
-"""Built-in layer mappers: ``t_layer → layer``."""
+"""Declare the built-in layer mappers: ``t_layer → layer``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from kava_core.config import ComponentConfig
 
 
 class RatioConfig(ComponentConfig):
-    """Depth-proportional: student layer i of L reads teacher layer round((i + 1) · T / L) − 1 of T."""
+    """Let every student layer read the teacher layer at the same relative depth.
+
+    Formula: student layer i of L reads teacher layer ``round((i + 1) · T / L) − 1`` of T, counted from 0.
+
+    Source: Jiao et al. 2020, arXiv 1909.10351 (TinyBERT: a uniform map of layers).
+    """
 
     name: Literal["ratio"] = "ratio"
     component = "kava_plugins.layer_mappers.ratio:Ratio"
@@ -22,7 +27,12 @@ class RatioConfig(ComponentConfig):
 
 
 class LastAlignedConfig(ComponentConfig):
-    """Student layer i of L reads teacher layer T − L + i of T: the last layers meet, one by one."""
+    """Let the last layers of both models meet, one by one.
+
+    Formula: student layer i of L reads teacher layer ``T − L + i`` of T, counted from 0; 0 if that is less.
+
+    Source: Sun et al. 2019, arXiv 1908.09355 (PKD-Last: the student learns from the last layers).
+    """
 
     name: Literal["last_aligned"] = "last_aligned"
     component = "kava_plugins.layer_mappers.last_aligned:LastAligned"
@@ -32,7 +42,12 @@ class LastAlignedConfig(ComponentConfig):
 
 
 class ChosenConfig(ComponentConfig):
-    """The teacher layers that you name."""
+    """Let every student layer read the teacher layers that the spec names.
+
+    Formula: ``W[layer, t_layer] = 1 / n`` at the n teacher layers of the row, 0 elsewhere.
+
+    Source: kava's own.
+    """
 
     name: Literal["chosen"] = "chosen"
     component = "kava_plugins.layer_mappers.chosen:Chosen"
@@ -43,9 +58,17 @@ class ChosenConfig(ComponentConfig):
 
 
 class CkaConfig(ComponentConfig):
-    """The most similar teacher layers, measured on training examples by debiased linear CKA.
+    """Let every student layer read the most similar teacher layers, by debiased linear CKA.
 
-    Training measures before the first step, unless ``map`` names what ``kava calibrate`` measured.
+    Formula: ``CKA = Σ HSIC₁(K, L) / √(Σ HSIC₁(K, K) · Σ HSIC₁(L, L))``, sums over minibatches, with
+    ``HSIC₁ = ⟨K, L⟩ / (n · (n − 3))`` of the U-centred Gram matrices K of a student layer's n rows and L of a
+    teacher layer's; weights are ``softmax(CKA / temperature)`` over the ``top_k`` largest.
+
+    It is measured on training examples, before the first step, unless ``map`` names what ``kava calibrate``
+    measured.
+
+    Source: Kornblith et al. 2019, arXiv 1905.00414 (CKA); Song et al. 2012 (the debiased estimate); Nguyen et
+    al. 2021, arXiv 2010.15327 (its sums over minibatches).
     """
 
     name: Literal["cka"] = "cka"
@@ -69,9 +92,13 @@ class CkaConfig(ComponentConfig):
 
 
 class LearnedConfig(ComponentConfig):
-    """A mixture of all teacher layers for each student layer, trained with the student.
+    """Let every student layer read a mixture of all teacher layers, trained with the student.
+
+    Formula: ``W[layer, t_layer] = softmax over t_layer of logits[layer, t_layer] / temperature``.
 
     A mixture trained only by the KV loss can absorb part of the mismatch, as a trained projector does.
+
+    Source: Peters et al. 2018, arXiv 1802.05365 (ELMo: layers mixed by softmax weights).
     """
 
     name: Literal["learned"] = "learned"

@@ -1,4 +1,4 @@
-"""Built-in time warpers: ``t_time → time``, plus which student positions are valid."""
+"""Declare the built-in time warpers: ``t_time → time``, plus which student positions are valid."""
 
 from __future__ import annotations
 
@@ -15,17 +15,22 @@ ResampleMode = Literal["auto", "interpolate", "area", "nearest"]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
-def _odd(window: int) -> int:
+def _check_odd(window: int) -> int:
     if window % 2 == 0:
         raise ValueError(f"must be odd, such as {window + 1}")
     return window
 
 
-Window = Annotated[int, Field(ge=1), AfterValidator(_odd)]
+Window = Annotated[int, Field(ge=1), AfterValidator(_check_odd)]
 
 
 class IdentityConfig(ComponentConfig):
-    """Position i reads position i; both sides must be equally long."""
+    """Let position i read position i; both sides must be equally long.
+
+    Formula: ``M[time, t_time] = 1`` where ``t_time = time``, else 0.
+
+    Source: kava's own.
+    """
 
     name: Literal["identity"] = "identity"
     component = "kava_plugins.time_warpers.identity:Identity"
@@ -33,7 +38,12 @@ class IdentityConfig(ComponentConfig):
 
 
 class PadConfig(ComponentConfig):
-    """The k-th token reads the k-th token; the longer side is cut, the rest is not compared."""
+    """Let the k-th token read the k-th token; the longer side is cut, the rest is not compared.
+
+    Formula: student token k reads teacher token k, both counted from the first real token.
+
+    Source: kava's own.
+    """
 
     name: Literal["pad"] = "pad"
     component = "kava_plugins.time_warpers.pad:Pad"
@@ -41,7 +51,12 @@ class PadConfig(ComponentConfig):
 
 
 class LinearConfig(ComponentConfig):
-    """The whole sequence stretched or shrunk to the student's length, example by example."""
+    """Stretch or shrink the whole sequence to the student's length, example by example.
+
+    Formula: student token i of n reads the place ``(i + ½) · m / n − ½`` among the teacher's m tokens.
+
+    Source: kava's own; the places are those of torch's ``F.interpolate`` with ``align_corners=False``.
+    """
 
     name: Literal["linear"] = "linear"
     component = "kava_plugins.time_warpers.linear:Linear"
@@ -76,7 +91,13 @@ class Windows(Strict):
 
 
 class SegmentConfig(ComponentConfig):
-    """Prompt, reasoning and answer resampled apart from one another, with every example's own borders."""
+    """Resample prompt, reasoning and answer apart from one another, by every example's own borders.
+
+    Formula: token i of a segment of n reads the place ``(i + ½) · m / n − ½`` among the m tokens of the
+    teacher's same segment.
+
+    Source: kava's own.
+    """
 
     name: Literal["segment"] = "segment"
     component = "kava_plugins.time_warpers.segment:Segment"
@@ -94,10 +115,15 @@ class SegmentConfig(ComponentConfig):
 
 
 class CharIoUConfig(ComponentConfig):
-    """A student token reads the teacher tokens that hold the same characters, across any two tokenizers.
+    """Let a token read the teacher tokens that hold the same characters, across any two tokenizers.
 
-    For one text in two tokenizations. Weights are the intersection over union (IoU) of the character spans,
-    normalised; tokens without text (special ones) and tokens whose text the teacher lacks are not valid.
+    Formula: ``J[time, t_time] = |S ∩ T| / |S ∪ T|`` of the two tokens' character spans S and T, and
+    ``M[time, t_time] = J[time, t_time] / Σ_t_time J[time, t_time]``.
+
+    For one text in two tokenizations. Tokens without text (special ones) and tokens whose text the teacher
+    lacks are not valid.
+
+    Source: kava's own; the intersection over union (IoU) of two spans is their Jaccard index.
     """
 
     name: Literal["char_iou"] = "char_iou"
@@ -113,10 +139,12 @@ class CharIoUConfig(ComponentConfig):
 
 
 class StreamingConfig(ComponentConfig):
-    """Only the first few tokens and the most recent ones are compared (StreamingLLM, arXiv 2309.17453).
+    """Compare only the first few tokens and the most recent ones.
 
-    The first read the teacher's token of the same index, the recent ones that of the same index counted from
-    the end.
+    Formula: of n student and m teacher tokens, token i reads i if ``i < sinks``, else ``m − n + i`` if
+    ``i ≥ n − window``; the others are not valid.
+
+    Source: StreamingLLM, arXiv 2309.17453.
     """
 
     name: Literal["streaming"] = "streaming"
@@ -130,10 +158,16 @@ class StreamingConfig(ComponentConfig):
 
 
 class RkvConfig(ComponentConfig):
-    """Each layer and KV head keeps the reasoning tokens that the answer looks at and that differ from others.
+    """Keep the reasoning tokens that the answer looks at and that differ from others, for each KV head.
 
-    For latent tokens: as many are kept as there are, in time order (R-KV, arXiv 2505.24133, as KaVa has it,
-    arXiv 2510.02312). Heads and layers keep other tokens, so no layer mapper may mix layers.
+    Formula: ``score = weight · I + (1 − weight) · R``, both over the reasoning tokens, with
+    ``I = max over the query heads of a KV head of (mean over answer tokens of softmax(q · k / √dim))`` and
+    ``R = softmax(−mean cosine of the token's key to the other keys)``.
+
+    For latent tokens: as many are kept as there are, in time order. Heads and layers keep other tokens, so no
+    layer mapper may mix layers.
+
+    Source: R-KV, arXiv 2505.24133, as KaVa has it, arXiv 2510.02312.
     """
 
     name: Literal["rkv"] = "rkv"
@@ -141,13 +175,17 @@ class RkvConfig(ComponentConfig):
     latent_only: ClassVar[bool] = True
 
     weight: float = Field(0.1, ge=0, le=1)
-    """λ: a token's score is λ · importance + (1 − λ) · the share of keys unlike its own."""
+    """Weight of the importance I in a token's score; that of R is ``1 − weight``."""
 
 
 class RandomConfig(ComponentConfig):
-    """Each layer and KV head keeps reasoning tokens drawn anew in every step: the control of ``rkv``.
+    """Keep reasoning tokens drawn anew in every step, for each layer and KV head: the control of ``rkv``.
 
-    For latent tokens: as many are kept as there are, without replacement, in time order.
+    Formula: all sets of as many reasoning tokens as the student has latent tokens are equally likely.
+
+    For latent tokens: tokens are drawn without replacement and kept in time order.
+
+    Source: kava's own.
     """
 
     name: Literal["random"] = "random"
@@ -156,9 +194,13 @@ class RandomConfig(ComponentConfig):
 
 
 class UniformConfig(ComponentConfig):
-    """Evenly spaced reasoning tokens, the same in all layers and heads; nothing else is compared.
+    """Keep evenly spaced reasoning tokens, the same in all layers and heads; nothing else is compared.
 
-    Of fewer tokens than the student has all are read, one after another; the rest is not valid.
+    Formula: reasoning token k of M reads the teacher's reasoning token ``⌊(k + ½) · n / M⌋`` of n, from 0.
+
+    If the teacher has fewer tokens than the student, all are read, one after another; the rest is not valid.
+
+    Source: kava's own.
     """
 
     name: Literal["uniform"] = "uniform"
@@ -166,7 +208,12 @@ class UniformConfig(ComponentConfig):
 
 
 class CropConfig(ComponentConfig):
-    """The first reasoning tokens, as many as the student has; nothing else is compared."""
+    """Keep the first reasoning tokens, as many as the student has; nothing else is compared.
+
+    Formula: reasoning token k reads the teacher's reasoning token k.
+
+    Source: kava's own.
+    """
 
     name: Literal["crop"] = "crop"
     component = "kava_plugins.time_warpers.crop:Crop"

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kava_core.experiment.statistics import bonferroni, bootstrap, detectable, holm, paired
+from kava_core.experiment.statistics import (
+    bonferroni_correction,
+    bootstrap_interval,
+    detectable_difference,
+    holm_correction,
+    paired_test,
+)
 
 RANDOM = np.random.default_rng(0)
 SEEDS = {n: RANDOM.normal(0.3, 1.0, n) for n in (2, 3, 5, 12)}
@@ -17,7 +23,7 @@ SEEDS = {n: RANDOM.normal(0.3, 1.0, n) for n in (2, 3, 5, 12)}
 @pytest.mark.parametrize("n", SEEDS)
 def test_a_paired_comparison_is_scipys(n: int) -> None:
     values = SEEDS[n]
-    found, test = paired(values.tolist()), stats.ttest_1samp(values, 0)
+    found, test = paired_test(values.tolist()), stats.ttest_1samp(values, 0)
     interval = test.confidence_interval(0.95)
     assert found.p == pytest.approx(test.pvalue, rel=1e-9)
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
@@ -31,7 +37,7 @@ def test_a_paired_comparison_is_scipys(n: int) -> None:
     ([0.5] * 5, math.nan, "the same difference"),
 ])  # fmt: skip
 def test_what_cannot_be_tested_is_said(values: list[float], p: float, words: str) -> None:
-    found = paired(values)
+    found = paired_test(values)
     assert found.p == pytest.approx(p, nan_ok=True)
     assert words in found.note
 
@@ -39,7 +45,7 @@ def test_what_cannot_be_tested_is_said(values: list[float], p: float, words: str
 @pytest.mark.parametrize("values", [[], [0.1, math.nan], [math.inf]])
 def test_a_missing_number_is_an_error_and_not_0(values: list[float]) -> None:
     with pytest.raises(ValueError, match="finite"):
-        paired(values)
+        paired_test(values)
 
 
 @pytest.mark.parametrize("n", [3, 5, 10])
@@ -47,7 +53,7 @@ def test_what_is_detectable_is_detected_in_four_cases_of_five(n: int) -> None:
     """By simulation; statsmodels agrees."""
     power = pytest.importorskip("statsmodels.stats.power")
     expected = power.TTestPower().solve_power(effect_size=None, nobs=n, alpha=0.05, power=0.8)
-    shift = detectable(2.0, n)
+    shift = detectable_difference(2.0, n)
     assert shift == pytest.approx(2.0 * expected, rel=1e-3)
     drawn = np.random.default_rng(1).normal(shift, 2.0, (20_000, n))
     assert np.mean(stats.ttest_1samp(drawn, 0, axis=1).pvalue < 0.05) == pytest.approx(0.8, abs=0.015)
@@ -56,8 +62,8 @@ def test_what_is_detectable_is_detected_in_four_cases_of_five(n: int) -> None:
 @pytest.mark.parametrize("p", [[0.04, 0.01, 0.03], [0.5, 0.9, 0.6, 0.001], [0.2], [0.01] * 4])
 def test_corrections_are_statsmodels(p: list[float]) -> None:
     multiple = pytest.importorskip("statsmodels.stats.multitest")
-    assert holm(p) == pytest.approx(multiple.multipletests(p, method="holm")[1])
-    assert bonferroni(p) == pytest.approx(multiple.multipletests(p, method="bonferroni")[1])
+    assert holm_correction(p) == pytest.approx(multiple.multipletests(p, method="holm")[1])
+    assert bonferroni_correction(p) == pytest.approx(multiple.multipletests(p, method="bonferroni")[1])
 
 
 def test_holm_keeps_the_rate_of_false_finds_in_a_family() -> None:
@@ -65,29 +71,29 @@ def test_holm_keeps_the_rate_of_false_finds_in_a_family() -> None:
     random, found = np.random.default_rng(2), 0
     for _ in range(2000):
         control = random.normal(size=5)
-        p = [paired((random.normal(size=5) - control).tolist()).p for _ in range(7)]
-        found += min(holm(p)) < 0.05
+        p = [paired_test((random.normal(size=5) - control).tolist()).p for _ in range(7)]
+        found += min(holm_correction(p)) < 0.05
     assert found / 2000 <= 0.06
 
 
 def test_what_was_not_tested_counts_in_the_family() -> None:
-    assert holm([0.01, math.nan]) == pytest.approx([0.02, math.nan], nan_ok=True)
-    assert bonferroni([0.01, math.nan]) == pytest.approx([0.02, math.nan], nan_ok=True)
+    assert holm_correction([0.01, math.nan]) == pytest.approx([0.02, math.nan], nan_ok=True)
+    assert bonferroni_correction([0.01, math.nan]) == pytest.approx([0.02, math.nan], nan_ok=True)
 
 
 def test_the_bootstrap_draws_seeds_and_then_examples() -> None:
     """Against a loop, by its spread; examples alone would give a far narrower interval."""
     random = np.random.default_rng(3)
     rows = [random.choice([-1.0, 0.0, 1.0], 40, p=[0.1, 0.9 - p, p]) for p in (0.1, 0.5, 0.3, 0.8)]
-    low, high = bootstrap(rows, draws=20_000)
+    low, high = bootstrap_interval(rows, draws=20_000)
     loop = []
     for _ in range(4000):
         picked = [rows[i] for i in random.integers(4, size=4)]
         loop.append(np.mean([random.choice(row, len(row)).mean() for row in picked]))
     assert (low, high) == pytest.approx(np.quantile(loop, [0.025, 0.975]), abs=0.02)
-    alone = bootstrap([np.concatenate(rows)], draws=20_000)
+    alone = bootstrap_interval([np.concatenate(rows)], draws=20_000)
     assert high - low > 2 * (alone[1] - alone[0])
-    assert bootstrap([[0.5], [0.5]]) == (0.5, 0.5)
-    assert bootstrap(rows) == bootstrap(rows)
+    assert bootstrap_interval([[0.5], [0.5]]) == (0.5, 0.5)
+    assert bootstrap_interval(rows) == bootstrap_interval(rows)
     with pytest.raises(ValueError, match="at least one example"):
-        bootstrap([[0.1], []])
+        bootstrap_interval([[0.1], []])

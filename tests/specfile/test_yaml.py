@@ -64,15 +64,15 @@ def test_quoted_scalars_and_keys_are_text() -> None:
 
 
 def test_places() -> None:
-    _, places = parse_yaml("a:\n  - x\n  - b: {c: 1,\n         dé: 2}\n", START)
-    assert str(places.key(("a",))) == "s.yaml:1:1"
-    assert str(places.value(("a",))) == "s.yaml:2:3"
-    assert str(places.value(("a", 0))) == "s.yaml:2:5"
-    assert str(places.key(("a", 1, "b"))) == "s.yaml:3:5"
-    assert str(places.value(("a", 1, "b", "c"))) == "s.yaml:3:12"
-    assert str(places.value(("a", 1, "b", "dé"))) == "s.yaml:4:14"
-    assert str(places.value(("a", 1, "b", "not there", "at all"))) == "s.yaml:3:5"
-    assert str(places.key(("nowhere",))) == "s.yaml:1:1"
+    _, locations = parse_yaml("a:\n  - x\n  - b: {c: 1,\n         dé: 2}\n", START)
+    assert str(locations.key_location(("a",))) == "s.yaml:1:1"
+    assert str(locations.value_location(("a",))) == "s.yaml:2:3"
+    assert str(locations.value_location(("a", 0))) == "s.yaml:2:5"
+    assert str(locations.key_location(("a", 1, "b"))) == "s.yaml:3:5"
+    assert str(locations.value_location(("a", 1, "b", "c"))) == "s.yaml:3:12"
+    assert str(locations.value_location(("a", 1, "b", "dé"))) == "s.yaml:4:14"
+    assert str(locations.value_location(("a", 1, "b", "not there", "at all"))) == "s.yaml:3:5"
+    assert str(locations.key_location(("nowhere",))) == "s.yaml:1:1"
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from kava_core.errors import CheckpointError, KavaError
-from kava_core.experiment.gather import Experiment, Run, gather, value_of
-from kava_core.experiment.verdict import Verdict, comparisons, judge
+from kava_core.experiment.compared_value import compared_value
+from kava_core.experiment.load_experiment import Experiment, RunResults, load_experiment
+from kava_core.experiment.verdict import Verdict, declared_comparisons, judge_comparisons
 from kava_core.json_files import read_json_object
 from kava_core.specfile.sections.compare import CompareSpec
 
@@ -23,7 +24,7 @@ Curve = list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
-class Found:
+class ExperimentData:
     """One experiment of a report.
 
     Args:
@@ -39,7 +40,7 @@ class Found:
     @cached_property
     def _judged(self) -> tuple[list[Verdict], str]:
         try:
-            return judge(self.experiment), ""
+            return judge_comparisons(self.experiment), ""
         except CheckpointError:
             raise
         except KavaError as error:
@@ -58,7 +59,7 @@ class Found:
     @property
     def declared(self) -> list[tuple[str, str]]:
         """The pairs that were to be compared."""
-        return comparisons(self.experiment)
+        return declared_comparisons(self.experiment)
 
     @cached_property
     def compare(self) -> CompareSpec:
@@ -78,9 +79,9 @@ class Found:
         """What the others are compared with; the first variant where nobody said."""
         return self.experiment.treatment or self.experiment.variants[0]
 
-    def complete(self, variant: str) -> dict[int, Run]:
+    def complete(self, variant: str) -> dict[int, RunResults]:
         """A variant's complete runs by seed."""
-        runs = self.experiment.of(variant)
+        runs = self.experiment.runs_of_variant(variant)
         return {seed: runs[seed] for seed in sorted(runs) if runs[seed].state == "complete"}
 
     def values(self, variant: str) -> dict[int, float]:
@@ -93,9 +94,9 @@ class Found:
         runs = [run for variant in self.experiment.variants for run in self.complete(variant).values()]
         return [found for found in map(self._value, runs) if isinstance(found, str)]
 
-    def _value(self, run: Run) -> float | str:
+    def _value(self, run: RunResults) -> float | str:
         try:
-            return value_of(run, self.compare)
+            return compared_value(run, self.compare)
         except CheckpointError:
             raise
         except KavaError as error:
@@ -106,7 +107,7 @@ class Found:
         """The resolved spec of every variant that has begun."""
         found = {}
         for variant in self.experiment.variants:
-            files = (run.folder.spec_file for run in self.experiment.of(variant).values())
+            files = (run.folder.spec_file for run in self.experiment.runs_of_variant(variant).values())
             file = next((one for one in files if one.exists()), None)
             if file is not None:
                 found[variant] = read_json_object(file)
@@ -125,15 +126,17 @@ class Found:
         keys = {key for run in self.experiment.runs for line in run.evaluations for key in line}
         return sorted(key for key in keys if key.startswith(prefix))
 
-    def curve(self, run: Run, metric: str) -> Curve:
+    def curve(self, run: RunResults, metric: str) -> Curve:
         """A run's evaluations of a metric; values that are not finite are left out."""
         points = [(line["step"], line.get(metric)) for line in run.evaluations]
         return sorted((step, float(value)) for step, value in points if _is_number(value))
 
-    def curves(self, metric: str) -> dict[str, list[tuple[Run, Curve]]]:
+    def curves(self, metric: str) -> dict[str, list[tuple[RunResults, Curve]]]:
         """By variant: every run that has such a curve."""
         found = {
-            variant: [(run, self.curve(run, metric)) for run in self.experiment.of(variant).values()]
+            variant: [
+                (run, self.curve(run, metric)) for run in self.experiment.runs_of_variant(variant).values()
+            ]
             for variant in self.experiment.variants
         }
         return {
@@ -144,7 +147,7 @@ class Found:
 
     def named(self, *parts: str) -> str:
         """A new name for a figure's files, of ASCII letters and digits."""
-        name = "-".join(filter(None, map(slug, parts)))
+        name = "-".join(filter(None, map(slug_of_name, parts)))
         tries = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
         own = next(one for one in tries if one not in self._taken)
         self._taken.add(own)
@@ -159,26 +162,29 @@ LONGEST = 40
 """Characters of a part of a file's name."""
 
 
-def slug(name: str) -> str:
+def slug_of_name(name: str) -> str:
     """Lower-case ASCII letters and digits with ``-`` for the rest; different names may give the same."""
     kept = "".join(one if one.isascii() and one.isalnum() else "-" for one in name.lower())
     return "-".join(filter(None, kept.split("-")))[:LONGEST].strip("-")
 
 
-def mean_curve(curves: Sequence[tuple[Run, Curve]]) -> Curve:
+def mean_curve(curves: Sequence[tuple[RunResults, Curve]]) -> Curve:
     """The mean of the complete runs at the steps that all of them have evaluated."""
     done = [dict(curve) for run, curve in curves if run.state == "complete"]
     shared = set.intersection(*map(set, done)) if done else set()
     return [(step, math.fsum(one[step] for one in done) / len(done)) for step in sorted(shared)]
 
 
-def find(folders: Sequence[Path]) -> list[Found]:
-    """Gather every folder; errors as ``gather``'s."""
+def load_experiments(folders: Sequence[Path]) -> list[ExperimentData]:
+    """Gather every folder; errors as ``load_experiment``'s."""
     whole = [folder if folder.name not in ("", "..") else folder.resolve() for folder in folders]
-    return [Found(gather(folder), place, len(folders) > 1) for place, folder in enumerate(whole, 1)]
+    return [
+        ExperimentData(load_experiment(folder), place, len(folders) > 1)
+        for place, folder in enumerate(whole, 1)
+    ]
 
 
-def read_lines(file: Path) -> Iterator[dict[str, Any]]:
+def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file, one a line; a last line cut off by a kill is left out."""
     lines = file.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):

@@ -1,4 +1,4 @@
-"""What a job asks of SLURM, as ``#SBATCH`` lines. Nothing gets in that sbatch might read otherwise."""
+"""Write what a job asks of SLURM as ``#SBATCH`` lines. Nothing gets in that sbatch might read otherwise."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from kava_core.errors import SpecError
 
-PLAIN = re.compile(r"[\w./:=,@%+\-\[\]&|*()!~]+", re.ASCII)
+UNQUOTED = re.compile(r"[\w./:=,@%+\-\[\]&|*()!~]+", re.ASCII)
 """Options that need no quotes."""
 QUOTABLE = re.compile(r"[^\x00-\x1f\x7f\"'\\]+")
 """Options that mean themselves in double quotes."""
 
-OURS = frozenset(
+OWN_OPTIONS = frozenset(
     [
         "job-name",
         "J",
@@ -48,7 +48,7 @@ OURS = frozenset(
 
 @dataclass(frozen=True)
 class Resources:
-    """For one run, which is one element of the array."""
+    """What one run gets, which is one element of the array."""
 
     partition: str | None = None
     account: str | None = None
@@ -68,17 +68,21 @@ class Resources:
 
     @property
     def tasks(self) -> int:
-        """Processes on each node: one for each GPU."""
+        """Return the processes on each node: one for each GPU."""
         return max(self.gpus, 1)
 
     @property
     def processes(self) -> int:
-        """Processes of a run."""
+        """Return the processes of a run."""
         return self.nodes * self.tasks
 
     def directives(self) -> Iterator[str]:
-        """Every option as an ``#SBATCH`` line; SpecError for one that no such line can hold."""
-        given = {
+        """Yield every option as an ``#SBATCH`` line.
+
+        Raises:
+            SpecError: an option that no such line can hold, or that the script sets itself.
+        """
+        options = {
             "partition": self.partition,
             "account": self.account,
             "time": self.time,
@@ -88,13 +92,14 @@ class Resources:
             "gpus-per-node": self.gpus or None,
             "mem": self.memory,
         }
-        for name, value in given.items():
+        for name, value in options.items():
             if value is not None:
-                yield directive(f"--{name}={value}")
-        yield from (directive(option) for option in self._extra())
+                yield directive_line(f"--{name}={value}")
+        for option in self._extra_options():
+            yield directive_line(option)
 
-    def _extra(self) -> list[str]:
-        """The further options, each with its value; SpecError for those that the script sets itself."""
+    def _extra_options(self) -> list[str]:
+        """Return the further options, each with its value."""
         try:
             words = shlex.split(self.extra)
         except ValueError as error:
@@ -108,19 +113,23 @@ class Resources:
             else:
                 raise SpecError(f"--extra: {word!r} is no option of sbatch")
         for option in options:
-            _refuse_ours(option)
+            _refuse_own_option(option)
         return options
 
 
-def _refuse_ours(option: str) -> None:
+def _refuse_own_option(option: str) -> None:
     name = option[2:].partition("=")[0] if option.startswith("--") else option[1:2]
-    if name in OURS:
+    if name in OWN_OPTIONS:
         raise SpecError(f"--extra: {option}: kava launch sets this itself")
 
 
-def directive(option: str) -> str:
-    """An ``#SBATCH`` line, the value in double quotes where it needs them."""
-    if PLAIN.fullmatch(option):
+def directive_line(option: str) -> str:
+    """Return an option as an ``#SBATCH`` line, its value in double quotes if it needs them.
+
+    Raises:
+        SpecError: it has characters that no such line can hold.
+    """
+    if UNQUOTED.fullmatch(option):
         return f"#SBATCH {option}"
     if not QUOTABLE.fullmatch(option):
         raise SpecError(f"{option!r}: no quotes, backslashes or control characters in options of sbatch")

@@ -1,4 +1,4 @@
-"""The text of an sbatch script for an array of runs: plain bash that calls the command line."""
+"""Write an sbatch script for an array of runs: plain bash that calls the command line."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 
 from kava_core.errors import Preempted
 from kava_core.experiment.slurm.mapping import MAPPING
-from kava_core.experiment.slurm.resources import Resources, directive
+from kava_core.experiment.slurm.resources import Resources, directive_line
 
 SCRIPT = "array.sh"
 SPEC = "spec.yaml"
 """Copy of the spec beside the script: what is queued does not change under later edits."""
 SIGNAL = "USR2@120"
 """Sent to the steps so many seconds before the time limit; without ``B:``, so not to the batch shell."""
-WAIT = 120
+GRACE = 120
 """Seconds that the other processes of a run may live once the first has ended."""
 
 
 @dataclass(frozen=True)
-class Job:
+class ArrayJob:
     """An array of runs."""
 
     name: str
@@ -38,16 +38,16 @@ class Job:
     resources: Resources
 
 
-def script(job: Job) -> str:
-    """The script. It is handed in from its own folder, so its logs lie beside it.
+def script_text(job: ArrayJob) -> str:
+    """Return the script. It is submitted from its own folder, so that its logs are beside it.
 
     Raises:
         SpecError: an option that no ``#SBATCH`` line can hold.
     """
-    return "\n".join([*_head(job), "", *_body(job)]) + "\n"
+    return "\n".join([*_head_lines(job), "", *_body_lines(job)]) + "\n"
 
 
-def _head(job: Job) -> list[str]:
+def _head_lines(job: ArrayJob) -> list[str]:
     limit = job.resources.array_limit
     array = f"0-{job.count - 1}" + (f"%{limit}" if limit else "")
     options = {
@@ -57,11 +57,11 @@ def _head(job: Job) -> list[str]:
         "open-mode": "append",
         "signal": SIGNAL,
     }
-    ours = [directive(f"--{name}={value}") for name, value in options.items()]
-    return ["#!/usr/bin/env bash", *ours, directive("--requeue"), *job.resources.directives()]
+    own_lines = [directive_line(f"--{name}={value}") for name, value in options.items()]
+    return ["#!/usr/bin/env bash", *own_lines, directive_line("--requeue"), *job.resources.directives()]
 
 
-def _body(job: Job) -> list[str]:
+def _body_lines(job: ArrayJob) -> list[str]:
     return [
         "# Written by kava launch. Sent from its own folder: sbatch array.sh",
         "",
@@ -72,23 +72,23 @@ def _body(job: Job) -> list[str]:
         'rm -f -- "$launch/$SLURM_ARRAY_TASK_ID.exit"',
         f"cd -- {shlex.quote(str(job.root))} || exit 1",
         "",
-        *_element(),
+        *_lines_choosing_run(),
         "",
         "# SIGTERM comes from SLURM when it ends the job itself: then it is not queued again here.",
         "ended=",
         "trap 'ended=1' TERM",
         "trap : USR1 USR2",
         "",
-        *_step(job.resources),
+        *_lines_training(job.resources),
         "code=$?",
         'echo "$code" > "$launch/$SLURM_ARRAY_TASK_ID.exit"',
         "",
-        *_after(),
+        *_lines_requeuing(),
     ]
 
 
-def _element() -> list[str]:
-    """Variant and seed of the array's index."""
+def _lines_choosing_run() -> list[str]:
+    """Return the lines that look up variant and seed of the array's index."""
     return [
         "# The run of this index.",
         f'line=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" -- "$launch/{MAPPING}")',
@@ -102,7 +102,7 @@ def _element() -> list[str]:
     ]
 
 
-def _step(resources: Resources) -> list[str]:
+def _lines_training(resources: Resources) -> list[str]:
     cpus = f" --cpus-per-task={resources.cpus}" if resources.cpus else ""
     if resources.processes == 1:
         return [f'srun{cpus} "${{train[@]}}"']
@@ -111,7 +111,7 @@ def _step(resources: Resources) -> list[str]:
         'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         "MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
         "export MASTER_ADDR MASTER_PORT",
-        f"srun --nodes={resources.nodes} --ntasks-per-node={resources.tasks}{cpus} --wait={WAIT} bash -c '",
+        f"srun --nodes={resources.nodes} --ntasks-per-node={resources.tasks}{cpus} --wait={GRACE} bash -c '",
         "    export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS",
         f"    export LOCAL_WORLD_SIZE={resources.tasks}",
         '    exec "$@"',
@@ -119,7 +119,7 @@ def _step(resources: Resources) -> list[str]:
     ]
 
 
-def _after() -> list[str]:
+def _lines_requeuing() -> list[str]:
     code = Preempted.exit_code
     return [
         f"# {code}: stopped by a signal, state saved. Queued again, it goes on; any other code is passed on.",

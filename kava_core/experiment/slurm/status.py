@@ -1,4 +1,4 @@
-"""``kava status``: how far every run of a spec has come, from its folder and from SLURM. No torch here."""
+"""Find out how far every run of a spec has come, from its folder and from SLURM. No torch here."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kava_core.errors import KavaError
-from kava_core.experiment.slurm.mapping import Attempt, attempts
-from kava_core.experiment.slurm.scheduler import Queued, is_there, queue
+from kava_core.experiment.slurm.mapping import LaunchAttempt, newest_attempts
+from kava_core.experiment.slurm.scheduler import QueuedElement, has_slurm, queued_runs
 from kava_core.json_files import finite_or_null
 from kava_core.runs.folder import Folder
 from kava_core.runs.metrics import read_metrics
@@ -18,17 +18,17 @@ from kava_core.runs.planned import planned_runs
 from kava_core.specfile.load import load_spec
 from kava_core.specfile.variants import resolve_variants
 
-RECENT = 20
+RECENT_LINES = 20
 """Lines of ``metrics.jsonl`` over which the pace is taken."""
-SILENT = ("missing", "interrupted")
+STATES_WITHOUT_REASON = ("missing", "interrupted")
 """States of runs that ended, if they began, without a word: the exit code of a job tells more."""
-PREFERRED = ("eval_exact_match", "eval_ce", "ce", "loss")
+SHOWN_METRICS = ("eval_exact_match", "eval_ce", "ce", "loss")
 """The metric shown is the newest of the first of these that there is."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """A run. What is not known is None."""
+class RunStatus:
+    """How far one run has come. What is not known is None."""
 
     variant: str
     seed: int
@@ -49,66 +49,90 @@ class Row:
     """State and job, where SLURM knows the run."""
     folder: str
 
-    def json(self) -> dict[str, Any]:
-        """Field to value; numbers that JSON does not have (NaN, infinity) are null."""
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields by name, with None for NaN and infinity, which JSON does not have."""
         fields: dict[str, Any] = finite_or_null(asdict(self))
         return fields
 
 
-def runs_of(file: Path, overrides: Sequence[str]) -> list[Folder]:
-    """The runs of a spec; SpecError as for loading it."""
+def runs_of_spec(file: Path, overrides: Sequence[str]) -> list[Folder]:
+    """Return the runs that a spec plans; errors as for loading it."""
     return planned_runs(resolve_variants(load_spec(file, overrides)))
 
 
-def table_of(runs: Sequence[Folder]) -> list[Row]:
-    """A row for each run. Where squeue does not answer that is said on stderr, and the column stays empty."""
-    queued: Mapping[str, Queued] = {}
-    launched: Mapping[str, Attempt] = {}
+def run_statuses(runs: Sequence[Folder]) -> list[RunStatus]:
+    """Return the status of every run.
+
+    If squeue does not answer, that is printed on stderr, and nothing is known of the queue.
+    """
+    queued: Mapping[str, QueuedElement] = {}
+    attempts: Mapping[str, LaunchAttempt] = {}
     try:
-        launched = attempts(runs[0].spec)
-        queued = queue(runs[0].spec) if is_there() else {}
+        attempts = newest_attempts(runs[0].spec)
+        queued = queued_runs(runs[0].spec) if has_slurm() else {}
     except KavaError as error:
         print(error, file=sys.stderr)
-    return [row_of(run, queued.get(str(run.path)), launched.get(str(run.path))) for run in runs]
+    return [status_of_run(run, queued.get(str(run.path)), attempts.get(str(run.path))) for run in runs]
 
 
-def row_of(run: Folder, queued: Queued | None = None, attempt: Attempt | None = None) -> Row:
-    """A run as its folder and SLURM tell it."""
-    state, code, reason = _state(run, queued)
-    if state in SILENT and queued is None and attempt is not None and attempt.code:
-        code, reason = attempt.code, f"see {attempt.log}"
-    lines = _metrics(run.metrics)
+def status_of_run(
+    run: Folder, queued: QueuedElement | None = None, attempt: LaunchAttempt | None = None
+) -> RunStatus:
+    """Return the status of a run, from its folder and from SLURM.
+
+    Args:
+        run: its folder.
+        queued: its element in the queue; None if it has none, or SLURM is not there.
+        attempt: the run in its newest launch; None if it was not launched.
+    """
+    state, exit_code, reason = _state_and_reason(run, queued)
+    if state in STATES_WITHOUT_REASON and queued is None and attempt is not None and attempt.exit_code:
+        exit_code, reason = attempt.exit_code, f"see {attempt.log}"
+    lines = _readable_metrics(run.metrics)
     step, steps = (lines[-1]["step"] if lines else 0), run.spec.train.steps
-    name, value = _newest(lines)
+    metric, value = _newest_metric(lines)
     pace = seconds_per_step(lines)
-    left = None if pace is None or state == "complete" else pace * (steps - step)
-    slurm, folder = None if queued is None else str(queued), str(run.path)
-    known = (run.variant, run.seed, state, code, reason, step, steps)
-    return Row(*known, name, value, pace, left, slurm, folder)
+    return RunStatus(
+        variant=run.variant,
+        seed=run.seed,
+        state=state,
+        exit_code=exit_code,
+        reason=reason,
+        step=step,
+        steps=steps,
+        metric=metric,
+        value=value,
+        seconds_per_step=pace,
+        seconds_left=None if pace is None or state == "complete" else pace * (steps - step),
+        slurm=None if queued is None else str(queued),
+        folder=str(run.path),
+    )
 
 
-def _state(run: Folder, queued: Queued | None) -> tuple[str, int | None, str | None]:
-    """State, exit code, reason. Locks are not seen from other machines on every file system; SLURM is."""
+def _state_and_reason(run: Folder, queued: QueuedElement | None) -> tuple[str, int | None, str | None]:
+    """Return state, exit code and reason."""
     try:
         state = run.state()
     except KavaError as error:
         return "damaged", error.exit_code, str(error)
+    # Locks are not seen from other machines on every file system; SLURM's queue is.
     if queued is not None and queued.at_work and state != "complete":
         return "running", None, None
     failure = run.failure() if state == "failed" else None
     return (state, failure["exit_code"], failure["error"]) if failure else (state, None, None)
 
 
-def _metrics(file: Path) -> list[dict[str, Any]]:
-    """None where there are none, or where they are damaged: the run itself will say so."""
+def _readable_metrics(file: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics, none if they are missing or damaged: the run itself will report that."""
     try:
         return read_metrics(file)
     except KavaError:
         return []
 
 
-def _newest(lines: Sequence[Mapping[str, Any]]) -> tuple[str | None, float | None]:
-    for name in PREFERRED:
+def _newest_metric(lines: Sequence[Mapping[str, Any]]) -> tuple[str | None, float | None]:
+    """Return name and value of the metric that is shown."""
+    for name in SHOWN_METRICS:
         for line in reversed(lines):
             if isinstance(line.get(name), int | float):
                 return name.removeprefix("eval_"), line[name]
@@ -116,9 +140,14 @@ def _newest(lines: Sequence[Mapping[str, Any]]) -> tuple[str | None, float | Non
 
 
 def seconds_per_step(lines: Sequence[Mapping[str, Any]]) -> float | None:
-    """Over the newest lines; what went by between two attempts is not in their seconds."""
-    timed = [(line["step"], line["seconds"]) for line in lines[-RECENT:] if "seconds" in line]
-    if not timed or timed[-1][0] <= timed[0][0]:
+    """Return the seconds of a step, the mean over the newest lines; None if they are too few.
+
+    The time between two attempts is not in the lines' seconds.
+    """
+    timed = [(line["step"], line["seconds"]) for line in lines[-RECENT_LINES:] if "seconds" in line]
+    if not timed:
         return None
-    (first, begin), (last, end) = timed[0], timed[-1]
-    return float((end - begin) / (last - first))
+    (first_step, first_second), (last_step, last_second) = timed[0], timed[-1]
+    if last_step <= first_step:
+        return None
+    return float((last_second - first_second) / (last_step - first_step))

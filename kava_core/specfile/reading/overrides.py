@@ -1,4 +1,4 @@
-"""``key=value`` on the command line, and the changes of a variant: the same rules for both."""
+"""Apply ``key=value`` of the command line to a document, by the rules that hold for variants as well."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from kava_core.specfile.reading.yaml_loader import parse_yaml
 
 
 def apply_overrides(document: Document, overrides: Iterable[str]) -> Document:
-    """A copy with every ``key=value`` set, in order; InvalidSpecError with all that cannot be.
+    """Return a copy of a document with every ``key=value`` set, in order.
 
     Keys are dotted paths with list indexes, such as ``losses.0.weight``; values are read as in a spec, so
     ``seeds=[0,1]`` is a list and ``output=`` is null.
+
+    Raises:
+        InvalidSpecError: some cannot be set; it has a line for each.
     """
-    changed, errors = document.copy(), []
-    for text in overrides:
+    changed = document.copy()
+    errors: list[str] = []
+    for override in overrides:
         try:
-            _apply_override(changed, text)
+            _apply_override(changed, override)
         except SpecError as error:
             errors.append(str(error))
     if errors:
@@ -28,10 +32,10 @@ def apply_overrides(document: Document, overrides: Iterable[str]) -> Document:
     return changed
 
 
-def _apply_override(document: Document, text: str) -> None:
-    key, equals, written = text.partition("=")
-    place = SourceLocation(f"override {shorten(text, 100, placeholder='…')}")
+def _apply_override(document: Document, override: str) -> None:
+    key, equals, written = override.partition("=")
+    location = SourceLocation(f"override {shorten(override, 100, placeholder='…')}")
     if not equals:
-        raise SpecError(place.error("must be key=value, such as train.steps=100"))
-    value = parse_yaml(written, place)[0] if written.strip() else None
-    document.set(key.strip(), value, place)
+        raise SpecError(location.error_text("must be key=value, such as train.steps=100"))
+    value = parse_yaml(written, location)[0] if written.strip() else None
+    document.set_value(key.strip(), value, location)

@@ -1,4 +1,4 @@
-"""Plain scalars as in the core schema of YAML 1.2: ``1e-4`` is a number, ``yes`` and ``on`` are text."""
+"""Read plain scalars by the core schema of YAML 1.2: ``1e-4`` is a number, ``yes`` and ``on`` are text."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ _FALSE = re.compile(r"false|False|FALSE")
 _INTEGER = re.compile(r"[-+]?[0-9]+")
 _OCTAL_OR_HEX = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-_SPECIAL = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_INFINITE_OR_NAN = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _MAX_NUMBER_LENGTH = 40
 
 Scalar = str | int | float | bool | None
 
 
 def parse_plain_scalar(text: str) -> Scalar:
-    """The value of an unquoted scalar; ValueError for a number of more than 40 characters."""
+    """Return the value of an unquoted scalar.
+
+    Raises:
+        ValueError: a number of more than 40 characters.
+    """
     if _NULL.fullmatch(text):
         return None
     if _TRUE.fullmatch(text):
@@ -28,11 +32,16 @@ def parse_plain_scalar(text: str) -> Scalar:
 
 
 def _parse_number(text: str) -> Scalar:
-    integer, prefixed = _INTEGER.fullmatch(text), _OCTAL_OR_HEX.fullmatch(text)
-    if not (integer or prefixed or _FLOAT.fullmatch(text) or _SPECIAL.fullmatch(text)):
+    is_integer = _INTEGER.fullmatch(text) is not None
+    has_prefix = _OCTAL_OR_HEX.fullmatch(text) is not None
+    is_special = _INFINITE_OR_NAN.fullmatch(text) is not None
+    if not (is_integer or has_prefix or is_special or _FLOAT.fullmatch(text)):
         return text
     if len(text) > _MAX_NUMBER_LENGTH:
         raise ValueError(f"a number has at most {_MAX_NUMBER_LENGTH} characters, not {len(text)}; quote text")
-    if prefixed:
+    if has_prefix:
         return int(text, 0)
-    return int(text) if integer else float(text.replace(".", "", 1) if text[-1] in "fFnN" else text)
+    if is_integer:
+        return int(text)
+    # Python reads "inf" and "nan" without the point that YAML puts before them.
+    return float(text.replace(".", "", 1) if is_special else text)

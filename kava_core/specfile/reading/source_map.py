@@ -1,4 +1,4 @@
-"""Where each value of a spec was written, and errors that say so."""
+"""Keep where each value of a spec was written, for errors that name the line."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import dataclass, field
 from kava_core.errors import SpecError
 
 SpecPath = tuple[str | int, ...]
-"""Keys and list indexes from the root of a spec to a value."""
+"""Keys and list indexes from the root of a spec to a value, such as ``("losses", 0, "weight")``."""
 
 
 MAX_DEPTH = 50
-"""Mappings and lists inside one another, and parts of a dotted path."""
+"""Most mappings and lists inside one another, and most parts of a dotted path."""
 
 
 def dotted_path(path: SpecPath) -> str:
-    """``teachers.0.name``, as on the command line."""
+    """Return a path as it is written on the command line: ``teachers.0.name``."""
     return ".".join(str(part) for part in path)
 
 
 class InvalidSpecError(SpecError):
-    """Everything wrong with a spec, one line each."""
+    """Everything that is wrong with a spec, one line each."""
 
     def __init__(self, lines: Iterable[str]) -> None:
         self.lines = tuple(dict.fromkeys(lines))
@@ -30,70 +30,71 @@ class InvalidSpecError(SpecError):
 
 @dataclass(frozen=True)
 class SourceLocation:
-    """One spot in a spec file, or a command-line override."""
+    """A position in a spec file, or a command-line override."""
 
     source: str
-    """File as the user named it, or ``override KEY=VALUE``."""
+    """The file as the user named it, or ``override KEY=VALUE``."""
     line: int | None = None
-    """Counted from 1; None for an override."""
+    """Line number from 1; None for an override."""
     column: int | None = None
-    """Counted from 1; None for an override."""
+    """Column number from 1; None for an override."""
 
     def __str__(self) -> str:
-        spot = "" if self.line is None else f":{self.line}:{self.column}"
-        return f"{self.source}{spot}"
+        return self.source if self.line is None else f"{self.source}:{self.line}:{self.column}"
 
     @property
     def origin(self) -> str:
-        """``file:line``, or ``override``."""
+        """Return ``file:line``, or ``override``."""
         return "override" if self.line is None else f"{self.source}:{self.line}"
 
-    def error(self, message: str, path: SpecPath = ()) -> str:
-        """``place: path: message``."""
-        where = f"{dotted_path(path)}: " if path else ""
-        return f"{self}: {where}{message}"
+    def error_text(self, message: str, path: SpecPath = ()) -> str:
+        """Return the line of an error: ``location: path: message``."""
+        named_path = f"{dotted_path(path)}: " if path else ""
+        return f"{self}: {named_path}{message}"
 
 
 @dataclass
 class SourceMap:
-    """The place of every key and value."""
+    """The locations of all keys and values of a document."""
 
     start: SourceLocation
+    """Location of the document itself, for paths that are not in it."""
     keys: dict[SpecPath, SourceLocation] = field(default_factory=dict)
     values: dict[SpecPath, SourceLocation] = field(default_factory=dict)
 
-    def key(self, path: SpecPath) -> SourceLocation:
-        """Where the key stands, or the nearest enclosing one."""
-        return self._nearest(self.keys, path)
+    def key_location(self, path: SpecPath) -> SourceLocation:
+        """Return the location of a key, or of the nearest key around it."""
+        while path and path not in self.keys:
+            path = path[:-1]
+        return self.keys.get(path, self.start)
 
-    def value(self, path: SpecPath) -> SourceLocation:
-        """Where the value stands, or else the nearest enclosing key."""
-        return self.values.get(path) or self.key(path)
+    def value_location(self, path: SpecPath) -> SourceLocation:
+        """Return the location of a value, or of the nearest key around it."""
+        return self.values.get(path) or self.key_location(path)
 
-    def forget(self, path: SpecPath) -> None:
-        """Drop this path and everything below it."""
-        for places in (self.keys, self.values):
-            for old in [old for old in places if old[: len(path)] == path]:
-                del places[old]
+    def forget_path(self, path: SpecPath) -> None:
+        """Remove a path and everything below it."""
+        for locations in (self.keys, self.values):
+            below = [other for other in locations if other[: len(path)] == path]
+            for other in below:
+                del locations[other]
 
-    def below(self, path: SpecPath) -> SourceMap:
-        """The places from this path down, counted from it."""
-        below = SourceMap(self.key(path))
-        for mine, theirs in ((self.keys, below.keys), (self.values, below.values)):
-            theirs |= {full[len(path) :]: place for full, place in mine.items() if full[: len(path)] == path}
-        return below
+    def part_below(self, path: SpecPath) -> SourceMap:
+        """Return the locations from a path down, as a map whose root is that path."""
+        part = SourceMap(self.key_location(path))
+        for mine, theirs in ((self.keys, part.keys), (self.values, part.values)):
+            for other, location in mine.items():
+                if other[: len(path)] == path:
+                    theirs[other[len(path) :]] = location
+        return part
 
-    def graft(self, path: SpecPath, below: SourceMap) -> None:
-        """The opposite of ``below``: these places become those from this path down."""
-        self.keys[path] = self.values[path] = below.start
-        for mine, theirs in ((self.keys, below.keys), (self.values, below.values)):
-            mine |= {(*path, *rest): place for rest, place in theirs.items()}
+    def insert_below(self, path: SpecPath, part: SourceMap) -> None:
+        """Insert a map at a path: the opposite of ``part_below``."""
+        self.keys[path] = self.values[path] = part.start
+        for mine, theirs in ((self.keys, part.keys), (self.values, part.values)):
+            for rest, location in theirs.items():
+                mine[(*path, *rest)] = location
 
     def copy(self) -> SourceMap:
-        """An independent copy."""
+        """Return an independent copy."""
         return SourceMap(self.start, dict(self.keys), dict(self.values))
-
-    def _nearest(self, places: dict[SpecPath, SourceLocation], path: SpecPath) -> SourceLocation:
-        while path and path not in places:
-            path = path[:-1]
-        return places.get(path, self.start)

@@ -1,4 +1,4 @@
-"""Strict YAML: mappings, lists and plain scalars, every value with its place.
+"""Read strict YAML: mappings, lists and plain scalars, every value with its location.
 
 Built on PyYAML's event stream, so that size, depth, anchors, tags and duplicate keys are refused while
 reading, before anything is constructed.
@@ -6,8 +6,8 @@ reading, before anything is constructed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path as File
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -17,11 +17,15 @@ from kava_core.specfile.reading.scalars import Scalar, parse_plain_scalar
 from kava_core.specfile.reading.source_map import MAX_DEPTH, SourceLocation, SourceMap, SpecPath
 
 MAX_BYTES = 1024 * 1024
-"""Bytes of a spec."""
+"""Largest size of a spec file, in bytes."""
 
 
-def read_spec_text(file: str | File) -> str:
-    """The text of a spec file; SpecError where it is missing, a directory, too large, empty or not UTF-8."""
+def read_spec_text(file: str | Path) -> str:
+    """Return the text of a spec file.
+
+    Raises:
+        SpecError: it is missing, a directory, too large, empty or not UTF-8.
+    """
     try:
         with open(file, "rb") as stream:
             data = stream.read(MAX_BYTES + 1)
@@ -35,24 +39,29 @@ def read_spec_text(file: str | File) -> str:
 
 
 def parse_yaml(text: str, start: SourceLocation) -> tuple[Any, SourceMap]:
-    """The document and the place of every key and value; SpecError at the first thing that is not allowed.
+    """Return a document and the locations of its keys and values.
 
-    In an override, whose place has no line, all values stand at ``start``.
+    Args:
+        text: the YAML.
+        start: location of its first character; in an override, which has no line, all values are there.
+
+    Raises:
+        SpecError: at the first thing that is not allowed.
     """
     reader = _EventReader(text, start)
     try:
-        return reader.document(), reader.places
+        return reader.read_document(), reader.locations
     except yaml.MarkedYAMLError as error:
-        raise SpecError(reader.place(error.problem_mark).error(_syntax_message(error))) from error
+        location = reader.location_of_mark(error.problem_mark)
+        raise SpecError(location.error_text(_syntax_message(error))) from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         column = error.position - text.rfind("\n", 0, error.position)
-        raise SpecError(
-            reader.at(line, column).error(f"character U+{error.character:04X} is not allowed")
-        ) from error
+        message = f"character U+{error.character:04X} is not allowed"
+        raise SpecError(reader.location_at(line, column).error_text(message)) from error
 
 
-def _decode_text(data: bytes, file: str | File) -> str:
+def _decode_text(data: bytes, file: str | Path) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -77,97 +86,109 @@ class _EventReader:
     def __init__(self, text: str, start: SourceLocation) -> None:
         self.events: Iterator[Any] = yaml.parse(text, Loader=yaml.SafeLoader)
         self.start = start
-        self.places = SourceMap(start)
+        self.locations = SourceMap(start)
 
-    def document(self) -> Any:
-        """The only document."""
+    def read_document(self) -> Any:
+        """Read the only document."""
         next(self.events)
         begin = next(self.events)
         if isinstance(begin, yaml.StreamEndEvent):
             raise SpecError(f"{self.start}: there is nothing but comments")
         if begin.version or begin.tags:
-            raise self.error(begin, "directives (%) are not allowed")
-        value = self.node(next(self.events), ())
+            raise self.error_at(begin, "directives (%) are not allowed")
+        value = self.read_node(next(self.events), ())
         next(self.events)
-        more = next(self.events)
-        if not isinstance(more, yaml.StreamEndEvent):
-            raise self.error(more, "a second document is not allowed")
+        after = next(self.events)
+        if not isinstance(after, yaml.StreamEndEvent):
+            raise self.error_at(after, "a second document is not allowed")
         return value
 
-    def node(self, event: Any, path: SpecPath) -> Any:
-        """The value that begins with this event."""
+    def read_node(self, event: Any, path: SpecPath) -> Any:
+        """Read the value that begins with this event."""
         self.refuse_special(event)
-        self.places.values[path] = self.place(event.start_mark)
+        self.locations.values[path] = self.location_of_mark(event.start_mark)
         if isinstance(event, yaml.ScalarEvent):
-            return self.scalar(event)
+            return self.read_scalar(event)
         if len(path) >= MAX_DEPTH:
-            raise self.error(event, f"nested more than {MAX_DEPTH} deep")
-        return self.mapping(path) if isinstance(event, yaml.MappingStartEvent) else self.sequence(path)
+            raise self.error_at(event, f"nested more than {MAX_DEPTH} deep")
+        if isinstance(event, yaml.MappingStartEvent):
+            return self.read_mapping(path)
+        return self.read_sequence(path)
 
-    def mapping(self, path: SpecPath) -> dict[str, Any]:
-        """Keys are text, whatever they look like."""
+    def read_mapping(self, path: SpecPath) -> dict[str, Any]:
+        """Read a mapping up to its end. Keys are text, even if they look like numbers."""
         items: dict[str, Any] = {}
-        while not isinstance(event := next(self.events), yaml.MappingEndEvent):
-            key = self.key(event)
+        event = next(self.events)
+        while not isinstance(event, yaml.MappingEndEvent):
+            key = self.read_key(event)
             if key in items:
-                before = self.places.keys[*path, key]
-                line = "" if before.line is None else f", first in line {before.line}"
-                raise self.error(event, f"key {key!r} is given twice{line}")
-            self.places.keys[*path, key] = self.place(event.start_mark)
-            items[key] = self.node(next(self.events), (*path, key))
+                first = self.locations.keys[*path, key]
+                line = "" if first.line is None else f", first in line {first.line}"
+                raise self.error_at(event, f"key {key!r} is given twice{line}")
+            self.locations.keys[*path, key] = self.location_of_mark(event.start_mark)
+            items[key] = self.read_node(next(self.events), (*path, key))
+            event = next(self.events)
         return items
 
-    def sequence(self, path: SpecPath) -> list[Any]:
-        """Each entry's place is also the place of its index."""
+    def read_sequence(self, path: SpecPath) -> list[Any]:
+        """Read a list up to its end. An entry's location is also that of its index."""
         items: list[Any] = []
-        while not isinstance(event := next(self.events), yaml.SequenceEndEvent):
-            here = (*path, len(items))
-            self.places.keys[here] = self.place(event.start_mark)
-            items.append(self.node(event, here))
+        event = next(self.events)
+        while not isinstance(event, yaml.SequenceEndEvent):
+            entry_path = (*path, len(items))
+            self.locations.keys[entry_path] = self.location_of_mark(event.start_mark)
+            items.append(self.read_node(event, entry_path))
+            event = next(self.events)
         return items
 
-    def key(self, event: Any) -> str:
-        """A key, which must be a scalar."""
+    def read_key(self, event: Any) -> str:
+        """Read a key, which must be a scalar."""
         self.refuse_special(event)
         if not isinstance(event, yaml.ScalarEvent):
-            raise self.error(event, "a key must be text, not a list or mapping")
+            raise self.error_at(event, "a key must be text, not a list or mapping")
         if event.value == "<<" and event.implicit[0]:
-            raise self.error(event, "merge keys (<<) are not allowed")
-        return str(self.checked(event, lambda: event.value))
+            raise self.error_at(event, "merge keys (<<) are not allowed")
+        return self.checked_text(event)
 
-    def scalar(self, event: Any) -> Scalar:
-        """Quoted scalars are text; plain ones may be numbers, true, false or null."""
-        return self.checked(
-            event, lambda: parse_plain_scalar(event.value) if event.implicit[0] else str(event.value)
-        )
-
-    def checked(self, event: Any, value: Callable[[], Scalar]) -> Scalar:
-        """``value()``; an error where it raises, or where the text holds half a surrogate pair."""
+    def read_scalar(self, event: Any) -> Scalar:
+        """Read a scalar: text if it is quoted, else perhaps a number, true, false or null."""
+        text = self.checked_text(event)
+        if not event.implicit[0]:
+            return text
         try:
-            event.value.encode("utf-8")
-            return value()
-        except UnicodeEncodeError as error:
-            raise self.error(event, "half a surrogate pair is not a character") from error
+            return parse_plain_scalar(text)
         except ValueError as error:
-            raise self.error(event, str(error)) from error
+            raise self.error_at(event, str(error)) from error
+
+    def checked_text(self, event: Any) -> str:
+        """Return the text of a scalar, which must not contain half a surrogate pair."""
+        text = str(event.value)
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise self.error_at(event, "half a surrogate pair is not a character") from error
+        return text
 
     def refuse_special(self, event: Any) -> None:
-        """No anchors, aliases or tags."""
+        """Refuse anchors, aliases and tags."""
         if isinstance(event, yaml.AliasEvent):
-            raise self.error(event, f"aliases (*{event.anchor}) are not allowed; write the value out")
+            raise self.error_at(event, f"aliases (*{event.anchor}) are not allowed; write the value out")
         if event.anchor is not None:
-            raise self.error(event, f"anchors (&{event.anchor}) are not allowed; write the value out")
+            raise self.error_at(event, f"anchors (&{event.anchor}) are not allowed; write the value out")
         if event.tag is not None:
-            raise self.error(event, f"tags ({event.tag.replace('tag:yaml.org,2002:', '!!')}) are not allowed")
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+            raise self.error_at(event, f"tags ({tag}) are not allowed")
 
-    def at(self, line: int, column: int) -> SourceLocation:
-        """A place in this text."""
-        return self.start if self.start.line is None else SourceLocation(self.start.source, line, column)
+    def location_at(self, line: int, column: int) -> SourceLocation:
+        """Return a location in this text."""
+        if self.start.line is None:
+            return self.start
+        return SourceLocation(self.start.source, line, column)
 
-    def place(self, mark: Any) -> SourceLocation:
-        """PyYAML's mark as a place."""
-        return self.start if mark is None else self.at(mark.line + 1, mark.column + 1)
+    def location_of_mark(self, mark: Any) -> SourceLocation:
+        """Return the location of PyYAML's mark, which counts from 0."""
+        return self.start if mark is None else self.location_at(mark.line + 1, mark.column + 1)
 
-    def error(self, event: Any, message: str) -> SpecError:
-        """An error at the start of an event."""
-        return SpecError(self.place(event.start_mark).error(message))
+    def error_at(self, event: Any, message: str) -> SpecError:
+        """Make an error at the start of an event."""
+        return SpecError(self.location_of_mark(event.start_mark).error_text(message))

@@ -10,23 +10,29 @@ from kava_core.config import ComponentConfig, Strict
 
 
 class AlignSpec(Strict):
-    """How one teacher's cache is brought to the student's axes. Each field is a component's name, or a
-    mapping with its name and parameters."""
+    """How one teacher's cache is brought to the student's axes, one component for each axis.
+
+    A component is written as its name, ``layer_mapper: cka``, or as a mapping with its name and parameters,
+    ``layer_mapper: {name: ratio, sources: 2}``.
+    """
 
     layer_mapper: ComponentConfig = Field(default={"name": "ratio"})  # type: ignore[assignment]
-    """t_layer → layer."""
+    """Chooses the teacher layers for each student layer: t_layer → layer. Example: ``cka``."""
     layers: Literal["mean", "concat"] = "mean"
-    """Where a student layer reads several teacher layers: their mean with the mapper's weights, or side by
-    side along the width, for the projector to choose from."""
+    """What happens if a student layer reads several teacher layers. ``mean``: their mean with the mapper's
+    weights; ``concat``: they are put side by side along the width, and the projector chooses from them."""
     head_adapter: ComponentConfig = Field(default={"name": "structured"})  # type: ignore[assignment]
-    """t_head → head."""
+    """Brings the teacher's KV heads to the student's: t_head → head. Example: ``flat``."""
     token_warper: ComponentConfig | None = None
-    """A time warper that first brings the teacher's tokens to the student's (say, char_iou); time_warper then
-    works among the student's positions. Both are applied as one map."""
+    """A time warper that first brings the teacher's tokens to the student's, for models with different
+    tokenizers; ``time_warper`` then works among the student's positions. Both are applied as one map.
+    Example: ``char_iou``."""
     time_warper: ComponentConfig = Field(default={"name": "segment"})  # type: ignore[assignment]
-    """t_time → time."""
+    """Brings the teacher's positions to the student's: t_time → time. Example:
+    ``{name: segment, ratio: {reasoning: 0.5}}``."""
     dim_projector: ComponentConfig = Field(default={"name": "calibrated"})  # type: ignore[assignment]
-    """t_dim → dim."""
+    """Brings the teacher's head width to the student's: t_dim → dim. Example: ``linear``."""
     direction: Literal["to_student", "to_teacher"] = "to_student"
-    """Which side the head adapter and the projector map: the teacher's cache to the student's heads and
-    width, or the student's cache up to the teacher's, which stays as it is (FitNets)."""
+    """Which side the head adapter and the projector map. ``to_student``: the teacher's cache, to the
+    student's heads and width; ``to_teacher``: the student's cache, up to the teacher's, which stays as it is
+    (FitNets, arXiv 1412.6550)."""

@@ -1,4 +1,4 @@
-"""What an experiment asks: which variants are compared, by which number, at which cost."""
+"""Describe what an experiment asks: which variants are compared, by which number, at which cost."""
 
 from __future__ import annotations
 
@@ -25,55 +25,61 @@ DIRECTIONS = {
     STEPS_TO_TARGET: "lower",
     FLOPS_TO_TARGET: "lower",
 }
-"""Which way is better."""
+"""Which way each known metric is better."""
 
 
 def control_changes(control: Control, compare: CompareSpec, teachers: int) -> dict[str, Any]:
-    """What a control changes of its treatment: dotted paths to new values, as in ``variants``."""
+    """Return what a control changes of its treatment: dotted paths to new values, as in ``variants``."""
     if control == "no_kv":
-        steps = {} if compare.no_kv_steps is None else {"train.steps": compare.no_kv_steps}
-        return {"losses": [], **steps}
+        if compare.no_kv_steps is None:
+            return {"losses": []}
+        return {"losses": [], "train.steps": compare.no_kv_steps}
     if control == "shuffled_teacher":
         return {"train.shuffle_teacher": True}
     if control == "frozen_probe":
         return {"student.frozen": True}
-    drawn = {"name": "linear", "trainable": False, "init": "random"}
-    return {f"teachers.{place}.align.dim_projector": drawn for place in range(teachers)}
+    random_projector = {"name": "linear", "trainable": False, "init": "random"}
+    return {f"teachers.{index}.align.dim_projector": random_projector for index in range(teachers)}
 
 
 class CompareSpec(Strict):
-    """The comparisons of an experiment, declared before it runs: all of them are one family for Holm's
-    correction. ``kava experiment`` runs and judges them; ``kava train`` does not look at this."""
+    """The comparisons of an experiment, declared before it runs.
+
+    All of them are one family for Holm's correction. ``kava experiment`` runs and judges them; ``kava train``
+    ignores this block. Example: ``{treatment: kv, controls: [no_kv, shuffled_teacher]}``.
+    """
 
     metric: str = "exact_match"
-    """A number of the last evaluation, as ``run.json`` has it (``exact_match``, ``ce``, ``perplexity`` …), or
-    ``steps_to_target``: the first evaluated step at which ``of`` reaches ``target``, or ``flops_to_target``:
-    the operations until then, those of making a store included."""
+    """The number that is compared. Either a number of the last evaluation, as ``run.json`` has it
+    (``exact_match``, ``ce``, ``perplexity`` …); or ``steps_to_target``, the first evaluated step at which
+    ``of`` reaches ``target``; or ``flops_to_target``, the operations until then, those of making a store
+    included."""
     of: Literal["exact_match", "ce", "perplexity"] = "exact_match"
-    """With ``steps_to_target`` and ``flops_to_target``: the metric that is followed."""
+    """With ``steps_to_target`` and ``flops_to_target``: the metric that has to reach the target."""
     target: float | None = None
-    """With these: what it has to reach. A run that does not, within the steps (or operations) that both
-    compared variants have, counts one evaluation interval more, so means are lower bounds then."""
+    """With ``steps_to_target`` and ``flops_to_target``: the value that ``of`` has to reach, such as 0.9 for
+    an exact match of 90 %. A run that does not reach it, within the steps (or operations) that both compared
+    variants have, counts one evaluation interval more; means are lower bounds then."""
     goal: Literal["higher", "lower"] | None = None
-    """Which way is better. Known for ``exact_match``, ``ce``, ``perplexity`` and what is counted up to a
-    target; any other metric needs it."""
+    """Whether a higher or a lower number is better. Known for ``exact_match``, ``ce``, ``perplexity``,
+    ``steps_to_target`` and ``flops_to_target``; any other metric needs it."""
     treatment: Name | None = None
-    """The variant that controls are made of and compared with; default: the first."""
+    """Name of the variant that controls are made of and compared with; default: the first variant."""
     controls: tuple[Control, ...] = ()
-    """More variants, each the treatment with one thing broken, and a comparison with each. ``no_kv``: no KV
-    losses; ``shuffled_teacher``: every example meets another example's cache; ``random_alignment``: random
-    matrices in place of width projectors; ``frozen_probe``: the student's weights are fixed, so only the
-    aligner learns."""
+    """More variants, each the treatment with one thing broken, and a comparison of the treatment with each.
+    ``no_kv``: no KV losses; ``shuffled_teacher``: every example meets another example's cache;
+    ``random_alignment``: random matrices in place of the width projectors; ``frozen_probe``: the student's
+    weights are fixed, so only the aligner learns."""
     no_kv_steps: Annotated[int, Field(gt=0)] | None = None
-    """Optimizer steps of the control ``no_kv``, where it may train longer to spend the operations that
-    teachers cost (``kava experiment`` says how many); null: as many as the treatment."""
+    """Optimizer steps of the control ``no_kv``, if it is to spend on longer training the operations that
+    teachers cost (``kava experiment`` prints how many steps that are); null: as many as the treatment."""
     pairs: tuple[tuple[Name, Name], ...] = ()
-    """Further comparisons: first minus second."""
+    """Further comparisons of two variants, first minus second. Example: ``[[deep, shallow]]``."""
     unequal: tuple[Budget, ...] = ()
-    """Budgets in which compared variants may differ, knowingly. A difference in any other forbids to call one
-    of them better."""
+    """Budgets in which compared variants may differ on purpose. If they differ in any other, none is called
+    better."""
     tolerance: float = Field(0.01, ge=0)
-    """Budgets count as equal up to this share."""
+    """Two budgets count as equal if they differ by at most this share; 0.01 is 1 %."""
 
     @model_validator(mode="after")
     def _asks_something(self) -> CompareSpec:
@@ -91,5 +97,5 @@ class CompareSpec(Strict):
 
     @property
     def lower_is_better(self) -> bool:
-        """Whether a smaller number is the better one."""
+        """Return whether a smaller number is the better one."""
         return (self.goal or DIRECTIONS[self.metric]) == "lower"

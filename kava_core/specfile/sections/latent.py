@@ -1,4 +1,4 @@
-"""Describe the latent tokens that stand in place of written steps."""
+"""Describe the latent tokens that replace written steps."""
 
 from __future__ import annotations
 
@@ -11,36 +11,41 @@ from kava_core.specfile.sections.types import Positive
 
 
 class CurriculumSpec(Strict):
-    """In stage k the student writes its first k steps as latent tokens, the others as text."""
+    """Stages from written steps to latent tokens: in stage k the student writes its first k steps as latent
+    tokens and the others as text. Example: ``{steps: 500, tokens: 2}``."""
 
     steps: Positive
-    """Optimizer steps in a stage. The first stage is all text; the run must be long enough to reach the last,
-    with all latent tokens."""
+    """Optimizer steps in a stage. The first stage is all text; ``train.steps`` must be enough to reach the
+    last, in which all latent tokens are used."""
     tokens: Positive = 1
-    """Latent tokens for a written step."""
+    """Number of latent tokens that replace a written step."""
 
 
 class LatentSpec(Strict):
-    """With ``trajectory: latent``: continuous tokens that the student writes to itself between prompt and
-    answer, refined in Jacobi passes (PCCoT, arXiv 2506.18582; KaVa, arXiv 2510.02312)."""
+    """Latent tokens: continuous vectors that the student writes to itself between prompt and answer.
+
+    Used with ``trajectory: latent``. They are refined in Jacobi passes (PCCoT, arXiv 2506.18582; KaVa,
+    arXiv 2510.02312). Example: ``{count: 24, passes: 3}``.
+    """
 
     count: int = Field(6, ge=0)
-    """Latent tokens. 0: the answer at once, the baseline without any reasoning."""
+    """Number of latent tokens. 0: the student answers at once, the baseline without any reasoning."""
     passes: int = Field(3, ge=0)
-    """Jacobi passes. ``count`` of them are sequential writing; 0: only learned embeddings, like pause
-    tokens."""
+    """Number of Jacobi passes. As many as ``count`` amount to writing one token after the other; 0: learned
+    embeddings alone, like pause tokens."""
     projection: Literal["none", "linear", "mlp"] = "mlp"
-    """From the last hidden state at a place to the input of the next one."""
+    """What maps the last hidden state at one latent token to the input of the next: nothing, a matrix, or two
+    with a nonlinearity between."""
     begin: bool = True
-    """Put a token ``<bot>`` before the latent ones, as KaVa does. Without it the first of them is written
-    from the prompt's last token, which a model that has learnt written steps knows how to go on from."""
+    """Put a token ``<bot>`` before the latent ones, as KaVa does. Without it the first latent token is
+    written from the prompt's last token, from which a model that has learnt written steps can go on."""
     step_cross_entropy: float = Field(0.0, ge=0)
-    """Weight of the cross-entropy of the written steps' tokens at the latent ones, as in LOTUS: token i of
-    the trace is to be read from where latent token i is written. A trace longer than the latent tokens is
-    thinned evenly, a shorter one has labels at the first of them alone."""
+    """Weight of a cross-entropy of the written steps' tokens at the latent ones, as in LOTUS: token i of the
+    steps is predicted where latent token i is written. If there are more tokens than latent ones, they are
+    thinned evenly; if there are fewer, the first latent tokens alone have labels."""
     curriculum: CurriculumSpec | None = None
-    """From written steps to latent tokens in stages (Coconut, arXiv 2412.06769); null: latent from the
-    first step on."""
+    """Go from written steps to latent tokens in stages (Coconut, arXiv 2412.06769); null: all latent tokens
+    from the first step on."""
 
     @model_validator(mode="after")
     def _stages_reach_all(self) -> LatentSpec:

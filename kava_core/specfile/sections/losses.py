@@ -13,29 +13,36 @@ DivergenceKind = Literal["forward", "reverse", "jeffreys"]
 
 
 class LogitsSpec(Strict):
-    """Beside KV losses: the student's next-token distribution against that of teachers with its vocabulary.
+    """A loss on logits: the student's next-token distribution against that of teachers with its vocabulary.
 
-    Each such teacher runs to the end then, its language-model head included. Positions count where both
-    completions agree so far, the prompts may differ.
+    It is used beside KV losses or alone. Each of these teachers runs to the end, its language-model head
+    included. A position counts if both completions are equal up to it; the prompts may differ. Example:
+    ``{weight: 0.5, temperature: 2}``.
     """
 
     weight: float = Field(1.0, ge=0)
-    """The term is multiplied by this and added to cross-entropy; it is a mean over labelled tokens and
-    teachers."""
+    """The term, a mean over labelled tokens and teachers, is multiplied by this and added to the student's
+    cross-entropy."""
     temperature: float = Field(1.0, gt=0)
-    """Both distributions are softened by it; the term is multiplied by its square."""
+    """Temperature of both distributions; above 1 they are softer. The term is multiplied by its square."""
     kind: DivergenceKind = "forward"
-    """``forward``: KL(teacher ‖ student); ``reverse``: KL(student ‖ teacher); ``jeffreys``: their sum."""
+    """Which divergence. ``forward``: KL(teacher ‖ student); ``reverse``: KL(student ‖ teacher); ``jeffreys``:
+    their sum."""
     teachers: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
-    """Names of the teachers; default: all."""
+    """Names of the teachers whose logits are distilled; default: all of them."""
 
 
 class CodiSpec(Strict):
-    """CODI's term (arXiv 2502.21074): the hidden states of all layers at the token before the answer are
-    drawn to a teacher's, by smooth L1 divided by the teacher's standard deviation in the layer, over the
-    examples of one forward pass."""
+    """CODI's loss (arXiv 2502.21074): the student's hidden states at the token before the answer against a
+    teacher's, in all layers.
+
+    It is a smooth L1 divided by the teacher's standard deviation in the layer, over the examples of one
+    forward pass.
+    """
 
     weight: float = Field(1.0, ge=0)
-    """The term is multiplied by this and added to cross-entropy; it is a mean over examples and layers."""
+    """The term, a mean over examples and layers, is multiplied by this and added to the student's
+    cross-entropy."""
     teacher: Name | None = None
-    """Whose hidden states, of a model as deep and as wide as the student; default: the only teacher."""
+    """Name of the teacher whose hidden states are used, a model as deep and as wide as the student; default:
+    the only teacher."""

@@ -14,54 +14,63 @@ from kava_core.specfile.sections.types import Positive
 
 
 class TrainTokenizer(Strict):
-    """Train a tokenizer on the spec's own training texts (cached)."""
+    """A tokenizer trained on the spec's own training texts, once, and kept in the cache.
+
+    Example: ``{kind: bpe, vocab_size: 512}``.
+    """
 
     kind: Literal["chars", "bpe", "unigram", "wordpiece"] = "bpe"
-    """``chars``: one token per character; ``bpe``: byte-level; ``unigram``: like SentencePiece."""
+    """``chars``: one token for each character; ``bpe``: byte-level pairs; ``unigram``: as in SentencePiece;
+    ``wordpiece``: as in BERT, whose decoding does not give back the exact text."""
     vocab_size: Positive = 512
-    """Upper bound of the vocabulary, special tokens included."""
+    """Largest number of tokens in the vocabulary, special tokens included."""
 
 
 class Pretrain(Strict):
-    """Train this model from its random weights on the spec's training data before anything else (cached)."""
+    """Training of a model with random weights on the spec's training data, before anything else; kept in the
+    cache. Example: ``{steps: 1500}``."""
 
     steps: Positive
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch_size: Positive = 64
-    """Examples in a step."""
+    """Number of examples in a step."""
     learning_rate: float = Field(2e-3, gt=0)
-    """Peak of the cosine schedule, after a warm-up of 5 % of the steps."""
+    """Peak learning rate of the cosine schedule, after a warm-up of 5 % of the steps."""
     seed: int = 0
     """Seed of the weights and of the data order."""
     data: dict[str, Any] = Field(default={})
-    """Changes of the spec's ``data`` for this training alone, such as ``{groups: ["+-"]}``; a teacher's own
-    ``template`` is not used unless it stands here. A tokenizer that is to be trained sees the examples of the
-    spec, not of the changes."""
+    """Changes of the spec's ``data`` for this training alone, such as ``{groups: ["+-"]}``. A teacher's own
+    ``template`` is not used here unless it is among them. A tokenizer that is to be trained sees the examples
+    of the spec, not of the changes."""
 
 
 class ModelSpec(Strict):
-    """A causal language model (or an encoder): from a folder or hub name, or with random weights from a
-    config."""
+    """A causal language model (or an encoder), loaded from a folder or the hub, or with random weights.
+
+    Examples: ``{path: Qwen/Qwen3-0.6B}``; ``{config: {model_type: llama, num_hidden_layers: 2}, tokenizer:
+    {kind: chars}}``.
+    """
 
     path: str | None = None
-    """Folder or hub name, as for ``AutoModelForCausalLM.from_pretrained``. Safetensors only."""
+    """Folder or hub name, as for ``AutoModelForCausalLM.from_pretrained``. Weights must be safetensors."""
     revision: str | None = None
     """Commit or tag on the hub."""
     config: dict[str, Any] | None = None
-    """A transformers config with ``model_type``: random weights of that architecture. ``vocab_size`` and the
-    special token ids are filled in from the tokenizer."""
+    """A transformers config with ``model_type``, for random weights of that architecture. ``vocab_size`` and
+    the special token ids are filled in from the tokenizer."""
     tokenizer: str | TrainTokenizer | None = None
-    """Folder or hub name, or a tokenizer to train; default: ``path``."""
+    """Folder or hub name of the tokenizer, or one to train; default: that of ``path``."""
     pretrain: Pretrain | None = None
-    """Only with ``config``."""
+    """Train the random weights first. Only with ``config``."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Dtype of the weights. For mixed precision keep a student in float32 and set ``train.precision``."""
+    """Number format of the weights. For mixed precision keep a student in float32 and set
+    ``train.precision``."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation of transformers."""
+    """Which attention implementation of transformers is used."""
     encoder: bool = False
-    """Of a teacher: an encoder (BERT, RoBERTa, ELECTRA, or that of T5), as ``AutoModelForTextEncoding`` loads
-    it. Its positions see the whole text, later ones too. With ``pretrain`` it learns to restore corrupted
-    texts. As a student it can only do that, without teachers."""
+    """Whether the model is an encoder (BERT, RoBERTa, ELECTRA, or that of T5), as
+    ``AutoModelForTextEncoding`` loads it. Its positions see the whole text, later ones too. As a teacher it
+    may be pretrained to restore corrupted texts; as a student it can only do that, without teachers."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelSpec:
@@ -81,16 +90,19 @@ class ModelSpec(Strict):
 
 
 class Lora(Strict):
-    """Low-rank adapters instead of full training (needs the extra ``lora``)."""
+    """Low-rank adapters that are trained in place of all weights (needs the extra ``lora``).
+
+    Example: ``{rank: 8, alpha: 16}``.
+    """
 
     rank: Positive = 16
-    """Rank of the update."""
+    """Rank of the update of a weight matrix."""
     alpha: Positive = 32
-    """The update is scaled by alpha / rank."""
+    """Scale of the update: it is multiplied by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout on the adapter's input."""
+    """Probability of dropout on the adapter's input."""
     targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    """Names of the modules that get an adapter."""
+    """Names of the modules that get an adapter, such as ``[q_proj, v_proj]``."""
 
 
 class StudentSpec(ModelSpec):
@@ -99,55 +111,57 @@ class StudentSpec(ModelSpec):
     lora: Lora | None = None
     """Train adapters instead of all weights."""
     frozen: bool = False
-    """Its weights stay as they are; only aligners and routers are trained. A control: the KV loss falls by
-    what they alone can do."""
+    """Keep its weights as they are and train aligners and routers alone. This is a control: it shows how far
+    the KV loss falls without the student."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass (always non-reentrant: the reentrant form detaches keys)."""
+    """Recompute activations in the backward pass, which saves memory and costs time. It is always the
+    non-reentrant form: the other would detach keys."""
 
 
 class SelfSpec(Strict):
     """The student as its own teacher: one model reads the written steps and writes the latent tokens."""
 
     cross_entropy: float = Field(1.0, ge=0)
-    """Weight of its cross-entropy on the written steps and the answer, a mean over their tokens, which
-    trains it too."""
+    """Weight of its own cross-entropy on the written steps and the answer, a mean over their tokens, which
+    trains the model too."""
 
 
 class TeacherSpec(ModelSpec):
-    """A model whose cache is distilled. It is never trained here, saved or wrapped, except as ``itself``.
+    """A model whose cache is distilled. It is never trained, saved or wrapped, unless it is ``itself``.
 
-    Teachers with the same model (but, say, other texts) share its weights.
+    Teachers with the same model (but, say, other texts) share its weights. Example:
+    ``{name: big, path: Qwen/Qwen3-1.7B}``.
     """
 
     name: Name
-    """How tables and weights call this teacher."""
+    """Name of this teacher in tables, records and the fuser's weights."""
     itself: SelfSpec | None = None
-    """This teacher is the student, at its present weights, reading the written steps: self-distillation. Its
-    cache is a target without gradient. Needs ``trajectory: latent``; the model's own fields are then the
-    student's and are left out."""
+    """If given, even as ``{}``: this teacher is the student at its present weights, which reads the written
+    steps (self-distillation). Its cache is a target without gradient. It needs ``trajectory: latent``; the
+    model's fields are the student's and are left out."""
     last_step: bool = True
-    """Whether it reads the last written step, which holds the answer; KaVa leaves it out. An example of one
-    step is then read without any."""
+    """Whether it reads the last written step, which contains the answer. KaVa leaves it out; an example of
+    one step is then read without any."""
     template: Template | None = None
-    """The text this teacher reads, where it is not the student's: say, worked examples before the prompt, or
-    the marks of a chat. Default: ``data.template``."""
+    """The text this teacher reads, if it is not the student's: say, with worked examples before the prompt,
+    or in the format of a chat. Default: ``data.template``."""
     rationale: Annotated[int, Field(ge=0)] = 0
     """Which of an example's rationales this teacher reads: 0 is the student's, 1 the first of its field
-    ``rationales``, and so on, counted round where an example has fewer. ``kava sample`` writes them."""
+    ``rationales``, and so on. If an example has fewer, counting starts again. ``kava sample`` writes them."""
     align: AlignSpec = Field(default={})  # type: ignore[assignment]
     """How its cache is brought to the student's axes."""
     quantize: Literal["int8", "int4", "nf4"] | None = None
     """Round the weights of its linear layers to 8 or 4 bits (needs the extra ``quantize``); embeddings, head
-    and cache keep their dtype. ``int8``, ``int4``: torchao (int4 takes no less memory than int8); ``nf4``:
-    bitsandbytes, half a byte a weight."""
+    and cache keep their dtype. ``int8`` and ``int4`` use torchao (int4 takes no less memory than int8);
+    ``nf4`` uses bitsandbytes and takes half a byte a weight."""
     placement: str = Field("replicated", pattern=r"^(replicated|sharded|cpu|cuda(:[0-9]+)?)$")
     """Where its weights are. ``replicated``: on the student's device, whole in every process; ``sharded``:
-    divided among all processes and gathered layer by layer (the same result; with one process as
-    ``replicated``); ``cpu``, ``cuda:1``: on a device of its own, from which its cache comes to the
+    divided among all processes and gathered layer by layer (the results are the same; with one process it is
+    ``replicated``); ``cpu`` or ``cuda:1``: on a device of its own, from which its cache is copied to the
     student's."""
 
     @property
     def own_text(self) -> list[str]:
-        """The fields that make it read another text than the student."""
-        found = [field for field in ("template", "rationale") if getattr(self, field)]
-        return found if self.last_step else [*found, "last_step"]
+        """Return the names of the fields that make it read another text than the student."""
+        fields = [field for field in ("template", "rationale") if getattr(self, field)]
+        return fields if self.last_step else [*fields, "last_step"]

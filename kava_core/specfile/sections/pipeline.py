@@ -21,35 +21,37 @@ from kava_core.specfile.sections.training import EvaluateSpec, OnlineSpec, Store
 
 
 class PipelineSpec(Strict):
-    """A student, its teachers, how their caches are aligned, fused and compared, and the run."""
+    """A whole spec: the student, its teachers, how caches are aligned, fused and compared, and the run."""
 
     name: Name
-    """Name of the run; its folder under ``output``."""
+    """Name of the run, and of its folder under ``output``. Example: ``gsm8k-kv``."""
     student: StudentSpec
     """The model that is trained."""
     teachers: tuple[TeacherSpec, ...] = ()
-    """The models that are distilled."""
+    """The models whose caches are distilled. Example: ``[{name: big, path: Qwen/Qwen3-1.7B}]``."""
     rotary: Literal["strip", "keep", "match"] = "strip"
-    """``strip``: compare keys and queries without rotation, undone by each model's own angles; ``keep``: as
-    cached; ``match``: the teacher's rotation is undone and, once aligned, done again with the student's
-    positions and base."""
+    """How rotated keys and queries are compared. ``strip``: without rotation, which is undone by each model's
+    own angles; ``keep``: as they are in the cache; ``match``: the teacher's rotation is undone and, after
+    alignment, applied again with the student's positions and base."""
     target: Literal["separate", "fused"] = "separate"
-    """``separate``: the student is compared with every teacher, and the losses are averaged with the fuser's
-    weights; ``fused``: the aligned caches are averaged first, which only means something where they share a
-    basis (calibrated projections of two teachers do not)."""
+    """What the student is compared with. ``separate``: with every teacher, and the losses are averaged with
+    the fuser's weights; ``fused``: with the average of the aligned caches, which only means something if they
+    share a basis (calibrated projections of two teachers do not)."""
     fuser: ComponentConfig = Field(default={"name": "fixed"})  # type: ignore[assignment]
-    """How much each teacher counts, where and when."""
+    """How much each teacher counts, where and when. Example: ``{name: fixed, weights: {big: 2, small:
+    1}}``."""
     losses: tuple[KVLossConfig, ...] = ()
-    """KV losses, added to the student's cross-entropy. None: cross-entropy alone."""
+    """KV losses, added to the student's cross-entropy; none: cross-entropy alone. Example:
+    ``[{name: mse, weight: 0.1}]``."""
     trajectory: Literal["text", "latent"] = "text"
-    """What stands between prompt and answer of the student: written steps, or ``latent`` tokens, which are
-    compared with the teachers' reasoning. Teachers always read written steps."""
+    """What the student has between prompt and answer: ``text``, the written steps; or ``latent`` tokens,
+    which are compared with the teachers' reasoning. Teachers always read written steps."""
     latent: LatentSpec = LatentSpec()
-    """The latent tokens."""
+    """The latent tokens, with ``trajectory: latent``."""
     codi: CodiSpec | None = None
-    """With latent tokens: draw the hidden states before the answer to a teacher's."""
+    """With latent tokens: also compare the hidden states before the answer with a teacher's; null: do not."""
     logits: LogitsSpec | None = None
-    """Distil next-token distributions as well, from teachers with the student's vocabulary."""
+    """Also distil next-token distributions, from teachers with the student's vocabulary; null: do not."""
     data: DataSpec
     """Where examples come from."""
     train: TrainSpec
@@ -57,18 +59,19 @@ class PipelineSpec(Strict):
     evaluate: EvaluateSpec = EvaluateSpec()
     """Validation during training."""
     online: OnlineSpec | None = None
-    """Let the student write a part of the texts; null: all are the data's."""
+    """Let the student write a part of the training texts; null: all are the data's."""
     store: StoreSpec | None = None
     """Train from aligned caches written before by ``kava cache``; null: run the teachers at every step."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field((0,), min_length=1)
-    """One run for each. A seed fixes the student's weights, the data order and dropout."""
+    """Seeds; there is one run for each. A seed fixes the student's weights, the data order and dropout.
+    Example: ``[0, 1, 2]``."""
     variants: dict[Name, dict[str, Any]] = Field(default={})
-    """Named changes of this spec: dotted path to new value, as on the command line. One run for each variant
-    and seed; none: one variant, ``main``."""
+    """Named changes of this spec: dotted path to new value, as on the command line. There is one run for each
+    variant and seed; none: one variant, ``main``. Example: ``{deep: {losses.0.layers: [-1]}, base: {}}``."""
     compare: CompareSpec | None = None
-    """What ``kava experiment`` asks of the variants."""
+    """The comparisons of the variants that ``kava experiment`` makes; null: none."""
     output: str = "runs"
-    """Folder of run directories."""
+    """Folder that all runs are written into."""
 
     @model_validator(mode="after")
     def _keep_rules(self) -> PipelineSpec:

@@ -7,3 +7,4 @@ from typing import Annotated
 from pydantic import Field
 
 Positive = Annotated[int, Field(gt=0)]
+"""A whole number of at least 1."""

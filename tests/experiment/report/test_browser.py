@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kava_core.experiment.report.command import report
+from kava_core.experiment.report.write_report import write_report
 from tests.experiment.report.report_browser import Browser, chromium
 from tests.experiment.report.report_runs import hostile
 
@@ -20,7 +20,7 @@ SCREENS = [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")]
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report of runs whose names try to do harm."""
     folder = tmp_path_factory.mktemp("attacked")
-    list(report([hostile(folder / "x")], folder / "out"))
+    list(write_report([hostile(folder / "x")], folder / "out"))
     return folder / "out" / "report.html"
 
 

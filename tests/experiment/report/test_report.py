@@ -20,12 +20,19 @@ from safetensors.numpy import save_file
 from scipy import stats
 
 from kava_core.errors import CheckpointError, KavaError, SpecError
-from kava_core.experiment.gather import Experiment, Run
-from kava_core.experiment.report.command import report
-from kava_core.experiment.report.experiment_data import Found, mean_curve, slug
-from kava_core.experiment.report.pages.markdown import escaped
-from kava_core.experiment.report.pages.text import amount, labels, listed, plain, shorten, written
-from kava_core.experiment.report.sections.compared import difference, shown
+from kava_core.experiment.load_experiment import Experiment, RunResults
+from kava_core.experiment.report.experiment_data import ExperimentData, mean_curve, slug_of_name
+from kava_core.experiment.report.pages.display_text import (
+    amount_text,
+    figure_text,
+    number_ranges,
+    printable_text,
+    short_labels,
+    shorten,
+)
+from kava_core.experiment.report.pages.markdown_page import escape_markdown
+from kava_core.experiment.report.sections.compared_settings import setting_text, spec_differences
+from kava_core.experiment.report.write_report import write_report
 from tests.experiment.report.report_runs import (
     COMPUTE,
     HOSTILE,
@@ -58,7 +65,7 @@ def experiment(folder: Path, **changes: Any) -> Path:
 def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of ``experiment``."""
     folder = tmp_path_factory.mktemp("three")
-    list(report([experiment(folder / "x")], folder / "out"))
+    list(write_report([experiment(folder / "x")], folder / "out"))
     return folder / "out"
 
 
@@ -66,7 +73,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def attacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of ``hostile``."""
     folder = tmp_path_factory.mktemp("attacked")
-    list(report([hostile(folder / "x")], folder / "out"))
+    list(write_report([hostile(folder / "x")], folder / "out"))
     return folder / "out"
 
 
@@ -100,7 +107,7 @@ class Page(HTMLParser):
 
 
 def written_page(folder: Path, output: Path) -> Page:
-    list(report([folder], output))
+    list(write_report([folder], output))
     return page_of(output)
 
 
@@ -110,7 +117,7 @@ def rows(file: Path) -> list[dict[str, str]]:
 
 
 def test_all_files_are_written_and_told(tmp_path: Path) -> None:
-    told = list(report([experiment(tmp_path / "x")]))
+    told = list(write_report([experiment(tmp_path / "x")]))
     output = tmp_path / "x" / "report"
     assert told[0] == f"report: {output / 'report.html'}"
     names = {"report.html", "report.md", "runs.csv", "curves.csv", "comparisons.csv", "figures"}
@@ -183,7 +190,7 @@ def test_curves_and_runs_as_csv(three: Path) -> None:
 def test_the_same_runs_give_the_same_files(tmp_path: Path) -> None:
     folder = experiment(tmp_path / "x")
     for name in ("a", "b"):
-        list(report([folder], tmp_path / name))
+        list(write_report([folder], tmp_path / name))
     for file in (tmp_path / "a").rglob("*.*"):
         assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes(), file
 
@@ -191,8 +198,8 @@ def test_the_same_runs_give_the_same_files(tmp_path: Path) -> None:
 def test_several_experiments_in_one_report(tmp_path: Path) -> None:
     folders = [experiment(tmp_path / "first" / "x"), experiment(tmp_path / "second" / "x")]
     with pytest.raises(SpecError, match="--output"):
-        list(report(folders))
-    list(report(folders, tmp_path / "out"))
+        list(write_report(folders))
+    list(write_report(folders, tmp_path / "out"))
     page = page_of(tmp_path / "out")
     assert len(page.all("h1")) == 2
     assert page.text.count("How to read this") == 2  # the contents and the section: once, at the end
@@ -229,7 +236,9 @@ def test_specs_differ_where_they_differ() -> None:
         "train": {"steps": 40, "shuffle_teacher": True},
         "extra": {},
     }
-    told = {place: (shown(one), shown(two)) for place, one, two in difference(SPEC, other)}
+    told = {
+        place: (setting_text(one), setting_text(two)) for place, one, two in spec_differences(SPEC, other)
+    }
     assert told == {
         "losses": ("relation (weight 1.0, parts values)", "none"),
         "teachers.0.align.dim_projector": ("calibrated (method pca)", "linear (seed 0)"),
@@ -237,8 +246,8 @@ def test_specs_differ_where_they_differ() -> None:
         "extra": ("–", "{}"),
     }
     two = SPEC | {"losses": [loss | {"weight": 2.0}]}
-    assert difference(SPEC, two) == [("losses.0.weight", 1.0, 2.0)]
-    assert difference(SPEC, SPEC) == []
+    assert spec_differences(SPEC, two) == [("losses.0.weight", 1.0, 2.0)]
+    assert spec_differences(SPEC, SPEC) == []
 
 
 def test_changed_comparisons_are_told(tmp_path: Path) -> None:
@@ -325,7 +334,7 @@ def test_runs_judged_on_different_examples_get_no_verdict(tmp_path: Path) -> Non
 
 
 def test_figures_of_like_names_have_files_of_their_own() -> None:
-    found = Found(Experiment("x", Path("x"), []))
+    found = ExperimentData(Experiment("x", Path("x"), []))
     names = [found.named("curve", name) for name in ("a b", "a-b", "A_B", "a b 2", "é", "../..")]
     assert names == ["curve-a-b", "curve-a-b-2", "curve-a-b-3", "curve-a-b-2-2", "curve", "curve-2"]
 
@@ -335,13 +344,13 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path) -> None:
     (folder / "run-3" / "spec.json").write_text("{")
     (folder / "run-0" / "spec.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"run-0/spec\.json: holds a list"):
-        list(report([folder]))
+        list(write_report([folder]))
 
 
 def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(KavaError, match="cannot be written"):
-        list(report([experiment(tmp_path / "x")], tmp_path / "file"))
+        list(write_report([experiment(tmp_path / "x")], tmp_path / "file"))
 
 
 def test_routing_weights_that_move_are_drawn(tmp_path: Path) -> None:
@@ -373,7 +382,7 @@ def test_layer_maps_are_drawn(tmp_path: Path) -> None:
     assert {"0.50", "0.12", "0.90"} <= {node.text for node in ElementTree.fromstring(svg).iter()}
     (run / "layer_maps" / "wide.safetensors").write_bytes(b"no")
     with pytest.raises(CheckpointError, match=r"wide\.safetensors: unreadable"):
-        list(report([tmp_path / "x"]))
+        list(write_report([tmp_path / "x"]))
 
 
 def test_answers_right_and_wrong(tmp_path: Path) -> None:
@@ -442,30 +451,32 @@ def test_hostile_names_break_no_markdown_table(attacked: Path) -> None:
 
 
 def test_markdown_escapes_what_is_markup() -> None:
-    assert escaped("a_b _c_ *d* |e| <f> $g$ `h` [i]") == (
+    assert escape_markdown("a_b _c_ *d* |e| <f> $g$ `h` [i]") == (
         r"a_b \_c\_ \*d\* \|e\| &lt;f&gt; \$g\$ \`h\` \[i\]"
     )
-    assert escaped("two\nlines") == "two lines"
+    assert escape_markdown("two\nlines") == "two lines"
 
 
 def test_texts_for_people() -> None:
-    assert listed([4, 0, 1, 2, 7]) == "0–2, 4, 7"
+    assert number_ranges([4, 0, 1, 2, 7]) == "0–2, 4, 7"
     assert shorten("a" * 50) == "a" * 23 + "…" + "a" * 12
-    assert plain("a\u202eb\ud800\x07") == "a\\u202eb\\ud800\\x07"
-    assert plain("👩‍👧 é") == "👩‍👧 é"
-    assert plain("a\nb", keep="\n") == "a\nb"
-    assert labels(["x" * 60 + "1" * 12, "x" * 61 + "1" * 12]).values() != 1
-    assert len(set(labels([f"{'x' * place}{'y' * 40}{'z' * 12}" for place in (30, 31, 32)]).values())) == 3
-    assert written("_a $b$") == r" _a \$b\$"
-    assert [amount(x) for x in (0.12345, 1200.0, 999999.0, 3.31192e8, float("nan"), -2e-7)] == [
+    assert printable_text("a\u202eb\ud800\x07") == "a\\u202eb\\ud800\\x07"
+    assert printable_text("👩‍👧 é") == "👩‍👧 é"
+    assert printable_text("a\nb", keep="\n") == "a\nb"
+    assert short_labels(["x" * 60 + "1" * 12, "x" * 61 + "1" * 12]).values() != 1
+    assert (
+        len(set(short_labels([f"{'x' * place}{'y' * 40}{'z' * 12}" for place in (30, 31, 32)]).values())) == 3
+    )
+    assert figure_text("_a $b$") == r" _a \$b\$"
+    assert [amount_text(x) for x in (0.12345, 1200.0, 999999.0, 3.31192e8, float("nan"), -2e-7)] == [
         *("0.1235", "1,200", "999,999", "3.312e8", "–", "-2e-7")
     ]
-    assert (slug("A b/c"), slug("é"), slug("../../x")) == ("a-b-c", "", "x")
+    assert (slug_of_name("A b/c"), slug_of_name("é"), slug_of_name("../../x")) == ("a-b-c", "", "x")
 
 
 def test_the_mean_is_over_complete_runs_at_shared_steps() -> None:
-    def run(seed: int, state: Any = "complete") -> Run:
-        return Run("kv", seed, Path(), state)
+    def run(seed: int, state: Any = "complete") -> RunResults:
+        return RunResults("kv", seed, Path(), state)
 
     curves = [
         (run(0), [(1, 1.0), (2, 2.0), (3, 3.0)]),
@@ -495,10 +506,10 @@ def test_no_torch_from_end_to_end(tmp_path: Path) -> None:
 
 def test_what_is_missing_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "kava_core.experiment.report.command.find_spec", lambda name: None if name == "scipy" else name
+        "kava_core.experiment.report.write_report.find_spec", lambda name: None if name == "scipy" else name
     )
     with pytest.raises(KavaError, match=r"needs scipy: pip install 'kava\[stats\]'"):
-        list(report([tmp_path]))
+        list(write_report([tmp_path]))
 
 
 def test_a_run_cut_off_while_writing_is_read(tmp_path: Path) -> None:
@@ -518,7 +529,7 @@ def test_what_is_faster_in_steps_may_be_slower_in_compute(tmp_path: Path) -> Non
         write_run(folder, "no_kv", seed, [{"ce": 0.9}, {"ce": 0.8}, {"ce": 0.5}], compute=cheap)
     compare = {"metric": "steps_to_target", "of": "ce", "target": 0.5, "controls": ["no_kv"]}
     declare(folder, compare, "kv")
-    list(report([folder], tmp_path / "out"))
+    list(write_report([folder], tmp_path / "out"))
     table = (
         (tmp_path / "out" / "report.md").read_text(encoding="utf-8").partition("Means of complete runs")[2]
     )

@@ -12,12 +12,12 @@ import pytest
 
 from kava_core.cli.app import main
 from kava_core.errors import KavaError, SpecError
-from kava_core.experiment.slurm import disk, present
-from kava_core.experiment.slurm.launch import launch
+from kava_core.experiment.slurm import disk, local_files
+from kava_core.experiment.slurm.launch import launch_array
 from kava_core.experiment.slurm.preflight import Check, Preflight, device_faults
 from kava_core.experiment.slurm.resources import Resources
-from kava_core.experiment.slurm.size import size_of
-from kava_core.experiment.slurm.status import runs_of
+from kava_core.experiment.slurm.run_size import estimate_size
+from kava_core.experiment.slurm.status import runs_of_spec
 from kava_core.runs.planned import planned_runs
 from kava_core.train.run import run
 from tests.experiment.slurm.fake_slurm import Slurm
@@ -46,7 +46,7 @@ def write_spec(**changes: Any) -> Path:
 def sent(file: Path, resources: Resources = CPU, **more: Any) -> list[str]:
     """What launching says."""
     lines: list[str] = []
-    launch(file, (), resources, lines.append, **more)
+    launch_array(file, (), resources, lines.append, **more)
     return lines
 
 
@@ -54,7 +54,7 @@ def refused(file: Path, resources: Resources = CPU, **more: Any) -> list[str]:
     """The checks that fail; nothing may be queued."""
     lines: list[str] = []
     with pytest.raises(SpecError, match="nothing submitted"):
-        launch(file, (), resources, lines.append, **more)
+        launch_array(file, (), resources, lines.append, **more)
     return [line for line in lines if "FAILED" in line]
 
 
@@ -99,7 +99,7 @@ def test_what_is_queued_is_not_sent_again(slurm: Slurm) -> None:
 
 def test_what_is_at_work_on_this_machine_is_not_sent(slurm: Slurm) -> None:
     file = write_spec()
-    folder = runs_of(file, ())[1].path
+    folder = runs_of_spec(file, ())[1].path
     folder.mkdir(parents=True)
     with (folder / "lock").open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
@@ -178,9 +178,9 @@ def test_a_run_begun_by_other_processes_is_refused(tmp_path: Path) -> None:
     begun.path.mkdir(parents=True)
     record = dict.fromkeys(("name", "variant", "seed", "spec_digest", "status", "data", "versions"), "x")
     begun.record_file.write_text(json.dumps(record | {"world_size": 2}))
-    found = list(Preflight([begun], CPU, "")._gpus().faults)
+    found = list(Preflight([begun], CPU, "")._check_devices().faults)
     assert found == ["main seed 0 was begun by 2 processes, not 1"]
-    assert Preflight([begun], Resources(gpus=2), "")._gpus().faults == []
+    assert Preflight([begun], Resources(gpus=2), "")._check_devices().faults == []
 
 
 def test_devices_that_the_job_would_not_have() -> None:
@@ -200,7 +200,7 @@ def test_disk_is_what_a_run_leaves_there(tmp_path: Path) -> None:
     assert len(checkpoints) == spec.train.keep_checkpoints
     one = size(checkpoints[0])
     real = one * (spec.train.keep_checkpoints + 1) + size(folder / "student")
-    assert size_of(spec, 1).disk == pytest.approx(real, rel=0.1)
+    assert estimate_size(spec, 1).disk == pytest.approx(real, rel=0.1)
 
 
 def size(folder: Path) -> int:
@@ -229,7 +229,7 @@ def test_quota_of_the_file_system_that_holds_the_folder(folder: str, left: int |
 
 def test_a_small_quota_counts_more_than_free_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "_quota_table", lambda: f"{tmp_path} 1 0 3 0 1 0 0 0")
-    assert disk.room(tmp_path) == (2048, "left of the quota")
+    assert disk.free_space(tmp_path) == (2048, "left of the quota")
 
 
 # Files for nodes without a network.
@@ -248,7 +248,7 @@ WHOLE = ("config.json", "model.safetensors", "tokenizer.json")
 def models(**student: Any) -> list[str]:
     """What is missing of a student."""
     fields = tiny.fields(teachers=[], losses=[]) | {"student": student}
-    return present.missing_models([type(tiny.spec()).model_validate(fields)])
+    return local_files.missing_models([type(tiny.spec()).model_validate(fields)])
 
 
 def test_whole_local_folders_are_present(tmp_path: Path) -> None:

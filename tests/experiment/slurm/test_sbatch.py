@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from kava_core.errors import SpecError
-from kava_core.experiment.slurm.mapping import Element, job_name, mapping_text
+from kava_core.experiment.slurm.mapping import ArrayElement, job_name, mapping_text
 from kava_core.experiment.slurm.resources import Resources
-from kava_core.experiment.slurm.sbatch import Job, script
+from kava_core.experiment.slurm.sbatch import ArrayJob, script_text
 from tests.experiment.slurm.fake_slurm import directives
 
 GOLDEN = r"""#!/usr/bin/env bash
@@ -73,7 +73,7 @@ exit "$code"
 EXTRA = "--constraint a100 '--comment=two words'"
 
 
-def job(**changes: object) -> Job:
+def job(**changes: object) -> ArrayJob:
     fields = {
         "name": "kava-tiny-0a1b2c3d",
         "launch": Path("/work/runs/tiny/slurm/20261122-010203"),
@@ -83,22 +83,22 @@ def job(**changes: object) -> Job:
         "count": 6,
         "resources": Resources("gpu", "team", "4:00:00", 1, 1, 8, "64G", 2, EXTRA),
     }
-    return Job(**fields | changes)  # type: ignore[arg-type]
+    return ArrayJob(**fields | changes)  # type: ignore[arg-type]
 
 
 def test_the_text() -> None:
-    assert script(job()) == GOLDEN
+    assert script_text(job()) == GOLDEN
 
 
 def test_several_processes_are_tasks_of_srun_and_not_of_torchrun() -> None:
-    text = script(job(resources=Resources(gpus=4, nodes=2)))
+    text = script_text(job(resources=Resources(gpus=4, nodes=2)))
     assert {"--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4"} <= set(directives(text))
     assert "srun --nodes=2 --ntasks-per-node=4 --wait=120 bash -c '" in text
     assert "torch.distributed" not in text
 
 
 def test_without_gpus_none_are_asked_for() -> None:
-    text = script(job(resources=Resources(gpus=0)))
+    text = script_text(job(resources=Resources(gpus=0)))
     assert "gpus" not in text
     assert "--ntasks-per-node=1" in directives(text)
 
@@ -108,30 +108,30 @@ def test_without_gpus_none_are_asked_for() -> None:
 )
 def test_extra_cannot_undo_what_launch_sets(name: str) -> None:
     with pytest.raises(SpecError, match="sets this itself"):
-        script(job(resources=Resources(extra=f"--{name}")))
+        script_text(job(resources=Resources(extra=f"--{name}")))
 
 
 @pytest.mark.parametrize("option", ["-a 0-9", "-J x", "-o /dev/null"])
 def test_nor_in_their_short_form(option: str) -> None:
     with pytest.raises(SpecError, match="sets this itself"):
-        script(job(resources=Resources(extra=option)))
+        script_text(job(resources=Resources(extra=option)))
 
 
 @pytest.mark.parametrize("value", ["gpu\n#SBATCH --uid=0", 'gpu" --x', "gpu\\", "g'pu", "gpu\r"])
 def test_no_option_can_become_two_lines_or_end_its_quotes(value: str) -> None:
     with pytest.raises(SpecError, match="control characters"):
-        script(job(resources=Resources(partition=value)))
+        script_text(job(resources=Resources(partition=value)))
 
 
 def test_a_hash_in_an_option_is_no_comment() -> None:
-    assert "--comment=a #b" in directives(script(job(resources=Resources(extra="'--comment=a #b'"))))
+    assert "--comment=a #b" in directives(script_text(job(resources=Resources(extra="'--comment=a #b'"))))
 
 
 def test_extra_needs_options() -> None:
     with pytest.raises(SpecError, match="no option"):
-        script(job(resources=Resources(extra="a100")))
+        script_text(job(resources=Resources(extra="a100")))
     with pytest.raises(SpecError, match="closing quotation"):
-        script(job(resources=Resources(extra="--comment='a")))
+        script_text(job(resources=Resources(extra="--comment='a")))
 
 
 def test_job_names_differ_by_folder() -> None:
@@ -178,18 +178,18 @@ def executable(file: Path, text: str) -> Path:
     return file
 
 
-def execute(folder: Path, made: Job, code: int = 0, more: str = "", index: str = "1") -> int:
+def execute(folder: Path, made: ArrayJob, code: int = 0, more: str = "", index: str = "1") -> int:
     """Run a job's script; its exit code. Leaves ``told`` (a line for each process) and ``requeued``."""
     made.launch.mkdir(parents=True, exist_ok=True)
     made.root.mkdir(parents=True, exist_ok=True)
-    rows = [Element(0, "first", 3, "a"), Element(1, "kv.2", 7, 'b"seed": 9')]
+    rows = [ArrayElement(0, "first", 3, "a"), ArrayElement(1, "kv.2", 7, 'b"seed": 9')]
     (made.launch / "array.jsonl").write_text(mapping_text(rows))
     told = TELL.format(python=sys.executable, file=str(folder / "told"), code=code, more=more)
     executable(Path(made.python), told)
     count = made.resources.processes
     executable(folder / "srun", SRUN.format(ranks=" ".join(map(str, range(count))), count=count))
     executable(folder / "scontrol", SCONTROL.format(file=folder / "requeued"))
-    (folder / "array.sh").write_text(script(made), encoding="utf-8")
+    (folder / "array.sh").write_text(script_text(made), encoding="utf-8")
     slurm = {"SLURM_ARRAY_TASK_ID": index, "SLURM_ARRAY_JOB_ID": "12", "SLURM_JOB_ID": "30013"}
     path = f"{folder}{os.pathsep}{os.environ['PATH']}"
     ran = subprocess.run(
@@ -206,14 +206,14 @@ def told(folder: Path) -> list[dict[str, object]]:
 
 
 @pytest.fixture
-def placed(tmp_path: Path) -> Job:
+def placed(tmp_path: Path) -> ArrayJob:
     """A job whose every path has a hostile name."""
     wild = tmp_path / "a $(touch escaped) 'b\" \n-c"
     wild.mkdir()
     return job(launch=wild / "launch", root=wild / "root", python=str(wild / "py thon"), overrides=HOSTILE)
 
 
-def test_bash_passes_hostile_words_on_unchanged(tmp_path: Path, placed: Job) -> None:
+def test_bash_passes_hostile_words_on_unchanged(tmp_path: Path, placed: ArrayJob) -> None:
     assert execute(tmp_path, placed) == 0
     (call,) = told(tmp_path)
     train = ["-m", "kava_core", "train", "--variant", "kv.2", "--seed", "7", "--"]
@@ -228,27 +228,29 @@ def test_no_overrides_are_no_words(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [0, 1, 4, 75])
-def test_only_75_is_queued_again_and_every_code_is_passed_on(tmp_path: Path, placed: Job, code: int) -> None:
+def test_only_75_is_queued_again_and_every_code_is_passed_on(
+    tmp_path: Path, placed: ArrayJob, code: int
+) -> None:
     assert execute(tmp_path, placed, code) == code
     requeued = tmp_path / "requeued"
     assert (requeued.read_text() if requeued.exists() else "") == ("requeue 12_1\n" if code == 75 else "")
     assert (placed.launch / "1.exit").read_text() == f"{code}\n"
 
 
-def test_what_slurm_ends_itself_is_not_queued_again(tmp_path: Path, placed: Job) -> None:
+def test_what_slurm_ends_itself_is_not_queued_again(tmp_path: Path, placed: ArrayJob) -> None:
     """SIGTERM at the batch shell, while the step saves and exits with 75."""
     shell = "os.kill(int(open('/proc/%d/stat' % os.getppid()).read().rpartition(')')[2].split()[1]), 15)"
     assert execute(tmp_path, placed, 75, more=shell) == 75
     assert not (tmp_path / "requeued").exists()
 
 
-def test_a_signal_at_the_shell_does_not_end_it_before_its_step(tmp_path: Path, placed: Job) -> None:
+def test_a_signal_at_the_shell_does_not_end_it_before_its_step(tmp_path: Path, placed: ArrayJob) -> None:
     shell = "os.kill(int(open('/proc/%d/stat' % os.getppid()).read().rpartition(')')[2].split()[1]), "
     assert execute(tmp_path, placed, 75, more=f"{shell}{int(signal.SIGUSR2)})") == 75
     assert (tmp_path / "requeued").read_text() == "requeue 12_1\n"
 
 
-def test_an_index_without_a_run_fails(tmp_path: Path, placed: Job) -> None:
+def test_an_index_without_a_run_fails(tmp_path: Path, placed: ArrayJob) -> None:
     """And an exit code of an earlier attempt does not stay."""
     placed.launch.mkdir()
     (placed.launch / "2.exit").write_text("0")
@@ -257,7 +259,7 @@ def test_an_index_without_a_run_fails(tmp_path: Path, placed: Job) -> None:
     assert not (placed.launch / "2.exit").exists()
 
 
-def test_processes_meet_at_the_first_host(tmp_path: Path, placed: Job) -> None:
+def test_processes_meet_at_the_first_host(tmp_path: Path, placed: ArrayJob) -> None:
     several = job(**vars(placed) | {"resources": Resources(gpus=2, nodes=2)})
     assert execute(tmp_path, several) == 0
     calls = told(tmp_path)

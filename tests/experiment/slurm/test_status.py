@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from kava_core.experiment.slurm.mapping import elements, job_name, launches_of, mapping_text
-from kava_core.experiment.slurm.scheduler import Queued
-from kava_core.experiment.slurm.status import Row, row_of, seconds_per_step, table_of
-from kava_core.experiment.slurm.status_text import show, table
+from kava_core.experiment.slurm.mapping import elements_of_runs, job_name, launches_folder, mapping_text
+from kava_core.experiment.slurm.scheduler import QueuedElement
+from kava_core.experiment.slurm.status import RunStatus, run_statuses, seconds_per_step, status_of_run
+from kava_core.experiment.slurm.status_text import show_status, status_table
 from kava_core.runs.folder import Folder
 from kava_core.runs.planned import planned_runs
 from tests.experiment.slurm.fake_slurm import Slurm
@@ -43,21 +43,21 @@ def planned_run(output: Path, status: str | None = None, lines: list[dict[str, A
     [(None, "missing"), ("running", "interrupted"), ("stopped", "stopped"), ("complete", "complete")],
 )
 def test_state_by_what_the_record_says(tmp_path: Path, status: str | None, state: str) -> None:
-    assert row_of(planned_run(tmp_path, status)).state == state
+    assert status_of_run(planned_run(tmp_path, status)).state == state
 
 
 def test_a_run_whose_lock_is_held_is_running(tmp_path: Path) -> None:
     run = planned_run(tmp_path, "running")
     with run.lock_file.open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
-        assert row_of(run).state == "running"
-    assert row_of(run).state == "interrupted"
+        assert status_of_run(run).state == "running"
+    assert status_of_run(run).state == "interrupted"
 
 
 def test_a_failure_is_shown_with_code_and_reason(tmp_path: Path) -> None:
     run = planned_run(tmp_path, "running")
     run.note_failure(4, "step 3: ce not finite\nmore")
-    row = row_of(run)
+    row = status_of_run(run)
     assert (row.state, row.exit_code, row.reason) == ("failed", 4, "step 3: ce not finite")
 
 
@@ -67,34 +67,34 @@ def test_a_job_that_ended_without_a_word_is_told_by_its_exit_code(
     """The newest launch alone counts."""
     monkeypatch.setenv("PATH", "/nowhere")
     run = planned_run(tmp_path, "running")
-    first, second = (launches_of(run.spec) / name for name in ("20260101-000000", "20260102-000000"))
+    first, second = (launches_folder(run.spec) / name for name in ("20260101-000000", "20260102-000000"))
     for folder in (first, second):
         folder.mkdir(parents=True)
-        (folder / "array.jsonl").write_text(mapping_text(elements([run])))
+        (folder / "array.jsonl").write_text(mapping_text(elements_of_runs([run])))
     (first / "0.exit").write_text("1\n")
-    assert table_of([run])[0].reason is None
+    assert run_statuses([run])[0].reason is None
     (second / "0.exit").write_text("137\n")
-    (row,) = table_of([run])
+    (row,) = run_statuses([run])
     assert (row.state, row.exit_code, row.reason) == ("interrupted", 137, f"see {second}/0.log")
 
 
 @pytest.mark.parametrize(("word", "state"), [("RUNNING", "running"), ("PENDING", "interrupted")])
 def test_slurm_knows_of_runs_on_other_machines(tmp_path: Path, word: str, state: str) -> None:
-    row = row_of(planned_run(tmp_path, "running"), Queued("7_0", word))
+    row = status_of_run(planned_run(tmp_path, "running"), QueuedElement("7_0", word))
     assert (row.state, row.slurm) == (state, f"{word} 7_0")
 
 
 def test_a_damaged_record_spoils_no_other_row(tmp_path: Path) -> None:
     run = planned_run(tmp_path)
     run.record_file.write_text("{")
-    row = row_of(run)
+    row = status_of_run(run)
     assert (row.state, row.exit_code) == ("damaged", 5)
     assert "unreadable" in str(row.reason)
 
 
 def test_pace_and_time_left(tmp_path: Path) -> None:
     lines = [{"step": 1, "seconds": 5.0}, {"step": 2, "seconds": 7.0}, {"step": 4, "seconds": 11.0}]
-    row = row_of(planned_run(tmp_path, "stopped", lines))
+    row = status_of_run(planned_run(tmp_path, "stopped", lines))
     assert (row.step, row.steps) == (4, 10)
     assert row.seconds_per_step == pytest.approx(2.0)
     assert row.seconds_left == pytest.approx(12.0)
@@ -107,7 +107,7 @@ def test_no_pace_from_one_step(steps: list[int]) -> None:
 
 def test_nothing_is_left_of_a_complete_run(tmp_path: Path) -> None:
     lines = [{"step": 1, "seconds": 5.0}, {"step": 10, "seconds": 7.0}]
-    assert row_of(planned_run(tmp_path, "complete", lines)).seconds_left is None
+    assert status_of_run(planned_run(tmp_path, "complete", lines)).seconds_left is None
 
 
 def test_the_newest_evaluation_is_the_metric(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_the_newest_evaluation_is_the_metric(tmp_path: Path) -> None:
         {"step": 4, "eval_exact_match": 0.25},
         {"step": 5, "ce": 2.0},
     ]
-    row = row_of(planned_run(tmp_path, "stopped", lines))
+    row = status_of_run(planned_run(tmp_path, "stopped", lines))
     assert (row.metric, row.value) == ("exact_match", 0.25)
 
 
@@ -125,27 +125,27 @@ def test_damaged_metrics_and_half_a_line_are_survived(tmp_path: Path) -> None:
     run = planned_run(tmp_path, "stopped", [{"step": 3, "ce": 1.5}])
     with run.metrics.open("a") as stream:
         stream.write('{"step": 4, "c')
-    assert row_of(run).step == 3
+    assert status_of_run(run).step == 3
     run.metrics.write_text("no\nlines\n")
-    assert (row_of(run).step, row_of(run).metric) == (0, None)
+    assert (status_of_run(run).step, status_of_run(run).metric) == (0, None)
 
 
 def test_json_has_no_nan(tmp_path: Path) -> None:
-    row = row_of(planned_run(tmp_path, "stopped", [{"step": 1, "ce": float("nan")}]))
-    assert json.loads(json.dumps(row.json(), allow_nan=False))["value"] is None
+    row = status_of_run(planned_run(tmp_path, "stopped", [{"step": 1, "ce": float("nan")}]))
+    assert json.loads(json.dumps(row.as_json(), allow_nan=False))["value"] is None
     assert "ce nan" in shown([row])
 
 
-def shown(rows: list[Row]) -> str:
+def shown(rows: list[RunStatus]) -> str:
     console = Console(width=200, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(table(rows))
+    console.print(status_table(rows))
     return console.export_text()
 
 
 def test_the_table_shows_markup_as_it_is(tmp_path: Path) -> None:
     run = planned_run(tmp_path, "running", [{"step": 4, "seconds": 3700.0, "eval_ce": 1.23456}])
     run.note_failure(3, "kv_loss 'x' [bold]: no [/]")
-    text = shown([row_of(run)])
+    text = shown([status_of_run(run)])
     assert "failed (3): kv_loss 'x' [bold]: no [/]" in text
     assert "4/10" in text
     assert "ce 1.235" in text
@@ -154,16 +154,16 @@ def test_the_table_shows_markup_as_it_is(tmp_path: Path) -> None:
 def test_watching_ends_when_all_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, rounds = planned_run(tmp_path, "running"), 0
 
-    def rows() -> list[Row]:
+    def rows() -> list[RunStatus]:
         nonlocal rounds
         rounds += 1
         if rounds == 3:
             record = json.loads(run.record_file.read_text())
             done = record | {"status": "complete", "results": {"steps": 10}}
             run.record_file.write_text(json.dumps(done))
-        return [row_of(run)]
+        return [status_of_run(run)]
 
-    show(rows, 0.01)
+    show_status(rows, 0.01)
     assert rounds == 3
     assert "complete" in capsys.readouterr().out
 
@@ -175,16 +175,16 @@ def queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Slurm, list
     for name, value in slurm.environment.items():
         monkeypatch.setenv(name, value)
     runs = planned_runs({"kv": tiny.spec(tmp_path / "runs", seeds=[0, 1])})
-    folder = launches_of(runs[0].spec) / "20261122-010203"
+    folder = launches_folder(runs[0].spec) / "20261122-010203"
     folder.mkdir(parents=True)
-    (folder / "array.jsonl").write_text(mapping_text(elements(runs)))
+    (folder / "array.jsonl").write_text(mapping_text(elements_of_runs(runs)))
     element = {"id": "100_1", "name": job_name("tiny", folder), "index": 1, "state": "RUNNING"}
     (slurm.home / "jobs" / "100_1.json").write_text(json.dumps(element))
     return slurm, runs
 
 
 def test_squeue_tells_which_run_an_element_is(queued: tuple[Slurm, list[Folder]]) -> None:
-    rows = table_of(queued[1])
+    rows = run_statuses(queued[1])
     assert [(row.seed, row.state, row.slurm) for row in rows] == [
         (0, "missing", None),
         (1, "running", "RUNNING 100_1"),
@@ -196,7 +196,7 @@ def test_a_silent_squeue_is_said_and_survived(
 ) -> None:
     slurm, runs = queued
     (slurm.home / "squeue-is-down").touch()
-    assert [row.slurm for row in table_of(runs)] == [None, None]
+    assert [row.slurm for row in run_statuses(runs)] == [None, None]
     assert capsys.readouterr().err.startswith("squeue: slurm_load_jobs error")
 
 

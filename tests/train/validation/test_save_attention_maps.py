@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kava_core.errors import CheckpointError
-from kava_core.experiment.report.command import report
+from kava_core.experiment.report.write_report import write_report
 from kava_core.runs.folder import Folder
 from kava_core.train.run import run
 from kava_core.train.validation.save_attention_maps import (
@@ -103,7 +103,7 @@ def with_maps(folder: Path, tokens: int) -> Path:
 
 @pytest.mark.parametrize("tokens", [1, 9, 64])
 def test_the_report_draws_them(tmp_path: Path, tokens: int) -> None:
-    list(report([with_maps(tmp_path / "x", tokens)], tmp_path / "out"))
+    list(write_report([with_maps(tmp_path / "x", tokens)], tmp_path / "out"))
     page = (tmp_path / "out" / "report.md").read_text()
     assert "Attention maps after training, kv seed 0: student (layers 0, 1)" in page
     assert {f.name for f in (tmp_path / "out" / "figures").glob("attention-*.png")} == {
@@ -116,4 +116,4 @@ def test_damaged_maps_are_said(tmp_path: Path) -> None:
     folder = with_maps(tmp_path / "x", 3)
     Folder(next(folder.glob("run-*"))).attention_maps.write_bytes(b"no")
     with pytest.raises(CheckpointError, match=r"attention\.safetensors: unreadable"):
-        list(report([folder], tmp_path / "out"))
+        list(write_report([folder], tmp_path / "out"))

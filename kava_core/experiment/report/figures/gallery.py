@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from kava_core.experiment.report.figures.lines import MOST, left_out
-from kava_core.experiment.report.pages.blocks import Block, Gallery, Paragraph, Picture, Section
+from kava_core.experiment.report.figures.line_charts import MOST_FIGURES, note_on_omitted
+from kava_core.experiment.report.pages.page_elements import Block, Gallery, Paragraph, Picture, Section
 
 Shown = TypeVar("Shown")
 
 
-def gallery(
+def gallery_section(
     key: str, title: str, shown: Sequence[Shown], draw: Callable[[Shown], Picture], *, how: str, absent: str
 ) -> Section:
     """The section: how to read its pictures, then the pictures; ``absent`` where there is none."""
     if not shown:
         return Section(key, title, absent=absent)
-    blocks: list[Block] = [Paragraph(how), Gallery([draw(one) for one in shown[:MOST]])]
-    return Section(key, title, [*blocks, *left_out(len(shown))])
+    blocks: list[Block] = [Paragraph(how), Gallery([draw(one) for one in shown[:MOST_FIGURES]])]
+    return Section(key, title, [*blocks, *note_on_omitted(len(shown))])

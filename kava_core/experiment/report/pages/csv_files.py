@@ -7,10 +7,11 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from kava_core.experiment.gather import BUDGETS, Run
-from kava_core.experiment.report.experiment_data import Found
-from kava_core.experiment.report.pages.text import plain
-from kava_core.experiment.report.sections.compared import HASH
+from kava_core.experiment.compared_value import BUDGETS
+from kava_core.experiment.load_experiment import RunResults
+from kava_core.experiment.report.experiment_data import ExperimentData
+from kava_core.experiment.report.pages.display_text import printable_text
+from kava_core.experiment.report.sections.compared_settings import HASH
 
 STEERING = ("=", "+", "-", "@")
 """A spreadsheet reads a text that begins so as a formula (OWASP, "CSV Injection")."""
@@ -18,12 +19,12 @@ STEERING = ("=", "+", "-", "@")
 Rows = Iterator[Sequence[Any]]
 
 
-def files(founds: Sequence[Found]) -> dict[str, str]:
+def csv_texts(founds: Sequence[ExperimentData]) -> dict[str, str]:
     """The text of every file by its name."""
     return {
-        "runs.csv": as_csv(_runs(founds)),
-        "curves.csv": as_csv(_curves(founds)),
-        "comparisons.csv": as_csv(_comparisons(founds)),
+        "runs.csv": as_csv(_run_rows(founds)),
+        "curves.csv": as_csv(_curve_rows(founds)),
+        "comparisons.csv": as_csv(_comparison_rows(founds)),
     }
 
 
@@ -31,14 +32,14 @@ def as_csv(rows: Iterable[Sequence[Any]]) -> str:
     """Numbers as they are, None as an empty cell, texts so that no spreadsheet runs them."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerows([_cell(value) for value in row] for row in rows)
+    writer.writerows([_safe_cell(value) for value in row] for row in rows)
     return stream.getvalue()
 
 
-def _cell(value: Any) -> Any:
+def _safe_cell(value: Any) -> Any:
     if value is None or isinstance(value, int | float):
         return value
-    text = plain(value)
+    text = printable_text(value)
     return f"'{text}" if text.lstrip().startswith(STEERING) else text
 
 
@@ -46,38 +47,38 @@ FACTS = ("experiment", "variant", "seed", "state", "failure", "spec", "device", 
 DATA = ("train", "validation")
 
 
-def _runs(founds: Sequence[Found]) -> Rows:
+def _run_rows(founds: Sequence[ExperimentData]) -> Rows:
     runs = [(found, run) for found in founds for run in found.experiment.runs]
-    results = _names(run.results for _, run in runs)
-    compute = _names(_numbers(run) for _, run in runs)
+    results = _all_names(run.results for _, run in runs)
+    compute = _all_names(_compute_numbers(run) for _, run in runs)
     shown = [*(f"{split}_sha256" for split in DATA), *(f"compute {one}" for one in compute), *results]
     yield [*FACTS, *shown]
     for found, run in runs:
-        spent, reached = _numbers(run), run.results
-        facts = [*_facts(found, run), *(_hash(run, split) for split in DATA)]
+        spent, reached = _compute_numbers(run), run.results
+        facts = [*_run_facts(found, run), *(_short_hash(run, split) for split in DATA)]
         yield [*facts, *map(spent.get, compute), *map(reached.get, results)]
 
 
-def _names(rows: Iterable[dict[str, Any]]) -> list[str]:
+def _all_names(rows: Iterable[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
-def _numbers(run: Run) -> dict[str, Any]:
+def _compute_numbers(run: RunResults) -> dict[str, Any]:
     return {name: value for name, value in run.compute.items() if isinstance(value, int | float)}
 
 
-def _facts(found: Found, run: Run) -> list[Any]:
+def _run_facts(found: ExperimentData, run: RunResults) -> list[Any]:
     said = (run.failure or {}).get("error")
     record = (run.record.get(name) for name in ("spec_digest", "device", "threads", "world_size"))
     return [found.experiment.name, run.variant, run.seed, run.state, said, *record]
 
 
-def _hash(run: Run, split: str) -> str | None:
+def _short_hash(run: RunResults, split: str) -> str | None:
     known = run.record.get("data", {}).get(split, {}).get("sha256")
     return None if known is None else str(known)[:HASH]
 
 
-def _curves(founds: Sequence[Found]) -> Rows:
+def _curve_rows(founds: Sequence[ExperimentData]) -> Rows:
     yield "experiment", "variant", "seed", "step", "metric", "value"
     for found in founds:
         for run in found.experiment.runs:
@@ -87,7 +88,7 @@ def _curves(founds: Sequence[Found]) -> Rows:
                         yield found.experiment.name, run.variant, run.seed, line["step"], name, value
 
 
-def _comparisons(founds: Sequence[Found]) -> Rows:
+def _comparison_rows(founds: Sequence[ExperimentData]) -> Rows:
     tested = (
         "seeds",
         "difference",

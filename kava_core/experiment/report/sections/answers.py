@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kava_core.experiment.gather import Run
-from kava_core.experiment.report.experiment_data import Found, read_lines
-from kava_core.experiment.report.pages.blocks import Answer, Answers, Block, Paragraph, Section
-from kava_core.experiment.report.pages.text import plain
+from kava_core.experiment.load_experiment import RunResults
+from kava_core.experiment.report.experiment_data import ExperimentData, read_json_lines
+from kava_core.experiment.report.pages.display_text import printable_text
+from kava_core.experiment.report.pages.page_elements import Answer, AnswerList, Block, Paragraph, Section
 
 TITLE = "Written answers"
 EACH = 2
@@ -18,35 +18,37 @@ LONGEST = 600
 """Characters of a text that are shown."""
 
 
-def answers(found: Found) -> Section:
+def answers_section(found: ExperimentData) -> Section:
     """Of the first complete run of every variant that wrote any."""
     blocks: list[Block] = []
     for variant in found.experiment.variants:
         run = next((one for one in found.complete(variant).values() if one.folder.samples.exists()), None)
-        blocks += [_of(run)] if run is not None else []
+        blocks += [_answers_of_run(run)] if run is not None else []
     if not blocks:
         return Section("answers", TITLE, absent="No complete run has written answers.")
     how = "The first right and wrong ones that the last evaluation kept; they illustrate, they prove nothing."
     return Section("answers", TITLE, [Paragraph(how), *blocks])
 
 
-def _of(run: Run) -> Answers:
-    written = [_answer(line) for line in read_lines(run.folder.samples)]
+def _answers_of_run(run: RunResults) -> AnswerList:
+    written = [_make_answer(line) for line in read_json_lines(run.folder.samples)]
     right = [one for one in written if one.correct]
     wrong = [one for one in written if not one.correct]
-    title = plain(f"{run.variant}, seed {run.seed}: {len(right)} right, {len(wrong)} wrong were kept")
-    return Answers(title, _first(right) + _first(wrong))
+    title = printable_text(
+        f"{run.variant}, seed {run.seed}: {len(right)} right, {len(wrong)} wrong were kept"
+    )
+    return AnswerList(title, _first_few(right) + _first_few(wrong))
 
 
-def _first(answers: Sequence[Answer]) -> list[Answer]:
+def _first_few(answers: Sequence[Answer]) -> list[Answer]:
     return list(answers[:EACH])
 
 
-def _answer(line: dict[str, Any]) -> Answer:
-    prompt, gold, wrote = (_cut(str(line.get(name, "–"))) for name in ("prompt", "gold", "wrote"))
+def _make_answer(line: dict[str, Any]) -> Answer:
+    prompt, gold, wrote = (_cut_text(str(line.get(name, "–"))) for name in ("prompt", "gold", "wrote"))
     return Answer(prompt, gold, wrote, line.get("correct") is True)
 
 
-def _cut(text: str) -> str:
-    shown = plain(text, keep="\n\t")
+def _cut_text(text: str) -> str:
+    shown = printable_text(text, keep="\n\t")
     return shown if len(shown) <= LONGEST else f"{shown[:LONGEST]} … ({len(text)} characters)"

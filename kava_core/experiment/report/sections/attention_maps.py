@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from kava_core.errors import CheckpointError
-from kava_core.experiment.report.experiment_data import Found
-from kava_core.experiment.report.figures.drawing import Style, picture
-from kava_core.experiment.report.figures.gallery import gallery
-from kava_core.experiment.report.pages.blocks import Picture, Section
-from kava_core.experiment.report.pages.text import shorten, written
+from kava_core.experiment.report.experiment_data import ExperimentData
+from kava_core.experiment.report.figures.figure_style import Style, draw_picture
+from kava_core.experiment.report.figures.gallery import gallery_section
+from kava_core.experiment.report.pages.display_text import figure_text, shorten
+from kava_core.experiment.report.pages.page_elements import Picture, Section
 from kava_core.json_files import read_json_object
 from kava_core.runs.folder import Folder
 
@@ -27,7 +27,7 @@ LABELLED = 32
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelMaps:
     """One model's maps."""
 
     name: str
@@ -38,42 +38,44 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Attention:
+class RunMaps:
     """All models of one run."""
 
     variant: str
     seed: int
-    models: list[Model]
+    models: list[ModelMaps]
 
 
-def attention(found: Found) -> Section:
+def attention_section(found: ExperimentData) -> Section:
     """The maps of every variant's first seed that has them."""
-    maps = [one for variant in found.experiment.variants for one in _first(found, variant)]
+    maps = [one for variant in found.experiment.variants for one in _first_maps(found, variant)]
     how = (
         "Where each token of the first validation example looks, at most three layers of every model, after "
         "training: queries downwards, keys to the right, the mean of the heads; darker is more, on a scale "
         "of square roots. Of every variant, the first seed that has maps."
     )
     absent = "No run has kept what its models attend to."
-    return gallery("attention", TITLE, maps, partial(_picture, found), how=how, absent=absent)
+    return gallery_section("attention", TITLE, maps, partial(_maps_picture, found), how=how, absent=absent)
 
 
-def _first(found: Found, variant: str) -> Iterator[Attention]:
+def _first_maps(found: ExperimentData, variant: str) -> Iterator[RunMaps]:
     for seed, run in found.complete(variant).items():
         if run.folder.attention_maps.exists():
-            models = _read(run.folder)
+            models = _read_maps(run.folder)
             if models:
-                yield Attention(variant, seed, models)
+                yield RunMaps(variant, seed, models)
             return
 
 
-def _read(folder: Folder) -> list[Model]:
+def _read_maps(folder: Folder) -> list[ModelMaps]:
     from safetensors.numpy import load_file
 
     try:
         there, told = load_file(folder.attention_maps), read_json_object(folder.attention_tokens)
         return [
-            Model(name, list(one["layers"]), [str(t) for t in one["tokens"]], there[name].astype(np.float64))
+            ModelMaps(
+                name, list(one["layers"]), [str(t) for t in one["tokens"]], there[name].astype(np.float64)
+            )
             for name, one in told.items()
             if "layers" in one
         ]
@@ -83,33 +85,33 @@ def _read(folder: Folder) -> list[Model]:
         raise CheckpointError(f"{folder.attention_maps}: unreadable: {error}") from error
 
 
-def _picture(found: Found, one: Attention) -> Picture:
+def _maps_picture(found: ExperimentData, one: RunMaps) -> Picture:
     names = ", ".join(f"{model.name} (layers {', '.join(map(str, model.layers))})" for model in one.models)
     alt = f"Attention maps after training, {one.variant} seed {one.seed}: {names}"
-    return picture(found.named("attention", one.variant), alt, partial(_draw, one), wide=True)
+    return draw_picture(found.named("attention", one.variant), alt, partial(_draw_maps, one), wide=True)
 
 
-def _draw(one: Attention, style: Style) -> Figure:
+def _draw_maps(one: RunMaps, style: Style) -> Figure:
     columns = max(len(model.layers) for model in one.models)
     figure = Figure(figsize=(1 + 2.8 * columns, 0.6 + 2.9 * len(one.models)), layout="constrained")
     rows = figure.subplots(len(one.models), columns, squeeze=False)
     for model, axes in zip(one.models, rows, strict=True):
         for place, axis in enumerate(axes):
             if place < len(model.layers):
-                _map(axis, model, place)
+                _draw_map(axis, model, place)
             else:
                 axis.set_axis_off()
-    figure.suptitle(written(f"{shorten(one.variant, 24)}, seed {one.seed}"), color=style.ink)
+    figure.suptitle(figure_text(f"{shorten(one.variant, 24)}, seed {one.seed}"), color=style.ink)
     return figure
 
 
-def _map(axis: Any, model: Model, place: int) -> None:
+def _draw_map(axis: Any, model: ModelMaps, place: int) -> None:
     axis.imshow(np.sqrt(model.weights[place]), cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
-    axis.set_title(written(f"{shorten(model.name, 18)}, layer {model.layers[place]}"), fontsize=9)
+    axis.set_title(figure_text(f"{shorten(model.name, 18)}, layer {model.layers[place]}"), fontsize=9)
     axis.grid(visible=False)
     count = len(model.tokens)
     step = 1 if count <= LABELLED else math.ceil(count / LABELLED)
     places = range(0, count, step)
-    words = [written(shorten(model.tokens[i].strip() or "␣", 6)) for i in places]
+    words = [figure_text(shorten(model.tokens[i].strip() or "␣", 6)) for i in places]
     axis.set_xticks(places, words, fontsize=6, rotation=90)
     axis.set_yticks(places, words, fontsize=6)

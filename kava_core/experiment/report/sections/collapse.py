@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 
-from kava_core.experiment.report.experiment_data import Found
-from kava_core.experiment.report.figures.drawing import picture
-from kava_core.experiment.report.figures.lines import MOST, draw_groups, last_means, left_out, values_of
-from kava_core.experiment.report.pages.blocks import Block, Gallery, Paragraph, Picture, Section
-from kava_core.experiment.report.pages.text import plain, words
+from kava_core.experiment.report.experiment_data import ExperimentData
+from kava_core.experiment.report.figures.figure_style import draw_picture
+from kava_core.experiment.report.figures.line_charts import (
+    MOST_FIGURES,
+    draw_curve_groups,
+    drawn_values,
+    note_on_omitted,
+    text_of_last_means,
+)
+from kava_core.experiment.report.pages.display_text import metric_words, printable_text
+from kava_core.experiment.report.pages.page_elements import Block, Gallery, Paragraph, Picture, Section
 
 PREFIX = "collapse/"
 TITLE = "Collapse monitor"
@@ -23,9 +29,9 @@ HOW = (
 )
 
 
-def collapse(found: Found) -> Section:
+def collapse_section(found: ExperimentData) -> Section:
     """A figure for each measure of each teacher and part, a colour for each variant."""
-    metrics = sorted(found.metrics(PREFIX), key=_order)
+    metrics = sorted(found.metrics(PREFIX), key=_order_of_metric)
     drawn = [metric for metric in metrics if found.curves(metric)]
     if not drawn:
         return Section("collapse", TITLE, absent="No run has written measures of the collapse monitor.")
@@ -33,37 +39,39 @@ def collapse(found: Found) -> Section:
     moving = [metric for metric in drawn if metric not in still]
     blocks: list[Block] = [Paragraph(HOW)]
     if moving:
-        blocks.append(Gallery([_picture(found, metric) for metric in moving[:MOST]]))
-    blocks += left_out(len(moving))
+        blocks.append(Gallery([_metric_picture(found, metric) for metric in moving[:MOST_FIGURES]]))
+    blocks += note_on_omitted(len(moving))
     if still:
-        told = "; ".join(f"{_title(metric)} {_values(found, metric)[0]:.4g}" for metric in still)
-        blocks.append(Paragraph(plain(f"The same in every run at every step: {told}.")))
+        told = "; ".join(
+            f"{_title_of_metric(metric)} {_drawn_values(found, metric)[0]:.4g}" for metric in still
+        )
+        blocks.append(Paragraph(printable_text(f"The same in every run at every step: {told}.")))
     return Section("collapse", TITLE, blocks)
 
 
-def _values(found: Found, metric: str) -> list[float]:
-    return values_of(found.curves(metric))
+def _drawn_values(found: ExperimentData, metric: str) -> list[float]:
+    return drawn_values(found.curves(metric))
 
 
-def _is_still(found: Found, metric: str) -> bool:
+def _is_still(found: ExperimentData, metric: str) -> bool:
     """Whether all runs agree at several steps: a figure would show one flat line."""
-    values, steps = _values(found, metric), found.curves(metric).values()
+    values, steps = _drawn_values(found, metric), found.curves(metric).values()
     several = any(len(curve) > 1 for curves in steps for _, curve in curves)
     return several and max(values) - min(values) <= 1e-6 * max(map(abs, values))
 
 
-def _order(metric: str) -> tuple[int, str]:
+def _order_of_metric(metric: str) -> tuple[int, str]:
     measure = metric.rpartition("/")[2]
     return MEASURES.index(measure) if measure in MEASURES else len(MEASURES), metric
 
 
-def _title(metric: str) -> str:
+def _title_of_metric(metric: str) -> str:
     of, _, measure = metric.removeprefix(PREFIX).rpartition("/")
-    return f"{words(measure)}: {of.replace('/', ', ')}" if of else words(measure)
+    return f"{metric_words(measure)}: {of.replace('/', ', ')}" if of else metric_words(measure)
 
 
-def _picture(found: Found, metric: str) -> Picture:
-    groups, title = found.curves(metric), plain(_title(metric))
-    alt = f"{title}, over steps, a colour for each variant; the means end at {last_means(groups)}"
-    draw = partial(draw_groups, groups, found.experiment.variants, title)
-    return picture(found.named(metric), alt, draw)
+def _metric_picture(found: ExperimentData, metric: str) -> Picture:
+    groups, title = found.curves(metric), printable_text(_title_of_metric(metric))
+    alt = f"{title}, over steps, a colour for each variant; the means end at {text_of_last_means(groups)}"
+    draw = partial(draw_curve_groups, groups, found.experiment.variants, title)
+    return draw_picture(found.named(metric), alt, draw)

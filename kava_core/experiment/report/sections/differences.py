@@ -12,12 +12,25 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from kava_core.experiment.report.experiment_data import Found
-from kava_core.experiment.report.figures.drawing import WIDTH, Style, legend, picture
-from kava_core.experiment.report.pages.blocks import Block, Gallery, Paragraph, Picture, Section, Table
-from kava_core.experiment.report.pages.text import amount, plain, shorten, words, written
+from kava_core.experiment.report.experiment_data import ExperimentData
+from kava_core.experiment.report.figures.figure_style import WIDTH, Style, add_legend, draw_picture
+from kava_core.experiment.report.pages.display_text import (
+    amount_text,
+    figure_text,
+    metric_words,
+    printable_text,
+    shorten,
+)
+from kava_core.experiment.report.pages.page_elements import (
+    Block,
+    Gallery,
+    PageTable,
+    Paragraph,
+    Picture,
+    Section,
+)
 from kava_core.experiment.report.sections.summary import TONES
-from kava_core.experiment.tables import number
+from kava_core.experiment.result_tables import number_text
 from kava_core.experiment.verdict import Verdict
 
 TITLE = "Differences"
@@ -31,15 +44,15 @@ HOW = (
 )
 
 
-def differences(found: Found) -> Section:
+def differences_section(found: ExperimentData) -> Section:
     """Every comparison that has a seed to go by."""
     if not found.verdicts:
-        return Section("differences", TITLE, absent=plain(_why_not(found)))
-    blocks: list[Block] = [Paragraph(HOW), Gallery([_picture(found)]), _table(found)]
+        return Section("differences", TITLE, absent=printable_text(_reason_for_none(found)))
+    blocks: list[Block] = [Paragraph(HOW), Gallery([_forest_picture(found)]), _tests_table(found)]
     return Section("differences", TITLE, blocks)
 
 
-def _why_not(found: Found) -> str:
+def _reason_for_none(found: ExperimentData) -> str:
     if found.problem:
         return f"No verdicts: {found.problem}."
     if not found.declared:
@@ -47,40 +60,40 @@ def _why_not(found: Found) -> str:
     return "No declared comparison has a seed that is complete in both variants."
 
 
-def _picture(found: Found) -> Picture:
+def _forest_picture(found: ExperimentData) -> Picture:
     told = "; ".join(
         f"{v.first} − {v.second} {v.test.mean:+.3g} ({v.outcome}, {v.test.n} seeds)" for v in found.verdicts
     )
-    alt = f"Differences in {words(found.compare.metric)} with intervals: {told}"
-    return picture(found.named("differences"), alt, partial(_draw, found), wide=True)
+    alt = f"Differences in {metric_words(found.compare.metric)} with intervals: {told}"
+    return draw_picture(found.named("differences"), alt, partial(_draw_forest, found), wide=True)
 
 
-def _draw(found: Found, style: Style) -> Figure:
+def _draw_forest(found: ExperimentData, style: Style) -> Figure:
     verdicts = found.verdicts
     figure = Figure(figsize=(WIDTH, 1.5 + 0.62 * len(verdicts)), layout="constrained")
     axis = figure.add_subplot()
     axis.axvline(0, color=style.ink, linewidth=1.2, zorder=1)
     for row, verdict in enumerate(verdicts):
-        _row(axis, row, verdict, style)
+        _draw_comparison(axis, row, verdict, style)
     axis.set_ylim(len(verdicts) - 0.4, -0.75)
     axis.set_yticks([])
     axis.xaxis.set_major_locator(MaxNLocator(6))
     axis.grid(axis="y", visible=False)
     axis.spines["left"].set_visible(False)
-    metric = words(found.compare.metric)
+    metric = metric_words(found.compare.metric)
     better = "left" if found.compare.lower_is_better else "right"
-    axis.set_xlabel(written(f"{metric}, first − second ({better} of 0: the first is better)"))
-    legend(figure, list(_legend(style, verdicts)))
+    axis.set_xlabel(figure_text(f"{metric}, first − second ({better} of 0: the first is better)"))
+    add_legend(figure, list(_legend_entries(style, verdicts)))
     return figure
 
 
-def _row(axis: Axes, row: int, verdict: Verdict, style: Style) -> None:
+def _draw_comparison(axis: Axes, row: int, verdict: Verdict, style: Style) -> None:
     colour = style.palette[COLOURS[TONES.get(verdict.outcome, "open")]]
     test, points = verdict.test, list(verdict.differences.values())
     title = f"{shorten(verdict.first, 18)} − {shorten(verdict.second, 18)}"
     behind = {"facecolor": style.paper, "edgecolor": "none", "pad": 1.5}
     told: Any = {"transform": axis.get_yaxis_transform(), "fontsize": 9, "fontweight": "bold", "va": "bottom"}
-    axis.text(0, row - 0.3, written(title), bbox=behind, **told)
+    axis.text(0, row - 0.3, figure_text(title), bbox=behind, **told)
     axis.text(1, row - 0.3, verdict.outcome, bbox=behind, ha="right", color=colour, **told)
     if math.isfinite(test.low):
         axis.plot(
@@ -92,7 +105,7 @@ def _row(axis: Axes, row: int, verdict: Verdict, style: Style) -> None:
     axis.plot(test.mean, row, "s", color=colour, markeredgecolor=style.paper, markersize=8, zorder=4)
 
 
-def _legend(style: Style, verdicts: Sequence[Verdict]) -> Iterator[Line2D]:
+def _legend_entries(style: Style, verdicts: Sequence[Verdict]) -> Iterator[Line2D]:
     yield Line2D([], [], marker="s", color=style.ink, linestyle="", label="mean")
     yield Line2D([], [], marker="o", color=style.ink, markersize=4, linestyle="", label="a seed")
     yield Line2D([], [], color=style.ink, alpha=0.55, linewidth=5, label="95 % t-interval")
@@ -115,33 +128,37 @@ HEAD = (
 )
 
 
-def _table(found: Found) -> Table:
+def _tests_table(found: ExperimentData) -> PageTable:
     family = found.verdicts[0].family
     caption = (
         f"Paired t-tests over shared seeds, corrected over the family of {family}; "
-        f"metric: {words(found.compare.metric)}"
+        f"metric: {metric_words(found.compare.metric)}"
     )
-    return Table(
-        caption, HEAD, [list(_cells(verdict)) for verdict in found.verdicts], left=3, texts=(len(HEAD) - 1,)
+    return PageTable(
+        caption,
+        HEAD,
+        [list(_cells_of_verdict(verdict)) for verdict in found.verdicts],
+        left=3,
+        texts=(len(HEAD) - 1,),
     )
 
 
-def _cells(verdict: Verdict) -> Iterator[str]:
+def _cells_of_verdict(verdict: Verdict) -> Iterator[str]:
     test = verdict.test
-    yield from (plain(verdict.first), plain(verdict.second), verdict.outcome, str(test.n))
-    yield from map(amount, verdict.means)
+    yield from (printable_text(verdict.first), printable_text(verdict.second), verdict.outcome, str(test.n))
+    yield from map(amount_text, verdict.means)
     yield f"{test.mean:+.3g}"
-    yield interval((test.low, test.high))
-    yield from map(number, (test.p, verdict.holm, verdict.bonferroni, test.effect, test.detectable))
-    yield interval(verdict.resampled)
-    yield ", ".join(f"{words(name)} {_times(ratio)}" for name, ratio in verdict.budgets.items()) or "–"
+    yield interval_text((test.low, test.high))
+    yield from map(number_text, (test.p, verdict.holm, verdict.bonferroni, test.effect, test.detectable))
+    yield interval_text(verdict.resampled)
+    yield ", ".join(f"{metric_words(name)} {_times(ratio)}" for name, ratio in verdict.budgets.items()) or "–"
 
 
 def _times(ratio: float) -> str:
     return f"×{ratio:.3g}" if math.isfinite(ratio) and ratio else "of one alone"
 
 
-def interval(ends: tuple[float, float] | None) -> str:
+def interval_text(ends: tuple[float, float] | None) -> str:
     """``−0.1 … +0.2``; – where it is unknown."""
     if ends is None or not all(map(math.isfinite, ends)):
         return "–"

@@ -14,11 +14,11 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from kava_core.errors import CheckpointError
-from kava_core.experiment.report.experiment_data import Found
-from kava_core.experiment.report.figures.drawing import Style, picture
-from kava_core.experiment.report.figures.gallery import gallery
-from kava_core.experiment.report.pages.blocks import Picture, Section
-from kava_core.experiment.report.pages.text import shorten, written
+from kava_core.experiment.report.experiment_data import ExperimentData
+from kava_core.experiment.report.figures.figure_style import Style, draw_picture
+from kava_core.experiment.report.figures.gallery import gallery_section
+from kava_core.experiment.report.pages.display_text import figure_text, shorten
+from kava_core.experiment.report.pages.page_elements import Picture, Section
 from kava_core.json_files import read_json_object
 
 TITLE = "Layer maps"
@@ -29,7 +29,7 @@ Numbers = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class LayerMap:
+class MeasuredMap:
     """One teacher's map of one run; both matrices student layer × teacher layer."""
 
     variant: str
@@ -40,26 +40,26 @@ class LayerMap:
     weights: Numbers
 
 
-def layer_maps(found: Found) -> Section:
+def layer_maps_section(found: ExperimentData) -> Section:
     """The map of every variant's first seed that has one, for every teacher."""
-    maps = [one for variant in found.experiment.variants for one in _maps(found, variant)]
+    maps = [one for variant in found.experiment.variants for one in _first_maps(found, variant)]
     how = (
         "Student layers upwards, teacher layers to the right; a frame marks the teacher layers that a "
         "student layer reads. Of every variant, the first seed that has a map."
     )
     absent = "No run has measured a layer map."
-    return gallery("layer-maps", TITLE, maps, partial(_picture, found), how=how, absent=absent)
+    return gallery_section("layer-maps", TITLE, maps, partial(_map_picture, found), how=how, absent=absent)
 
 
-def _maps(found: Found, variant: str) -> Iterator[LayerMap]:
-    for seed, run in sorted(found.experiment.of(variant).items()):
+def _first_maps(found: ExperimentData, variant: str) -> Iterator[MeasuredMap]:
+    for seed, run in sorted(found.experiment.runs_of_variant(variant).items()):
         files = sorted(run.folder.layer_maps.glob("*.safetensors"))
         if files:
-            yield from (_read(file, variant, seed) for file in files)
+            yield from (_read_map(file, variant, seed) for file in files)
             return
 
 
-def _read(file: Path, variant: str, seed: int) -> LayerMap:
+def _read_map(file: Path, variant: str, seed: int) -> MeasuredMap:
     from safetensors.numpy import load_file
 
     try:
@@ -69,19 +69,19 @@ def _read(file: Path, variant: str, seed: int) -> LayerMap:
         raise CheckpointError(f"{file}: unreadable: {error}") from error
     beside = file.with_suffix(".json")
     on: Any = read_json_object(beside).get("on", "layers") if beside.exists() else "layers"
-    return LayerMap(variant, seed, file.stem, str(on), similarity, weights)
+    return MeasuredMap(variant, seed, file.stem, str(on), similarity, weights)
 
 
-def _picture(found: Found, one: LayerMap) -> Picture:
+def _map_picture(found: ExperimentData, one: MeasuredMap) -> Picture:
     best = ", ".join(f"{i}: {int(j)}" for i, j in enumerate(one.weights.argmax(1)))
     alt = (
         f"Similarity of {one.on}, {one.variant} seed {one.seed}, teacher {one.teacher}; student layer: "
         f"heaviest teacher layer {best}"
     )
-    return picture(found.named("layers", one.variant, one.teacher), alt, partial(_draw, one))
+    return draw_picture(found.named("layers", one.variant, one.teacher), alt, partial(_draw_map, one))
 
 
-def _draw(one: LayerMap, style: Style) -> Figure:
+def _draw_map(one: MeasuredMap, style: Style) -> Figure:
     layer, t_layer = one.similarity.shape
     cell = min(0.5, 8 / max(layer, t_layer))
     figure = Figure(figsize=(2.2 + cell * max(t_layer, 7), 1.4 + cell * max(layer, 3)), layout="constrained")
@@ -89,24 +89,24 @@ def _draw(one: LayerMap, style: Style) -> Figure:
     low, high = float(one.similarity.min()), float(one.similarity.max())
     low = min(low, high - 0.1)
     image = axis.imshow(one.similarity, origin="lower", cmap="viridis", vmin=low, vmax=high)
-    figure.colorbar(image, ax=axis, label=written(f"similarity of {one.on}"), shrink=0.9)
+    figure.colorbar(image, ax=axis, label=figure_text(f"similarity of {one.on}"), shrink=0.9)
     title = f"{shorten(one.variant, 24)}, seed {one.seed}"
-    axis.set(xlabel=written(f"layer of teacher {shorten(one.teacher, 24)}"), ylabel="student layer")
-    axis.set(title=written(title), xticks=_ticks(t_layer), yticks=_ticks(layer))
+    axis.set(xlabel=figure_text(f"layer of teacher {shorten(one.teacher, 24)}"), ylabel="student layer")
+    axis.set(title=figure_text(title), xticks=_tick_places(t_layer), yticks=_tick_places(layer))
     axis.grid(visible=False)
     for i, j in zip(*np.nonzero(one.weights > 0), strict=True):
         frame: Any = {"fill": False, "edgecolor": style.palette[1], "linewidth": 2}
         axis.add_patch(Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, **frame))
     if max(layer, t_layer) <= WRITTEN:
-        _write(axis, one.similarity, low + 0.6 * (high - low))
+        _write_values(axis, one.similarity, low + 0.6 * (high - low))
     return figure
 
 
-def _ticks(count: int) -> list[int]:
+def _tick_places(count: int) -> list[int]:
     return list(range(0, count, 1 if count <= 16 else 4))
 
 
-def _write(axis: Any, similarity: Numbers, dark_below: float) -> None:
+def _write_values(axis: Any, similarity: Numbers, dark_below: float) -> None:
     for (i, j), value in np.ndenumerate(similarity):
         colour = "white" if value < dark_below else "black"
         axis.text(j, i, f"{value:.2f}", color=colour, ha="center", va="center", fontsize=8)

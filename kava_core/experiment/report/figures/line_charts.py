@@ -9,20 +9,28 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from kava_core.experiment.gather import Run
+from kava_core.experiment.load_experiment import RunResults
 from kava_core.experiment.report.experiment_data import Curve, mean_curve
-from kava_core.experiment.report.figures.drawing import Look, Style, axes, handle, legend, looks, spread_wide
-from kava_core.experiment.report.pages.blocks import Block, Paragraph
-from kava_core.experiment.report.pages.text import counted, plain, shorten, written
+from kava_core.experiment.report.figures.figure_style import (
+    Look,
+    Style,
+    add_legend,
+    figure_with_axes,
+    legend_entry,
+    looks_of_names,
+    needs_log_axis,
+)
+from kava_core.experiment.report.pages.display_text import count_text, figure_text, printable_text, shorten
+from kava_core.experiment.report.pages.page_elements import Block, Paragraph
 
-Curves = Sequence[tuple[Run, Curve]]
+RunCurves = Sequence[tuple[RunResults, Curve]]
 """Of several runs."""
 
-MOST = 12
+MOST_FIGURES = 12
 """Figures of one section."""
 
 
-def draw_lines(axis: Axes, look: Look, curves: Curves) -> None:
+def draw_curves(axis: Axes, look: Look, curves: RunCurves) -> None:
     """One group of runs in one look."""
     for _, curve in curves:
         mark = look.marker if len(curve) == 1 else None
@@ -34,17 +42,19 @@ def draw_lines(axis: Axes, look: Look, curves: Curves) -> None:
         axis.plot(*zip(*mean, strict=True), marker=look.marker, markersize=size, **style)
 
 
-def draw_groups(groups: Mapping[str, Curves], names: Sequence[str], title: str, style: Style) -> Figure:
+def draw_curve_groups(
+    groups: Mapping[str, RunCurves], names: Sequence[str], title: str, style: Style
+) -> Figure:
     """A figure with a look for each of ``names``, of which ``groups`` has some."""
-    figure, axis = axes(groups)
-    seen = looks(names, style)
+    figure, axis = figure_with_axes(groups)
+    seen = looks_of_names(names, style)
     for name, curves in groups.items():
-        draw_lines(axis, seen[name], curves)
-    if spread_wide(values_of(groups)):
+        draw_curves(axis, seen[name], curves)
+    if needs_log_axis(drawn_values(groups)):
         axis.set_yscale("log")
-    axis.set(xlabel="step", title=written(shorten(title, 44)))
+    axis.set(xlabel="step", title=figure_text(shorten(title, 44)))
     mark_steps(axis)
-    legend(figure, [handle(seen[name]) for name in groups])
+    add_legend(figure, [legend_entry(seen[name]) for name in groups])
     return figure
 
 
@@ -57,22 +67,22 @@ def mark_steps(axis: Axes) -> None:
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
-def values_of(groups: Mapping[str, Curves]) -> list[float]:
+def drawn_values(groups: Mapping[str, RunCurves]) -> list[float]:
     """Every value that is drawn."""
     return [value for curves in groups.values() for _, curve in curves for _, value in curve]
 
 
-def last_means(groups: Mapping[str, Curves]) -> str:
+def text_of_last_means(groups: Mapping[str, RunCurves]) -> str:
     """For an alternative text: where the means end."""
     ends = []
     for name, curves in groups.items():
         mean = mean_curve(curves)
         ends.append(f"{name} {mean[-1][1]:.3g}" if mean else f"{name} unknown")
-    return plain(", ".join(ends))
+    return printable_text(", ".join(ends))
 
 
-def left_out(count: int) -> list[Block]:
+def note_on_omitted(count: int) -> list[Block]:
     """Says that figures were left out."""
-    left = count - MOST
-    said = f"{counted(left, 'more figure')} not drawn; the numbers are in curves.csv."
+    left = count - MOST_FIGURES
+    said = f"{count_text(left, 'more figure')} not drawn; the numbers are in curves.csv."
     return [Paragraph(said)] if left > 0 else []

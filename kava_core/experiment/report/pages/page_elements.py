@@ -52,7 +52,7 @@ class Cards:
 
 
 @dataclass(frozen=True)
-class Table:
+class PageTable:
     """Cells as texts; numbers stand to the right, on one line."""
 
     kind: ClassVar[str] = "table"
@@ -100,7 +100,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Answers:
+class AnswerList:
     """Some answers of one run."""
 
     kind: ClassVar[str] = "answers"
@@ -108,7 +108,7 @@ class Answers:
     answers: Sequence[Answer]
 
 
-Block = Paragraph | Tiles | Cards | Table | Gallery | Answers
+Block = Paragraph | Tiles | Cards | PageTable | Gallery | AnswerList
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Whether the files a run reads are on this disk, for nodes without a network."""
+"""Check that the files which a run reads are on this disk, for nodes without a network."""
 
 from __future__ import annotations
 
@@ -12,27 +12,33 @@ from kava_core.specfile.sections.data import HubData
 from kava_core.specfile.sections.models import ModelSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
-YES = {"1", "ON", "YES", "TRUE"}
+TRUE_WORDS = {"1", "ON", "YES", "TRUE"}
 
 
-def offline() -> bool:
-    """Whether the hub is out of bounds, as huggingface_hub and transformers read it."""
-    return any(os.environ.get(name, "").upper() in YES for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+def hub_is_offline() -> bool:
+    """Return whether the environment forbids to ask the hub, as huggingface_hub and transformers read it."""
+    return any(
+        os.environ.get(name, "").upper() in TRUE_WORDS for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    )
 
 
 def missing_models(specs: Iterable[PipelineSpec]) -> list[str]:
-    """A line for every model and tokenizer that is named and not whole on this disk."""
-    wanted = {key: None for spec in specs for model in _models(spec) for key in _wanted(model)}
-    return [fault for name, revision, what in wanted if (fault := _fault(name, revision, what))]
+    """Return a line for every model and tokenizer that is named and not whole on this disk."""
+    needed: dict[tuple[str, str | None, str], None] = {}
+    for spec in specs:
+        for model in _models_of_spec(spec):
+            needed |= dict.fromkeys(_needed_files(model))
+    faults = [_fault_of_files(*files) for files in needed]
+    return [fault for fault in faults if fault]
 
 
 def missing_data(specs: Iterable[PipelineSpec], root: Path) -> list[str]:
-    """A line for all data that cannot be read. Hub names are left alone where the hub can be asked."""
+    """Return a line for all data that cannot be read. Hub names are left alone if the hub may be asked."""
     from kava_core.data.splits import load_splits
 
     faults: dict[str, None] = {}
     for data in {spec.data.model_dump_json(): spec.data for spec in specs}.values():
-        if isinstance(data, HubData) and not offline() and not Path(data.path).exists():
+        if isinstance(data, HubData) and not hub_is_offline() and not Path(data.path).exists():
             continue
         try:
             load_splits(data, root=root)
@@ -41,14 +47,14 @@ def missing_data(specs: Iterable[PipelineSpec], root: Path) -> list[str]:
     return list(faults)
 
 
-def _models(spec: PipelineSpec) -> tuple[ModelSpec, ...]:
+def _models_of_spec(spec: PipelineSpec) -> tuple[ModelSpec, ...]:
     from kava_core.specfile.questions import used_teachers
 
     return (spec.student, *used_teachers(spec))
 
 
-def _wanted(model: ModelSpec) -> Iterator[tuple[str, str | None, str]]:
-    """Names or folders, with revision, and what is read of them."""
+def _needed_files(model: ModelSpec) -> Iterator[tuple[str, str | None, str]]:
+    """Yield names or folders, with revision, and ``model`` or ``tokenizer``: what is read of them."""
     if model.path is not None:
         yield model.path, model.revision, "model"
     tokenizer = model.tokenizer or model.path
@@ -56,29 +62,29 @@ def _wanted(model: ModelSpec) -> Iterator[tuple[str, str | None, str]]:
         yield tokenizer, model.revision if tokenizer == model.path else None, "tokenizer"
 
 
-def _fault(name: str, revision: str | None, what: str) -> str | None:
+def _fault_of_files(name: str, revision: str | None, what: str) -> str | None:
     folder = Path(name)
     if not folder.is_dir():
-        if not offline():
+        if not hub_is_offline():
             return None
-        found = _snapshot(name, revision, "config.json" if what == "model" else "tokenizer_config.json")
-        if found is None:
+        cached = _cached_folder(name, revision, "config.json" if what == "model" else "tokenizer_config.json")
+        if cached is None:
             return f"{name}: {what} not in the hub's cache, and HF_HUB_OFFLINE is set"
-        folder = found
-    wrong = _model_fault(folder) if what == "model" else _tokenizer_fault(folder)
-    return wrong and f"{name}: {wrong}"
+        folder = cached
+    fault = _model_fault(folder) if what == "model" else _tokenizer_fault(folder)
+    return fault and f"{name}: {fault}"
 
 
-def _snapshot(name: str, revision: str | None, file: str) -> Path | None:
-    """The cached folder of a hub name, if it holds this file."""
+def _cached_folder(name: str, revision: str | None, file: str) -> Path | None:
+    """Return the cached folder of a hub name if it holds this file."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(name, file, revision=revision)
+        cached = try_to_load_from_cache(name, file, revision=revision)
     except HFValidationError:
         return None
-    return Path(found).parent if isinstance(found, str) else None
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def _model_fault(folder: Path) -> str | None:

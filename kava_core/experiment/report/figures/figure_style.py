@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from kava_core.experiment.report.pages.blocks import Picture
-from kava_core.experiment.report.pages.text import labels, plain, written
+from kava_core.experiment.report.pages.display_text import figure_text, printable_text, short_labels
+from kava_core.experiment.report.pages.page_elements import Picture
 
 DPI = 150
 WIDTH = 4.6
@@ -52,10 +52,10 @@ class Look:
     marker: str
 
 
-def looks(names: Iterable[str], style: Style) -> dict[str, Look]:
+def looks_of_names(names: Iterable[str], style: Style) -> dict[str, Look]:
     """A look for every name: first colours, then dashes, so that no two are the same."""
     found = {}
-    for place, (name, label) in enumerate(labels(names).items()):
+    for place, (name, label) in enumerate(short_labels(names).items()):
         count = len(style.palette)
         colour = style.palette[place % count]
         dash = DASHES[place // count % len(DASHES)]
@@ -66,19 +66,19 @@ def looks(names: Iterable[str], style: Style) -> dict[str, Look]:
 Draw = Callable[[Style], Figure]
 
 
-def picture(name: str, alt: str, draw: Draw, *, wide: bool = False) -> Picture:
+def draw_picture(name: str, alt: str, draw: Draw, *, wide: bool = False) -> Picture:
     """Draw for a light and a dark page."""
-    with drawn(LIGHT):
+    with using_style(LIGHT):
         figure = draw(LIGHT)
-        png = _saved(figure, "png")
+        png = _rendered(figure, "png")
         figure.set_layout_engine("none")  # its places are found; looking for them again takes as long
-        svg = _saved(figure, "svg")
-    with drawn(DARK):
-        dark = _saved(draw(DARK), "png")
-    return Picture(name, plain(alt), png, dark, svg.decode("utf-8"), wide)
+        svg = _rendered(figure, "svg")
+    with using_style(DARK):
+        dark = _rendered(draw(DARK), "png")
+    return Picture(name, printable_text(alt), png, dark, svg.decode("utf-8"), wide)
 
 
-def _saved(figure: Figure, format: str) -> bytes:
+def _rendered(figure: Figure, format: str) -> bytes:
     stream = io.BytesIO()
     metadata = {"Date": None} if format == "svg" else {"Software": None}
     figure.savefig(stream, format=format, dpi=DPI, metadata=metadata)
@@ -86,7 +86,7 @@ def _saved(figure: Figure, format: str) -> bytes:
 
 
 @contextmanager
-def drawn(style: Style) -> Iterator[None]:
+def using_style(style: Style) -> Iterator[None]:
     """matplotlib's settings while a figure is made."""
     ink = {f"{part}.color": style.ink for part in ("text", "xtick", "ytick")}
     own: Any = {
@@ -121,7 +121,7 @@ def drawn(style: Style) -> Iterator[None]:
         yield
 
 
-def axes(names: Iterable[str] = ()) -> tuple[Figure, Axes]:
+def figure_with_axes(names: Iterable[str] = ()) -> tuple[Figure, Axes]:
     """An empty figure with room below for a legend of these names."""
     figure = Figure(figsize=(WIDTH, 3.2 + legend_height(names)), layout="constrained")
     return figure, figure.add_subplot()
@@ -129,29 +129,29 @@ def axes(names: Iterable[str] = ()) -> tuple[Figure, Axes]:
 
 def legend_height(names: Iterable[str]) -> float:
     """In inches."""
-    shown = list(labels(names).values())
-    return 0.24 * math.ceil(len(shown) / _columns(shown)) if shown else 0.0
+    shown = list(short_labels(names).values())
+    return 0.24 * math.ceil(len(shown) / _legend_columns(shown)) if shown else 0.0
 
 
-def legend(figure: Figure, handles: Sequence[Line2D]) -> None:
+def add_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
     """Below the axes, outside."""
-    columns = _columns([str(one.get_label()) for one in handles])
+    columns = _legend_columns([str(one.get_label()) for one in handles])
     figure.legend(
         handles=list(handles), loc="outside lower left", ncols=columns, frameon=False, handlelength=2.6
     )
 
 
-def _columns(shown: Sequence[str]) -> int:
+def _legend_columns(shown: Sequence[str]) -> int:
     """Two where both fit into the width."""
     return 2 if len(shown) > 1 and max(map(len, shown)) <= 20 else 1
 
 
-def handle(look: Look, **changes: Any) -> Line2D:
+def legend_entry(look: Look, **changes: Any) -> Line2D:
     """A legend's entry: a thick line in the look of a name."""
-    style = {"color": look.colour, "linestyle": look.dash, "linewidth": 2.4, "label": written(look.label)}
+    style = {"color": look.colour, "linestyle": look.dash, "linewidth": 2.4, "label": figure_text(look.label)}
     return Line2D([], [], **(style | changes))
 
 
-def spread_wide(values: Sequence[float], times: float = 20.0) -> bool:
+def needs_log_axis(values: Sequence[float], times: float = 20.0) -> bool:
     """Whether positive values differ so much that a logarithmic axis shows them better."""
     return bool(values) and min(values) > 0 and max(values) > times * min(values)

@@ -14,29 +14,29 @@ JOINER = "\u200d"
 """Makes one emoji of several: the one invisible character that is kept."""
 
 
-def plain(text: Any, keep: str = "") -> str:
+def printable_text(text: Any, keep: str = "") -> str:
     """With everything that steers instead of being seen written out (``\\u202e``): controls, directions,
     halves of surrogate pairs.
 
     ``keep``: such characters that stay.
     """
-    return "".join(one if _is_seen(one) or one in keep else _escape(one) for one in str(text))
+    return "".join(one if _is_visible(one) or one in keep else _escape_character(one) for one in str(text))
 
 
-def _is_seen(character: str) -> bool:
+def _is_visible(character: str) -> bool:
     return character == JOINER or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
-def _escape(character: str) -> str:
+def _escape_character(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
-def words(name: str) -> str:
+def metric_words(name: str) -> str:
     """A metric's name for people: spaces for underscores."""
-    return plain(name).replace("_", " ")
+    return printable_text(name).replace("_", " ")
 
 
-def amount(value: float) -> str:
+def amount_text(value: float) -> str:
     """Four digits; large numbers whole up to a million, then in powers of ten."""
     if math.isnan(value):
         return "–"
@@ -45,7 +45,7 @@ def amount(value: float) -> str:
     return f"{value:.4g}".replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
 
 
-def listed(numbers: Iterable[int]) -> str:
+def number_ranges(numbers: Iterable[int]) -> str:
     """``0–2, 5``: numbers with runs of them drawn together."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
@@ -56,27 +56,27 @@ def listed(numbers: Iterable[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
 
 
-def seeds(numbers: Iterable[int]) -> str:
+def seeds_text(numbers: Iterable[int]) -> str:
     """``seed 3`` or ``seeds 0–4``."""
     found = sorted(set(numbers))
-    return f"{counted(len(found), 'seed').split()[1]} {listed(found)}"
+    return f"{count_text(len(found), 'seed').split()[1]} {number_ranges(found)}"
 
 
-def counted(number: int, thing: str) -> str:
+def count_text(number: int, thing: str) -> str:
     """``1 run``, ``2 runs``."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def shorten(name: str, length: int = SHORT) -> str:
     """Head and tail of a long name."""
-    shown = plain(name)
+    shown = printable_text(name)
     if len(shown) <= length:
         return shown
     tail = length // 3
     return f"{shown[: length - tail - 1]}…{shown[-tail:]}"
 
 
-def labels(names: Iterable[str]) -> dict[str, str]:
+def short_labels(names: Iterable[str]) -> dict[str, str]:
     """Short names for a figure, told apart by a number where shortening made two the same."""
     found: dict[str, str] = {}
     for name in dict.fromkeys(names):
@@ -86,7 +86,7 @@ def labels(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def written(text: str) -> str:
+def figure_text(text: str) -> str:
     """For matplotlib: a dollar sign is a dollar sign, and a leading underscore hides no label."""
-    shown = plain(text, keep="\n").replace("$", r"\$")
+    shown = printable_text(text, keep="\n").replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown

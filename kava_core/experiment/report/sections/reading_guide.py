@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kava_core.experiment.report.pages.blocks import Paragraph, Section
+from kava_core.experiment.report.pages.page_elements import Paragraph, Section
 
 PARAGRAPHS = {
     "Seeds are the unit": (
@@ -39,7 +39,7 @@ PARAGRAPHS = {
 }
 
 
-def reading() -> Section:
+def reading_section() -> Section:
     """A paragraph for each thing that is easily misread."""
     return Section(
         "reading", "How to read this", [Paragraph(text, title=name) for name, text in PARAGRAPHS.items()]

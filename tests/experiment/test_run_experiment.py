@@ -17,10 +17,11 @@ import pytest
 import yaml
 
 from kava_core.errors import CheckpointError, KavaError, Preempted, SpecError
-from kava_core.experiment.conduct import conduct
-from kava_core.experiment.declared import declare, read
-from kava_core.experiment.gather import Run, gather, spent_to_target, value_of
-from kava_core.experiment.progress import Watch, last_step
+from kava_core.experiment.compared_value import compared_value, spent_to_target
+from kava_core.experiment.experiment_progress import ExperimentProgress, last_logged_step
+from kava_core.experiment.load_experiment import RunResults, load_experiment
+from kava_core.experiment.recorded_plan import read_plan, record_plan
+from kava_core.experiment.run_processes import run_processes
 from kava_core.runs.folder import Folder
 from kava_core.runs.planned import planned_runs
 from kava_core.specfile.sections.compare import CompareSpec
@@ -63,14 +64,14 @@ record = json.loads(os.environ["RECORD"]) | {"variant": name, "seed": seed, "sta
 """
 
 
-class Silent(Watch):
+class Silent(ExperimentProgress):
     """Keeps what would be shown."""
 
     def __init__(self) -> None:
         super().__init__("x")
         self.lines: list[str] = []
 
-    def _say(self, text: str) -> None:
+    def _print_line(self, text: str) -> None:
         self.lines.append(text)
 
 
@@ -84,10 +85,10 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
     def go(*variants: str, seeds: tuple[int, ...] = (0, 1), jobs: int = 2) -> tuple[list[Folder], Silent]:
-        watch = Silent()
+        progress = Silent()
         spec = tiny.spec(tmp_path / "runs", seeds=seeds)
         runs = planned_runs(dict.fromkeys(variants, spec))
-        return conduct([sys.executable, str(script)], runs, watch, jobs=jobs), watch
+        return run_processes([sys.executable, str(script)], runs, progress, jobs=jobs), progress
 
     return go
 
@@ -105,9 +106,9 @@ def test_all_variants_of_a_seed_come_together() -> None:
 def test_what_is_complete_is_not_run_again(fake: Any, tmp_path: Path) -> None:
     assert fake("a", "b")[0] == []
     began = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs/tiny").glob("began-*")}
-    failed, watch = fake("a", "b", "c")
-    assert (failed, watch.complete) == ([], 6)
-    assert watch.lines[0] == "x: 4 of 6 runs are complete"
+    failed, progress = fake("a", "b", "c")
+    assert (failed, progress.complete) == ([], 6)
+    assert progress.lines[0] == "x: 4 of 6 runs are complete"
     assert len(began) == 4
     assert began == {file: file.stat().st_mtime_ns for file in began}
 
@@ -118,14 +119,14 @@ def test_threads_are_shared_among_jobs(fake: Any, tmp_path: Path) -> None:
 
 
 def test_a_failure_stops_nothing_and_is_written_down(fake: Any) -> None:
-    failed, watch = fake("bad", "a", "killed", seeds=(0,))
+    failed, progress = fake("bad", "a", "killed", seeds=(0,))
     assert sorted(run.variant for run in failed) == ["bad", "killed"]
     by_name = {run.variant: run.failure() for run in failed}
     assert by_name["bad"]["exit_code"] == 1
     assert by_name["bad"]["error"] == "exit code 1; its last words: the last word"
     assert by_name["killed"]["error"].startswith("killed by SIGKILL")
     assert failed[0].log.read_text().startswith("some words")
-    assert any("failed: exit code 1" in line for line in watch.lines)
+    assert any("failed: exit code 1" in line for line in progress.lines)
 
 
 def test_a_signal_is_passed_on_and_the_rest_can_go_on(fake: Any, tmp_path: Path) -> None:
@@ -174,11 +175,11 @@ def test_an_old_failure_is_not_told_again(fake: Any, tmp_path: Path) -> None:
 
 
 def test_no_process_is_left_behind(fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: Watch, active: Any) -> None:
+    def broken(self: ExperimentProgress, active: Any) -> None:
         if (tmp_path / "runs" / "tiny" / "ready").exists():
             raise BrokenPipeError("nobody reads")
 
-    monkeypatch.setattr(Watch, "look", broken)
+    monkeypatch.setattr(ExperimentProgress, "update_bars", broken)
     with pytest.raises(BrokenPipeError):
         fake("slow", seeds=(0,))
     (folder,) = (tmp_path / "runs" / "tiny").glob("slow-*")
@@ -242,47 +243,47 @@ def test_comparisons_changed_on_the_way_are_kept(tmp_path: Path) -> None:
     runs = runs_of(tmp_path, "a", "b")
     folder = runs[0].path.parent
     first, second = CompareSpec(pairs=[("a", "b")]), CompareSpec(pairs=[("a", "b")], metric="ce")
-    declare(folder, first, "a", runs)
+    record_plan(folder, first, "a", runs)
     complete(runs[0])
-    declare(folder, first, "a", runs)
-    assert read(folder)["earlier"] == []
-    declare(folder, second, "a", runs)
-    (earlier,) = read(folder)["earlier"]
+    record_plan(folder, first, "a", runs)
+    assert read_plan(folder)["earlier"] == []
+    record_plan(folder, second, "a", runs)
+    (earlier,) = read_plan(folder)["earlier"]
     assert (earlier["complete"], earlier["compare"]["metric"]) == (1, "exact_match")
-    assert gather(folder).compare == second
-    declare(folder, second, "a", runs[:3])
-    later = read(folder)["earlier"][1]
+    assert load_experiment(folder).compare == second
+    record_plan(folder, second, "a", runs[:3])
+    later = read_plan(folder)["earlier"][1]
     assert (later["complete"], len(later["runs"])) == (1, 4)
     (folder / "experiment.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"experiment\.json: unreadable"):
-        gather(folder)
+        load_experiment(folder)
 
 
 def test_planned_runs_are_gathered_though_they_are_missing(tmp_path: Path) -> None:
     runs = runs_of(tmp_path, "a", "b")
     folder = runs[0].path.parent
-    declare(folder, CompareSpec(), "a", runs)
+    record_plan(folder, CompareSpec(), "a", runs)
     complete(runs[0])
-    found = gather(folder)
+    found = load_experiment(folder)
     assert [run.state for run in found.runs] == ["complete", "missing", "missing", "missing"]
-    assert (found.variants, found.seeds, found.count("missing")) == (["a", "b"], [0, 1], 3)
+    assert (found.variants, found.seeds, found.count_runs("missing")) == (["a", "b"], [0, 1], 3)
 
 
 def test_a_folder_without_a_declaration_is_read_too(tmp_path: Path) -> None:
     runs = runs_of(tmp_path, "a", "b")
     folder = runs[0].path.parent
     with pytest.raises(SpecError, match="no such folder"):
-        gather(folder)
+        load_experiment(folder)
     folder.mkdir()
     with pytest.raises(SpecError, match="holds no runs"):
-        gather(folder)
+        load_experiment(folder)
     for run in runs:
         complete(run)
-    assert len(gather(folder).runs) == 4
+    assert len(load_experiment(folder).runs) == 4
     record = json.loads(runs[0].record_file.read_text()) | {"spec_digest": "1"}
     runs[0].record_file.write_text(json.dumps(record))
     with pytest.raises(SpecError, match="variant 'a' has runs of two specs"):
-        gather(folder)
+        load_experiment(folder)
 
 
 @pytest.mark.parametrize(
@@ -293,9 +294,9 @@ def test_steps_to_a_target(tmp_path: Path, curve: list[float], expected: int) ->
     """A run that never gets there counts as one interval more than it had."""
     lines = [{"step": 100 * n, "eval_ce": 1.0, "eval_exact_match": x} for n, x in enumerate(curve, 1)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run = Run("a", 0, Folder(tmp_path), "complete", {"results": {"steps": 300}})
+    run = RunResults("a", 0, Folder(tmp_path), "complete", {"results": {"steps": 300}})
     compare = CompareSpec(metric="steps_to_target", target=0.95)
-    assert spent_to_target(run, compare) == value_of(run, compare) == expected
+    assert spent_to_target(run, compare) == compared_value(run, compare) == expected
 
 
 def test_operations_to_a_target(tmp_path: Path) -> None:
@@ -304,26 +305,26 @@ def test_operations_to_a_target(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     compute = {"flops": 640.0, "flops_of": {"student": 600.0, "store": 40.0}}
     record = {"results": {"steps": 200}, "compute": compute, "store": "stores/0"}
-    run = Run("a", 0, Folder(tmp_path), "complete", record)
+    run = RunResults("a", 0, Folder(tmp_path), "complete", record)
 
     def spent(target: float, horizon: float = math.inf) -> float:
-        return value_of(run, CompareSpec(metric="flops_to_target", target=target), horizon)
+        return compared_value(run, CompareSpec(metric="flops_to_target", target=target), horizon)
 
     assert (spent(0.1), spent(0.9), spent(1.0)) == (340, 640, 940)
     assert spent(0.9, horizon=500.0) == 800
-    untold = Run("a", 0, Folder(tmp_path), "complete", {"results": {"steps": 200}})
+    untold = RunResults("a", 0, Folder(tmp_path), "complete", {"results": {"steps": 200}})
     with pytest.raises(KavaError, match="does not say how many operations"):
-        value_of(untold, CompareSpec(metric="flops_to_target", target=0.9))
+        compared_value(untold, CompareSpec(metric="flops_to_target", target=0.9))
 
 
 def test_the_newest_step_of_a_run_at_work(tmp_path: Path) -> None:
     (run,) = planned_runs({"a": tiny.spec(tmp_path)})
-    assert last_step(run) == 0
+    assert last_logged_step(run) == 0
     run.path.mkdir(parents=True)
     run.metrics.write_text('{"step": 3}\n{"step": 6, "x": "' + "y" * 70_000 + '"}\n{"st')
-    assert last_step(run) == 0  # a line longer than what is looked at
+    assert last_logged_step(run) == 0  # a line longer than what is looked at
     run.metrics.write_text('{"step": 3}\n{"step": 6}\n{"st')
-    assert last_step(run) == 6
+    assert last_logged_step(run) == 6
 
 
 def test_from_a_spec_to_a_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

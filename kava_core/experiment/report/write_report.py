@@ -11,7 +11,7 @@ from kava_core.errors import KavaError, SpecError
 from kava_core.paths import make_folder
 
 if TYPE_CHECKING:
-    from kava_core.experiment.report.pages.blocks import Chapter
+    from kava_core.experiment.report.pages.page_elements import Chapter
 
 NEEDED = {"matplotlib": "plots", "jinja2": "plots", "scipy": "stats"}
 """What a report needs beyond kava, and the extra that brings it."""
@@ -19,41 +19,41 @@ NEEDED = {"matplotlib": "plots", "jinja2": "plots", "scipy": "stats"}
 FIGURES = "figures"
 
 
-def report(folders: Sequence[Path], output: Path | None = None) -> Iterator[str]:
+def write_report(folders: Sequence[Path], output: Path | None = None) -> Iterator[str]:
     """Write a report of one or several experiments; yields a line for each file that a person would open.
 
     Args:
         folders: what ``kava experiment`` or ``kava train`` wrote, ``runs/NAME`` each.
-        output: where the report goes; ``FOLDER/report`` where there is one folder.
+        output: where the report goes; ``FOLDER/write_report`` where there is one folder.
 
     Raises:
         SpecError: a folder holds no runs, or several are given without ``output``.
         CheckpointError: a run's file is damaged.
         KavaError: something is not installed, or nothing can be written.
     """
-    _assert_installed()
-    from kava_core.experiment.report.chapters import chapters_of
-    from kava_core.experiment.report.experiment_data import find
-    from kava_core.experiment.report.pages.csv_files import files
+    _check_installed()
+    from kava_core.experiment.report.chapters import make_chapters
+    from kava_core.experiment.report.experiment_data import load_experiments
+    from kava_core.experiment.report.pages.csv_files import csv_texts
 
-    target = _target(folders, output)
-    founds = find(folders)
-    chapters, title = chapters_of(founds), ", ".join(found.experiment.name for found in founds)
+    target = _output_folder(folders, output)
+    founds = load_experiments(folders)
+    chapters, title = make_chapters(founds), ", ".join(found.experiment.name for found in founds)
     make_folder(target / FIGURES)
     _write_figures(chapters, target / FIGURES)
-    for name, text in files(founds).items():
-        _write(target / name, text)
+    for name, text in csv_texts(founds).items():
+        _write_file(target / name, text)
     yield from _write_texts(chapters, title, target)
 
 
-def _assert_installed() -> None:
+def _check_installed() -> None:
     missing = {name: extra for name, extra in NEEDED.items() if find_spec(name) is None}
     if missing:
         extras = ",".join(sorted(set(missing.values())))
         raise KavaError(f"kava report needs {', '.join(missing)}: pip install 'kava[{extras}]'")
 
 
-def _target(folders: Sequence[Path], output: Path | None) -> Path:
+def _output_folder(folders: Sequence[Path], output: Path | None) -> Path:
     if output is not None:
         return output
     if len(folders) > 1:
@@ -63,22 +63,22 @@ def _target(folders: Sequence[Path], output: Path | None) -> Path:
 
 def _write_figures(chapters: Sequence[Chapter], folder: Path) -> None:
     for picture in (one for chapter in chapters for one in chapter.pictures):
-        _write(folder / f"{picture.name}.png", picture.png)
-        _write(folder / f"{picture.name}.svg", picture.svg)
+        _write_file(folder / f"{picture.name}.png", picture.png)
+        _write_file(folder / f"{picture.name}.svg", picture.svg)
 
 
 def _write_texts(chapters: Sequence[Chapter], title: str, target: Path) -> Iterator[str]:
-    from kava_core.experiment.report.pages.html import page
-    from kava_core.experiment.report.pages.markdown import markdown
-    from kava_core.experiment.report.pages.text import plain
+    from kava_core.experiment.report.pages.display_text import printable_text
+    from kava_core.experiment.report.pages.html_page import render_page
+    from kava_core.experiment.report.pages.markdown_page import render_markdown
 
-    _write(target / "report.md", markdown(chapters, FIGURES))
-    _write(target / "report.html", page(chapters, title=plain(f"{title}: kava report")))
-    yield f"report: {plain(target / 'report.html')}"
-    yield f"tables: {plain(target / 'report.md')}, runs.csv, curves.csv, comparisons.csv, {FIGURES}/"
+    _write_file(target / "report.md", render_markdown(chapters, FIGURES))
+    _write_file(target / "report.html", render_page(chapters, title=printable_text(f"{title}: kava report")))
+    yield f"report: {printable_text(target / 'report.html')}"
+    yield f"tables: {printable_text(target / 'report.md')}, runs.csv, curves.csv, comparisons.csv, {FIGURES}/"
 
 
-def _write(path: Path, content: str | bytes) -> None:
+def _write_file(path: Path, content: str | bytes) -> None:
     raw = content.encode("utf-8") if isinstance(content, str) else content
     try:
         path.write_bytes(raw)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from kava_core.experiment.report.pages.blocks import Chapter
+from kava_core.experiment.report.pages.page_elements import Chapter
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def page(chapters: Sequence[Chapter], *, title: str) -> str:
+def render_page(chapters: Sequence[Chapter], *, title: str) -> str:
     """The whole page; every text is escaped."""
     made = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -22,9 +22,9 @@ def page(chapters: Sequence[Chapter], *, title: str) -> str:
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    made.filters["data"] = _data
+    made.filters["data"] = _data_url
     return made.get_template("report.html.jinja").render(chapters=chapters, title=title)
 
 
-def _data(png: bytes) -> str:
+def _data_url(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
