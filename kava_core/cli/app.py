@@ -11,7 +11,7 @@ import typer
 
 from kava_core.cli import installed, prepare, results, runs
 from kava_core.errors import KavaError, PluginError
-from kava_core.processes import leave, world_size
+from kava_core.processes import leave, let_waiting_threads_sleep, world_size
 
 app = typer.Typer(
     name="kava",
@@ -28,6 +28,7 @@ TRACEBACK = "KAVA_TRACEBACK"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: an error kava can explain goes to stderr without a traceback."""
+    let_waiting_threads_sleep()
     try:
         app(args=arguments)
     except Exception as error:
