@@ -1,1 +1,1 @@
-"""Examples, their text, and the token batches of a student and its teachers."""
+"""Read examples, and make text and token batches of them for a student and its teachers."""

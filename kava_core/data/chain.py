@@ -1,4 +1,4 @@
-"""Chain arithmetic: ``7+3*2-5`` modulo m, worked from left to right. No torch here."""
+"""Generate chain arithmetic: ``7+3*2-5`` modulo m, worked from left to right. No torch here."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ Choice = TypeVar("Choice")
 
 
 def chain_examples(data: ChainData) -> tuple[list[Example], list[Example]]:
-    """Training and validation examples: all different, the same on every machine for one seed.
+    """Return training and validation examples: all different, and the same on every machine for one seed.
 
     The validation examples depend on nothing but the task, their number and the seed; a longer training
-    split begins with the shorter one. SpecError where fewer different chains exist than are asked for.
+    split begins with the shorter one.
+
+    Raises:
+        SpecError: fewer different chains exist than are asked for.
     """
     check_enough_chains(data)
     seen: set[str] = set()
@@ -28,28 +31,30 @@ def chain_examples(data: ChainData) -> tuple[list[Example], list[Example]]:
 
 
 def allowed_operands(operation: str, modulus: int) -> list[int]:
-    """Right-hand sides of an operation: 1 … m−1, and for ``*`` the residues coprime to m, and 2.
+    """Return the right-hand sides of an operation: 1 … m−1; for ``*`` the residues coprime to m, and 2.
 
     Only 2 may lose information, so that products rarely collapse to 0.
     """
     if operation in "+-":
         return list(range(1, modulus))
-    return [a for a in range(1, modulus) if a == 2 or math.gcd(a, modulus) == 1]
+    return [number for number in range(1, modulus) if number == 2 or math.gcd(number, modulus) == 1]
 
 
 def check_enough_chains(data: ChainData) -> None:
-    """SpecError where fewer different chains exist than are asked for.
+    """Check that there are enough different chains.
 
-    Chains of two groups may be the same, so the largest group is what is sure to be there.
+    Two groups may contain the same chain, so only the chains of the largest group are sure to differ.
+
+    Raises:
+        SpecError: fewer different chains exist than are asked for.
     """
     possible = max(_possible_chains(data, group) for group in data.groups or (data.operations,))
     train = data.train_skip + data.train
-    asked = train + data.validation
-    if asked > possible:
+    if train + data.validation > possible:
+        operations = f"groups={list(data.groups)}" if data.groups else f"operations={data.operations!r}"
         raise SpecError(
             f"data: {train} training and {data.validation} validation chains were asked for, but only "
-            f"{possible} different ones exist with steps={data.steps}, modulus={data.modulus}, "
-            + (f"groups={list(data.groups)}" if data.groups else f"operations={data.operations!r}")
+            f"{possible} different ones exist with steps={data.steps}, modulus={data.modulus}, {operations}"
         )
 
 
@@ -59,11 +64,11 @@ def _possible_chains(data: ChainData, operations: str) -> int:
 
 
 def _first_new_chains(data: ChainData, split: str, count: int, seen: set[str]) -> list[Example]:
-    """The first ``count`` chains of the split's own stream that are not in ``seen``, which they join."""
+    """Return the first ``count`` chains of a split that are not in ``seen``, and add them to it."""
     examples: list[Example] = []
-    stream = _random_chains(data, split)
+    chains = _random_chains(data, split)
     while len(examples) < count:
-        example = next(stream)
+        example = next(chains)
         if example.prompt not in seen:
             seen.add(example.prompt)
             examples.append(example)
@@ -71,24 +76,26 @@ def _first_new_chains(data: ChainData, split: str, count: int, seen: set[str]) -
 
 
 def _random_chains(data: ChainData, split: str) -> Iterator[Example]:
+    """Iterate over the random chains of a split, without end; some are equal."""
     random = Random(f"kava chain {data.seed} {split}")
-    every = "".join(data.groups or data.operations)
-    choices = {operation: allowed_operands(operation, data.modulus) for operation in every}
+    all_operations = "".join(data.groups or data.operations)
+    operands = {operation: allowed_operands(operation, data.modulus) for operation in all_operations}
     while True:
-        yield _random_chain(random, data, choices)
+        yield _random_chain(random, data, operands)
 
 
-def _random_chain(random: Random, data: ChainData, choices: dict[str, list[int]]) -> Example:
+def _random_chain(random: Random, data: ChainData, operands: dict[str, list[int]]) -> Example:
     result = _pick_one(random, range(data.modulus))
     prompt, reasoning = str(result), ""
     operations = _pick_one(random, data.groups) if data.groups else data.operations
     for _ in range(data.steps):
         operation = _pick_one(random, operations)
-        operand = _pick_one(random, choices[operation])
+        operand = _pick_one(random, operands[operation])
         result = _apply_operation(operation, result, operand) % data.modulus
         prompt += f"{operation}{operand}"
         reasoning += f" {result}"
-    return Example(prompt, reasoning, str(result), task=operations if data.groups else "chain")
+    task = operations if data.groups else "chain"
+    return Example(prompt, reasoning, str(result), task=task)
 
 
 def _apply_operation(operation: str, left: int, right: int) -> int:

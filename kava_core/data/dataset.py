@@ -1,9 +1,10 @@
-"""Examples encoded once for every side, before training."""
+"""Encode examples once for every side, before training."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import TypeVar
 
 from torch.utils.data import Dataset
@@ -12,14 +13,15 @@ from kava_core.data.collate import Collator, EncodedExample
 from kava_core.data.examples import Example
 from kava_core.errors import SpecError
 
-T = TypeVar("T")
+Entry = TypeVar("Entry")
 
 TEXTS_AT_ONCE = 1024
-"""Texts handed to a tokenizer at once."""
+"""Number of texts handed to a tokenizer at once."""
 
 
 class EncodedDataset(Dataset[EncodedExample]):
-    """The examples that fit ``collator.max_length`` on every side; pass the collator its batches of items."""
+    """The examples that fit ``collator.max_length`` on every side. Batches of them are for the same
+    collator."""
 
     def __init__(
         self, examples: Sequence[Example], collator: Collator, teachers: Collection[str] | None = None
@@ -27,18 +29,20 @@ class EncodedDataset(Dataset[EncodedExample]):
         """Encode all examples.
 
         Args:
-            examples: what there is.
+            examples: all that there are.
             collator: encodes every side that an example has to fit.
-            teachers: sides that are kept; default: all.
+            teachers: names of the teachers whose sides are kept; default: all.
 
         Raises:
-            SpecError: no example is left.
+            SpecError: no example fits.
         """
-        chunks = (examples[start : start + TEXTS_AT_ONCE] for start in range(0, len(examples), TEXTS_AT_ONCE))
-        fitting = (item for chunk in chunks for item in collator.encode(chunk) if item is not None)
-        self.items = [item if teachers is None else _keep_teachers(item, teachers) for item in fitting]
+        self.items: list[EncodedExample] = []
+        for start in range(0, len(examples), TEXTS_AT_ONCE):
+            for item in collator.encode(examples[start : start + TEXTS_AT_ONCE]):
+                if item is not None:
+                    self.items.append(item if teachers is None else _keep_teachers(item, teachers))
         self.dropped = len(examples) - len(self.items)
-        """Examples left out because they are too long on some side."""
+        """Number of examples left out because they are too long on some side."""
         if not self.items:
             raise SpecError(
                 f"train.max_length: none of the {len(examples)} examples fits in {collator.max_length} tokens"
@@ -52,15 +56,20 @@ class EncodedDataset(Dataset[EncodedExample]):
 
     @property
     def examples(self) -> list[Example]:
-        """The examples that were kept, in order."""
+        """Return the examples that were kept, in order."""
         return [item.example for item in self.items]
 
 
 def _keep_teachers(item: EncodedExample, teachers: Collection[str]) -> EncodedExample:
-    return replace(item, teachers={name: side for name, side in item.teachers.items() if name in teachers})
+    kept = {name: side for name, side in item.teachers.items() if name in teachers}
+    return replace(item, teachers=kept)
 
 
-def split_nearly_equal(entries: Sequence[T], most: int) -> list[Sequence[T]]:
-    """Batches of about one size: a last one of a single example would have no other to be exchanged with."""
+def split_nearly_equal(entries: Sequence[Entry], most: int) -> list[Sequence[Entry]]:
+    """Split entries into batches of nearly one size, at most ``most``.
+
+    A last batch of a single example would have no other to be exchanged with.
+    """
     count = -(-len(entries) // most)
-    return [entries[len(entries) * i // count : len(entries) * (i + 1) // count] for i in range(count)]
+    borders = [len(entries) * index // count for index in range(count + 1)]
+    return [entries[start:end] for start, end in pairwise(borders)]

@@ -1,4 +1,4 @@
-"""An example, the text it becomes, and how a written answer is judged. No torch here."""
+"""Define an example, the text it becomes, and how a written answer is judged. No torch here."""
 
 from __future__ import annotations
 
@@ -31,9 +31,12 @@ class Example:
     """Other written steps to the same answer, for teachers that read another rationale than the student."""
 
     def with_rationale(self, rationale: int) -> Example:
-        """The example with one of its rationales as reasoning: 0 is its own; counted round after the last."""
-        every = (self.reasoning, *self.rationales)
-        return replace(self, reasoning=every[rationale % len(every)])
+        """Return the example with one of its rationales as reasoning.
+
+        Rationale 0 is its own reasoning; after the last one counting starts again.
+        """
+        rationales = (self.reasoning, *self.rationales)
+        return replace(self, reasoning=rationales[rationale % len(rationales)])
 
 
 @dataclass(frozen=True)
@@ -42,66 +45,75 @@ class Text:
 
     text: str
     bounds: tuple[int, int, int, int]
-    """``(0, p, r, a)``: prompt is ``text[:p]``, reasoning ``text[p:r]``, answer ``text[r:a]``, the rest."""
+    """``(0, p, r, a)``, in characters: prompt is ``text[:p]``, reasoning ``text[p:r]``, answer
+    ``text[r:a]``."""
     answer_start: int
-    """Where in the answer's part the example's own answer begins, after the template's marker."""
+    """The character with which the example's own answer begins, after the template's marker."""
 
     @property
     def prompt(self) -> str:
-        """The part that is given."""
+        """Return the part that is given."""
         return self.text[: self.bounds[1]]
 
 
 def render_example(example: Example, template: Template) -> Text:
-    """The example's text. Only the field's own braces are filled in; all others are text."""
-    prompt, reasoning, answer = (
-        getattr(template, field).replace("{" + field + "}", getattr(example, field)) for field in FIELDS
-    )
+    """Return the example's text. Only the field's own braces are filled in; all others are text."""
+    prompt = template.prompt.replace("{prompt}", example.prompt)
+    reasoning = template.reasoning.replace("{reasoning}", example.reasoning)
+    answer = template.answer.replace("{answer}", example.answer)
     text = prompt + reasoning + answer
-    value = len(text) - len(answer) + template.answer.index("{answer}")
-    return Text(text, (0, len(prompt), len(prompt) + len(reasoning), len(text)), value)
+    reasoning_end = len(prompt) + len(reasoning)
+    answer_start = reasoning_end + template.answer.index("{answer}")
+    return Text(text, (0, len(prompt), reasoning_end, len(text)), answer_start)
 
 
 def split_completion(example: Example, written: str, template: Template) -> Text:
-    """A completion that was written for an example, with its answer's part found by the marker.
+    """Return the text of a completion that was written for an example; its answer is found by the marker.
 
     Without a marker all of it is reasoning.
     """
     prompt = template.prompt.replace("{prompt}", example.prompt)
-    start, end = (
-        len(prompt) + place for place in find_answer_marker(written, template) or (len(written),) * 2
-    )
+    marker_start, marker_end = find_answer_marker(written, template) or (len(written), len(written))
     text = prompt + written
-    return Text(text, (0, len(prompt), start, len(text)), end)
+    bounds = (0, len(prompt), len(prompt) + marker_start, len(text))
+    return Text(text, bounds, len(prompt) + marker_end)
 
 
 def find_answer_marker(written: str, template: Template) -> tuple[int, int] | None:
-    """Where the answer's marker begins and ends; None where it is missing.
+    """Return where the answer's marker begins and ends, in characters; None if it is missing.
 
-    White space around it counts if it is there, but many tokenizers do not give it back.
+    White space around the marker belongs to it if it is there, but many tokenizers do not give it back.
     """
-    whole = template.answer.partition("{answer}")[0]
-    for marker in (whole, whole.strip()):
-        if marker and (place := written.find(marker)) >= 0:
-            return place, place + len(marker)
+    whole_marker = template.answer.partition("{answer}")[0]
+    for marker in (whole_marker, whole_marker.strip()):
+        start = written.find(marker)
+        if marker and start >= 0:
+            return start, start + len(marker)
     return None
 
 
 def split_steps(reasoning: str, separator: str) -> list[str]:
-    """The steps between the separators, blank ones left out."""
+    """Split a reasoning into its steps; blank ones are left out."""
     return [step for step in reasoning.split(separator) if step.strip()]
 
 
 def drop_last_step(example: Example, separator: str) -> Example:
-    """The example with its reasoning up to the end of the last step but one; other rationales stay whole."""
+    """Drop the last step of the example's reasoning, up to the end of the step before it.
+
+    Its other rationales stay whole.
+    """
     pieces = example.reasoning.split(separator)
-    steps = [place for place, piece in enumerate(pieces) if piece.strip()]
-    kept = pieces[: steps[-2] + 1] if len(steps) > 1 else []
+    step_indexes = [index for index, piece in enumerate(pieces) if piece.strip()]
+    kept = pieces[: step_indexes[-2] + 1] if len(step_indexes) > 1 else []
     return replace(example, reasoning=separator.join(kept))
 
 
 def join_steps(steps: Sequence[str], separator: str, where: str) -> str:
-    """The steps as one text; SpecError where one holds the separator, for it could not be told from two."""
+    """Join steps to one text.
+
+    Raises:
+        SpecError: a step contains the separator, so that it would later be read as two.
+    """
     for step in steps:
         if separator in step:
             raise SpecError(
@@ -112,7 +124,7 @@ def join_steps(steps: Sequence[str], separator: str, where: str) -> str:
 
 
 def shorten_to_end(text: str, width: int = 30) -> str:
-    """The text's end, for a message."""
+    """Cut a text to its end, for a message."""
     return text if len(text) <= width else "…" + text[-width:]
 
 
@@ -123,37 +135,53 @@ def example_from_fields(
     *,
     separator: str = "\n",
 ) -> Example:
-    """The example in a record with prompt, reasoning, answer and perhaps task and rationales.
+    """Return the example in a record with prompt, reasoning, answer and perhaps task and rationales.
 
-    ``columns`` names the record's key for a field where the two differ. A reasoning that is a list of steps
-    is joined by ``separator``. SpecError, opening with ``where``, for a key that is missing, a value that is
-    not text, an empty prompt or answer, and a step that holds the separator.
+    Args:
+        record: the fields by key. A reasoning may be a text or a list of steps.
+        where: names the record in errors, such as ``file:line``.
+        columns: the record's key for each field whose key differs from its name.
+        separator: text that a list of steps is joined by.
+
+    Raises:
+        SpecError: a key is missing, a value is not text, prompt or answer is empty, or a step contains the
+            separator.
     """
     names = {field: (columns or {}).get(field, field) for field in FIELDS}
-    prompt, answer = (read_text_field(record, names[field], where) for field in ("prompt", "answer"))
+    prompt = read_text_field(record, names["prompt"], where)
+    answer = read_text_field(record, names["answer"], where)
     reasoning = _read_reasoning(record, names["reasoning"], where, separator)
     task = read_text_field(record, "task", where) if record.get("task") is not None else None
     return Example(prompt, reasoning, answer, task, _read_rationales(record, where))
 
 
 def _read_reasoning(record: Mapping[str, Any], key: str, where: str, separator: str) -> str:
-    """A text, or a list of steps."""
+    """Read a text, or a list of steps."""
     if not isinstance(record.get(key), list):
         return read_text_field(record, key, where, empty=True)
-    named = {f"{key}[{place}]": step for place, step in enumerate(record[key])}
-    return join_steps([read_text_field(named, step, where, empty=True) for step in named], separator, where)
+    return join_steps(_read_texts(record[key], key, where), separator, where)
 
 
 def _read_rationales(record: Mapping[str, Any], where: str) -> tuple[str, ...]:
     given = record.get("rationales") or []
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise SpecError(f"{where}: field 'rationales' must be a list of strings, not {type(given).__name__}")
-    named = {f"rationales[{place}]": text for place, text in enumerate(given)}
-    return tuple(read_text_field(named, key, where, empty=True) for key in named)
+    return tuple(_read_texts(given, "rationales", where))
+
+
+def _read_texts(entries: Sequence[Any], key: str, where: str) -> list[str]:
+    """Read the entries of a list, which errors call ``key[0]``, ``key[1]`` and so on."""
+    named = {f"{key}[{index}]": entry for index, entry in enumerate(entries)}
+    return [read_text_field(named, name, where, empty=True) for name in named]
 
 
 def read_text_field(record: Mapping[str, Any], key: str, where: str, *, empty: bool = False) -> str:
-    """``record[key]``: text that UTF-8 can write, and not empty unless that is allowed; else SpecError."""
+    """Return ``record[key]``.
+
+    Raises:
+        SpecError: there is no such key, the value is not text, UTF-8 cannot write it, or it is empty though
+            ``empty`` is false.
+    """
     if key not in record:
         raise SpecError(f"{where}: no field {key!r} among {one_of(record)}{did_you_mean(key, record)}")
     value = record[key]
@@ -167,11 +195,13 @@ def read_text_field(record: Mapping[str, Any], key: str, where: str, *, empty: b
 
 
 def extract_answer(generated: str, template: Template, lines: int = 1) -> str | None:
-    """What stands after the first marker, up to the end of the line (or of ``lines`` lines), stripped.
+    """Return what follows the first marker, up to the end of the line (or of ``lines`` lines), stripped.
 
     The marker is the template's text before ``{answer}``, without the white space around it, because many
-    tokenizers do not give that back. None where the marker is missing. SpecError where the template has no
-    marker, for then an answer cannot be told from the reasoning.
+    tokenizers do not give that back. None if the marker is missing.
+
+    Raises:
+        SpecError: the template has no marker, so that an answer cannot be distinguished from the reasoning.
     """
     before, _, after = template.answer.partition("{answer}")
     marker = before.strip()
@@ -187,17 +217,20 @@ def extract_answer(generated: str, template: Template, lines: int = 1) -> str | 
 
 
 def is_correct(generated: str, example: Example, template: Template) -> bool:
-    """Whether the written answer is the example's: the same text, or the same number.
+    """Return whether the written answer is the example's: the same text, or the same number.
 
     Numbers are compared without thousands commas, a leading ``$`` and a trailing period, as is usual for
     GSM8K (arXiv 2110.14168).
     """
-    gold = example.answer.strip()
-    given = extract_answer(generated, template, lines=max(1, len(gold.splitlines())))
+    right_answer = example.answer.strip()
+    lines = max(1, len(right_answer.splitlines()))
+    given = extract_answer(generated, template, lines=lines)
     if given is None:
         return False
+    if given == right_answer:
+        return True
     number = _parse_number(given)
-    return given == gold or (number is not None and number == _parse_number(gold))
+    return number is not None and number == _parse_number(right_answer)
 
 
 def _parse_number(text: str) -> Decimal | None:

@@ -1,4 +1,4 @@
-"""GSM8K's own format (https://github.com/openai/grade-school-math, arXiv 2110.14168). No torch here."""
+"""Read GSM8K's own format (https://github.com/openai/grade-school-math, arXiv 2110.14168). No torch here."""
 
 from __future__ import annotations
 
@@ -15,16 +15,24 @@ _CALCULATION = re.compile(r"<<.*?>>")
 def example_from_gsm8k(
     record: Mapping[str, Any], where: str, *, separator: str = "\n", equations: bool = False
 ) -> Example:
-    """``question`` and ``answer`` = rationale, a line ``#### number``, which loses its commas.
+    """Return the example in a record with ``question`` and ``answer``: a rationale and a line ``####
+    number``.
 
-    The steps are the rationale's lines without their ``<<…>>`` marks or, with ``equations``, the marks alone,
-    ``<<48/2=24>>`` each; ``separator`` stands between two of them. A rationale may have no mark: 95 of
-    GSM8K's 7,473 training examples and 18 of its 1,319 test examples.
+    The number loses its commas. A rationale may have no calculation ``<<…>>``: 95 of GSM8K's 7,473 training
+    examples and 18 of its 1,319 test examples.
 
-    SpecError, opening with ``where``, for a missing field, an answer without ``####`` and a step that holds
-    the separator.
+    Args:
+        record: the fields by key.
+        where: names the record in errors, such as ``file:line``.
+        separator: text between two steps.
+        equations: whether the steps are the calculations alone, ``<<48/2=24>>`` each; otherwise they are the
+            rationale's lines, without them.
+
+    Raises:
+        SpecError: a field is missing, the answer has no ``####``, or a step contains the separator.
     """
-    question, solution = read_text_field(record, "question", where), read_text_field(record, "answer", where)
+    question = read_text_field(record, "question", where)
+    solution = read_text_field(record, "answer", where)
     rationale, marker, number = solution.rpartition("####")
     answer = number.strip().replace(",", "")
     if not marker or not answer:

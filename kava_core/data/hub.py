@@ -1,4 +1,4 @@
-"""Examples from a ``datasets`` hub name or a local dataset folder (extra ``hub``). No torch here."""
+"""Read examples from the ``datasets`` hub or a local dataset folder (extra ``hub``). No torch here."""
 
 from __future__ import annotations
 
@@ -12,18 +12,23 @@ from kava_core.specfile.sections.data import HubData
 
 
 def hub_examples(data: HubData) -> tuple[list[Example], list[Example]]:
-    """Training and validation examples.
+    """Return training and validation examples.
 
-    SpecError where ``datasets`` is not installed, cannot load the name, the configuration or a split (or
-    finds it empty), or where a column is missing or holds no text.
+    Raises:
+        SpecError: ``datasets`` is not installed, or cannot load the name, the configuration or a split (or
+            finds it empty), or a column is missing or contains no text.
     """
     return _read_split(data, data.train), _read_split(data, data.validation)
 
 
 def _read_split(data: HubData, split: str) -> list[Example]:
-    columns = {"columns": data.columns} if data.format == "fields" else {}
-    read = partial(RECORD_READERS[data.format], separator=data.separator, **columns)
-    return [read(row, f"{data.path}:{split}[{index}]") for index, row in enumerate(_load_split(data, split))]
+    read_record = partial(RECORD_READERS[data.format], separator=data.separator)
+    if data.format == "fields":
+        read_record = partial(read_record, columns=data.columns)
+    examples = []
+    for index, row in enumerate(_load_split(data, split)):
+        examples.append(read_record(row, f"{data.path}:{split}[{index}]"))
+    return examples
 
 
 def _load_split(data: HubData, split: str) -> Any:

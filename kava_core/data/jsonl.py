@@ -1,4 +1,4 @@
-"""Examples from JSON-lines files. No torch here."""
+"""Read examples from JSON-lines files. No torch here."""
 
 from __future__ import annotations
 
@@ -21,15 +21,20 @@ RECORD_READERS: dict[str, Callable[..., Example]] = {
     "gsm8k_equations": partial(example_from_gsm8k, equations=True),
     "pal": example_from_pal,
 }
-"""``format`` to the function that makes an example of a record, the words for where it stands, and
+"""``format`` to the function that makes an example of a record, of its name in errors, and of
 ``separator``."""
 
 
 def jsonl_examples(data: JsonlData, root: Path) -> tuple[list[Example], list[Example]]:
-    """Training and validation examples; relative paths are relative to ``root``."""
+    """Return training and validation examples; relative paths are relative to ``root``.
+
+    Raises:
+        SpecError: as for ``read_examples``.
+    """
     read = partial(read_examples, format=data.format, separator=data.separator)
     train = read(root / data.train, limit=data.train_limit, skip=data.train_skip)
-    return train, read(root / data.validation, limit=data.validation_limit)
+    validation = read(root / data.validation, limit=data.validation_limit)
+    return train, validation
 
 
 def read_examples(
@@ -40,24 +45,38 @@ def read_examples(
     separator: str = "\n",
     skip: int = 0,
 ) -> list[Example]:
-    """``limit`` examples of a file after ``skip``, or all.
+    """Read the examples of a file.
 
-    SpecError ``file:line: …`` at the first bad line.
+    Args:
+        path: the file, one JSON object a line.
+        format: a key of ``RECORD_READERS``.
+        limit: most examples that are read; default: all.
+        separator: text between two steps of the reasoning.
+        skip: number of examples left out before the first.
+
+    Raises:
+        SpecError: ``file:line: …`` at the first bad line; or there is no example.
     """
-    read, stop = partial(RECORD_READERS[format], separator=separator), None if limit is None else skip + limit
-    examples = [read(record, where) for record, where in islice(_read_records(path), skip, stop)]
+    read_record = RECORD_READERS[format]
+    stop = None if limit is None else skip + limit
+    examples = []
+    for record, where in islice(_read_records(path), skip, stop):
+        examples.append(read_record(record, where, separator=separator))
     if not examples:
-        raise SpecError(f"{path}: no examples: the file is empty" + (f" after {skip}" if skip else ""))
+        after = f" after {skip}" if skip else ""
+        raise SpecError(f"{path}: no examples: the file is empty{after}")
     return examples
 
 
 def _read_records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Every object and ``file:line``. Only ``\\n`` ends a line: JSON text may hold other separators."""
+    """Iterate over objects and ``file:line``. Only ``\\n`` ends a line: JSON text may hold other
+    separators."""
     try:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
+                where = f"{path}:{number}"
                 if line.strip():
-                    yield _parse_record(line, f"{path}:{number}"), f"{path}:{number}"
+                    yield _parse_record(line, where), where
     except OSError as error:
         raise SpecError(f"{path}: cannot read the examples: {error.strerror}") from error
 

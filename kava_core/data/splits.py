@@ -1,4 +1,4 @@
-"""Training and validation examples: counts, hashes, duplicates, contamination. No torch here."""
+"""Load training and validation examples; count, hash, find duplicates and contamination. No torch here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 import string
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from kava_core.data.jsonl import jsonl_examples
 from kava_core.specfile.sections.data import ChainData, HubData, JsonlData
 
 CONTAMINATION_WORDS = 13
-"""Words in a row that count as contamination (GPT-3, arXiv 2005.14165, appendix C)."""
+"""Number of words in a row that count as contamination (GPT-3, arXiv 2005.14165, appendix C)."""
 
 
 @dataclass(frozen=True)
@@ -30,35 +29,35 @@ class Splits:
     validation: Sequence[Example]
 
     def same_as(self, report: Mapping[str, Any]) -> bool:
-        """Whether these are the very examples of a ``report``."""
-        return all(
-            split_hash(getattr(self, name)) == report[name]["sha256"] for name in ("train", "validation")
-        )
+        """Return whether these are the very examples of a ``report``."""
+        if split_hash(self.train) != report["train"]["sha256"]:
+            return False
+        return split_hash(self.validation) == report["validation"]["sha256"]
 
     def report(self) -> dict[str, Any]:
-        """What the run's record keeps: counts, hashes, duplicates and contamination.
+        """Return what the run's record keeps: counts, hashes, duplicates and contamination.
 
-        ``duplicates_in_train``: training examples whose prompt stood before. ``duplicates_across``:
-        validation examples whose prompt is also a training prompt. (Both after Unicode, case and space are
-        normalised.) ``count_contaminated``: validation examples whose prompt shares 13 words in a row with a
-        training prompt.
+        ``duplicates_in_train`` counts the training examples whose prompt was there before,
+        ``duplicates_across`` the validation examples whose prompt is also a training prompt; both after
+        Unicode, case and space are normalised. ``contaminated`` counts the validation examples whose prompt
+        shares 13 words in a row with a training prompt.
         """
-        train = Counter(text_fingerprint(example.prompt) for example in self.train)
+        train_prompts = {text_fingerprint(example.prompt) for example in self.train}
+        validation_prompts = [text_fingerprint(example.prompt) for example in self.validation]
         return {
             "train": {"examples": len(self.train), "sha256": split_hash(self.train)},
             "validation": {"examples": len(self.validation), "sha256": split_hash(self.validation)},
-            "duplicates_in_train": len(self.train) - len(train),
-            "duplicates_across": sum(
-                text_fingerprint(example.prompt) in train for example in self.validation
-            ),
+            "duplicates_in_train": len(self.train) - len(train_prompts),
+            "duplicates_across": sum(prompt in train_prompts for prompt in validation_prompts),
             "contaminated": count_contaminated(self.train, self.validation),
         }
 
 
 def load_splits(data: ChainData | JsonlData | HubData, *, root: Path) -> Splits:
-    """The examples a spec's ``data`` describes; relative file names are relative to ``root``.
+    """Load the examples that a spec's ``data`` describes; relative file names are relative to ``root``.
 
-    SpecError, with file and line where there is one, for whatever is missing or malformed.
+    Raises:
+        SpecError: something is missing or malformed; the message names file and line, if there is one.
     """
     if isinstance(data, ChainData):
         return Splits(*chain_examples(data))
@@ -68,42 +67,46 @@ def load_splits(data: ChainData | JsonlData | HubData, *, root: Path) -> Splits:
 
 
 def split_hash(examples: Iterable[Example]) -> str:
-    """SHA-256 over the examples in order, one line of canonical JSON (ASCII, sorted keys) each."""
+    """Return the SHA-256 of the examples in order, one line of canonical JSON (ASCII, sorted keys) each."""
     digest = hashlib.sha256()
     for example in examples:
-        fields = {name: value for name, value in asdict(example).items() if name != "rationales" or value}
+        fields = asdict(example)
+        if not example.rationales:  # Records of data without rationales hold hashes without that field.
+            del fields["rationales"]
         line = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         digest.update(line.encode("ascii") + b"\n")
     return digest.hexdigest()
 
 
 def text_fingerprint(text: str) -> bytes:
-    """A hash that ignores compatibility forms, letter case and the amount of white space."""
-    return hashlib.sha256(" ".join(_normalize_text(text).split()).encode("utf-8", "surrogatepass")).digest()
+    """Return a hash that ignores compatibility forms, letter case and the amount of white space."""
+    words = _normalize_text(text).split()
+    return hashlib.sha256(" ".join(words).encode("utf-8", "surrogatepass")).digest()
 
 
 def count_contaminated(train: Iterable[Example], validation: Sequence[Example]) -> int:
-    """Validation examples that share 13 words in a row with a training prompt.
+    """Count the validation examples whose prompt shares 13 words in a row with a training prompt.
 
-    Words stand between white space and lose the punctuation around them, so text written without spaces has
-    few.
+    Words are separated by white space and lose the punctuation around them, so text written without spaces
+    has few.
     """
     owners: dict[tuple[str, ...], set[int]] = {}
     for index, example in enumerate(validation):
-        for gram in _word_sequences(example.prompt):
-            owners.setdefault(gram, set()).add(index)
-    hit: set[int] = set()
+        for sequence in _word_sequences(example.prompt):
+            owners.setdefault(sequence, set()).add(index)
+    contaminated: set[int] = set()
     for example in train:
-        hit.update(*(owners.get(gram, ()) for gram in _word_sequences(example.prompt)))
-    return len(hit)
+        for sequence in _word_sequences(example.prompt):
+            contaminated.update(owners.get(sequence, ()))
+    return len(contaminated)
 
 
 def _word_sequences(text: str) -> Iterator[tuple[str, ...]]:
-    words = [word for raw in _normalize_text(text).split() if (word := raw.strip(string.punctuation))]
-    return (
-        tuple(words[start : start + CONTAMINATION_WORDS])
-        for start in range(len(words) - CONTAMINATION_WORDS + 1)
-    )
+    """Iterate over all sequences of 13 words in a row."""
+    stripped = [word.strip(string.punctuation) for word in _normalize_text(text).split()]
+    words = [word for word in stripped if word]
+    for start in range(len(words) - CONTAMINATION_WORDS + 1):
+        yield tuple(words[start : start + CONTAMINATION_WORDS])
 
 
 def _normalize_text(text: str) -> str:

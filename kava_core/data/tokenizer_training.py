@@ -1,9 +1,9 @@
-"""The four kinds of tokenizer a spec can have trained on its own texts, made with ``tokenizers``.
+"""Train the four kinds of tokenizer that a spec can ask for, with the library ``tokenizers``.
 
 All are cased and change nothing in the text, so that spans are those of the text. ``chars``, ``bpe`` and
-``unigram`` give the text back exactly when decoded: ``bpe`` any text, the others texts of the characters
-they were trained on (and ``unigram`` no ``▁``). ``wordpiece`` knows words alone: decoding puts one space
-between any two.
+``unigram`` give back the exact text when decoded: ``bpe`` any text, the others texts of the characters they
+were trained on (and ``unigram`` texts without ``▁``). ``wordpiece`` keeps words alone: decoding puts one
+space between any two.
 """
 
 from __future__ import annotations
@@ -21,12 +21,17 @@ PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 
 
 def train_on_texts(spec: TrainTokenizer, texts: Sequence[str]) -> Tokenizer:
-    """A tokenizer of at most ``spec.vocab_size`` tokens; SpecError where so few cannot spell the texts."""
+    """Train a tokenizer of at most ``spec.vocab_size`` tokens.
+
+    Raises:
+        SpecError: so few tokens cannot spell the texts.
+    """
     try:
         tokenizer = TRAINERS[spec.kind](texts, spec.vocab_size)
     except Exception as error:  # the Rust library raises bare Exception
         raise _training_error(spec, str(error)) from error
-    if (size := tokenizer.get_vocab_size()) > spec.vocab_size:
+    size = tokenizer.get_vocab_size()
+    if size > spec.vocab_size:
         raise _training_error(spec, f"its characters and special tokens alone need {size}")
     return tokenizer
 
@@ -37,7 +42,9 @@ def _training_error(spec: TrainTokenizer, why: str) -> SpecError:
 
 def _train_chars(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     """The most frequent characters, in order of code points."""
-    counts = Counter(character for text in texts for character in text)
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
     special = [PAD, EOS, UNK]
     frequent = sorted(counts, key=lambda character: (-counts[character], character))
     kept = sorted(frequent[: max(0, vocab_size - len(special))])
@@ -67,32 +74,34 @@ def _train_unigram(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     """As SentencePiece does it, with no space put before the text; every line break is a token of its own."""
     special = [PAD, EOS, UNK]
     tokenizer = Tokenizer(models.Unigram())
-    lines, words = pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Metaspace(prepend_scheme="never")
+    lines = pre_tokenizers.Split("\n", "isolated")
+    words = pre_tokenizers.Metaspace(prepend_scheme="never")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([lines, words])
     trainer = trainers.UnigramTrainer(
         vocab_size=vocab_size, special_tokens=special, unk_token=UNK, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     pieces = json.loads(tokenizer.to_str())["model"]["vocab"]
-    settled = _reproducible_pieces({piece: score for piece, score in pieces if piece not in special})
-    tokenizer.model = models.Unigram([(token, 0.0) for token in special] + settled, unk_id=special.index(UNK))
+    scores = {piece: score for piece, score in pieces if piece not in special}
+    vocabulary = [(token, 0.0) for token in special] + _reproducible_pieces(scores)
+    tokenizer.model = models.Unigram(vocabulary, unk_id=special.index(UNK))
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
     return tokenizer
 
 
 def _reproducible_pieces(scores: dict[str, float]) -> list[tuple[str, float]]:
-    """The pieces in an order, and with scores, that are the same in every run.
+    """Return the pieces in an order, and with scores, that are the same in every run.
 
     The trainer walks through hash tables of random order: sums differ in their last digits, and characters
     it has no score for get the lowest one plus 0.0001 for each such character before.
     """
-    low = min(scores.values(), default=0.0)
-    unscored = low + 1e-4 * len(scores)
-    rounded = {
-        piece: round(low if len(piece) == 1 and score < unscored else score, 6)
-        for piece, score in scores.items()
-    }
-    return sorted(rounded.items(), key=lambda item: (-item[1], item[0]))
+    lowest = min(scores.values(), default=0.0)
+    unscored = lowest + 1e-4 * len(scores)
+    rounded: list[tuple[str, float]] = []
+    for piece, score in scores.items():
+        has_no_score = len(piece) == 1 and score < unscored
+        rounded.append((piece, round(lowest if has_no_score else score, 6)))
+    return sorted(rounded, key=lambda item: (-item[1], item[0]))
 
 
 def _train_wordpiece(texts: Sequence[str], vocab_size: int) -> Tokenizer:
@@ -101,16 +110,18 @@ def _train_wordpiece(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.WordPiece(unk_token=UNK))
     tokenizer.pre_tokenizer = split
     # Given as special, the characters inside words get their numbers in order, not in that of a hash table.
-    inside = {
-        character for text in texts for word, _ in split.pre_tokenize_str(text) for character in word[1:]
-    }
+    inside: set[str] = set()
+    for text in texts:
+        for word, _ in split.pre_tokenize_str(text):
+            inside.update(word[1:])
     alphabet = [PAD, EOS, UNK, *(f"##{character}" for character in sorted(inside))]
     trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
-    plain = Tokenizer(models.WordPiece(tokenizer.get_vocab(), unk_token=UNK))
-    plain.pre_tokenizer = split
-    plain.decoder = decoders.WordPiece(cleanup=False)
-    return plain
+    # Made anew from the vocabulary, in which these characters are no longer special.
+    trained = Tokenizer(models.WordPiece(tokenizer.get_vocab(), unk_token=UNK))
+    trained.pre_tokenizer = split
+    trained.decoder = decoders.WordPiece(cleanup=False)
+    return trained
 
 
 TRAINERS: dict[str, Callable[[Sequence[str], int], Tokenizer]] = {

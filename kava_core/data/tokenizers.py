@@ -1,4 +1,4 @@
-"""Tokenizers: loaded from a folder or the hub, or trained and kept in a cache. Always fast ones."""
+"""Load tokenizers from a folder or the hub, or train them and keep them in a cache. Always fast ones."""
 
 from __future__ import annotations
 
@@ -27,10 +27,16 @@ def load_tokenizer(
     cache: Path | None = None,
     revision: str | None = None,
 ) -> PreTrainedTokenizerBase:
-    """A model's tokenizer; one to be trained on ``texts`` and kept under ``cache``; a folder or hub name.
+    """Load a tokenizer, or train it first.
+
+    Args:
+        source: a model, for its tokenizer; a tokenizer to be trained; or a folder or hub name.
+        texts: what one is trained on.
+        cache: folder that trained ones are kept in.
+        revision: commit or tag on the hub, for a folder or hub name.
 
     Raises:
-        SpecError: nothing can be loaded from there, or it is a slow tokenizer, which knows no offsets.
+        SpecError: nothing can be loaded from there, or it is a slow tokenizer, which gives no offsets.
     """
     if isinstance(source, ModelSpec):
         if source.tokenizer is None:
@@ -44,12 +50,11 @@ def load_tokenizer(
 
 
 def train_tokenizer(spec: TrainTokenizer, texts: Iterable[str], cache: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer trained on the texts, or the one trained on them before.
+    """Train a tokenizer on texts, or load the one that was trained on them before.
 
     Its folder under ``cache`` is named by a hash of the spec, the texts in their order and the version of
-    ``tokenizers``; it appears complete or not at all, also when two processes train it at once.
-
-    One that cannot be loaded is trained anew.
+    ``tokenizers``; it appears complete or not at all, even if two processes train it at once. A kept one that
+    cannot be loaded is trained again.
 
     Raises:
         SpecError: no texts, or a vocabulary too small to spell them.
@@ -59,18 +64,20 @@ def train_tokenizer(spec: TrainTokenizer, texts: Iterable[str], cache: Path) -> 
     if not texts:
         raise SpecError(f"tokenizer: no texts to train {spec.kind!r} on")
     folder = cache / f"{spec.kind}-{_cache_key(spec, texts)}"
-    if (kept := _load_kept(folder)) is not None:
+    kept = _load_kept(folder)
+    if kept is not None:
         return kept
     if folder.exists():
         _drop_broken(folder)
     _publish_tokenizer(_wrap_tokenizer(tokenizer_training.train_on_texts(spec, texts)), folder)
-    if (trained := _load_kept(folder)) is None:
+    trained = _load_kept(folder)
+    if trained is None:
         raise KavaError(f"{folder}: the tokenizer just saved cannot be read; delete the folder")
     return trained
 
 
 def _load_kept(folder: Path) -> PreTrainedTokenizerFast | None:
-    """The tokenizer in a folder; None where there is none that can be loaded."""
+    """Return the tokenizer in a folder; None if there is none that can be loaded."""
     if not folder.is_dir():
         return None
     try:
@@ -81,7 +88,10 @@ def _load_kept(folder: Path) -> PreTrainedTokenizerFast | None:
 
 
 def _drop_broken(folder: Path) -> None:
-    """Delete a broken tokenizer, which loses its name first; never a sound one put there since."""
+    """Delete a broken tokenizer, unless another process has replaced it by a sound one.
+
+    Its folder is renamed first, so that nobody sees it half deleted.
+    """
     doomed = folder.with_name(f".{folder.name}.{uuid4().hex}")
     with suppress(OSError), _lock_folder(folder):
         if _load_kept(folder) is None:

@@ -1,4 +1,4 @@
-"""How numbers lie in a store, and how they become float32 again."""
+"""Encode numbers as a store keeps them, and decode them to float32."""
 
 from __future__ import annotations
 
@@ -13,27 +13,31 @@ StoredDtype = Literal["bfloat16", "int8", "float32"]
 LARGEST_CODE = 127
 """Largest magnitude of a stored int8; -128 is not used, so that the code is symmetric."""
 SCALE_BYTES = 4
+"""Bytes of a float32 scale."""
 
 
 def bytes_per_vector(dim: int, dtype: StoredDtype) -> int:
-    """Bytes of the ``dim`` numbers of one layer, head and position, with their scale."""
-    return dim * getattr(torch, dtype).itemsize + (SCALE_BYTES if dtype == "int8" else 0)
+    """Return the bytes of the ``dim`` numbers of one layer, head and position, with their scale."""
+    scale_bytes = SCALE_BYTES if dtype == "int8" else 0
+    return dim * getattr(torch, dtype).itemsize + scale_bytes
 
 
-def encode_vectors(x: Float[Tensor, "*_ dim"], dtype: StoredDtype) -> tuple[Tensor, Tensor | None]:
-    """Numbers as they are stored, and for int8 their float32 scales (``x`` without its last axis).
+def encode_vectors(vectors: Float[Tensor, "*_ dim"], dtype: StoredDtype) -> tuple[Tensor, Tensor | None]:
+    """Return numbers as they are stored, and for int8 their float32 scales (without the axis ``dim``).
 
     The int8 code is ``round(x / scale)`` with ``scale = max|x| / 127`` over ``dim``: no number is off by
     more than half its scale, and zeros stay zeros.
     """
     if dtype != "int8":
-        return x.to(getattr(torch, dtype)), None
-    scale = x.float().abs().amax(-1) / LARGEST_CODE
-    steps = x.float() / scale.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
-    return steps.round().clamp(-LARGEST_CODE, LARGEST_CODE).to(torch.int8), scale
+        return vectors.to(getattr(torch, dtype)), None
+    scale = vectors.float().abs().amax(-1) / LARGEST_CODE
+    # A vector of zeros has scale 0, and must not become NaN.
+    divisor = scale.clamp_min(torch.finfo(torch.float32).tiny)
+    codes = (vectors.float() / divisor[..., None]).round()
+    return codes.clamp(-LARGEST_CODE, LARGEST_CODE).to(torch.int8), scale
 
 
 def decode_vectors(stored: Tensor, scale: Tensor | None) -> Float[Tensor, "*_ dim"]:
-    """What ``encode_vectors`` made, in float32."""
+    """Return in float32 what ``encode_vectors`` stored."""
     numbers = stored.float()
     return numbers if scale is None else numbers * scale[..., None]

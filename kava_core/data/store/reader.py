@@ -1,4 +1,4 @@
-"""Targets of any examples of a store, read through the page cache."""
+"""Read the targets of any examples of a store, through the page cache."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ SCALE = ".scale"
 
 
 class ExampleBlock(NamedTuple):
-    """Where an example lies: its shard, the tokens before it in that shard, its own tokens."""
+    """Where an example is in a store, counted in student tokens."""
 
     shard: str
+    """File name of its shard."""
     start: int
+    """Number of tokens before it in that shard."""
     time: int
+    """Number of its own tokens."""
 
 
 def tensor_name(teacher: str, what: str) -> str:
-    """Name of a flat tensor in a shard."""
+    """Name a flat tensor in a shard: ``teacher/what``."""
     return f"{teacher}/{what}"
 
 
@@ -40,7 +43,7 @@ class Store:
 
     A shard holds one flat tensor for every teacher and part (and its scales, and its validity), in which an
     example's ``layer head time dim`` is one block. Shards are mapped into memory when they are first
-    needed, in every process by itself, and only what is asked for is read.
+    needed, in every process separately, and only what is asked for is read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -51,11 +54,11 @@ class Store:
         """
         index = read_index(folder)
         self.folder, self.layout = folder, index.layout
-        self.places: dict[str, ExampleBlock] = {}
+        self.blocks: dict[str, ExampleBlock] = {}
         for shard in index.shards:
             start = 0
             for key, time in shard.items:
-                self.places[key] = ExampleBlock(shard.file, start, time)
+                self.blocks[key] = ExampleBlock(shard.file, start, time)
                 start += time
         self._shards: dict[str, dict[str, Tensor]] = {}
 
@@ -64,11 +67,11 @@ class Store:
 
     @property
     def digest(self) -> str:
-        """The store's name."""
+        """Return the store's name."""
         return self.folder.name
 
     def batch(self, keys: Sequence[str], time: int) -> dict[str, dict[str, Any]]:
-        """The stored targets of some examples, padded right to ``time`` student positions.
+        """Read the stored targets of some examples, padded right to ``time`` student positions.
 
         Returns:
             For every teacher, as they are stored: ``target`` (part to ``batch layer head time dim``), with
@@ -77,49 +80,52 @@ class Store:
         Raises:
             CheckpointError: an example is not in the store, or a shard cannot be read.
         """
-        places = [self._place(key) for key in keys]
-        return {name: self._side(name, parts, places, time) for name, parts in self.layout.teachers.items()}
+        blocks = [self._find_block(key) for key in keys]
+        batch = {}
+        for teacher, parts in self.layout.teachers.items():
+            batch[teacher] = self._read_teacher(teacher, parts, blocks, time)
+        return batch
 
-    def _place(self, key: str) -> ExampleBlock:
-        if key not in self.places:
+    def _find_block(self, key: str) -> ExampleBlock:
+        if key not in self.blocks:
             raise CheckpointError(f"{self.folder}: example {key} is not in this store")
-        return self.places[key]
+        return self.blocks[key]
 
-    def _side(
-        self, teacher: str, parts: Mapping[Part, tuple[int, int, int]], places: list[ExampleBlock], time: int
+    def _read_teacher(
+        self, teacher: str, parts: Mapping[Part, tuple[int, int, int]], blocks: list[ExampleBlock], time: int
     ) -> dict[str, Any]:
-        target = {part: self._padded(teacher, part, places, time, extent) for part, extent in parts.items()}
-        valid = self._padded(teacher, VALID, places, time, (1, 1, 1)).flatten(1)
-        side: dict[str, Any] = {"target": target, "valid": valid}
-        if self.layout.dtype == "int8":
-            side["scale"] = {
-                part: self._padded(teacher, part + SCALE, places, time, (layer, head, 1))[..., 0]
-                for part, (layer, head, _) in parts.items()
-            }
-        return side
+        target, scale = {}, {}
+        for part, (layer, head, dim) in parts.items():
+            target[part] = self._read_padded(teacher, part, blocks, time, (layer, head, dim))
+            if self.layout.dtype == "int8":
+                scales = self._read_padded(teacher, part + SCALE, blocks, time, (layer, head, 1))
+                scale[part] = scales[..., 0]
+        valid = self._read_padded(teacher, VALID, blocks, time, (1, 1, 1)).flatten(1)
+        side = {"target": target, "valid": valid}
+        return side | {"scale": scale} if scale else side
 
-    def _padded(
-        self, teacher: str, what: str, places: list[ExampleBlock], time: int, extent: tuple[int, int, int]
+    def _read_padded(
+        self, teacher: str, what: str, blocks: list[ExampleBlock], time: int, extent: tuple[int, int, int]
     ) -> Tensor:
-        """``batch layer head time dim``, zero where an example is shorter."""
-        blocks = [self._block(tensor_name(teacher, what), place, extent) for place in places]
+        """Read ``batch layer head time dim``, zero at the end of shorter examples."""
+        tensors = [self._map_block(tensor_name(teacher, what), block, extent) for block in blocks]
         layer, head, dim = extent
-        padded = blocks[0].new_empty(len(blocks), layer, head, time, dim)
-        for row, block in zip(padded, blocks, strict=True):
-            row[:, :, : block.shape[2]] = block
-            row[:, :, block.shape[2] :] = 0
+        padded = tensors[0].new_empty(len(tensors), layer, head, time, dim)
+        for row, tensor in zip(padded, tensors, strict=True):
+            row[:, :, : tensor.shape[2]] = tensor
+            row[:, :, tensor.shape[2] :] = 0
         return padded
 
-    def _block(self, name: str, place: ExampleBlock, extent: tuple[int, int, int]) -> Tensor:
-        """One example's ``layer head time dim``, in mapped memory."""
+    def _map_block(self, name: str, block: ExampleBlock, extent: tuple[int, int, int]) -> Tensor:
+        """Return one example's ``layer head time dim``, in mapped memory."""
         layer, head, dim = extent
         width = layer * head * dim
-        flat = self._shard(place.shard)[name]
-        block = flat[place.start * width : (place.start + place.time) * width]
-        return block.view(layer, head, place.time, dim)
+        flat = self._open_shard(block.shard)[name]
+        numbers = flat[block.start * width : (block.start + block.time) * width]
+        return numbers.view(layer, head, block.time, dim)
 
-    def _shard(self, file: str) -> dict[str, Tensor]:
-        """A shard's flat tensors, which lie in mapped memory."""
+    def _open_shard(self, file: str) -> dict[str, Tensor]:
+        """Return a shard's flat tensors, in mapped memory."""
         if file not in self._shards:
             self._shards[file] = _map_shard(self.folder / file)
         return self._shards[file]
@@ -134,13 +140,14 @@ def _map_shard(file: Path) -> dict[str, Tensor]:
 
 
 def decode_target(side: Mapping[str, Any]) -> tuple[Cache, Bool[Tensor, "batch time"]]:
-    """A teacher's target in float32 and its validity, from its side of a batch; on the batch's device."""
+    """Return a teacher's target in float32 and its validity, from its side of a batch; on the batch's
+    device."""
     scale = side.get("scale", {})
-    target = Cache(**{part: decode_vectors(x, scale.get(part)) for part, x in side["target"].items()})
+    parts = {part: decode_vectors(stored, scale.get(part)) for part, stored in side["target"].items()}
     valid: Tensor = side["valid"]
-    return target, valid
+    return Cache(**parts), valid
 
 
 def flatten_example(target: Tensor, row: int, time: int) -> Tensor:
-    """One example's block: ``batch layer head time dim`` to flat, without padding."""
+    """Return one example of ``batch layer head time dim`` as a flat block, without padding."""
     return torch.narrow(target[row], 2, 0, time).reshape(-1)

@@ -1,4 +1,4 @@
-"""Writing shards so that a killed process loses at most the one it was filling."""
+"""Write shards so that a killed process loses at most the one it was filling."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ MIB = 2**20
 
 
 class StoreWriter:
-    """Fills shards in a folder; goes on from the complete ones it finds there.
+    """Fills shards in a folder; continues after the complete ones that are there already.
 
-    A shard is complete once its record (``shard-00000.json``) lies beside it: the record is written after
-    the shard has reached the disk.
+    A shard is complete once its record (``shard-00000.json``) is beside it: the record is written after the
+    shard has reached the disk.
 
     Args:
         folder: where the store is being made.
@@ -52,7 +52,12 @@ class StoreWriter:
         self._bytes = 0
 
     def add(self, key: str, time: int, blocks: Mapping[str, Tensor]) -> None:
-        """One example: its key, its student tokens, and its flat tensors by name.
+        """Add one example.
+
+        Args:
+            key: the example's key.
+            time: number of its student tokens.
+            blocks: its flat tensors by name.
 
         Raises:
             KavaError: a full shard cannot be written.
@@ -77,7 +82,7 @@ class StoreWriter:
         self._begin_shard()
 
     def finish(self, ingredients: Ingredients) -> StoreIndex:
-        """Close the last shard and write the index, which takes over what the shards' records say."""
+        """Close the last shard and write the index, which contains the shards' records."""
         self.flush()
         index = StoreIndex(ingredients, self.layout, self.shards)
         write_json(self.folder / INDEX_FILE, index.fields())
@@ -85,7 +90,11 @@ class StoreWriter:
 
 
 def save_durably(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """A safetensors file that is whole or not there; KavaError where it cannot be written."""
+    """Save a safetensors file so that it is whole or not there.
+
+    Raises:
+        KavaError: it cannot be written.
+    """
     draft = file.with_suffix(".draft")
     try:
         save_file(dict(tensors), draft)
@@ -97,17 +106,17 @@ def save_durably(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 
 def _complete_shards(folder: Path) -> list[ShardRecord]:
-    """The complete shards from the first on; whatever comes after a gap is written again."""
-    found: list[ShardRecord] = []
+    """Return the complete shards from the first on; whatever comes after a gap is written again."""
+    records: list[ShardRecord] = []
     while True:
-        file = folder / f"shard-{len(found):05d}.json"
+        file = folder / f"shard-{len(records):05d}.json"
         try:
             record = parse_shard_record(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError):
-            return found
+            return records
         if not (folder / record.file).is_file():
-            return found
-        found.append(record)
+            return records
+        records.append(record)
 
 
 def drop_records(folder: Path) -> None:
