@@ -12,12 +12,12 @@ _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
-def base_of(kind: str) -> type[ComponentConfig]:
+def base_class_of_kind(kind: str) -> type[ComponentConfig]:
     """The class that declarations of this kind derive from."""
     return KVLossConfig if kind == "kv_loss" else ComponentConfig
 
 
-RESERVED = (
+METRIC_NAMES = (
     "loss",
     "ce",
     "perplexity",
@@ -32,15 +32,15 @@ RESERVED = (
 """Names of metrics: a loss of such a name would stand in their place."""
 
 
-def fault_of(kind: str, declaration: Any) -> str | None:
+def declaration_fault(kind: str, declaration: Any) -> str | None:
     """The first thing wrong with a declaration, as a sentence; None when it is usable."""
-    base = base_of(kind)
+    base = base_class_of_kind(kind)
     if not isclass(declaration) or not issubclass(declaration, base) or declaration is base:
         return f"{declaration!r} is not a subclass of {base.__name__}"
     told = f"class {declaration.__name__}"
-    if not _named(declaration):
+    if not _has_literal_name(declaration):
         return f"{told} needs a field like name: Literal['my_name'] = 'my_name' (lower case, digits, _)"
-    if kind == "kv_loss" and declaration.component_name() in RESERVED:
+    if kind == "kv_loss" and declaration.component_name() in METRIC_NAMES:
         return f"{told}: {declaration.component_name()!r} is the name of a metric; choose another name"
     if not _IMPORT_PATH.fullmatch(str(getattr(declaration, "component", ""))):
         given = getattr(declaration, "component", None)
@@ -50,7 +50,7 @@ def fault_of(kind: str, declaration: Any) -> str | None:
     return None
 
 
-def _named(declaration: type[ComponentConfig]) -> bool:
+def _has_literal_name(declaration: type[ComponentConfig]) -> bool:
     field = declaration.model_fields["name"]
     literal = get_origin(field.annotation) is Literal and get_args(field.annotation) == (field.default,)
     return literal and bool(_NAME.fullmatch(str(field.default)))

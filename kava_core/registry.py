@@ -20,7 +20,7 @@ import pluggy
 
 from kava_core import hookspecs
 from kava_core.config import ComponentConfig
-from kava_core.declarations import fault_of
+from kava_core.declarations import declaration_fault
 from kava_core.errors import PluginError, SpecError, did_you_mean, one_of
 from kava_core.hookspecs import KINDS
 
@@ -30,7 +30,7 @@ GROUP = "kava"
 BUILT_IN = "kava"
 """The distribution whose components nobody can shadow."""
 
-DISABLE = "KAVA_DISABLE_PLUGINS"
+DISABLED_VARIABLE = "KAVA_DISABLE_PLUGINS"
 """Environment variable: comma-separated distributions or ``distribution:entry``; ``*``: all third parties."""
 
 
@@ -86,11 +86,11 @@ class Registry:
         A plugin that fails is remembered in ``failures`` and the others go on. PluginError where two third
         parties register one name: neither can be preferred silently.
         """
-        disabled = os.environ.get(DISABLE, "").split(",") if disabled is None else disabled
-        off = {_canonical(name) for name in disabled}
+        disabled = os.environ.get(DISABLED_VARIABLE, "").split(",") if disabled is None else disabled
+        off = {_canonical_name(name) for name in disabled}
         loader = _Loader()
         for point in sorted(entry_points(group=GROUP), key=_built_in_first):
-            if not _is_off(point, off):
+            if not _is_disabled(point, off):
                 loader.load(point)
         return cls(tuple(_without_clashes(loader.found, loader.failures)), tuple(loader.failures))
 
@@ -151,7 +151,7 @@ class _Loader:
                 self._register(module, plugin)
                 self.found += list(self._components(module, point))
         except (Exception, SystemExit) as error:
-            self.failures.append(Failure(plugin, _reason(error)))
+            self.failures.append(Failure(plugin, _failure_reason(error)))
 
     def _register(self, module: Any, plugin: str) -> None:
         hooks = [name for name in dir(module) if self.manager.parse_hookimpl_opts(module, name) is not None]
@@ -166,15 +166,15 @@ class _Loader:
         for kind, hook in KINDS.items():
             for implementation in getattr(self.manager.hook, hook).get_hookimpls():
                 if implementation.plugin is module:
-                    for config in _declared(kind, hook, implementation.function()):
-                        yield Registered(kind, config, *_distribution(point), point.name, point.module)
+                    for config in _checked_declarations(kind, hook, implementation.function()):
+                        yield Registered(kind, config, *_distribution_of(point), point.name, point.module)
 
 
-def _declared(kind: str, hook: str, returned: Any) -> Sequence[type[ComponentConfig]]:
+def _checked_declarations(kind: str, hook: str, returned: Any) -> Sequence[type[ComponentConfig]]:
     if not isinstance(returned, list | tuple):
         raise PluginError(f"{hook} must return a list of declarations, not {type(returned).__name__}")
     for declaration in returned:
-        fault = fault_of(kind, declaration)
+        fault = declaration_fault(kind, declaration)
         if fault:
             raise PluginError(f"{hook}: {fault}")
     return returned
@@ -189,36 +189,36 @@ def _without_clashes(found: list[Registered], failures: list[Failure]) -> Iterat
         for other in others:
             clash = f"{kind} {name!r} is registered by {first.origin} and by {other.origin}"
             if first.distribution != BUILT_IN or other.distribution == BUILT_IN:
-                raise PluginError(f"{clash}; uninstall one or name it in {DISABLE}")
+                raise PluginError(f"{clash}; uninstall one or name it in {DISABLED_VARIABLE}")
             failures.append(Failure(f"{other.distribution}:{other.entry}", f"{clash}; built-ins stay"))
         yield first
 
 
-def _distribution(point: EntryPoint) -> tuple[str, str]:
+def _distribution_of(point: EntryPoint) -> tuple[str, str]:
     return (point.dist.name, point.dist.version) if point.dist else ("unknown", "0")
 
 
 def _plugin_name(point: EntryPoint) -> str:
-    return f"{_distribution(point)[0]}:{point.name}"
+    return f"{_distribution_of(point)[0]}:{point.name}"
 
 
 def _built_in_first(point: EntryPoint) -> tuple[bool, str]:
-    return _distribution(point)[0] != BUILT_IN, _plugin_name(point)
+    return _distribution_of(point)[0] != BUILT_IN, _plugin_name(point)
 
 
-def _is_off(point: EntryPoint, off: set[str]) -> bool:
-    distribution = _distribution(point)[0]
-    names = {_canonical(distribution), _canonical(_plugin_name(point))}
+def _is_disabled(point: EntryPoint, off: set[str]) -> bool:
+    distribution = _distribution_of(point)[0]
+    names = {_canonical_name(distribution), _canonical_name(_plugin_name(point))}
     return bool(names & off) or ("*" in off and distribution != BUILT_IN)
 
 
-def _canonical(name: str) -> str:
+def _canonical_name(name: str) -> str:
     """Distribution names compare without case and with ``-``, ``_``, ``.`` alike (PEP 503)."""
     distribution, colon, entry = name.strip().partition(":")
     return re.sub(r"[-_.]+", "-", distribution).lower() + colon + entry
 
 
-def _reason(error: BaseException) -> str:
+def _failure_reason(error: BaseException) -> str:
     """One line: the message of our own errors, with the type in front of others."""
     message = " ".join(str(error).split()) or "no message"
     return message if isinstance(error, PluginError) else f"{type(error).__name__}: {message}"

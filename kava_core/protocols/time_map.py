@@ -159,7 +159,7 @@ class TimeMap:
             each.view(batch, 1, time).expand(-1, copies, -1).flatten()
             for each in (self.start[:-1], self.start.diff(), self.valid)
         )
-        owner, taken = ranges(first, count, total=self.index.numel() * copies)
+        owner, taken = expand_ranges(first, count, total=self.index.numel() * copies)
         place = self.index[taken] + owner // max(time, 1) * t_time
         start = F.pad(count.cumsum(0), (1, 0))
         rows = rearrange(x, "batch layer head time dim -> (batch layer head time) dim")
@@ -188,12 +188,12 @@ class TimeMap:
         row = row[live]
         via = row // max(second.valid.shape[1], 1) * self.valid.shape[1] + second.index[live]
         count = torch.where(self.valid.flatten()[via], self.start.diff()[via], 0)
-        owner, place = ranges(self.start[via], count)
+        owner, place = expand_ranges(self.start[via], count)
         weight = second.weight[live][owner].double() * self.weight[place].double()
-        return TimeMap.of_entries(*_coalesced(row[owner], self.index[place], weight), second.valid)
+        return TimeMap.of_entries(*_merge_equal_taps(row[owner], self.index[place], weight), second.valid)
 
 
-def ranges(
+def expand_ranges(
     first: Int[Tensor, " _"], count: Int[Tensor, " _"], total: int | None = None
 ) -> tuple[Int[Tensor, " tap"], Int[Tensor, " tap"]]:
     """All numbers of the ranges ``first[k] … first[k] + count[k] − 1``: which k each is from, and itself.
@@ -205,7 +205,7 @@ def ranges(
     return owner, torch.arange(len(owner), device=count.device) + shift.index_select(0, owner)
 
 
-def _coalesced(row: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _merge_equal_taps(row: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each (row, index) once, in order, with the sum of its weights."""
     pairs, which = torch.unique(torch.stack([row, index]), dim=1, return_inverse=True)
     return pairs[0], pairs[1], weight.new_zeros(pairs.shape[1]).index_add_(0, which, weight)

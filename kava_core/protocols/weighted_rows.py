@@ -44,10 +44,12 @@ class _WeightedRows(torch.autograd.Function):
         *matrix, valid = ctx.saved_tensors
         gradient = gradient.masked_fill(~valid[:, None], 0).contiguous()
         every = valid.new_ones(ctx.height)
-        return weighted_rows(gradient, *_transposed(ctx.height, *matrix), every), None, None, None, None
+        return weighted_rows(gradient, *_transpose_csr(ctx.height, *matrix), every), None, None, None, None
 
 
-def _transposed(height: int, index: Tensor, weight: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _transpose_csr(
+    height: int, index: Tensor, weight: Tensor, start: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Index, weight and start of the transposed matrix, which has ``height`` rows; without host syncs."""
     column, order = torch.sort(index, stable=True)
     row = torch.repeat_interleave(start.diff(), output_size=index.numel())

@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from kava_core.config import ComponentConfig
-from kava_core.declarations import fault_of
+from kava_core.declarations import declaration_fault
 from kava_core.errors import KavaError
 from kava_core.testing.geometries import GEOMETRIES, Sides
 from kava_core.testing.require import require, require_same
@@ -90,7 +90,7 @@ class ComponentTests:
 
     def test_declaration_is_sound(self, config: Any) -> None:
         """The registry accepts the declaration."""
-        fault = fault_of(self.kind, type(config))
+        fault = declaration_fault(self.kind, type(config))
         require(fault is None, "the registry must accept the declaration", str(fault))
 
     def test_declaration_needs_no_torch(self, config: Any) -> None:
