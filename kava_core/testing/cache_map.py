@@ -49,7 +49,7 @@ class CacheMapTests(MetaTests):
         return [component(x, part) for part, x in inputs.items()]
 
     def test_axes(self, config: Any, sides: Sides) -> None:
-        """Only its own axis changes, for every part, also for one position and for none."""
+        """Check that only its own axis changes, for every part, also for one position and for none."""
         component = self.build(config, sides)
         for part in self.compared(sides):
             layer, head, dim = self.shape_of(component, config, sides, part)
@@ -60,14 +60,14 @@ class CacheMapTests(MetaTests):
                 require_finite(seen, f"{self.who} must return finite numbers for finite {part}")
 
     def test_dtype_is_kept(self, config: Any, dtype: torch.dtype) -> None:
-        """bfloat16, float32 and float64 come out as they went in."""
+        """Check that bfloat16, float32 and float64 come out as they went in."""
         component = self.build(config, self.usual)
         for part in self.compared(self.usual):
             seen = component(self.draw(config, self.usual, part, dtype=dtype), part).dtype
             require(seen == dtype, f"{self.who} must keep the dtype of its input ({dtype})", f"got {seen}")
 
     def test_gradient_reaches_the_input(self, config: Any, sides: Sides) -> None:
-        """The output is attached to the input and to the parameters; all gradients are finite."""
+        """Check that the output is attached to input and parameters, and that gradients are finite."""
         component = self.build(config, sides)
         for part in self.compared(sides):
             x = self.draw(config, sides, part).requires_grad_()
@@ -81,7 +81,7 @@ class CacheMapTests(MetaTests):
                 require_finite(parameter.grad, f"the gradient of {name} must be finite")
 
     def test_examples_are_independent(self, config: Any) -> None:
-        """An example alone gives what it gives in a batch."""
+        """Check that an example alone gives what it gives in a batch."""
         component = self.build(config, self.usual)
         for part, x in self.inputs(config, self.usual).items():
             for row in range(BATCH):
@@ -89,7 +89,7 @@ class CacheMapTests(MetaTests):
                 require_same(alone, wanted, "an example must not depend on the others of its batch")
 
     def test_positions_are_independent(self, config: Any) -> None:
-        """NaN at a padded position stays there."""
+        """Check that naN at a padded position stays there."""
         component = self.build(config, self.usual)
         for part, x in self.inputs(config, self.usual).items():
             padded = x.clone()
@@ -99,7 +99,7 @@ class CacheMapTests(MetaTests):
             require_same(seen, wanted, "a position must not depend on other positions, which may be padding")
 
     def test_one_layer_alone(self, config: Any) -> None:
-        """With ``train.stream`` layers come one by one; ``layered`` names what each has of its own."""
+        """Check that a layer gives alone what it gives among all, as ``train.stream`` calls them one by one."""
         component = self.build(config, self.usual)
         contract = "a layer alone must give what it gives among all; name parameters by layer in 'layered'"
         for part, x in self.inputs(config, self.usual).items():
@@ -111,7 +111,7 @@ class CacheMapTests(MetaTests):
                 require_same(alone, whole[:, row : row + 1], contract)
 
     def test_linear_is_linear(self, config: Any) -> None:
-        """kava exchanges stages that say ``linear`` (affine, in fact) where that is cheaper."""
+        """Check that a component marked ``linear`` is affine: kava exchanges the order of such stages."""
         component = self.build(config, self.usual)
         if not getattr(component, "linear", False):
             return
@@ -122,7 +122,7 @@ class CacheMapTests(MetaTests):
             require_same(together, apart, "with linear = True weighted means must pass unchanged")
 
     def test_other_parts_are_refused(self, config: Any) -> None:
-        """Parts that are not in ``parts`` raise a KavaError that names the component."""
+        """Check that parts that are not in ``parts`` raise a KavaError that names the component."""
         for part in [part for part in PARTS if part not in self.parts]:
             component = self.build(config, self.usual)
             with pytest.raises(KavaError, match=config.name):

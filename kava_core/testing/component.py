@@ -89,23 +89,23 @@ class ComponentTests:
         raise NotImplementedError
 
     def test_declaration_is_sound(self, config: Any) -> None:
-        """The registry accepts the declaration."""
+        """Check that the registry accepts the declaration."""
         fault = declaration_fault(self.kind, type(config))
         require(fault is None, "the registry must accept the declaration", str(fault))
 
     def test_declaration_needs_no_torch(self, config: Any) -> None:
-        """Specs are checked against declarations alone, at once."""
+        """Check that the declaration imports without torch, because specs are checked by it alone."""
         seen = _torch_imported_by(type(config).__module__)
         require(not seen, "the declaration's module must import, without importing torch", f"found: {seen}")
 
     def test_config_survives_json(self, config: Any) -> None:
-        """A run stores its spec as JSON and reads it again."""
+        """Check that a config survives JSON, in which a run stores its spec."""
         told = config.model_dump_json()
         again = type(config).model_validate_json(told)
         require(again == config, "a config must be the same after JSON", f"{config!r} became {again!r}")
 
     def test_implementation_is_a_module(self, config: Any) -> None:
-        """Its parameters and buffers move and are saved with the student."""
+        """Check that its parameters and buffers will move and be saved with the student."""
         component = self.build(config, self.usual)
         kind = type(component).__name__
         require(isinstance(component, nn.Module), f"{self.who} must be a torch.nn.Module", f"{kind} is none")
@@ -114,7 +114,7 @@ class ComponentTests:
         require(sound, "learning_rate must be None or a float above 0", f"it is {rate!r}")
 
     def test_what_does_not_fit_is_refused(self, config: Any) -> None:
-        """Geometries in ``refuses`` raise a KavaError that names the component."""
+        """Check that geometries in ``refuses`` raise a KavaError that names the component."""
         for name in self.refuses:
             contract = f"geometry {name!r} must be refused with a KavaError that names {config.name!r}"
             sides = self.geometries[name]
@@ -126,13 +126,13 @@ class ComponentTests:
                 require(False, contract, "nothing was raised")
 
     def test_same_input_same_output(self, config: Any) -> None:
-        """Two calls in eval mode agree."""
+        """Check that two calls in eval mode agree."""
         component, inputs = self.build(config, self.usual), self.inputs(config, self.usual)
         for first, second in self._pairs(component, inputs, component, inputs):
             require_same(second, first, f"{self.who} must give the same output for the same input")
 
     def test_inputs_are_left_alone(self, config: Any) -> None:
-        """Nothing is changed in place."""
+        """Check that nothing is changed in place."""
         component, inputs = self.build(config, self.usual), self.inputs(config, self.usual)
         given = list(tensors_in(inputs))
         before = [(one.clone(), one._version) for one in given]
@@ -142,7 +142,7 @@ class ComponentTests:
             require(same, f"{self.who} must leave its inputs unchanged", "one was written to in place")
 
     def test_works_without_gradients(self, config: Any) -> None:
-        """``torch.no_grad`` changes nothing in the values."""
+        """Check that ``torch.no_grad`` changes nothing in the values."""
         component, inputs = self.build(config, self.usual), self.inputs(config, self.usual)
         wanted = self.outputs(component, inputs)
         with torch.no_grad():
@@ -151,7 +151,7 @@ class ComponentTests:
             require_same(one, other, f"{self.who} must give the same output under torch.no_grad()")
 
     def test_state_round_trip(self, config: Any) -> None:
-        """A fresh component that loads the saved state gives the same output."""
+        """Check that a fresh component that loads the saved state gives the same output."""
         component, inputs = self.build(config, self.usual), self.inputs(config, self.usual)
         state = saved_state(component)
         with torch.random.fork_rng(devices=[]):
@@ -163,7 +163,7 @@ class ComponentTests:
             require_same(second, first, contract)
 
     def test_device_is_kept(self, config: Any, device: str) -> None:
-        """The output is where the input is."""
+        """Check that the output is on the device of the input."""
         component = self.build(config, self.usual).to(device)
         inputs = changed(self.inputs(config, self.usual), lambda x: x.to(device))
         self._require_device(self.outputs(component, inputs), device)
@@ -180,13 +180,13 @@ class MetaTests(ComponentTests):
     """For the kinds that the dry run calls on the meta device, which knows shapes and no values."""
 
     def test_runs_on_the_meta_device(self, config: Any) -> None:
-        """Moved there, as ``kava check`` does."""
+        """Check a component that was moved there, as ``kava check`` does."""
         component, inputs = self.build(config, self.usual), self.inputs(config, self.usual)
         shapes = [tensor.shape for tensor in self.outputs(component, inputs)]
         self._require_meta(component.to("meta"), inputs, shapes)
 
     def test_constructs_on_the_meta_device(self, config: Any) -> None:
-        """Constructed there, without data."""
+        """Check a component that was constructed there, without data."""
         sides, inputs = self.fitted(config, self.usual), self.inputs(config, self.usual)
         shapes = [tensor.shape for tensor in self.outputs(self.build(config, self.usual), inputs)]
         with torch.device("meta"):

@@ -55,7 +55,7 @@ class DimProjectorTests(CacheMapTests):
         return student.layer, student.heads(part), dim
 
     def test_shared_width_is_shared(self, config: Any) -> None:
-        """With ``shared_width`` kava may project before the heads are mixed: any heads, in any order."""
+        """Check that ``shared_width`` projects any heads, in any order: kava may do so before mixing them."""
         component = self.build(config, self.usual)
         if not getattr(component, "shared_width", False):
             return
@@ -66,12 +66,12 @@ class DimProjectorTests(CacheMapTests):
             require_same(component(other, part), torch.cat([y, y], 2).flip(2), contract)
 
     def test_calibration_sees_valid_positions_only(self, config: Any) -> None:
-        """Padding may hold anything, NaN too."""
+        """Check that padding may hold anything, NaN too."""
         contract = "positions that are not valid must not enter the calibration"
         self._require_same_calibration(config, contract, {"batches": 1, "padding": torch.nan}, {"batches": 1})
 
     def test_calibration_sums_over_batches(self, config: Any) -> None:
-        """How the examples are cut into batches changes nothing."""
+        """Check that the cut of the examples into batches changes nothing."""
         contract = "the calibration must not depend on how its examples are cut into batches"
         self._require_same_calibration(config, contract, {"batches": 4}, {"batches": 1})
 

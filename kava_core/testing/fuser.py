@@ -68,7 +68,7 @@ class FuserTests(MetaTests):
         return [weights, component.penalty(weights)] if isinstance(component, Regularised) else [weights]
 
     def test_axes(self, config: Any, sides: Sides) -> None:
-        """A weight for each teacher, example, layer and position, for any number of teachers."""
+        """Check the shape of the weights: teacher, example, layer, position, for any number of teachers."""
         for teachers in self.counts:
             component = self.construct(config, sides, self.names[:teachers]).eval()
             self._show(component, [self.context(sides, teachers)])
@@ -80,7 +80,7 @@ class FuserTests(MetaTests):
                 require(floats, "a fuser must return floats", f"it returned {weights.dtype}")
 
     def test_weights_are_at_least_0(self, config: Any, sides: Sides) -> None:
-        """Weights are finite, none is negative and not all are 0."""
+        """Check that weights are finite, none is negative and not all are 0."""
         weights = self._weights(config, sides)
         require_finite(weights, "weights of teachers must be finite")
         least, total = float(weights.detach().min()), float(weights.detach().sum())
@@ -88,13 +88,13 @@ class FuserTests(MetaTests):
         require(total > 0, "some teacher must count somewhere", "all weights are 0")
 
     def test_any_dtype(self, config: Any, dtype: torch.dtype) -> None:
-        """Caches may be bfloat16, float32 or float64."""
+        """Check that caches may be bfloat16, float32 or float64."""
         context = self.context(self.usual, len(self.names), dtype=dtype)
         weights = self.build(config, self.usual)(context)
         require_finite(weights, f"weights of teachers must be finite ({dtype})")
 
     def test_masked_teachers_have_no_influence(self, config: Any) -> None:
-        """What stands where a teacher has no target changes nothing, NaN neither."""
+        """Check that values where a teacher has no target change nothing, not even NaN."""
         context, component = self.inputs(config, self.usual), self.build(config, self.usual)
         wanted = self._weigh(component, context)
         hidden = zip(context.targets, context.valid, strict=True)
@@ -103,7 +103,7 @@ class FuserTests(MetaTests):
         require_same(seen, wanted, "a teacher must have no influence at positions where it is not valid")
 
     def test_targets_are_needed_or_not_looked_at(self, config: Any) -> None:
-        """With ``needs_targets = False`` weights are asked for before the teachers run."""
+        """Check that weights need no targets with ``needs_targets = False``: teachers may not have run."""
         component, context = self.build(config, self.usual), self.inputs(config, self.usual)
         if getattr(component, "needs_targets", True):
             return
@@ -117,7 +117,7 @@ class FuserTests(MetaTests):
             require_same(seen, self._weigh(component, context), contract)
 
     def test_examples_are_independent(self, config: Any) -> None:
-        """An example alone gives what it gives in a batch."""
+        """Check that an example alone gives what it gives in a batch."""
         component, context = self.build(config, self.usual), self.inputs(config, self.usual)
         together = component(context)
         for row in range(BATCH):
@@ -126,7 +126,7 @@ class FuserTests(MetaTests):
             require_same(component(_rows(context, rows)), together[:, rows], contract)
 
     def test_order_of_teachers_does_not_matter(self, config: Any) -> None:
-        """Teachers in another order get the same weights, unless the fuser learns one for each place."""
+        """Check that teachers in another order get the same weights, unless the fuser learns them by place."""
         component, context = self.build(config, self.usual), self.inputs(config, self.usual)
         if any(True for _ in component.parameters()):
             return
@@ -136,7 +136,7 @@ class FuserTests(MetaTests):
         require_same(seen, component(context), "a teacher's weight must not depend on its place")
 
     def test_gradients_are_finite(self, config: Any) -> None:
-        """Those of the fuser's parameters, and of the student where the weights depend on it."""
+        """Check the gradients of the fuser's parameters, and of the student if the weights depend on it."""
         component, context = self.build(config, self.usual), self.inputs(config, self.usual)
         student = changed(context.student, lambda x: x.requires_grad_())
         weights = self._weigh(component, replace(context, student=student))
@@ -149,7 +149,7 @@ class FuserTests(MetaTests):
                 require_finite(leaf.grad, f"the gradient of {name} must be finite")
 
     def test_penalty_is_a_scalar(self, config: Any) -> None:
-        """A term of the fuser's own is a finite scalar, also where no teacher is valid."""
+        """Check that the fuser's own term is a finite scalar, also if no teacher is valid."""
         component, context = self.build(config, self.usual), self.inputs(config, self.usual)
         if not isinstance(component, Regularised):
             return
@@ -159,7 +159,7 @@ class FuserTests(MetaTests):
             require_finite(penalty, "the penalty must be finite")
 
     def test_penalty_of_certain_weights_has_a_gradient(self, config: Any) -> None:
-        """Where one teacher has all the weight: −w log w has an infinite slope at 0."""
+        """Check weights that are all one teacher's: −w log w has an infinite slope at 0."""
         component, context = self.build(config, self.usual), self.inputs(config, self.usual)
         if not isinstance(component, Regularised):
             return

@@ -32,14 +32,14 @@ class HeadAdapterTests(CacheMapTests):
         return [*super().outputs(component, inputs), *map(component.fold, inputs.values())]
 
     def test_views_agree(self, config: Any, sides: Sides) -> None:
-        """Behind the adapter both sides have the same layers and heads, so that they can be compared."""
+        """Check that both sides have the same layers and heads after the adapter, to be compared."""
         component = self.build(config, sides)
         theirs, mine = component.teacher_view, component.student_view
         same = (theirs.layer, theirs.head, theirs.qhead) == (mine.layer, mine.head, mine.qhead)
         require(same, "teacher_view and student_view must have equal layers and heads", f"{theirs}; {mine}")
 
     def test_fold_gives_the_students_view(self, config: Any, sides: Sides) -> None:
-        """``fold`` brings the student's tensors into ``student_view``."""
+        """Check that ``fold`` brings the student's tensors into ``student_view``."""
         component = self.build(config, sides)
         view = component.student_view
         for part in self.compared(sides):
@@ -49,7 +49,7 @@ class HeadAdapterTests(CacheMapTests):
                 require_tensor(component.fold(x), shape, AXES, f"fold ({part})")
 
     def test_fold_is_attached(self, config: Any, sides: Sides) -> None:
-        """The student learns through ``fold``."""
+        """Check that the student learns through ``fold``."""
         component = self.build(config, sides)
         for part in self.compared(sides):
             x = draw_part(sides.student, part, batch=BATCH, time=TIME).requires_grad_()

@@ -73,14 +73,14 @@ class KVLossTests(MetaTests):
         return [component(*inputs)]
 
     def test_axes(self, config: Any, sides: Sides) -> None:
-        """A scalar, also for one position and for none."""
+        """Check that the loss is a finite scalar, also for one position and for none."""
         component = self.build(config, sides)
         for batch, time in EXTENTS:
             loss = component(*self.compared(config, sides, batch=batch, time=time))
             require_finite(require_tensor(loss, (), "a scalar", self.who), "the loss must be finite")
 
     def test_sums_are_at_least_float32(self, config: Any, dtype: torch.dtype) -> None:
-        """bfloat16 caches are compared in float32, float64 caches in float64."""
+        """Check that bfloat16 caches are compared in float32, float64 caches in float64."""
         component, compared = self.build(config, self.usual), self.compared(config, self.usual, dtype=dtype)
         loss = component(*compared)
         wanted = torch.promote_types(dtype, torch.float32)
@@ -89,7 +89,7 @@ class KVLossTests(MetaTests):
         require_same(loss.float(), exact.float(), "sums must be taken in float32 or better")
 
     def test_gradient_reaches_the_student(self, config: Any, sides: Sides) -> None:
-        """Every compared part gets a finite gradient that is not 0."""
+        """Check that every compared part gets a finite gradient that is not 0."""
         _, target, weight = compared = self.compared(config, sides)
         student = _each(compared.student, Tensor.requires_grad_)
         self._require_gradient(self.build(config, sides), Compared(student, target, weight))
@@ -99,7 +99,7 @@ class KVLossTests(MetaTests):
             require(reached or single, "a gradient must reach the student", f"that of its {part} is 0")
 
     def test_gradient_is_finite_everywhere(self, config: Any) -> None:
-        """For zeros, for values of ±50, and for a student equal to its target."""
+        """Check gradients for zeros, for values of ±50, and for a student equal to its target."""
         component, (student, target, weight) = self.build(config, self.usual), self.inputs(config, self.usual)
         for change in (torch.zeros_like, lambda x: 50 * x.sign()):
             mine, theirs = _each(student, change), _each(target, change)
@@ -108,7 +108,7 @@ class KVLossTests(MetaTests):
         self._require_gradient(component, perfect)
 
     def test_weight_0_has_no_influence(self, config: Any) -> None:
-        """Whatever stands there, NaN too: not on the loss, and without gradient."""
+        """Check that such a position changes no loss and gets no gradient, whatever it holds, NaN too."""
         component, compared = self.build(config, self.usual), self.compared(config, self.usual)
         dead = (compared.weight == 0)[:, :, None, :, None]
         wanted = component(*compared)
@@ -125,7 +125,7 @@ class KVLossTests(MetaTests):
                 require(not leaked, "a position of weight 0 must get no gradient", f"its {part} get one")
 
     def test_all_weights_0(self, config: Any) -> None:
-        """A batch without targets has loss 0."""
+        """Check that a batch without targets has loss 0."""
         component, compared = self.build(config, self.usual), self.compared(config, self.usual)
         student = _each(compared.student, Tensor.requires_grad_)
         weight = torch.zeros_like(compared.weight)
@@ -133,14 +133,14 @@ class KVLossTests(MetaTests):
         require(float(loss) == 0, "where all weights are 0 the loss must be 0", f"it is {float(loss):.3g}")
 
     def test_loss_is_proportional_to_the_weight(self, config: Any) -> None:
-        """Twice the weight, twice the loss."""
+        """Check that twice the weight gives twice the loss."""
         component, (student, target, weight) = self.build(config, self.usual), self.inputs(config, self.usual)
         twice = component(student, target, 2 * weight)
         once = component(student, target, weight)
         require_same(twice, 2 * once, "the loss must be proportional to the weight")
 
     def test_gradient_reaches_the_weight(self, config: Any) -> None:
-        """Routers learn by it: the derivative by a position's weight is the loss there."""
+        """Check that the derivative by a position's weight is its loss, by which routers learn."""
         component, (student, target, weight) = self.build(config, self.usual), self.inputs(config, self.usual)
         weight = weight.requires_grad_()
         loss = component(student, target, weight)
@@ -152,7 +152,7 @@ class KVLossTests(MetaTests):
         require_same((gradient * weight).sum().detach(), loss.detach(), contract)
 
     def test_examples_are_independent(self, config: Any) -> None:
-        """The loss of a batch is the sum of the losses of its examples."""
+        """Check that the loss of a batch is the sum of the losses of its examples."""
         component, compared = self.build(config, self.usual), self.inputs(config, self.usual)
         rows = [_rows(compared, row) for row in range(BATCH)]
         apart = torch.stack([component(*row) for row in rows]).sum()
@@ -160,7 +160,7 @@ class KVLossTests(MetaTests):
         require_same(component(*compared), apart, contract)
 
     def test_layers_are_independent(self, config: Any) -> None:
-        """The loss of a batch is the sum of the losses of its layers."""
+        """Check that the loss of a batch is the sum of the losses of its layers."""
         component, compared = self.build(config, self.usual), self.inputs(config, self.usual)
         apart = torch.stack(
             [
@@ -172,7 +172,7 @@ class KVLossTests(MetaTests):
         require_same(component(*compared), apart, contract)
 
     def test_padding_has_no_influence(self, config: Any) -> None:
-        """More positions of weight 0 change nothing, on either side."""
+        """Check that more positions of weight 0 change nothing, on either side."""
         component, compared = self.build(config, self.usual), self.inputs(config, self.usual)
         for padding in ((0, 3), (3, 0)):
             student, target = (_each(cache, lambda x: _padded(x, padding)) for cache in compared[:2])  # noqa: B023
@@ -180,7 +180,7 @@ class KVLossTests(MetaTests):
             require_same(seen, component(*compared), "padding of weight 0 must not change the loss")
 
     def test_a_perfect_student_loses_nothing(self, config: Any) -> None:
-        """0 where the student is its target, more where it is not."""
+        """Check that the loss is 0 if the student is its target, and more if it is not."""
         component, perfect = self._perfect(config)
         none = float(component(*perfect).detach())
         require(abs(none) < 1e-4, "a student equal to its target must have loss 0", f"it has {none:.3g}")

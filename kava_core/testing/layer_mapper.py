@@ -50,16 +50,16 @@ class LayerMapperTests(MetaTests):
         component.finish()
 
     def test_axes(self, config: Any, sides: Sides) -> None:
-        """A floating-point matrix, a row for each student layer, a column for each teacher layer."""
+        """Check for a floating-point matrix of a row for each student layer, a column for each teacher layer."""
         matrix = self._matrix(self.build(config, sides), sides)
         require(matrix.is_floating_point(), "a layer mapper must return floats", f"got {matrix.dtype}")
 
     def test_rows_are_means(self, config: Any, sides: Sides) -> None:
-        """Weights are at least 0 and sum to 1 in every row."""
+        """Check that weights are at least 0 and sum to 1 in every row."""
         self._require_means(self.build(config, sides), sides)
 
     def test_constant_without_parameters(self, config: Any) -> None:
-        """Which teacher layers are captured is decided once, so the zeros stay where they are."""
+        """Check that zeros stay where they are, because the layers to capture are chosen only once."""
         component, again = self.build(config, self.usual), self.build(config, self.usual, seed=1)
         if any(parameter.requires_grad for parameter in component.parameters()):
             return
@@ -69,7 +69,7 @@ class LayerMapperTests(MetaTests):
         require(same, contract, "two matrices have them at different places")
 
     def test_gradient_reaches_the_parameters(self, config: Any) -> None:
-        """A mapper with trainable parameters learns."""
+        """Check that a mapper with trainable parameters learns."""
         component = self.build(config, self.usual)
         learnt = [parameter for parameter in component.parameters() if parameter.requires_grad]
         if not learnt:
@@ -83,14 +83,14 @@ class LayerMapperTests(MetaTests):
             require_finite(gradient, "the gradients of a layer mapper must be finite")
 
     def test_measured_rows_are_means(self, config: Any, sides: Sides) -> None:
-        """What was measured is a valid matrix as well, whatever padding holds."""
+        """Check that the measured matrix is valid as well, whatever padding holds."""
         component = self.build(config, sides)
         if isinstance(component, Measured):
             self.measure(component, sides, padding=torch.nan)
             self._require_means(component, sides)
 
     def test_padding_is_not_measured(self, config: Any) -> None:
-        """Positions that are not valid have no influence."""
+        """Check that positions that are not valid have no influence."""
         component, other = (self.build(config, self.usual) for _ in range(2))
         if isinstance(component, Measured):
             self.measure(component, self.usual)
@@ -99,7 +99,7 @@ class LayerMapperTests(MetaTests):
             require_same(seen, wanted, "positions that are not valid must not be measured")
 
     def test_measured_map_can_be_named(self, config: Any, tmp_path: Path) -> None:
-        """``map`` names a file with the state of a mapper that has measured."""
+        """Check that ``map`` can name a file with the state of a mapper that has measured."""
         if not isinstance(component := self.build(config, self.usual), Measured):
             return
         asks = "a measured layer mapper's config needs a field map: str | None = None"

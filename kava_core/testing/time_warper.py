@@ -78,7 +78,7 @@ class TimeWarperTests(ComponentTests):
         return [tensor for one, t_time in maps for tensor in (one.dense(t_time), one.valid)]
 
     def test_axes(self, config: Any, length: tuple[int, int]) -> None:
-        """A TimeMap whose validity has the student's extents and holds real positions only."""
+        """Check for a TimeMap whose validity has the student's extents and holds real positions only."""
         component = self.build(config, self.usual)
         for padding in self.paddings:
             teacher, student = self.timelines(length, padding, extra=2)
@@ -93,7 +93,7 @@ class TimeWarperTests(ComponentTests):
             require(padded == 0, "the student's padding must not be valid", f"{padded} positions are")
 
     def test_rows_are_means(self, config: Any, length: tuple[int, int]) -> None:
-        """Valid positions read real teacher positions with weights that sum to 1; others read nothing."""
+        """Check that valid positions read real ones with weights that sum to 1, and others nothing."""
         component = self.build(config, self.usual)
         for padding in self.paddings:
             teacher, student = self.timelines(length, padding, extra=2)
@@ -111,7 +111,7 @@ class TimeWarperTests(ComponentTests):
             require(abs(read) < 1e-6, "the teacher's padding must have weight 0", f"it has {read:.3g} in all")
 
     def test_padding_has_no_influence(self, config: Any, length: tuple[int, int]) -> None:
-        """Real positions map alike wherever padding stands, and however much of it."""
+        """Check that real positions map alike wherever padding stands, and however much of it."""
         component = self.build(config, self.usual)
         wanted = self._real(component, self.timelines(length, self.paddings[0]))
         for padding, extra in product(self.paddings, (0, 3)):
@@ -121,7 +121,7 @@ class TimeWarperTests(ComponentTests):
                 require_same(one, other, f"{contract} (here {extra} more, {'/'.join(padding)})")
 
     def test_examples_are_independent(self, config: Any, length: tuple[int, int]) -> None:
-        """An example alone gives what it gives in a batch."""
+        """Check that an example alone gives what it gives in a batch."""
         component, (teacher, student) = self.build(config, self.usual), self.timelines(length)
         columns = _read_from(component, teacher, student).shape[1]
         together = self._matrix(component(teacher, student), student, columns)
@@ -132,7 +132,7 @@ class TimeWarperTests(ComponentTests):
             require_same(seen, together[row : row + 1], contract)
 
     def test_apply_is_the_matrix(self, config: Any, length: tuple[int, int]) -> None:
-        """The map does to a cache what its matrix says; padding may hold NaN."""
+        """Check that the map does to a cache what its matrix says; padding may hold NaN."""
         teacher, student = self.timelines(length, extra=2)
         component = self.build(config, self.usual)
         time_map, read_from = component(teacher, student), _read_from(component, teacher, student)
@@ -146,7 +146,7 @@ class TimeWarperTests(ComponentTests):
         require_same(torch.where(live, seen, 0), torch.where(live, wanted, 0), contract)
 
     def test_evictions_are_reasoning_tokens(self, config: Any, length: tuple[int, int]) -> None:
-        """Filled slots name different reasoning tokens, in time order, for every layer and KV head."""
+        """Check that filled slots name different reasoning tokens, in time order."""
         for evictor, teacher in self._evictions(config, length):
             place, kept = self._chosen(evictor, teacher, length[1]), _filled(teacher, length[1])
             inside = (place >= 0) & (place < teacher.mask.shape[1])
@@ -158,7 +158,7 @@ class TimeWarperTests(ComponentTests):
             require(back == 0, "filled slots must be in time order, each token once", f"{back} are not")
 
     def test_evictions_ignore_padding(self, config: Any, length: tuple[int, int]) -> None:
-        """The same tokens are kept whatever padding there is; not asked of one that draws them."""
+        """Check that the same tokens are kept whatever the padding, unless they are drawn at random."""
         wanted: list[Tensor] = []
         for evictor, teacher in self._evictions(config, length):
             place, kept = self._chosen(evictor, teacher, length[1]), _filled(teacher, length[1])
