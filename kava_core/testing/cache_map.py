@@ -15,7 +15,7 @@ from kava_core.protocols.axes import PARTS
 from kava_core.testing.component import MetaTests
 from kava_core.testing.geometries import EXTENTS, Sides
 from kava_core.testing.require import gradient_of, require, require_finite, require_same, require_tensor
-from kava_core.testing.tensors import draw, draw_part
+from kava_core.testing.tensors import draw_normal, draw_part
 
 AXES = "batch layer head time dim"
 BATCH, TIME = 3, 5
@@ -73,7 +73,7 @@ class CacheMapTests(MetaTests):
             x = self.draw(config, sides, part).requires_grad_()
             y = component(x, part)
             require(y.requires_grad, "the output must stay attached to the input", "it is detached")
-            (y * draw(*y.shape, seed=1)).sum().backward()
+            (y * draw_normal(*y.shape, seed=1)).sum().backward()
             gradient = gradient_of(x, f"input ({part})")
             require(bool((gradient != 0).any()), "a gradient must reach the input", f"that of {part} is 0")
         for name, parameter in component.named_parameters():

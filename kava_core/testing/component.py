@@ -19,7 +19,7 @@ from kava_core.declarations import declaration_fault
 from kava_core.errors import KavaError
 from kava_core.testing.geometries import GEOMETRIES, Sides
 from kava_core.testing.require import require, require_same
-from kava_core.testing.tensors import changed, tensors_in
+from kava_core.testing.tensors import change_tensors, tensors_in
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -165,7 +165,7 @@ class ComponentTests:
     def test_device_is_kept(self, config: Any, device: str) -> None:
         """Check that the output is on the device of the input."""
         component = self.build(config, self.usual).to(device)
-        inputs = changed(self.inputs(config, self.usual), lambda x: x.to(device))
+        inputs = change_tensors(self.inputs(config, self.usual), lambda x: x.to(device))
         self._require_device(self.outputs(component, inputs), device)
 
     def _pairs(self, one: Any, mine: Any, other: Any, theirs: Any) -> list[tuple[Tensor, Tensor]]:
@@ -194,7 +194,7 @@ class MetaTests(ComponentTests):
         self._require_meta(component, inputs, shapes)
 
     def _require_meta(self, component: Any, inputs: Any, shapes: list[torch.Size]) -> None:
-        seen = self.outputs(component, changed(inputs, lambda x: x.to("meta")))
+        seen = self.outputs(component, change_tensors(inputs, lambda x: x.to("meta")))
         self._require_device(seen, "meta")
         same = [tensor.shape for tensor in seen] == shapes
         require(same, "shapes on the meta device must be those on the CPU", f"{seen} and {shapes}")

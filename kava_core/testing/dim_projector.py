@@ -39,7 +39,7 @@ class DimProjectorTests(CacheMapTests):
         """Show the same positions, cut into batches, with ``padding`` where nothing is valid; finish."""
         valid = torch.arange(LONG) >= torch.arange(2 * SEEN)[:, None] % 4
         for part in self.compared(sides):
-            x, like = (_shown(side, part, valid, padding, seed) for seed, side in self._both(config, sides))
+            x, like = (_shown_cache(side, part, valid, padding, seed) for seed, side in self._both(config, sides))
             pieces = zip(*(one.chunk(batches) for one in (x, like, valid)), strict=True)
             for x_piece, like_piece, valid_piece in pieces:
                 component.observe(x_piece, like_piece, valid_piece, part)
@@ -89,7 +89,7 @@ class DimProjectorTests(CacheMapTests):
             require_same(seen, wanted, contract)
 
 
-def _shown(geometry: Any, part: Part, valid: Tensor, padding: float, seed: int) -> Tensor:
+def _shown_cache(geometry: Any, part: Part, valid: Tensor, padding: float, seed: int) -> Tensor:
     """Correlated channels with different scales, so that calibrated directions are well defined."""
     x = draw_part(geometry, part, batch=valid.shape[0], time=valid.shape[1], seed=seed)
     x = x * torch.linspace(2.0, 0.5, geometry.dim) + 0.5

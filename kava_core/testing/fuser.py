@@ -15,7 +15,7 @@ from kava_core.protocols.fuser import FusionContext, ObservesTeachers, Regularis
 from kava_core.testing.component import MetaTests
 from kava_core.testing.geometries import Sides
 from kava_core.testing.require import require, require_finite, require_same, require_tensor
-from kava_core.testing.tensors import changed, draw, draw_cache
+from kava_core.testing.tensors import change_tensors, draw_normal, draw_cache
 
 BATCH, TIME = 3, 5
 
@@ -54,7 +54,7 @@ class FuserTests(MetaTests):
             valid=valid,
             targets=tuple(draw_cache(sides.student, self.parts, seed=one, **extents) for one in seeds),
             student=draw_cache(sides.student, self.parts, seed=100 * seed, **extents),
-            hidden=draw(batch, time, sides.student.hidden, seed=100 * seed, **how),
+            hidden=draw_normal(batch, time, sides.student.hidden, seed=100 * seed, **how),
             tasks=tuple("math" if row % 2 else "" for row in range(batch)),
         )
 
@@ -98,7 +98,7 @@ class FuserTests(MetaTests):
         context, component = self.inputs(config, self.usual), self.build(config, self.usual)
         wanted = self._weigh(component, context)
         hidden = zip(context.targets, context.valid, strict=True)
-        targets = tuple(_filled(target, valid, torch.nan) for target, valid in hidden)
+        targets = tuple(_fill_where_not_valid(target, valid, torch.nan) for target, valid in hidden)
         seen = self._weigh(component, replace(context, targets=targets))
         require_same(seen, wanted, "a teacher must have no influence at positions where it is not valid")
 
@@ -123,7 +123,7 @@ class FuserTests(MetaTests):
         for row in range(BATCH):
             rows = slice(row, row + 1)
             contract = "an example must not depend on the others of its batch"
-            require_same(component(_rows(context, rows)), together[:, rows], contract)
+            require_same(component(_cut_examples(context, rows)), together[:, rows], contract)
 
     def test_order_of_teachers_does_not_matter(self, config: Any) -> None:
         """Check that teachers in another order get the same weights, unless the fuser learns them by place."""
@@ -131,14 +131,14 @@ class FuserTests(MetaTests):
         if any(True for _ in component.parameters()):
             return
         turned = self.construct(config, self.usual, self.names[::-1]).eval()
-        self._show(turned, [_turned(self.context(self.usual, len(self.names), seed=seed)) for seed in (1, 2)])
-        seen = turned(_turned(context)).flip(0)
+        self._show(turned, [_reverse_teachers(self.context(self.usual, len(self.names), seed=seed)) for seed in (1, 2)])
+        seen = turned(_reverse_teachers(context)).flip(0)
         require_same(seen, component(context), "a teacher's weight must not depend on its place")
 
     def test_gradients_are_finite(self, config: Any) -> None:
         """Check the gradients of the fuser's parameters, and of the student if the weights depend on it."""
         component, context = self.build(config, self.usual), self.inputs(config, self.usual)
-        student = changed(context.student, lambda x: x.requires_grad_())
+        student = change_tensors(context.student, lambda x: x.requires_grad_())
         weights = self._weigh(component, replace(context, student=student))
         if not weights.requires_grad:
             return
@@ -185,18 +185,18 @@ class FuserTests(MetaTests):
         return teacher_weights(component, context, context.valid, layer=context.student.any.shape[1])
 
 
-def _filled(cache: Cache, valid: Tensor, value: float) -> Cache:
+def _fill_where_not_valid(cache: Cache, valid: Tensor, value: float) -> Cache:
     return cache.map(lambda x, _: torch.where(valid[:, None, None, :, None], x, value))
 
 
-def _rows(context: FusionContext, rows: slice) -> FusionContext:
+def _cut_examples(context: FusionContext, rows: slice) -> FusionContext:
     """Some examples of a batch."""
     of_batch = {name: getattr(context, name) for name in ("targets", "student", "hidden")}
     tasks = None if context.tasks is None else context.tasks[rows]
-    cut = changed(of_batch, lambda x: x[rows])
+    cut = change_tensors(of_batch, lambda x: x[rows])
     return replace(context, valid=context.valid[:, rows], tasks=tasks, **cut)
 
 
-def _turned(context: FusionContext) -> FusionContext:
+def _reverse_teachers(context: FusionContext) -> FusionContext:
     """The same teachers from last to first."""
     return replace(context, valid=context.valid.flip(0), targets=context.targets[::-1])

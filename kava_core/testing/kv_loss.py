@@ -14,10 +14,10 @@ from kava_core.protocols.kv_loss import ObservesCaches
 from kava_core.testing.component import MetaTests
 from kava_core.testing.geometries import EXTENTS, GEOMETRIES, Sides
 from kava_core.testing.require import gradient_of, require, require_finite, require_same, require_tensor
-from kava_core.testing.tensors import draw, draw_cache
+from kava_core.testing.tensors import draw_normal, draw_cache
 
 BATCH, TIME = 3, 5
-WATCHED = 40
+OBSERVED_TIME = 40
 
 
 class Compared(NamedTuple):
@@ -46,7 +46,7 @@ class KVLossTests(MetaTests):
         """Random caches; weights are 0 at the first position of every example but the first."""
         teacher, student = self.fitted(config, sides)
         how = {"batch": batch, "time": time, "dtype": dtype}
-        weight = draw(batch, student.layer, time, seed=7).abs() + 0.1
+        weight = draw_normal(batch, student.layer, time, seed=7).abs() + 0.1
         weight[1:, :, :1] = 0
         return Compared(
             draw_cache(student, config.parts, seed=1, **how),
@@ -56,7 +56,7 @@ class KVLossTests(MetaTests):
 
     def prepare(self, component: Any, config: Any, sides: Sides) -> None:
         """A loss that wants to see data sees as many positions as make its sums sound."""
-        self._show(component, self.compared(config, sides, time=WATCHED))
+        self._show(component, self.compared(config, sides, time=OBSERVED_TIME))
 
     def _show(self, component: Any, compared: Compared) -> None:
         if isinstance(component, ObservesCaches):
@@ -85,13 +85,13 @@ class KVLossTests(MetaTests):
         loss = component(*compared)
         wanted = torch.promote_types(dtype, torch.float32)
         require(loss.dtype == wanted, f"the loss of {dtype} caches must be {wanted}", f"it is {loss.dtype}")
-        exact = component(*(_each(cache, torch.Tensor.double) for cache in compared[:2]), compared.weight)
+        exact = component(*(_change_parts(cache, torch.Tensor.double) for cache in compared[:2]), compared.weight)
         require_same(loss.float(), exact.float(), "sums must be taken in float32 or better")
 
     def test_gradient_reaches_the_student(self, config: Any, sides: Sides) -> None:
         """Check that every compared part gets a finite gradient that is not 0."""
         _, target, weight = compared = self.compared(config, sides)
-        student = _each(compared.student, Tensor.requires_grad_)
+        student = _change_parts(compared.student, Tensor.requires_grad_)
         self._require_gradient(self.build(config, sides), Compared(student, target, weight))
         for part, x in student.items():
             single = x.shape[4] == 1  # one number has no direction to learn
@@ -102,8 +102,8 @@ class KVLossTests(MetaTests):
         """Check gradients for zeros, for values of ±50, and for a student equal to its target."""
         component, (student, target, weight) = self.build(config, self.usual), self.inputs(config, self.usual)
         for change in (torch.zeros_like, lambda x: 50 * x.sign()):
-            mine, theirs = _each(student, change), _each(target, change)
-            self._require_gradient(component, Compared(_each(mine, Tensor.requires_grad_), theirs, weight))
+            mine, theirs = _change_parts(student, change), _change_parts(target, change)
+            self._require_gradient(component, Compared(_change_parts(mine, Tensor.requires_grad_), theirs, weight))
         component, perfect = self._perfect(config)
         self._require_gradient(component, perfect)
 
@@ -114,10 +114,10 @@ class KVLossTests(MetaTests):
         wanted = component(*compared)
         for value in (1e4, torch.nan, torch.inf):
             student, target = (
-                _each(cache, lambda x: torch.where(dead, value, x))  # noqa: B023
+                _change_parts(cache, lambda x: torch.where(dead, value, x))  # noqa: B023
                 for cache in compared[:2]
             )
-            attached = Compared(_each(student, Tensor.requires_grad_), target, compared.weight)
+            attached = Compared(_change_parts(student, Tensor.requires_grad_), target, compared.weight)
             contract = f"a position of weight 0 must have no influence (it held {value})"
             require_same(self._require_gradient(component, attached), wanted, contract)
             for part, x in attached.student.items():
@@ -127,7 +127,7 @@ class KVLossTests(MetaTests):
     def test_all_weights_0(self, config: Any) -> None:
         """Check that a batch without targets has loss 0."""
         component, compared = self.build(config, self.usual), self.compared(config, self.usual)
-        student = _each(compared.student, Tensor.requires_grad_)
+        student = _change_parts(compared.student, Tensor.requires_grad_)
         weight = torch.zeros_like(compared.weight)
         loss = self._require_gradient(component, Compared(student, compared.target, weight))
         require(float(loss) == 0, "where all weights are 0 the loss must be 0", f"it is {float(loss):.3g}")
@@ -154,7 +154,7 @@ class KVLossTests(MetaTests):
     def test_examples_are_independent(self, config: Any) -> None:
         """Check that the loss of a batch is the sum of the losses of its examples."""
         component, compared = self.build(config, self.usual), self.inputs(config, self.usual)
-        rows = [_rows(compared, row) for row in range(BATCH)]
+        rows = [_cut_example(compared, row) for row in range(BATCH)]
         apart = torch.stack([component(*row) for row in rows]).sum()
         contract = "the loss of a batch must be the sum over its examples, each taken alone"
         require_same(component(*compared), apart, contract)
@@ -164,7 +164,7 @@ class KVLossTests(MetaTests):
         component, compared = self.build(config, self.usual), self.inputs(config, self.usual)
         apart = torch.stack(
             [
-                component_at_layer(component, row)(*_layer(compared, row))
+                component_at_layer(component, row)(*_cut_layer(compared, row))
                 for row in range(compared.weight.shape[1])
             ]
         ).sum()
@@ -175,7 +175,7 @@ class KVLossTests(MetaTests):
         """Check that more positions of weight 0 change nothing, on either side."""
         component, compared = self.build(config, self.usual), self.inputs(config, self.usual)
         for padding in ((0, 3), (3, 0)):
-            student, target = (_each(cache, lambda x: _padded(x, padding)) for cache in compared[:2])  # noqa: B023
+            student, target = (_change_parts(cache, lambda x: _pad_time(x, padding)) for cache in compared[:2])  # noqa: B023
             seen = component(student, target, torch.nn.functional.pad(compared.weight, padding))
             require_same(seen, component(*compared), "padding of weight 0 must not change the loss")
 
@@ -191,9 +191,9 @@ class KVLossTests(MetaTests):
         """A component for equal extents, and a student that is its target."""
         sides = Sides(self.usual.student, self.usual.student)
         student, _, weight = self.inputs(config, sides)
-        attached = _each(student, lambda x: x.clone().requires_grad_())
+        attached = _change_parts(student, lambda x: x.clone().requires_grad_())
         component = self.build(config, sides)
-        seen = self.compared(config, sides, time=WATCHED)
+        seen = self.compared(config, sides, time=OBSERVED_TIME)
         self._show(component, Compared(seen.student, seen.student, seen.weight))
         return component, Compared(attached, student, weight)
 
@@ -207,23 +207,23 @@ class KVLossTests(MetaTests):
         return loss.detach()
 
 
-def _each(cache: Cache, change: Any) -> Cache:
+def _change_parts(cache: Cache, change: Any) -> Cache:
     return cache.map(lambda x, _: change(x))
 
 
-def _rows(compared: Compared, row: int) -> Compared:
+def _cut_example(compared: Compared, row: int) -> Compared:
     rows = slice(row, row + 1)
     student, target, weight = compared
-    return Compared(_each(student, lambda x: x[rows]), _each(target, lambda x: x[rows]), weight[rows])
+    return Compared(_change_parts(student, lambda x: x[rows]), _change_parts(target, lambda x: x[rows]), weight[rows])
 
 
-def _layer(compared: Compared, row: int) -> Compared:
+def _cut_layer(compared: Compared, row: int) -> Compared:
     rows = slice(row, row + 1)
     student, target, weight = compared
     return Compared(
-        _each(student, lambda x: x[:, rows]), _each(target, lambda x: x[:, rows]), weight[:, rows]
+        _change_parts(student, lambda x: x[:, rows]), _change_parts(target, lambda x: x[:, rows]), weight[:, rows]
     )
 
 
-def _padded(x: Tensor, padding: tuple[int, int]) -> Tensor:
+def _pad_time(x: Tensor, padding: tuple[int, int]) -> Tensor:
     return torch.nn.functional.pad(x, (0, 0, *padding), value=3.0)

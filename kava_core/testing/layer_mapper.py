@@ -15,7 +15,7 @@ from kava_core.protocols.layer_mapper import Measured
 from kava_core.testing.component import MetaTests, saved_state
 from kava_core.testing.geometries import Sides
 from kava_core.testing.require import require, require_finite, require_same, require_tensor
-from kava_core.testing.tensors import draw
+from kava_core.testing.tensors import draw_normal
 
 SEEN, LONG, CHANNELS = 4, 8, 6
 """Examples, positions and width of what a measured mapper is shown."""
@@ -42,9 +42,9 @@ class LayerMapperTests(MetaTests):
         teacher, student = sides
         valid = torch.arange(LONG) >= torch.arange(SEEN)[:, None] % 3
         for seed in (1, 2):
-            theirs = draw(SEEN, teacher.layer, LONG, CHANNELS, seed=seed)
+            theirs = draw_normal(SEEN, teacher.layer, LONG, CHANNELS, seed=seed)
             like = torch.arange(student.layer) % teacher.layer
-            mine = theirs[:, like] + 0.3 * draw(SEEN, student.layer, LONG, CHANNELS, seed=seed + 10)
+            mine = theirs[:, like] + 0.3 * draw_normal(SEEN, student.layer, LONG, CHANNELS, seed=seed + 10)
             shown = (torch.where(valid[:, None, :, None], x, padding) for x in (theirs, mine))
             component.observe(*shown, valid)
         component.finish()
@@ -76,7 +76,7 @@ class LayerMapperTests(MetaTests):
             return
         matrix = component()
         require(matrix.requires_grad, "the matrix must stay attached to the parameters", "it is detached")
-        (matrix * draw(*matrix.shape)).sum().backward()
+        (matrix * draw_normal(*matrix.shape)).sum().backward()
         found = [parameter.grad for parameter in learnt if parameter.grad is not None]
         require(len(found) == len(learnt), "every parameter must get a gradient", f"{len(found)} did")
         for gradient in found:
@@ -105,7 +105,7 @@ class LayerMapperTests(MetaTests):
         asks = "a measured layer mapper's config needs a field map: str | None = None"
         require("map" in type(config).model_fields, asks, "it has none")
         self.measure(component, self.usual)
-        file = _written(component, tmp_path / "map.safetensors")
+        file = _write_map(component, tmp_path / "map.safetensors")
         named = self.build(config.model_copy(update={"map": str(file)}), self.usual)
         seen, wanted = (self._matrix(one, self.usual) for one in (named, component))
         require_same(seen, wanted, "a mapper built with 'map' must give the matrix that was measured")
@@ -127,7 +127,7 @@ class LayerMapperTests(MetaTests):
         require(bool(sound.all()), "every student layer's weights must sum to 1", told)
 
 
-def _written(component: Any, file: Path) -> Path:
+def _write_map(component: Any, file: Path) -> Path:
     """The state in a file, and beside it the record of what was measured, as kava writes them."""
     raw = save(saved_state(component))
     file.write_bytes(raw)

@@ -13,7 +13,7 @@ from kava_core.config import Part
 from kava_core.protocols.axes import Cache, Geometry
 
 
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+def draw_normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Normal numbers, the same for the same seed."""
     drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return drawn.to(dtype)
@@ -30,7 +30,7 @@ def draw_part(
 ) -> Tensor:
     """One part of a cache: ``batch layer head time dim``."""
     shape = (batch, geometry.layer, geometry.heads(part), time, geometry.dim)
-    return draw(*shape, seed=seed, dtype=dtype)
+    return draw_normal(*shape, seed=seed, dtype=dtype)
 
 
 def draw_cache(
@@ -55,15 +55,15 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     else:
-        for inner in _inside(value).values():
+        for inner in _values_inside(value).values():
             yield from tensors_in(inner)
 
 
-def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def change_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """A copy of ``value`` with every tensor inside it changed."""
     if isinstance(value, Tensor):
         return change(value)
-    inner = {key: changed(one, change) for key, one in _inside(value).items()}
+    inner = {key: change_tensors(one, change) for key, one in _values_inside(value).items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.replace(value, **inner)
     if isinstance(value, Mapping):
@@ -73,7 +73,7 @@ def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def _inside(value: Any) -> Mapping[Any, Any]:
+def _values_inside(value: Any) -> Mapping[Any, Any]:
     if isinstance(value, Mapping):
         return value
     if isinstance(value, tuple | list):

@@ -17,10 +17,10 @@ from kava_core.protocols.timeline import REASONING, Timeline
 from kava_core.testing.component import ComponentTests
 from kava_core.testing.geometries import Sides
 from kava_core.testing.require import require, require_finite, require_same, require_tensor
-from kava_core.testing.tensors import draw, draw_cache
+from kava_core.testing.tensors import draw_normal, draw_cache
 from kava_core.testing.timelines import Side, timeline
 
-Timelines = tuple[Timeline, Timeline]
+TimelinePair = tuple[Timeline, Timeline]
 
 
 class TimeWarperTests(ComponentTests):
@@ -56,7 +56,7 @@ class TimeWarperTests(ComponentTests):
 
     def timelines(
         self, length: tuple[int, int], padding: tuple[Side, Side] = ("right", "right"), extra: int = 0
-    ) -> Timelines:
+    ) -> TimelinePair:
         """Four examples: full, half full, without a teacher's token, without a student's token.
 
         ``extra`` positions of padding are added on both sides.
@@ -68,13 +68,13 @@ class TimeWarperTests(ComponentTests):
             timeline(tokens, time + extra, padding=padding[1]),
         )
 
-    def inputs(self, config: Any, sides: Sides) -> list[Timelines]:
+    def inputs(self, config: Any, sides: Sides) -> list[TimelinePair]:
         """One batch for each pair of lengths."""
         return [self.timelines(length) for length in self.lengths]
 
     def outputs(self, component: Any, inputs: Any) -> list[Tensor]:
         """Matrices and validity."""
-        maps = [(component(*pair), _read_from(component, *pair).shape[1]) for pair in inputs]
+        maps = [(component(*pair), _readable_positions(component, *pair).shape[1]) for pair in inputs]
         return [tensor for one, t_time in maps for tensor in (one.dense(t_time), one.valid)]
 
     def test_axes(self, config: Any, length: tuple[int, int]) -> None:
@@ -98,7 +98,7 @@ class TimeWarperTests(ComponentTests):
         for padding in self.paddings:
             teacher, student = self.timelines(length, padding, extra=2)
             time_map = component(teacher, student)
-            read_from = _read_from(component, teacher, student)
+            read_from = _readable_positions(component, teacher, student)
             matrix = self._matrix(time_map, student, read_from.shape[1])
             require_finite(matrix, "weights must be finite")
             require(bool((matrix >= 0).all()), "weights must be at least 0", "some are not")
@@ -123,10 +123,10 @@ class TimeWarperTests(ComponentTests):
     def test_examples_are_independent(self, config: Any, length: tuple[int, int]) -> None:
         """Check that an example alone gives what it gives in a batch."""
         component, (teacher, student) = self.build(config, self.usual), self.timelines(length)
-        columns = _read_from(component, teacher, student).shape[1]
+        columns = _readable_positions(component, teacher, student).shape[1]
         together = self._matrix(component(teacher, student), student, columns)
         for row in range(together.shape[0]):
-            alone = (_row(teacher, row), _row(student, row))
+            alone = (_cut_example(teacher, row), _cut_example(student, row))
             seen = self._matrix(component(*alone), alone[1], columns)
             contract = "an example must not depend on the others of its batch"
             require_same(seen, together[row : row + 1], contract)
@@ -135,9 +135,9 @@ class TimeWarperTests(ComponentTests):
         """Check that the map does to a cache what its matrix says; padding may hold NaN."""
         teacher, student = self.timelines(length, extra=2)
         component = self.build(config, self.usual)
-        time_map, read_from = component(teacher, student), _read_from(component, teacher, student)
+        time_map, read_from = component(teacher, student), _readable_positions(component, teacher, student)
         matrix = self._matrix(time_map, student, read_from.shape[1])
-        x = draw(matrix.shape[0], 2, 2, matrix.shape[2], 3, dtype=torch.float64)
+        x = draw_normal(matrix.shape[0], 2, 2, matrix.shape[2], 3, dtype=torch.float64)
         wanted = torch.einsum("bij,blhjd->blhid", matrix, x)
         x = torch.where(read_from[:, None, None, :, None], x, torch.nan)
         seen = time_map.apply(x)
@@ -148,7 +148,7 @@ class TimeWarperTests(ComponentTests):
     def test_evictions_are_reasoning_tokens(self, config: Any, length: tuple[int, int]) -> None:
         """Check that filled slots name different reasoning tokens, in time order."""
         for evictor, teacher in self._evictions(config, length):
-            place, kept = self._chosen(evictor, teacher, length[1]), _filled(teacher, length[1])
+            place, kept = self._chosen(evictor, teacher, length[1]), _filled_slots(teacher, length[1])
             inside = (place >= 0) & (place < teacher.mask.shape[1])
             require(bool(inside.all()), "every slot must name a position of the teacher", "some do not")
             reasoning = (teacher.segments == REASONING)[:, None, None].expand(*place.shape[:3], -1)
@@ -161,7 +161,7 @@ class TimeWarperTests(ComponentTests):
         """Check that the same tokens are kept whatever the padding, unless they are drawn at random."""
         wanted: list[Tensor] = []
         for evictor, teacher in self._evictions(config, length):
-            place, kept = self._chosen(evictor, teacher, length[1]), _filled(teacher, length[1])
+            place, kept = self._chosen(evictor, teacher, length[1]), _filled_slots(teacher, length[1])
             if not torch.equal(place, self._chosen(evictor, teacher, length[1], seed=1)):
                 return
             start = (teacher.mask.cumsum(1) == 0).sum(1)[:, None, None, None]
@@ -181,7 +181,7 @@ class TimeWarperTests(ComponentTests):
         geometry = self.usual.teacher
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            place = evictor.choose(_cache_of(teacher, evictor.reads, geometry), teacher, count)
+            place = evictor.choose(_cache_by_token(teacher, evictor.reads, geometry), teacher, count)
         shape = (teacher.mask.shape[0], geometry.layer, geometry.head, count)
         return require_tensor(place, shape, "batch t_layer t_head slot", "choose")
 
@@ -189,31 +189,31 @@ class TimeWarperTests(ComponentTests):
         shape = (*student.mask.shape, t_time)
         return require_tensor(time_map.dense(t_time), shape, "batch time t_time", "the map's matrix").double()
 
-    def _real(self, component: Any, pair: Timelines) -> list[Tensor]:
+    def _real(self, component: Any, pair: TimelinePair) -> list[Tensor]:
         """For each example the matrix between real positions."""
         teacher, student = pair
-        read_from = _read_from(component, teacher, student)
+        read_from = _readable_positions(component, teacher, student)
         matrix = self._matrix(component(teacher, student), student, read_from.shape[1])
         return [
             rows[mine][:, theirs] for rows, mine, theirs in zip(matrix, student.mask, read_from, strict=True)
         ]
 
 
-def _read_from(component: Any, teacher: Timeline, student: Timeline) -> Tensor:
+def _readable_positions(component: Any, teacher: Timeline, student: Timeline) -> Tensor:
     """Bool ``batch t_time``: what the map may read, positions of the teacher or slots."""
     if not isinstance(component, Evictor):
         return teacher.mask
     count = student.mask.shape[1]
-    return (_filled(teacher, count) & _filled(student, count))[:, 0, 0]
+    return (_filled_slots(teacher, count) & _filled_slots(student, count))[:, 0, 0]
 
 
-def _filled(teacher: Timeline, count: int) -> Tensor:
+def _filled_slots(teacher: Timeline, count: int) -> Tensor:
     """Bool ``batch 1 1 slot``: slots for which there is a reasoning token."""
     tokens = (teacher.segments == REASONING).sum(1)
     return torch.arange(count, device=tokens.device) < tokens[:, None, None, None]
 
 
-def _cache_of(teacher: Timeline, parts: tuple[Part, ...], geometry: Geometry) -> Cache:
+def _cache_by_token(teacher: Timeline, parts: tuple[Part, ...], geometry: Geometry) -> Cache:
     """Numbers that depend on the example and on the token's place in its text alone; NaN at padding."""
     batch, time = teacher.mask.shape
     drawn = draw_cache(geometry, parts or ("keys",), batch=batch, time=max(time, 1))
@@ -222,6 +222,6 @@ def _cache_of(teacher: Timeline, parts: tuple[Part, ...], geometry: Geometry) ->
     return drawn.map(lambda x, _: torch.where(real, x.take_along_dim(index, 3), torch.nan))
 
 
-def _row(one: Timeline, row: int) -> Timeline:
+def _cut_example(one: Timeline, row: int) -> Timeline:
     rows = slice(row, row + 1)
     return Timeline(one.mask[rows], one.positions[rows], one.segments[rows], one.spans[rows])
