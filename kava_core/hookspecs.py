@@ -158,7 +158,7 @@ def kava_dim_projectors() -> Sequence[type[ComponentConfig]]:
 
 @hookspec
 def kava_fusers() -> Sequence[type[ComponentConfig]]:
-    """Register components that weigh several teachers: ``teacher batch layer time``; kava applies the weights.
+    """Register components that weigh several teachers: ``teacher batch layer time``; kava applies weights.
 
     A plugin that believes only the first teacher::
 

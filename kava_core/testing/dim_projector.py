@@ -1,4 +1,4 @@
-"""``t_dim → dim``."""
+"""Test width projectors: ``t_dim → dim``."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ SEEN, LONG = 4, 12
 
 
 class DimProjectorTests(CacheMapTests):
-    """The contract of ``protocols.dim_projector.DimProjector``, and of ``Calibrated`` where it is offered."""
+    """The contract of ``protocols.dim_projector.DimProjector``, and of ``Calibrated`` if it is offered."""
 
     kind: ClassVar[str] = "dim_projector"
 
     def fitted(self, config: Any, sides: Sides) -> Sides:
-        """Layers and heads are aligned before the width."""
+        """Align layers and heads, which come before the width."""
         teacher, student = sides
         return Sides(teacher.with_(layer=student.layer, head=student.head, qhead=student.qhead), student)
 
@@ -39,17 +39,16 @@ class DimProjectorTests(CacheMapTests):
         """Show the same positions, cut into batches, with ``padding`` where nothing is valid; finish."""
         valid = torch.arange(LONG) >= torch.arange(2 * SEEN)[:, None] % 4
         for part in self.compared(sides):
-            x, like = (_shown_cache(side, part, valid, padding, seed) for seed, side in self._both(config, sides))
-            pieces = zip(*(one.chunk(batches) for one in (x, like, valid)), strict=True)
+            teacher, student = self.fitted(config, sides)
+            x = _shown_cache(teacher, part, valid, padding, seed=3)
+            like = _shown_cache(student, part, valid, padding, seed=4)
+            pieces = zip(x.chunk(batches), like.chunk(batches), valid.chunk(batches), strict=True)
             for x_piece, like_piece, valid_piece in pieces:
                 component.observe(x_piece, like_piece, valid_piece, part)
         component.finish()
 
-    def _both(self, config: Any, sides: Sides) -> list[tuple[int, Any]]:
-        return list(enumerate(self.fitted(config, sides), start=3))
-
     def shape_of(self, component: Any, config: Any, sides: Sides, part: Part) -> tuple[int, int, int]:
-        """The student's width, or the teacher's where the component says ``keeps_width``."""
+        """Return extents with the student's width, or the teacher's if the component has ``keeps_width``."""
         teacher, student = self.fitted(config, sides)
         dim = teacher.dim if getattr(component, "keeps_width", False) else student.dim
         return student.layer, student.heads(part), dim
@@ -60,10 +59,10 @@ class DimProjectorTests(CacheMapTests):
         if not getattr(component, "shared_width", False):
             return
         for part, x in self.inputs(config, self.usual).items():
-            other = torch.cat([x, x], 2).flip(2)
-            y = component(x, part)
+            projected = component(x, part)
+            more_heads = component(torch.cat([x, x], 2).flip(2), part)
             contract = "with shared_width = True every head must be projected alike, however many there are"
-            require_same(component(other, part), torch.cat([y, y], 2).flip(2), contract)
+            require_same(more_heads, torch.cat([projected, projected], 2).flip(2), contract)
 
     def test_calibration_sees_valid_positions_only(self, config: Any) -> None:
         """Check that padding may hold anything, NaN too."""
@@ -90,7 +89,7 @@ class DimProjectorTests(CacheMapTests):
 
 
 def _shown_cache(geometry: Any, part: Part, valid: Tensor, padding: float, seed: int) -> Tensor:
-    """Correlated channels with different scales, so that calibrated directions are well defined."""
+    """Draw correlated channels with different scales, so that calibrated directions are well defined."""
     x = draw_part(geometry, part, batch=valid.shape[0], time=valid.shape[1], seed=seed)
     x = x * torch.linspace(2.0, 0.5, geometry.dim) + 0.5
     return torch.where(valid[:, None, None, :, None], x, padding)

@@ -26,11 +26,12 @@ class Fixed(nn.Module):
         super().__init__()
         self.sample, self.draws = config.sample, config.sample is not None
         weights = constant_weights(config.weights, teachers, who="fixed")
-        candidates = int((weights > 0).sum())
-        if config.sample is not None and config.sample > candidates:
-            raise SpecError(
-                f"fuser fixed: sample: {config.sample} of {candidates} teachers with a weight above 0"
-            )
+        if config.sample is not None:
+            candidates = int((weights > 0).sum())
+            if config.sample > candidates:
+                raise SpecError(
+                    f"fuser fixed: sample: {config.sample} of {candidates} teachers with a weight above 0"
+                )
         with torch.device("cpu"):
             self._constants = constant_weights(config.weights, teachers, who="fixed")
         self.register_buffer("weights", weights, persistent=False)
