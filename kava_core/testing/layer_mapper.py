@@ -55,7 +55,7 @@ class LayerMapperTests(MetaTests):
         component.finish()
 
     def test_axes(self, config: Any, sides: Sides) -> None:
-        """Check for a floating-point matrix: a row for each student layer, a column for each teacher layer."""
+        """Check for a floating-point matrix: rows are student layers, columns teacher layers."""
         matrix = self._checked_matrix(self.build(config, sides), sides)
         require(matrix.is_floating_point(), "a layer mapper must return floats", f"got {matrix.dtype}")
 
