@@ -1,4 +1,4 @@
-"""The declarations of components: what a spec file can say about them. No torch here.
+"""Define the base of components' declarations: what a spec file can say about them. No torch here.
 
 A component has two halves. Its *declaration* is a pydantic class with a name, documented parameters and
 the import path of its *implementation*, a ``torch.nn.Module``. Specs are validated against declarations
@@ -18,11 +18,11 @@ Part = Literal["keys", "values", "queries"]
 """The three tensors of an attention layer."""
 
 PARTS: tuple[Part, ...] = ("keys", "values", "queries")
-"""All of them, in the order in which they are always listed."""
+"""All three parts, in the order in which they are always listed."""
 
 
 class Strict(BaseModel):
-    """Frozen, no unknown fields, no NaN; field docstrings become the documentation of the spec."""
+    """A frozen model without unknown fields and NaN; field docstrings become the spec's documentation."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
@@ -43,16 +43,16 @@ class ComponentConfig(Strict):
     """Import path ``module:Class`` of the implementation."""
 
     same_text: ClassVar[bool] = False
-    """True for a time warper that is right only where teacher and student read the same text."""
+    """True for a time warper that is right only if teacher and student read the same text."""
 
     whole_text: ClassVar[bool] = False
-    """True for a time warper that matches whole texts: latent tokens would meet the teacher's prompt."""
+    """True for a time warper that matches whole texts: latent tokens would be matched with the prompt."""
 
     latent_only: ClassVar[bool] = False
     """True for a time warper that needs a student of latent tokens."""
 
     @model_validator(mode="after")
-    def _rate_of_something_trained(self) -> Self:
+    def _check_rate_has_effect(self) -> Self:
         if getattr(self, "learning_rate", None) is not None and not getattr(self, "trainable", True):
             raise ValueError("'learning_rate' has no effect with 'trainable: false'; change one of them")
         return self
@@ -63,17 +63,21 @@ class ComponentConfig(Strict):
 
     @classmethod
     def implementation(cls) -> Any:
-        """Import and return the class named by ``component``; PluginError where there is none."""
+        """Import and return the class named by ``component``.
+
+        Raises:
+            PluginError: it cannot be imported.
+        """
         module, _, attribute = cls.component.partition(":")
         try:
             return getattr(import_module(module), attribute)
         except (Exception, SystemExit) as error:  # importing a plugin's module can raise anything
-            told = f"cannot import {cls.component!r}: {type(error).__name__}: {error}"
-            raise PluginError(f"component {cls.component_name()!r}: {told}") from error
+            reason = f"cannot import {cls.component!r}: {type(error).__name__}: {error}"
+            raise PluginError(f"component {cls.component_name()!r}: {reason}") from error
 
     @classmethod
     def component_name(cls) -> str:
-        """The registered name: the default of the ``name`` field."""
+        """Return the registered name: the default of the ``name`` field."""
         return str(cls.model_fields["name"].default)
 
 
@@ -100,10 +104,10 @@ class KVLossConfig(ComponentConfig):
     """Student layers the loss looks at, counted from 0 (negative: from the last)."""
 
     @model_validator(mode="after")
-    def _one_weight(self) -> Self:
+    def _check_one_weight(self) -> Self:
         if self.share is not None and self.weight != 1.0:
             raise ValueError("'share' sets the weight; leave 'weight' out")
         return self
 
     basis_free: ClassVar[bool] = False
-    """True where head counts and widths of student and target may differ."""
+    """True if head counts and widths of student and target may differ."""

@@ -1,6 +1,6 @@
-"""One hook per kind of component. A plugin implements the hooks it has components for.
+"""Specify one hook for each kind of component. A plugin implements the hooks of its components' kinds.
 
-Each hook returns declarations (``ComponentConfig`` subclasses); kava imports the implementation a
+Each hook returns declarations (``ComponentConfig`` subclasses); kava imports the implementation that a
 declaration names only when a pipeline is built.
 """
 
@@ -22,12 +22,12 @@ KINDS: dict[str, str] = {
     "fuser": "kava_fusers",
     "kv_loss": "kava_kv_losses",
 }
-"""Kind, as a spec names it, to the hook that registers its components."""
+"""The hook that registers the components of a kind, by the kind's name in a spec."""
 
 
 @hookspec
 def kava_head_adapters() -> Sequence[type[ComponentConfig]]:
-    """Components that change the head axis: ``t_head → head``.
+    """Register components that change the head axis: ``t_head → head``.
 
     A plugin that keeps the first heads::
 
@@ -66,7 +66,7 @@ def kava_head_adapters() -> Sequence[type[ComponentConfig]]:
 
 @hookspec
 def kava_time_warpers() -> Sequence[type[ComponentConfig]]:
-    """Components that change the time axis: ``t_time → time``, plus which positions are valid.
+    """Register components that change the time axis: ``t_time → time``, plus which positions are valid.
 
     A plugin whose student position i reads teacher position i + 1::
 
@@ -91,15 +91,15 @@ def kava_time_warpers() -> Sequence[type[ComponentConfig]]:
 
             def forward(self, teacher, student):
                 time, t_time = student.mask.shape[1], teacher.mask.shape[1]
-                read = (torch.arange(time, device=student.mask.device) + 1).clamp(max=t_time - 1)
-                read = read.expand_as(student.mask)
-                return TimeMap.gather(read, student.mask & teacher.mask.gather(1, read))
+                position = (torch.arange(time, device=student.mask.device) + 1).clamp(max=t_time - 1)
+                position = position.expand_as(student.mask)
+                return TimeMap.gather(position, student.mask & teacher.mask.gather(1, position))
     """
 
 
 @hookspec
 def kava_layer_mappers() -> Sequence[type[ComponentConfig]]:
-    """Components that change the layer axis: ``t_layer → layer``, as a matrix of weights.
+    """Register components that change the layer axis: ``t_layer → layer``, as a matrix of weights.
 
     A plugin that reads the teacher's first layers::
 
@@ -129,7 +129,7 @@ def kava_layer_mappers() -> Sequence[type[ComponentConfig]]:
 
 @hookspec
 def kava_dim_projectors() -> Sequence[type[ComponentConfig]]:
-    """Components that change the width of a head: ``t_dim → dim``.
+    """Register components that change the width of a head: ``t_dim → dim``.
 
     A plugin that keeps the first channels::
 
@@ -158,7 +158,7 @@ def kava_dim_projectors() -> Sequence[type[ComponentConfig]]:
 
 @hookspec
 def kava_fusers() -> Sequence[type[ComponentConfig]]:
-    """Components that weigh several teachers: ``teacher batch layer time``; kava mixes with the weights.
+    """Register components that weigh several teachers: ``teacher batch layer time``; kava applies weights.
 
     A plugin that believes only the first teacher::
 
@@ -189,7 +189,7 @@ def kava_fusers() -> Sequence[type[ComponentConfig]]:
 
 @hookspec
 def kava_kv_losses() -> Sequence[type[KVLossConfig]]:
-    """Losses between the student's cache and the aligned target.
+    """Register losses between the student's cache and the aligned target.
 
     A plugin with the mean absolute difference::
 

@@ -1,4 +1,4 @@
-"""Which components are installed, who registered them, and which plugins could not be loaded.
+"""Record which components are installed, who registered them, and which plugins could not be loaded.
 
 A registry is built from the entry points of the group ``kava``, then only read. kava's own components come
 through the same door as everyone's.
@@ -20,7 +20,7 @@ import pluggy
 
 from kava_core import hookspecs
 from kava_core.config import ComponentConfig
-from kava_core.declarations import fault_of
+from kava_core.declarations import declaration_fault
 from kava_core.errors import PluginError, SpecError, did_you_mean, one_of
 from kava_core.hookspecs import KINDS
 
@@ -30,13 +30,13 @@ GROUP = "kava"
 BUILT_IN = "kava"
 """The distribution whose components nobody can shadow."""
 
-DISABLE = "KAVA_DISABLE_PLUGINS"
+DISABLED_VARIABLE = "KAVA_DISABLE_PLUGINS"
 """Environment variable: comma-separated distributions or ``distribution:entry``; ``*``: all third parties."""
 
 
 @dataclass(frozen=True)
 class Registered:
-    """One component and where it came from."""
+    """A component and the plugin it came from."""
 
     kind: str
     config: type[ComponentConfig]
@@ -47,17 +47,17 @@ class Registered:
 
     @property
     def name(self) -> str:
-        """The word a spec uses."""
+        """Return the component's name in a spec."""
         return self.config.component_name()
 
     @property
     def origin(self) -> str:
-        """Distribution and version."""
+        """Return distribution and version, as one text."""
         return f"{self.distribution} {self.version}"
 
     @property
     def doc(self) -> str:
-        """First line of the declaration's docstring."""
+        """Return the first line of the declaration's docstring."""
         return (self.config.__doc__ or "").strip().partition("\n")[0]
 
 
@@ -81,79 +81,95 @@ class Registry:
 
     @classmethod
     def build(cls, disabled: Iterable[str] | None = None) -> Registry:
-        """Load every plugin that is not disabled (by default: named in ``KAVA_DISABLE_PLUGINS``).
+        """Load every plugin that is not disabled.
 
-        A plugin that fails is remembered in ``failures`` and the others go on. PluginError where two third
-        parties register one name: neither can be preferred silently.
+        A plugin that fails is remembered in ``failures`` and the others go on.
+
+        Args:
+            disabled: plugins to leave out; by default those named in ``KAVA_DISABLE_PLUGINS``.
+
+        Raises:
+            PluginError: two third parties register one name; neither can be preferred silently.
         """
-        disabled = os.environ.get(DISABLE, "").split(",") if disabled is None else disabled
-        off = {_canonical(name) for name in disabled}
+        if disabled is None:
+            disabled = os.environ.get(DISABLED_VARIABLE, "").split(",")
+        disabled_names = {_canonical_name(name) for name in disabled}
         loader = _Loader()
         for point in sorted(entry_points(group=GROUP), key=_built_in_first):
-            if not _is_off(point, off):
-                loader.load(point)
-        return cls(tuple(_without_clashes(loader.found, loader.failures)), tuple(loader.failures))
+            if not _is_disabled(point, disabled_names):
+                loader.load_plugin(point)
+        registered = tuple(_without_clashes(loader.components, loader.failures))
+        return cls(registered, tuple(loader.failures))
 
     def get(self, kind: str, name: str) -> type[ComponentConfig]:
-        """The declaration; SpecError with what is possible where there is none."""
-        return self._find(kind, name).config
+        """Return the declaration of a component.
+
+        Raises:
+            SpecError: it is not registered; the message says what is possible.
+        """
+        return self._find_component(kind, name).config
 
     def names(self, kind: str) -> list[str]:
-        """Registered names of one kind, sorted; SpecError for a kind that does not exist."""
-        return sorted(one.name for one in self._of(kind))
+        """Return the registered names of one kind, sorted.
+
+        Raises:
+            SpecError: the kind does not exist.
+        """
+        return sorted(component.name for component in self._components_of_kind(kind))
 
     def configs(self, kind: str) -> list[type[ComponentConfig]]:
-        """Declarations of one kind, sorted by name."""
-        return [one.config for one in sorted(self._of(kind), key=lambda one: one.name)]
+        """Return the declarations of one kind, sorted by name."""
+        components = sorted(self._components_of_kind(kind), key=lambda component: component.name)
+        return [component.config for component in components]
 
     def origin(self, kind: str, name: str) -> str:
-        """Who registered it: distribution and version."""
-        return self._find(kind, name).origin
+        """Return who registered a component: distribution and version."""
+        return self._find_component(kind, name).origin
 
     def table(self) -> list[Registered]:
-        """Everything, by kind (in the order of the hooks) and name."""
-        order = list(KINDS)
-        return sorted(self.registered, key=lambda one: (order.index(one.kind), one.name))
+        """Return every component, by kind (in the order of the hooks) and name."""
+        kinds = list(KINDS)
+        return sorted(self.registered, key=lambda component: (kinds.index(component.kind), component.name))
 
     def unknown(self, kind: str, name: str) -> str:
-        """One line about a name that is not registered: what is possible, the likely one, what failed."""
+        """Describe an unregistered name in one line: what is possible, what is likely, what failed."""
         possible = self.names(kind)
         failed = "".join(f"; {failure}" for failure in self.failures)
         return f"no {kind} {name!r}; possible: {one_of(possible)}{did_you_mean(name, possible)}{failed}"
 
-    def _of(self, kind: str) -> list[Registered]:
+    def _components_of_kind(self, kind: str) -> list[Registered]:
         if kind not in KINDS:
             raise SpecError(f"no kind {kind!r}; possible: {one_of(KINDS)}{did_you_mean(kind, KINDS)}")
-        return [one for one in self.registered if one.kind == kind]
+        return [component for component in self.registered if component.kind == kind]
 
-    def _find(self, kind: str, name: str) -> Registered:
-        for one in self._of(kind):
-            if one.name == name:
-                return one
+    def _find_component(self, kind: str, name: str) -> Registered:
+        for component in self._components_of_kind(kind):
+            if component.name == name:
+                return component
         raise SpecError(self.unknown(kind, name))
 
 
 class _Loader:
-    """Loads plugins one by one, so that one that fails takes nobody with it."""
+    """A loader of plugins one by one, so that one that fails does not stop the others."""
 
     def __init__(self) -> None:
         self.manager = pluggy.PluginManager(GROUP)
         self.manager.add_hookspecs(hookspecs)
-        self.found: list[Registered] = []
+        self.components: list[Registered] = []
         self.failures: list[Failure] = []
 
-    def load(self, point: EntryPoint) -> None:
-        """Import, register and ask one plugin. What it prints is dropped."""
+    def load_plugin(self, point: EntryPoint) -> None:
+        """Import one plugin, register its hooks and collect its components. What it prints is dropped."""
         plugin = _plugin_name(point)
         try:
             with redirect_stdout(StringIO()):
                 module = point.load()
-                self._register(module, plugin)
-                self.found += list(self._components(module, point))
+                self._register_hooks(module, plugin)
+                self.components += list(self._declared_components(module, point))
         except (Exception, SystemExit) as error:
-            self.failures.append(Failure(plugin, _reason(error)))
+            self.failures.append(Failure(plugin, _failure_reason(error)))
 
-    def _register(self, module: Any, plugin: str) -> None:
+    def _register_hooks(self, module: Any, plugin: str) -> None:
         hooks = [name for name in dir(module) if self.manager.parse_hookimpl_opts(module, name) is not None]
         if not hooks:
             raise PluginError(f"no function with @hookimpl; possible: {one_of(KINDS.values())}")
@@ -162,63 +178,65 @@ class _Loader:
                 raise PluginError(f"no hook {hook!r}{did_you_mean(hook, KINDS.values())}")
         self.manager.register(module, name=plugin)
 
-    def _components(self, module: Any, point: EntryPoint) -> Iterator[Registered]:
+    def _declared_components(self, module: Any, point: EntryPoint) -> Iterator[Registered]:
+        distribution, version = _distribution_of(point)
         for kind, hook in KINDS.items():
             for implementation in getattr(self.manager.hook, hook).get_hookimpls():
-                if implementation.plugin is module:
-                    for config in _declared(kind, hook, implementation.function()):
-                        yield Registered(kind, config, *_distribution(point), point.name, point.module)
+                if implementation.plugin is not module:
+                    continue
+                for config in _checked_declarations(kind, hook, implementation.function()):
+                    yield Registered(kind, config, distribution, version, point.name, point.module)
 
 
-def _declared(kind: str, hook: str, returned: Any) -> Sequence[type[ComponentConfig]]:
+def _checked_declarations(kind: str, hook: str, returned: Any) -> Sequence[type[ComponentConfig]]:
     if not isinstance(returned, list | tuple):
         raise PluginError(f"{hook} must return a list of declarations, not {type(returned).__name__}")
     for declaration in returned:
-        fault = fault_of(kind, declaration)
+        fault = declaration_fault(kind, declaration)
         if fault:
             raise PluginError(f"{hook}: {fault}")
     return returned
 
 
-def _without_clashes(found: list[Registered], failures: list[Failure]) -> Iterator[Registered]:
-    """One owner for each name; failures gain what would shadow a built-in."""
+def _without_clashes(components: list[Registered], failures: list[Failure]) -> Iterator[Registered]:
+    """Yield one owner for each name; ``failures`` gain what would shadow a built-in."""
     owners: dict[tuple[str, str], list[Registered]] = defaultdict(list)
-    for one in found:
-        owners[one.kind, one.name].append(one)
+    for component in components:
+        owners[component.kind, component.name].append(component)
     for (kind, name), (first, *others) in owners.items():
         for other in others:
             clash = f"{kind} {name!r} is registered by {first.origin} and by {other.origin}"
             if first.distribution != BUILT_IN or other.distribution == BUILT_IN:
-                raise PluginError(f"{clash}; uninstall one or name it in {DISABLE}")
+                raise PluginError(f"{clash}; uninstall one or name it in {DISABLED_VARIABLE}")
             failures.append(Failure(f"{other.distribution}:{other.entry}", f"{clash}; built-ins stay"))
         yield first
 
 
-def _distribution(point: EntryPoint) -> tuple[str, str]:
+def _distribution_of(point: EntryPoint) -> tuple[str, str]:
     return (point.dist.name, point.dist.version) if point.dist else ("unknown", "0")
 
 
 def _plugin_name(point: EntryPoint) -> str:
-    return f"{_distribution(point)[0]}:{point.name}"
+    return f"{_distribution_of(point)[0]}:{point.name}"
 
 
 def _built_in_first(point: EntryPoint) -> tuple[bool, str]:
-    return _distribution(point)[0] != BUILT_IN, _plugin_name(point)
+    return _distribution_of(point)[0] != BUILT_IN, _plugin_name(point)
 
 
-def _is_off(point: EntryPoint, off: set[str]) -> bool:
-    distribution = _distribution(point)[0]
-    names = {_canonical(distribution), _canonical(_plugin_name(point))}
-    return bool(names & off) or ("*" in off and distribution != BUILT_IN)
+def _is_disabled(point: EntryPoint, disabled_names: set[str]) -> bool:
+    distribution = _distribution_of(point)[0]
+    names = {_canonical_name(distribution), _canonical_name(_plugin_name(point))}
+    return bool(names & disabled_names) or ("*" in disabled_names and distribution != BUILT_IN)
 
 
-def _canonical(name: str) -> str:
-    """Distribution names compare without case and with ``-``, ``_``, ``.`` alike (PEP 503)."""
+def _canonical_name(name: str) -> str:
+    """Write a distribution's name without case and with ``-``, ``_``, ``.`` alike (PEP 503)."""
     distribution, colon, entry = name.strip().partition(":")
     return re.sub(r"[-_.]+", "-", distribution).lower() + colon + entry
 
 
-def _reason(error: BaseException) -> str:
-    """One line: the message of our own errors, with the type in front of others."""
+def _failure_reason(error: BaseException) -> str:
+    """Return one line: the message of kava's own errors, with the type in front of others."""
     message = " ".join(str(error).split()) or "no message"
     return message if isinstance(error, PluginError) else f"{type(error).__name__}: {message}"

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from string import Template
 
-from kava_core.declarations import RESERVED
+from kava_core.declarations import METRIC_NAMES
 from kava_core.errors import KavaError, SpecError, did_you_mean, one_of
 from kava_core.hookspecs import KINDS
 from kava_core.registry import Registry
@@ -67,7 +67,7 @@ def _words(name: str, kind: str) -> dict[str, str]:
 
 
 def _check_free(component: str, kind: str) -> None:
-    reserved = (*TAKEN, *RESERVED) if kind == "kv_loss" else TAKEN
+    reserved = (*TAKEN, *METRIC_NAMES) if kind == "kv_loss" else TAKEN
     if component in reserved:
         raise SpecError(f"name {component!r}: is reserved; choose another name")
     registry = Registry.build()

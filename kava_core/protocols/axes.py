@@ -1,4 +1,4 @@
-"""The words for axes, and the two values every component speaks about: Geometry and Cache.
+"""Define the words for axes, and two values that every component uses: Geometry and Cache.
 
 ``batch layer head time dim``, always in this order. ``head`` is a key/value head, ``qhead`` a query head,
 ``dim`` the width of one head; ``t_layer t_head t_time t_dim`` are the teacher's extents.
@@ -22,14 +22,14 @@ VOCABULARY = frozenset(
         *("tap", "hidden", "vocab"),
     }
 )
-"""Every axis name that may stand in an annotation or an einops pattern."""
+"""Every axis name that an annotation or an einops pattern may use."""
 
 
 @dataclass(frozen=True)
 class Geometry:
     """Extents of a model's cache.
 
-    Read off captured tensors, never off ``num_attention_heads``: grouped-query models have fewer
+    They come from captured tensors, never from ``num_attention_heads``: grouped-query models have fewer
     key/value heads than query heads.
     """
 
@@ -40,16 +40,16 @@ class Geometry:
     dim: int
     """Width of one head."""
     qhead: int
-    """Query heads of a layer; components are built with 0 where no loss compares queries."""
+    """Query heads of a layer; components are built with 0 if no loss compares queries."""
     hidden: int
     """Width of the residual stream."""
 
     def heads(self, part: Part) -> int:
-        """Heads of a part: query heads for queries, key/value heads otherwise."""
+        """Return the number of heads of a part: query heads for queries, key/value heads otherwise."""
         return self.qhead if part == "queries" else self.head
 
     def with_(self, **extents: int) -> Geometry:
-        """A copy with some extents changed."""
+        """Return a copy with some extents changed."""
         return replace(self, **extents)
 
     def __str__(self) -> str:
@@ -58,35 +58,42 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Cache:
-    """Keys, values and queries of all (chosen) layers; a part nobody asked for is None."""
+    """Keys, values and queries of all chosen layers; a part that was not captured is None."""
 
     keys: Float[Tensor, "batch layer head time dim"] | None = None
     values: Float[Tensor, "batch layer head time dim"] | None = None
     queries: Float[Tensor, "batch layer qhead time dim"] | None = None
 
     def items(self) -> Iterator[tuple[Part, Tensor]]:
-        """The parts that are there."""
+        """Yield the captured parts with their names."""
         for part in PARTS:
             tensor = getattr(self, part)
             if tensor is not None:
                 yield part, tensor
 
     def map(self, change: Callable[[Tensor, Part], Tensor]) -> Cache:
-        """A cache with ``change(tensor, part)`` applied to every part that is there."""
+        """Return a cache with ``change(tensor, part)`` applied to every captured part."""
         return Cache(**{part: change(tensor, part) for part, tensor in self.items()})
 
     def pick(self, parts: tuple[Part, ...]) -> Cache:
-        """Only these parts; KeyError where one was not captured."""
-        here = dict(self.items())
-        return Cache(**{part: here[part] for part in parts})
+        """Return a cache of these parts alone.
+
+        Raises:
+            KeyError: one of them was not captured.
+        """
+        captured = dict(self.items())
+        return Cache(**{part: captured[part] for part in parts})
 
     @property
     def any(self) -> Tensor:
-        """One of the parts, for its batch, layer and time extents, its device and dtype."""
+        """Return one of the parts, for its batch, layer and time extents, its device and dtype."""
         return next(tensor for _, tensor in self.items())
 
 
 def meta_cache(geometry: Geometry, parts: tuple[Part, ...], *, batch: int, layer: int, time: int) -> Cache:
-    """A cache of these extents on the meta device: shapes without values."""
-    shapes = {part: (batch, layer, geometry.heads(part), time, geometry.dim) for part in parts}
-    return Cache(**{part: torch.empty(shape, device="meta") for part, shape in shapes.items()})
+    """Return a cache of these extents on the meta device: shapes without values."""
+    tensors = {}
+    for part in parts:
+        shape = (batch, layer, geometry.heads(part), time, geometry.dim)
+        tensors[part] = torch.empty(shape, device="meta")
+    return Cache(**tensors)

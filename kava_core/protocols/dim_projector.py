@@ -26,9 +26,9 @@ class DimProjector(Protocol):
 
 @runtime_checkable
 class Calibrated(Protocol):
-    """What a projector offers if it wants to see data before training.
+    """The methods of a projector that needs to see data before training.
 
-    An attribute ``paired = False`` says that ``like`` is not looked at; ``queries_from_keys = True`` that
+    With an attribute ``paired = False`` it does not look at ``like``; with ``queries_from_keys = True``
     queries cannot be projected unless keys were observed.
     """
 
@@ -39,10 +39,14 @@ class Calibrated(Protocol):
         valid: Bool[Tensor, "batch time"],
         part: Part,
     ) -> None:
-        """Take in one batch: what will be projected, and what stands on the other side at these positions.
+        """Take in one batch of what will be projected, and of what it should resemble.
 
-        ``x`` is the teacher's cache with layers, heads and time aligned, ``like`` the student's; with
-        ``direction: to_teacher`` the other way round.
+        Args:
+            x: the teacher's cache with layers, heads and time aligned; with ``direction: to_teacher`` the
+                student's.
+            like: the other side's cache at the same positions.
+            valid: which positions count.
+            part: which part both are.
         """
         ...
 

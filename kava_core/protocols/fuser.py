@@ -13,7 +13,7 @@ from kava_core.protocols.axes import Cache
 
 @dataclass(frozen=True)
 class FusionContext:
-    """What a fuser may look at."""
+    """The tensors and labels that a fuser may look at."""
 
     valid: Bool[Tensor, "teacher batch time"]
     """Where each teacher's target is valid."""
@@ -31,21 +31,21 @@ class FusionContext:
 class Fuser(Protocol):
     """Weighs teachers. Constructed as ``Fuser(config, *, teachers, student)``, teachers being their names.
 
-    One that does not look at ``targets`` says so with ``needs_targets = False``: with ``train.stream`` it is
-    asked before the teachers run, and the targets are empty.
+    A fuser that does not look at ``targets`` has ``needs_targets = False``: with ``train.stream`` it is
+    called before the teachers run, and the targets are empty.
     """
 
     def __call__(self, context: FusionContext) -> Float[Tensor, "teacher batch layer time"]:
-        """Non-negative weights. kava renormalises them over the teachers valid at a position."""
+        """Return non-negative weights. kava renormalises them over the teachers valid at a position."""
         ...
 
 
 @runtime_checkable
 class Regularised(Protocol):
-    """What a fuser offers if it adds a term of its own to the loss."""
+    """The method of a fuser that adds a term of its own to the loss."""
 
     def penalty(self, weights: Float[Tensor, "teacher batch layer time"]) -> Float[Tensor, ""]:
-        """A sum over positions, of the mean over layers.
+        """Return the term: a sum over positions of the mean over layers.
 
         ``weights`` are the fuser's, renormalised; all teachers' are 0 where none is valid.
         """
@@ -54,7 +54,7 @@ class Regularised(Protocol):
 
 @runtime_checkable
 class ObservesTeachers(Protocol):
-    """What a fuser offers if it wants to see data before training, after projectors are calibrated."""
+    """The methods of a fuser that needs to see data before training, after projectors are calibrated."""
 
     def observe(self, context: FusionContext) -> None:
         """Take in one batch."""
@@ -67,21 +67,21 @@ class ObservesTeachers(Protocol):
 
 @runtime_checkable
 class Chooses(Protocol):
-    """What a fuser offers if not all teachers run in every forward pass.
+    """The method of a fuser that does not run all teachers in every forward pass.
 
-    One whose choice is the same in every process says so with ``draws = False``; others refuse teachers that
-    are sharded, which all processes must run together.
+    A fuser whose choice is the same in every process has ``draws = False``; others refuse sharded teachers,
+    which all processes must run together.
     """
 
     def choose(self) -> Bool[Tensor, " teacher"]:
-        """Which teachers are to run; called before they would, and before the weights are asked for."""
+        """Choose the teachers that are to run; called before they run and before the weights are needed."""
         ...
 
 
 @runtime_checkable
 class Rewarded(Protocol):
-    """What a fuser offers if it learns from a reward."""
+    """The method of a fuser that learns from a reward."""
 
     def reward(self, value: Float[Tensor, ""]) -> None:
-        """Cross-entropy of the student's tokens in this forward pass, after the weights were given."""
+        """Take in the cross-entropy of the student's tokens in this forward pass, after the weights."""
         ...

@@ -15,13 +15,14 @@ from kava_core.protocols.axes import Geometry
 class HeadAdapter(Protocol):
     """``t_head → head``. Constructed as ``HeadAdapter(config, *, teacher, student)``.
 
-    An adapter may see both caches in another view, as ``flat`` does (one head as wide as all, or all layers
-    as one): it says so in ``teacher_view`` (extents after the adapter) and ``student_view``, and ``fold``
-    brings the student's tensors into that view.
+    An adapter may see both caches in another view, as ``flat`` does: one head as wide as all, or all layers
+    as one. ``fold`` brings the student's tensors into that view.
     """
 
     teacher_view: Geometry
+    """Extents of the teacher's cache after the adapter."""
     student_view: Geometry
+    """Extents of the student's cache after ``fold``."""
 
     def __call__(
         self, x: Float[Tensor, "batch layer t_head time t_dim"], part: Part
@@ -30,5 +31,5 @@ class HeadAdapter(Protocol):
         ...
 
     def fold(self, x: Float[Tensor, "batch layer head time dim"]) -> Float[Tensor, "batch layer _ time _"]:
-        """The student's tensor as ``student_view`` sees it; the identity for most adapters."""
+        """Return the student's tensor in the ``student_view``; the identity for most adapters."""
         ...

@@ -17,7 +17,7 @@ class KVLoss(Protocol):
     def __call__(
         self, student: Cache, target: Cache, weight: Float[Tensor, "batch layer time"]
     ) -> Float[Tensor, ""]:
-        """Sum over positions and layers of weight × loss at that position.
+        """Sum weight × loss of the position over positions and layers.
 
         The loss of a position is a mean over heads and width. A position of weight 0 has no influence at
         all, whatever it holds, and no gradient. Layers do not look at one another.
@@ -27,9 +27,9 @@ class KVLoss(Protocol):
 
 @runtime_checkable
 class ObservesCaches(Protocol):
-    """What a loss offers if it wants to see data before training, after projectors are calibrated.
+    """The methods of a loss that needs to see data before training, after projectors are calibrated.
 
-    Not with ``rotary: match``, unless it compares values alone.
+    It cannot be used with ``rotary: match``, unless it compares values alone.
     """
 
     def observe(self, student: Cache, target: Cache, valid: Bool[Tensor, "batch time"]) -> None:

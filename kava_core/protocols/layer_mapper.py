@@ -13,7 +13,7 @@ class LayerMapper(Protocol):
     """``t_layer → layer``. Constructed as ``LayerMapper(config, *, teacher, student)``."""
 
     def __call__(self) -> Float[Tensor, "layer t_layer"]:
-        """Weights of the teacher's layers for every student layer.
+        """Return the weights of the teacher's layers for every student layer.
 
         Rows sum to 1. Only teacher layers with a non-zero column are captured, so a mapper without
         parameters must return the same zeros every time. Rows with a single 1 cost nothing.
@@ -23,7 +23,7 @@ class LayerMapper(Protocol):
 
 @runtime_checkable
 class Measured(Protocol):
-    """What a layer mapper offers if its weights come from comparing the layers of both models on data.
+    """The methods of a layer mapper whose weights come from comparing the layers of both models on data.
 
     kava measures before the pipeline is built, saves ``state_dict()`` as safetensors, with a ``.json`` of the
     same name that holds its ``sha256`` and ``on``, and builds the mapper again with the config's ``map``

@@ -18,37 +18,37 @@ class TimeWarper(Protocol):
     """``t_time → time``, plus validity. Constructed as ``TimeWarper(config, *, teacher, student)``."""
 
     def __call__(self, teacher: Timeline, student: Timeline) -> TimeMap:
-        """The row-stochastic map from the teacher's positions to the student's, one per example."""
+        """Return the row-stochastic map from the teacher's positions to the student's, for each example."""
         ...
 
 
 @runtime_checkable
 class Evictor(Protocol):
-    """What a time warper offers if it chooses tokens for every layer and KV head of the teacher apart.
+    """The methods of a time warper that chooses tokens for every layer and KV head of the teacher apart.
 
     Only for a student of latent tokens: the teacher's reasoning tokens are then *evicted* to as many *slots*
-    as it has. Called with timelines, the warper gives the map from slots to the student: its k-th reasoning
+    as it has. Called with timelines, the warper returns the map from slots to the student: its k-th reasoning
     token reads slot k, valid where the teacher has more than k reasoning tokens.
     """
 
     reads: tuple[Part, ...]
-    """What it needs of the teacher's cache."""
+    """The parts of the teacher's cache that it needs."""
 
     def choose(self, cache: Cache, timeline: Timeline, count: int) -> Int[Tensor, "batch t_layer t_head _"]:
-        """The teacher's positions for ``count`` slots, reasoning tokens in time order, each once.
+        """Choose the teacher's positions for ``count`` slots: reasoning tokens in time order, each once.
 
-        Keys and queries of ``cache`` are as attention saw them, with their rotation. What stands in slots
-        beyond the number of reasoning tokens is not read, but must be a position. Padding may hold NaN.
+        Keys and queries of ``cache`` are as attention saw them, with their rotation. Slots beyond the number
+        of reasoning tokens are not read, but must hold a position. Padding may hold NaN.
         """
         ...
 
 
 @runtime_checkable
 class Scores(Protocol):
-    """What an evictor offers if it chooses by scores, of which evaluation logs the spread."""
+    """The method of an evictor that chooses by scores, of which evaluation logs the spread."""
 
     def scores(
         self, cache: Cache, timeline: Timeline
     ) -> dict[str, Float[Tensor, "batch t_layer t_head t_time"]]:
-        """Every score by name; −inf at what is no reasoning token."""
+        """Return every score by name; −inf at positions that are no reasoning token."""
         ...

@@ -1,4 +1,4 @@
-"""What is known about the positions of a batch: which are real, where they are, which text they hold."""
+"""Describe the positions of a batch: which are real, where they are, which text they hold."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SEGMENT_NAMES = ("prompt", "reasoning", "answer")
 
 @dataclass(frozen=True)
 class Timeline:
-    """One side's positions. Padding may stand left or right; the real positions are one block."""
+    """One side's positions. Padding may be left or right; the real positions are one block."""
 
     mask: Bool[Tensor, "batch time"]
     """True at real tokens."""
@@ -29,7 +29,7 @@ class Timeline:
 
     @classmethod
     def from_batch(cls, batch: Mapping[str, Tensor]) -> Timeline:
-        """From the collator's tensors: ``attention_mask``, ``segments``, ``spans``."""
+        """Build a timeline from the collator's tensors: ``attention_mask``, ``segments``, ``spans``."""
         mask = batch["attention_mask"].bool()
         positions = (mask.long().cumsum(-1) - 1).clamp_min(0) * mask
         return cls(mask=mask, positions=positions, segments=batch["segments"], spans=batch["spans"])

@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from kava_core.config import ComponentConfig
-from kava_core.declarations import base_of
+from kava_core.declarations import base_class_of_kind
 from kava_core.hookspecs import KINDS
 from kava_core.registry import Registry
 from kava_core.specfile.sections.align import AlignSpec
@@ -68,7 +68,7 @@ def _type_of_nothing(registry: Registry, kind: str) -> Any:
         message = registry.unknown(kind, str(name))
         raise PydanticCustomError("component_unknown", "{message}", {"message": message})
 
-    return _annotated_type(base_of(kind), BeforeValidator(refuse))
+    return _annotated_type(base_class_of_kind(kind), BeforeValidator(refuse))
 
 
 def _annotated_type(item: Any, *metadata: Any) -> Any:

@@ -1,15 +1,15 @@
-"""The conformance kit: subclass the class of your component's kind and give it your declaration.
+"""Provide the conformance kit: subclass the class of your component's kind and give it your declaration.
 
 ::
 
     import pytest
     from kava_core.testing import LayerMapperTests
-    from my_plugin import MyMapper
+    from my_plugin import MyMapperConfig
 
     class TestMyMapper(LayerMapperTests):
         @pytest.fixture
         def config(self):
-            return MyMapper()
+            return MyMapperConfig()
 
 Every test states one clause of the contract in ``kava_core.protocols``. A clause that your component breaks
 on purpose is switched off by name, where a reader sees it: ``test_examples_are_independent = None``.

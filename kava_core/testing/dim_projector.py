@@ -1,4 +1,4 @@
-"""``t_dim → dim``."""
+"""Test width projectors: ``t_dim → dim``."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ SEEN, LONG = 4, 12
 
 
 class DimProjectorTests(CacheMapTests):
-    """The contract of ``protocols.dim_projector.DimProjector``, and of ``Calibrated`` where it is offered."""
+    """The contract of ``protocols.dim_projector.DimProjector``, and of ``Calibrated`` if it is offered."""
 
     kind: ClassVar[str] = "dim_projector"
 
     def fitted(self, config: Any, sides: Sides) -> Sides:
-        """Layers and heads are aligned before the width."""
+        """Align layers and heads, which come before the width."""
         teacher, student = sides
         return Sides(teacher.with_(layer=student.layer, head=student.head, qhead=student.qhead), student)
 
@@ -39,39 +39,38 @@ class DimProjectorTests(CacheMapTests):
         """Show the same positions, cut into batches, with ``padding`` where nothing is valid; finish."""
         valid = torch.arange(LONG) >= torch.arange(2 * SEEN)[:, None] % 4
         for part in self.compared(sides):
-            x, like = (_shown(side, part, valid, padding, seed) for seed, side in self._both(config, sides))
-            pieces = zip(*(one.chunk(batches) for one in (x, like, valid)), strict=True)
+            teacher, student = self.fitted(config, sides)
+            x = _shown_cache(teacher, part, valid, padding, seed=3)
+            like = _shown_cache(student, part, valid, padding, seed=4)
+            pieces = zip(x.chunk(batches), like.chunk(batches), valid.chunk(batches), strict=True)
             for x_piece, like_piece, valid_piece in pieces:
                 component.observe(x_piece, like_piece, valid_piece, part)
         component.finish()
 
-    def _both(self, config: Any, sides: Sides) -> list[tuple[int, Any]]:
-        return list(enumerate(self.fitted(config, sides), start=3))
-
     def shape_of(self, component: Any, config: Any, sides: Sides, part: Part) -> tuple[int, int, int]:
-        """The student's width, or the teacher's where the component says ``keeps_width``."""
+        """Return extents with the student's width, or the teacher's if the component has ``keeps_width``."""
         teacher, student = self.fitted(config, sides)
         dim = teacher.dim if getattr(component, "keeps_width", False) else student.dim
         return student.layer, student.heads(part), dim
 
     def test_shared_width_is_shared(self, config: Any) -> None:
-        """With ``shared_width`` kava may project before the heads are mixed: any heads, in any order."""
+        """Check that ``shared_width`` projects any heads, in any order: kava may do so before mixing them."""
         component = self.build(config, self.usual)
         if not getattr(component, "shared_width", False):
             return
         for part, x in self.inputs(config, self.usual).items():
-            other = torch.cat([x, x], 2).flip(2)
-            y = component(x, part)
+            projected = component(x, part)
+            more_heads = component(torch.cat([x, x], 2).flip(2), part)
             contract = "with shared_width = True every head must be projected alike, however many there are"
-            require_same(component(other, part), torch.cat([y, y], 2).flip(2), contract)
+            require_same(more_heads, torch.cat([projected, projected], 2).flip(2), contract)
 
     def test_calibration_sees_valid_positions_only(self, config: Any) -> None:
-        """Padding may hold anything, NaN too."""
+        """Check that padding may hold anything, NaN too."""
         contract = "positions that are not valid must not enter the calibration"
         self._require_same_calibration(config, contract, {"batches": 1, "padding": torch.nan}, {"batches": 1})
 
     def test_calibration_sums_over_batches(self, config: Any) -> None:
-        """How the examples are cut into batches changes nothing."""
+        """Check that the cut of the examples into batches changes nothing."""
         contract = "the calibration must not depend on how its examples are cut into batches"
         self._require_same_calibration(config, contract, {"batches": 4}, {"batches": 1})
 
@@ -89,8 +88,8 @@ class DimProjectorTests(CacheMapTests):
             require_same(seen, wanted, contract)
 
 
-def _shown(geometry: Any, part: Part, valid: Tensor, padding: float, seed: int) -> Tensor:
-    """Correlated channels with different scales, so that calibrated directions are well defined."""
+def _shown_cache(geometry: Any, part: Part, valid: Tensor, padding: float, seed: int) -> Tensor:
+    """Draw correlated channels with different scales, so that calibrated directions are well defined."""
     x = draw_part(geometry, part, batch=valid.shape[0], time=valid.shape[1], seed=seed)
     x = x * torch.linspace(2.0, 0.5, geometry.dim) + 0.5
     return torch.where(valid[:, None, None, :, None], x, padding)

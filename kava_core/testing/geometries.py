@@ -1,4 +1,4 @@
-"""Pairs of models that are awkward in one way each."""
+"""List pairs of models that are awkward in one way each."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GEOMETRIES: dict[str, Sides] = {
     "odd": Sides(_geometry(7, 3, 7, 9), _geometry(5, 5, 3, 5)),
     "no_queries": Sides(_geometry(4, 4, 8, 0), _geometry(3, 2, 4, 0)),
 }
-"""Name to pair; the first is the one that most tests use."""
+"""Pairs of models by name; most tests use the first."""
 
 EXTENTS: tuple[tuple[int, int], ...] = ((2, 5), (1, 5), (3, 1), (2, 0))
 """``batch`` and ``time`` of the tests of shapes."""

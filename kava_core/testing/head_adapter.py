@@ -1,4 +1,4 @@
-"""``t_head → head``."""
+"""Test head adapters: ``t_head → head``."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ class HeadAdapterTests(CacheMapTests):
     kind: ClassVar[str] = "head_adapter"
 
     def fitted(self, config: Any, sides: Sides) -> Sides:
-        """Layers are aligned before heads."""
+        """Align layers, which come before heads."""
         return Sides(sides.teacher.with_(layer=sides.student.layer), sides.student)
 
     def shape_of(self, component: Any, config: Any, sides: Sides, part: Part) -> tuple[int, int, int]:
-        """As the view says."""
+        """Return the extents of the ``teacher_view``."""
         view = component.teacher_view
         return view.layer, view.heads(part), view.dim
 
     def outputs(self, component: Any, inputs: Any) -> list[Tensor]:
-        """The mapped parts; and what ``fold`` makes of tensors like them."""
+        """Return the mapped parts, and what ``fold`` makes of tensors like them."""
         return [*super().outputs(component, inputs), *map(component.fold, inputs.values())]
 
     def test_views_agree(self, config: Any, sides: Sides) -> None:
-        """Behind the adapter both sides have the same layers and heads, so that they can be compared."""
+        """Check that both sides have the same layers and heads after the adapter, to be compared."""
         component = self.build(config, sides)
-        theirs, mine = component.teacher_view, component.student_view
-        same = (theirs.layer, theirs.head, theirs.qhead) == (mine.layer, mine.head, mine.qhead)
-        require(same, "teacher_view and student_view must have equal layers and heads", f"{theirs}; {mine}")
+        teacher, student = component.teacher_view, component.student_view
+        contract = "teacher_view and student_view must have equal layers and heads"
+        extents = (teacher.layer, teacher.head, teacher.qhead)
+        require(extents == (student.layer, student.head, student.qhead), contract, f"{teacher}; {student}")
 
     def test_fold_gives_the_students_view(self, config: Any, sides: Sides) -> None:
-        """``fold`` brings the student's tensors into ``student_view``."""
+        """Check that ``fold`` brings the student's tensors into ``student_view``."""
         component = self.build(config, sides)
         view = component.student_view
         for part in self.compared(sides):
@@ -49,7 +50,7 @@ class HeadAdapterTests(CacheMapTests):
                 require_tensor(component.fold(x), shape, AXES, f"fold ({part})")
 
     def test_fold_is_attached(self, config: Any, sides: Sides) -> None:
-        """The student learns through ``fold``."""
+        """Check that the student learns through ``fold``."""
         component = self.build(config, sides)
         for part in self.compared(sides):
             x = draw_part(sides.student, part, batch=BATCH, time=TIME).requires_grad_()

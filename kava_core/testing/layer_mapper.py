@@ -1,4 +1,4 @@
-"""``t_layer → layer``."""
+"""Test layer mappers: ``t_layer → layer``."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from kava_core.protocols.layer_mapper import Measured
 from kava_core.testing.component import MetaTests, saved_state
 from kava_core.testing.geometries import Sides
 from kava_core.testing.require import require, require_finite, require_same, require_tensor
-from kava_core.testing.tensors import draw
+from kava_core.testing.tensors import draw_normal
 
 SEEN, LONG, CHANNELS = 4, 8, 6
 """Examples, positions and width of what a measured mapper is shown."""
 
 
 class LayerMapperTests(MetaTests):
-    """The contract of ``protocols.layer_mapper.LayerMapper``, and of ``Measured`` where it is offered."""
+    """The contract of ``protocols.layer_mapper.LayerMapper``, and of ``Measured`` if it is offered."""
 
     kind: ClassVar[str] = "layer_mapper"
 
@@ -30,11 +30,11 @@ class LayerMapperTests(MetaTests):
     """Whether some student layers read no teacher layer (then specs must leave them out of their losses)."""
 
     def inputs(self, config: Any, sides: Sides) -> tuple[()]:
-        """A mapper takes nothing."""
+        """Return no inputs: a mapper takes none."""
         return ()
 
     def outputs(self, component: Any, inputs: Any) -> list[Tensor]:
-        """The matrix."""
+        """Return the matrix."""
         return [component()]
 
     def measure(self, component: Any, sides: Sides, *, padding: float = 0.0) -> None:
@@ -42,24 +42,29 @@ class LayerMapperTests(MetaTests):
         teacher, student = sides
         valid = torch.arange(LONG) >= torch.arange(SEEN)[:, None] % 3
         for seed in (1, 2):
-            theirs = draw(SEEN, teacher.layer, LONG, CHANNELS, seed=seed)
-            like = torch.arange(student.layer) % teacher.layer
-            mine = theirs[:, like] + 0.3 * draw(SEEN, student.layer, LONG, CHANNELS, seed=seed + 10)
-            shown = (torch.where(valid[:, None, :, None], x, padding) for x in (theirs, mine))
-            component.observe(*shown, valid)
+            teacher_layers = draw_normal(SEEN, teacher.layer, LONG, CHANNELS, seed=seed)
+            resembled = teacher_layers[:, torch.arange(student.layer) % teacher.layer]
+            noise = draw_normal(SEEN, student.layer, LONG, CHANNELS, seed=seed + 10)
+            student_layers = resembled + 0.3 * noise
+            where = valid[:, None, :, None]
+            component.observe(
+                torch.where(where, teacher_layers, padding),
+                torch.where(where, student_layers, padding),
+                valid,
+            )
         component.finish()
 
     def test_axes(self, config: Any, sides: Sides) -> None:
-        """A floating-point matrix, a row for each student layer, a column for each teacher layer."""
-        matrix = self._matrix(self.build(config, sides), sides)
+        """Check for a floating-point matrix: rows are student layers, columns teacher layers."""
+        matrix = self._checked_matrix(self.build(config, sides), sides)
         require(matrix.is_floating_point(), "a layer mapper must return floats", f"got {matrix.dtype}")
 
     def test_rows_are_means(self, config: Any, sides: Sides) -> None:
-        """Weights are at least 0 and sum to 1 in every row."""
+        """Check that weights are at least 0 and sum to 1 in every row."""
         self._require_means(self.build(config, sides), sides)
 
     def test_constant_without_parameters(self, config: Any) -> None:
-        """Which teacher layers are captured is decided once, so the zeros stay where they are."""
+        """Check that zeros stay where they are, because the layers to capture are chosen only once."""
         component, again = self.build(config, self.usual), self.build(config, self.usual, seed=1)
         if any(parameter.requires_grad for parameter in component.parameters()):
             return
@@ -69,66 +74,72 @@ class LayerMapperTests(MetaTests):
         require(same, contract, "two matrices have them at different places")
 
     def test_gradient_reaches_the_parameters(self, config: Any) -> None:
-        """A mapper with trainable parameters learns."""
+        """Check that a mapper with trainable parameters learns."""
         component = self.build(config, self.usual)
-        learnt = [parameter for parameter in component.parameters() if parameter.requires_grad]
-        if not learnt:
+        trained = [parameter for parameter in component.parameters() if parameter.requires_grad]
+        if not trained:
             return
         matrix = component()
         require(matrix.requires_grad, "the matrix must stay attached to the parameters", "it is detached")
-        (matrix * draw(*matrix.shape)).sum().backward()
-        found = [parameter.grad for parameter in learnt if parameter.grad is not None]
-        require(len(found) == len(learnt), "every parameter must get a gradient", f"{len(found)} did")
-        for gradient in found:
+        (matrix * draw_normal(*matrix.shape)).sum().backward()
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        require(
+            len(gradients) == len(trained), "every parameter must get a gradient", f"{len(gradients)} did"
+        )
+        for gradient in gradients:
             require_finite(gradient, "the gradients of a layer mapper must be finite")
 
     def test_measured_rows_are_means(self, config: Any, sides: Sides) -> None:
-        """What was measured is a valid matrix as well, whatever padding holds."""
+        """Check that the measured matrix is valid as well, whatever padding holds."""
         component = self.build(config, sides)
         if isinstance(component, Measured):
             self.measure(component, sides, padding=torch.nan)
             self._require_means(component, sides)
 
     def test_padding_is_not_measured(self, config: Any) -> None:
-        """Positions that are not valid have no influence."""
-        component, other = (self.build(config, self.usual) for _ in range(2))
+        """Check that positions that are not valid have no influence."""
+        component, padded = self.build(config, self.usual), self.build(config, self.usual)
         if isinstance(component, Measured):
             self.measure(component, self.usual)
-            self.measure(other, self.usual, padding=1e4)
-            seen, wanted = (self._matrix(one, self.usual) for one in (other, component))
+            self.measure(padded, self.usual, padding=1e4)
+            seen, wanted = (
+                self._checked_matrix(padded, self.usual),
+                self._checked_matrix(component, self.usual),
+            )
             require_same(seen, wanted, "positions that are not valid must not be measured")
 
     def test_measured_map_can_be_named(self, config: Any, tmp_path: Path) -> None:
-        """``map`` names a file with the state of a mapper that has measured."""
-        if not isinstance(component := self.build(config, self.usual), Measured):
+        """Check that ``map`` can name a file with the state of a mapper that has measured."""
+        component = self.build(config, self.usual)
+        if not isinstance(component, Measured):
             return
-        asks = "a measured layer mapper's config needs a field map: str | None = None"
-        require("map" in type(config).model_fields, asks, "it has none")
+        contract = "a measured layer mapper's config needs a field map: str | None = None"
+        require("map" in type(config).model_fields, contract, "it has none")
         self.measure(component, self.usual)
-        file = _written(component, tmp_path / "map.safetensors")
+        file = _write_map(component, tmp_path / "map.safetensors")
         named = self.build(config.model_copy(update={"map": str(file)}), self.usual)
-        seen, wanted = (self._matrix(one, self.usual) for one in (named, component))
+        seen, wanted = self._checked_matrix(named, self.usual), self._checked_matrix(component, self.usual)
         require_same(seen, wanted, "a mapper built with 'map' must give the matrix that was measured")
 
-    def _matrix(self, component: Any, sides: Sides) -> Tensor:
+    def _checked_matrix(self, component: Any, sides: Sides) -> Tensor:
         shape = (sides.student.layer, sides.teacher.layer)
         return require_tensor(component(), shape, "layer t_layer", self.who)
 
     def _require_means(self, component: Any, sides: Sides) -> None:
-        matrix = self._matrix(component, sides).detach()
+        matrix = self._checked_matrix(component, sides).detach()
         require_finite(matrix, "weights must be finite")
         least = float(matrix.min())
         require(least >= 0, "weights of teacher layers must be at least 0", f"one is {least:.3g}")
         sums = matrix.double().sum(1)
-        sound = (sums - 1).abs() < 1e-4
+        allowed = (sums - 1).abs() < 1e-4
         if self.skips_layers:
-            sound |= matrix.eq(0).all(1)
-        told = f"the sums are {[round(value, 4) for value in sums.tolist()]}"
-        require(bool(sound.all()), "every student layer's weights must sum to 1", told)
+            allowed |= matrix.eq(0).all(1)
+        seen = f"the sums are {[round(value, 4) for value in sums.tolist()]}"
+        require(bool(allowed.all()), "every student layer's weights must sum to 1", seen)
 
 
-def _written(component: Any, file: Path) -> Path:
-    """The state in a file, and beside it the record of what was measured, as kava writes them."""
+def _write_map(component: Any, file: Path) -> Path:
+    """Write the state to a file, and beside it the record of what was measured, as kava does."""
     raw = save(saved_state(component))
     file.write_bytes(raw)
     record = {"sha256": hashlib.sha256(raw).hexdigest(), "on": component.on}

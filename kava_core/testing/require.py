@@ -1,4 +1,4 @@
-"""How a test of the kit fails: one sentence, what the contract is and what was seen."""
+"""Let a test of the kit fail in one sentence: what the contract is and what was seen."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def require(holds: bool, contract: str, seen: str) -> None:
 
 
 def require_tensor(value: Any, shape: tuple[int, ...], axes: str, who: str) -> Tensor:
-    """``value``, once it is a tensor of this shape; ``axes`` names the extents."""
+    """Return ``value`` if it is a tensor of this shape, else fail; ``axes`` names the extents."""
     require(isinstance(value, Tensor), f"{who} must return a tensor", f"it returned {type(value).__name__}")
     wanted = f"{who} must return shape {list(shape)} ({axes})"
     require(tuple(value.shape) == shape, wanted, f"it returned {list(value.shape)}")
@@ -29,18 +29,19 @@ def require_tensor(value: Any, shape: tuple[int, ...], axes: str, who: str) -> T
 
 
 def require_same(seen: Tensor, wanted: Tensor, contract: str) -> None:
-    """Both hold the same numbers, but for rounding."""
+    """Fail unless both hold the same numbers, up to rounding."""
     if seen.shape != wanted.shape:
         require(False, contract, f"the shapes are {list(seen.shape)} and {list(wanted.shape)}")
     if not seen.numel() or torch.equal(seen, wanted):
         return
-    far = largest_difference(seen, wanted)
+    difference = largest_difference(seen, wanted)
     scale = max(1.0, float(wanted.detach().abs().max()))
-    require(far <= TOLERANCE.get(wanted.dtype, 0.0) * scale, contract, f"it differs by up to {far:.3g}")
+    tolerance = TOLERANCE.get(wanted.dtype, 0.0) * scale
+    require(difference <= tolerance, contract, f"it differs by up to {difference:.3g}")
 
 
 def gradient_of(x: Tensor, name: str) -> Tensor:
-    """The gradient a backward pass left, once it is there and finite."""
+    """Return the gradient that a backward pass left if it exists and is finite, else fail."""
     require(x.grad is not None, f"a gradient must reach the {name}", "none arrived")
     gradient = torch.zeros_like(x) if x.grad is None else x.grad
     require_finite(gradient, f"the gradient of the {name} must be finite")
@@ -48,7 +49,7 @@ def gradient_of(x: Tensor, name: str) -> Tensor:
 
 
 def largest_difference(seen: Tensor, wanted: Tensor) -> float:
-    """Largest absolute difference; infinite where only one of them is NaN."""
+    """Return the largest absolute difference; infinite if only one of two numbers is NaN."""
     seen, wanted = seen.detach().double(), wanted.detach().double()
     distance = (seen - wanted).abs()
     distance = torch.where(seen.isnan() & wanted.isnan(), 0.0, distance)
@@ -56,6 +57,6 @@ def largest_difference(seen: Tensor, wanted: Tensor) -> float:
 
 
 def require_finite(x: Tensor, contract: str) -> None:
-    """No NaN, no infinity."""
-    bad = int((~torch.isfinite(x)).sum())
-    require(bad == 0, contract, f"{bad} of {x.numel()} numbers are NaN or infinite")
+    """Fail if a number is NaN or infinite."""
+    not_finite = int((~torch.isfinite(x)).sum())
+    require(not_finite == 0, contract, f"{not_finite} of {x.numel()} numbers are NaN or infinite")

@@ -1,4 +1,4 @@
-"""Random inputs, and every tensor inside what a component takes."""
+"""Draw random inputs, and visit every tensor inside what a component takes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from kava_core.config import Part
 from kava_core.protocols.axes import Cache, Geometry
 
 
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal numbers, the same for the same seed."""
+def draw_normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Draw normal numbers, the same for the same seed."""
     drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return drawn.to(dtype)
 
@@ -28,9 +28,9 @@ def draw_part(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """One part of a cache: ``batch layer head time dim``."""
+    """Draw one part of a cache: ``batch layer head time dim``."""
     shape = (batch, geometry.layer, geometry.heads(part), time, geometry.dim)
-    return draw(*shape, seed=seed, dtype=dtype)
+    return draw_normal(*shape, seed=seed, dtype=dtype)
 
 
 def draw_cache(
@@ -42,28 +42,28 @@ def draw_cache(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Cache:
-    """A cache of these parts, each with its own numbers."""
-    drawn = {
-        part: draw_part(geometry, part, batch=batch, time=time, seed=10 * seed + order, dtype=dtype)
-        for order, part in enumerate(parts)
-    }
-    return Cache(**drawn)
+    """Draw a cache of these parts, each with its own numbers."""
+    tensors = {}
+    for order, part in enumerate(parts):
+        part_seed = 10 * seed + order
+        tensors[part] = draw_part(geometry, part, batch=batch, time=time, seed=part_seed, dtype=dtype)
+    return Cache(**tensors)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor inside tuples, lists, mappings and dataclasses."""
+    """Yield every tensor inside tuples, lists, mappings and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     else:
-        for inner in _inside(value).values():
+        for inner in _values_inside(value).values():
             yield from tensors_in(inner)
 
 
-def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of ``value`` with every tensor inside it changed."""
+def change_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return a copy of ``value`` with every tensor inside it changed."""
     if isinstance(value, Tensor):
         return change(value)
-    inner = {key: changed(one, change) for key, one in _inside(value).items()}
+    inner = {key: change_tensors(entry, change) for key, entry in _values_inside(value).items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.replace(value, **inner)
     if isinstance(value, Mapping):
@@ -73,7 +73,7 @@ def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def _inside(value: Any) -> Mapping[Any, Any]:
+def _values_inside(value: Any) -> Mapping[Any, Any]:
     if isinstance(value, Mapping):
         return value
     if isinstance(value, tuple | list):

@@ -1,4 +1,4 @@
-"""Timelines of one text cut into any number of tokens."""
+"""Build timelines of one text cut into any number of tokens."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from kava_core.protocols.timeline import NOWHERE, SEGMENT_NAMES, Timeline
 
 TEXT = 24
-"""Characters of the text; a third of them each are prompt, reasoning and answer."""
+"""Characters of the text; a third each are prompt, reasoning and answer."""
 
 Side = Literal["left", "right"]
 
 
 def timeline(tokens: Sequence[int], time: int, *, padding: Side = "right") -> Timeline:
-    """For each example its number of real tokens, of ``time`` positions in all.
+    """Build a timeline of ``time`` positions, with the given number of real tokens for each example.
 
     All examples hold the same text, so two timelines of different tokens are two tokenizers' view of it.
     """
@@ -27,8 +27,8 @@ def timeline(tokens: Sequence[int], time: int, *, padding: Side = "right") -> Ti
     for row, count in enumerate(tokens):
         start = time - count if padding == "left" else 0
         borders = torch.arange(count + 1) * TEXT // max(count, 1)
-        here = slice(start, start + count)
-        mask[row, here] = True
-        segments[row, here] = borders[:-1] * len(SEGMENT_NAMES) // TEXT
-        spans[row, here] = torch.stack([borders[:-1], borders[1:]], -1)
+        real = slice(start, start + count)
+        mask[row, real] = True
+        segments[row, real] = borders[:-1] * len(SEGMENT_NAMES) // TEXT
+        spans[row, real] = torch.stack([borders[:-1], borders[1:]], -1)
     return Timeline.from_batch({"attention_mask": mask, "segments": segments, "spans": spans})

@@ -1,4 +1,4 @@
-"""Matrices in closed form from the moments of paired rows, one for each layer and head."""
+"""Compute projections in closed form from the moments of paired rows, one for each layer and head."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from torch import Tensor
 
 from kava_core.kv.maths.moments import Moments
 
-Matrix = Float[Tensor, "layer head dim t_dim"]
+Projection = Float[Tensor, "layer head dim t_dim"]
 
 
-def principal_components(moments: Moments) -> Matrix:
-    """The ``dim`` directions of largest variance of ``x``; the largest entry of each is positive.
+def principal_components(moments: Moments) -> Projection:
+    """Return the ``dim`` directions of largest variance of ``x``; the largest entry of each is positive.
 
     Rows beyond the width of ``x`` are zero.
+
+    Source: Pearson 1901.
     """
     dim = moments.cross.shape[-2]
     directions = torch.linalg.eigh(moments.covariance).eigenvectors.mT.flip(-2)[..., :dim, :]
@@ -24,12 +26,14 @@ def principal_components(moments: Moments) -> Matrix:
     return basis
 
 
-def procrustes(moments: Moments) -> Matrix:
-    """A rotation from ``x`` to ``like`` times one scale (Schönemann 1966; scale: Gower 1975).
+def procrustes_map(moments: Moments) -> Projection:
+    """Return a rotation from ``x`` to ``like`` times one scale.
 
-    The rotation has orthonormal columns (rows, where ``dim`` is the smaller) and the largest covariance with
+    The rotation has orthonormal columns (rows, if ``dim`` is the smaller) and the largest covariance with
     ``like``; for ``dim`` at least the width of ``x`` it is the best in the sense of least squares. The scale
-    is then the best one; 0 where ``x`` or ``like`` does not vary.
+    is then the best one; 0 if ``x`` or ``like`` does not vary.
+
+    Source: Schönemann 1966; the scale: Gower 1975.
     """
     left, singular, right = torch.linalg.svd(moments.cross_covariance, full_matrices=False)
     rotation = left @ right
@@ -38,10 +42,12 @@ def procrustes(moments: Moments) -> Matrix:
     return scale[..., None, None] * rotation
 
 
-def ridge(moments: Moments, strength: float) -> Matrix:
-    """Least squares from ``x`` to ``like`` with an unpenalised intercept (Hoerl and Kennard 1970).
+def ridge_map(moments: Moments, strength: float) -> Projection:
+    """Return the ridge regression from ``x`` to ``like``, its intercept not penalised.
 
-    The penalty is ``strength`` times the mean variance of the channels of ``x``. 0 where ``x`` does not vary.
+    The penalty is ``strength`` times the mean variance of the channels of ``x``. 0 if ``x`` does not vary.
+
+    Source: Hoerl and Kennard 1970.
     """
     variance, directions = torch.linalg.eigh(moments.covariance)
     variance = variance.clamp_min(0)

@@ -1,4 +1,4 @@
-"""A projection computed from data before training: principal components, a rotation or a regression.
+"""Compute a projection from data before training: principal components, a rotation or a regression.
 
 A projector trained by the KV loss can absorb the mismatch, so that the loss falls and the student does not
 move; one that was fixed beforehand cannot.
@@ -15,8 +15,8 @@ from kava_core.errors import KavaError
 from kava_core.kv.maths.moments import Moments, rows_of
 from kava_core.protocols.axes import Geometry
 from kava_plugins.dim_projectors import CalibratedConfig
-from kava_plugins.dim_projectors._closed_form import principal_components, procrustes, ridge
-from kava_plugins.dim_projectors._matrices import project
+from kava_plugins.dim_projectors._closed_form import principal_components, procrustes_map, ridge_map
+from kava_plugins.dim_projectors._matrices import apply_matrices
 
 
 class Calibrated(nn.Module):
@@ -43,13 +43,13 @@ class Calibrated(nn.Module):
         self.parts: tuple[Part, ...] = ("keys", "values", "queries") if own_queries else ("keys", "values")
         for part in self.parts:
             head = teacher.heads(part) if config.per_head else 1
-            self._attach(part, teacher.layer, head, student.dim, teacher.dim)
+            self._add_tensors(part, teacher.layer, head, student.dim, teacher.dim)
         self.layered = tuple(name for name in self.state_dict())
         self.register_buffer("ready", torch.zeros(len(self.parts), dtype=torch.bool))
         self._seen: dict[Part, Moments] = {}
         self._checked: set[Part] = set()
 
-    def _attach(self, part: Part, layer: int, head: int, dim: int, t_dim: int) -> None:
+    def _add_tensors(self, part: Part, layer: int, head: int, dim: int, t_dim: int) -> None:
         self.register_buffer(f"{part}_mean", torch.zeros(layer, head, t_dim))
         if self.config.method != "pca":
             self.register_buffer(f"{part}_offset", torch.zeros(layer, head, dim))
@@ -66,50 +66,56 @@ class Calibrated(nn.Module):
         valid: Bool[Tensor, "batch time"],
         part: Part,
     ) -> None:
-        """Add the valid positions of a batch to the part's sums; ``pca`` needs no queries."""
+        """Add the valid positions of one batch to the part's sums; ``pca`` needs no queries."""
         positions = int(valid.sum())
         if part not in self.parts or positions == 0:
             return
-        rows, like_rows = (rows_of(one, valid, per_head=self.config.per_head) for one in (x, like))
-        seen = self._seen.get(part) or Moments.empty(rows, like_rows)
-        self._seen[part] = seen.plus(rows, like_rows, positions)
+        rows = rows_of(x, valid, per_head=self.config.per_head)
+        like_rows = rows_of(like, valid, per_head=self.config.per_head)
+        moments = self._seen.get(part) or Moments.empty(rows, like_rows)
+        self._seen[part] = moments.plus(rows, like_rows, positions)
 
     @torch.no_grad()
     def finish(self) -> None:
         """Compute the projection of every part that was observed, and forget the sums.
 
-        KavaError with fewer than 2 valid positions.
+        Raises:
+            KavaError: fewer than 2 valid positions were observed.
         """
         self._require_positions()
         for part, moments in self._seen.items():
             getattr(self, f"{part}_mean").copy_(moments.mean)
-            getattr(self, f"{part}_basis").copy_(self._basis(moments))
+            getattr(self, f"{part}_basis").copy_(self._compute_basis(moments))
             if self.config.method != "pca":
                 getattr(self, f"{part}_offset").copy_(moments.like_mean)
             self.ready[self.parts.index(part)] = True
         self._seen = {}
 
-    def _basis(self, moments: Moments) -> Float[Tensor, "layer head dim t_dim"]:
+    def _compute_basis(self, moments: Moments) -> Float[Tensor, "layer head dim t_dim"]:
         if self.config.method == "pca":
             return principal_components(moments)
         if self.config.method == "procrustes":
-            return procrustes(moments)
-        return ridge(moments, self.config.ridge)
+            return procrustes_map(moments)
+        return ridge_map(moments, self.config.ridge)
 
     def forward(
         self, x: Float[Tensor, "batch layer head time t_dim"], part: Part
     ) -> Float[Tensor, "batch layer head time dim"]:
-        """The projected part; KavaError before calibration (on the meta device only shapes matter)."""
+        """Project one part; on the meta device, where only shapes matter, also before calibration.
+
+        Raises:
+            KavaError: the part was not calibrated.
+        """
         source: Part = part if part in self.parts else "keys"
         if not x.is_meta:
             self._require_ready(source)
         basis = getattr(self, f"{source}_basis")
         if source != part:
             group = x.shape[2] // basis.shape[1] if basis.shape[1] > 1 else 1
-            return project(x, basis.repeat_interleave(group, 1))
+            return apply_matrices(x, basis.repeat_interleave(group, 1))
         # Subtracted before rounding: the mean of a channel can be much larger than its spread.
         centred = (x - getattr(self, f"{part}_mean")[:, :, None]).to(x.dtype)
-        projected = project(centred, basis)
+        projected = apply_matrices(centred, basis)
         if self.config.method == "pca":
             return projected
         return (projected + getattr(self, f"{part}_offset")[:, :, None]).to(projected.dtype)

@@ -1,4 +1,4 @@
-"""Heads are equally wide on both sides."""
+"""Leave the width of a head as it is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kava_plugins.dim_projectors import IdentityConfig
 
 
 class Identity(nn.Module):
-    """The tensor itself; where its width is not the student's, only basis-free losses fit."""
+    """Gives back the tensor itself; if its width is not the student's, only basis-free losses fit."""
 
     linear = shared_width = keeps_width = True
 
@@ -21,5 +21,5 @@ class Identity(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch layer head time dim"], part: Part
     ) -> Float[Tensor, "batch layer head time dim"]:
-        """``x``, not copied."""
+        """Return ``x``, not copied."""
         return x

@@ -1,4 +1,4 @@
-"""One matrix for each layer, without bias: from the teacher's width of a head to the student's."""
+"""Project by one matrix for each layer, without bias, from the teacher's head width to the student's."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from torch import Tensor, nn
 from kava_core.config import Part
 from kava_core.protocols.axes import PARTS, Geometry
 from kava_plugins.dim_projectors import LinearConfig
-from kava_plugins.dim_projectors._matrices import normal, orthogonal, owners, project
+from kava_plugins.dim_projectors._matrices import (
+    apply_matrices,
+    matrix_owners,
+    normal_matrices,
+    orthogonal_matrices,
+)
 
 
 class Linear(nn.Module):
-    """Each layer's matrix serves all its heads or one of them, keys and values together or one of them.
+    """One matrix for each layer, or for each of its heads; keys and values share it or have their own.
 
-    Queries go through the keys' matrix where heads share one; otherwise they have their own.
+    Queries go through the keys' matrix if heads share one; otherwise they have their own.
     """
 
     linear = True
@@ -23,18 +28,18 @@ class Linear(nn.Module):
         super().__init__()
         self.shared_width = config.share_heads
         self.learning_rate = config.learning_rate
-        self.owner = owners(share_heads=config.share_heads, share_kv=config.share_kv)
+        self.owner = matrix_owners(share_heads=config.share_heads, share_kv=config.share_kv)
         self.layered = tuple(self.owner.values())
-        draw = orthogonal if config.init == "orthogonal" else normal
+        draw_matrices = orthogonal_matrices if config.init == "orthogonal" else normal_matrices
         for order, part in enumerate(PARTS):
             if self.owner[part] == part and teacher.heads(part):
                 head = 1 if config.share_heads else teacher.heads(part)
                 shape = (teacher.layer, head, student.dim, teacher.dim)
-                matrix = draw(shape, seed=config.seed + order)
+                matrix = draw_matrices(shape, seed=config.seed + order)
                 self.register_parameter(part, nn.Parameter(matrix, requires_grad=config.trainable))
 
     def forward(
         self, x: Float[Tensor, "batch layer head time t_dim"], part: Part
     ) -> Float[Tensor, "batch layer head time dim"]:
-        """Every head's vectors times its matrix."""
-        return project(x, getattr(self, self.owner[part]))
+        """Multiply every head's vectors by its matrix."""
+        return apply_matrices(x, getattr(self, self.owner[part]))

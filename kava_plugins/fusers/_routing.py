@@ -1,4 +1,4 @@
-"""What routers share: a softmax over the teachers that are there, and penalties that keep it spread."""
+"""Provide what routers share: a softmax over the valid teachers, and penalties that keep it spread."""
 
 from __future__ import annotations
 
@@ -7,42 +7,45 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 
-def routed(
+def softmax_over_valid(
     scores: Float[Tensor, "teacher batch layer time"], valid: Bool[Tensor, "teacher batch time"]
 ) -> Float[Tensor, "teacher batch layer time"]:
-    """Softmax of the scores over the teachers valid at each position; 0 where none is."""
-    there = valid[:, :, None].expand_as(scores)
-    some = there.any(0, keepdim=True)
-    masked = scores.float().masked_fill(~there & some, -torch.inf)
-    return torch.where(there, masked.softmax(0), 0)
+    """Return the softmax of the scores over the teachers valid at each position; 0 where none is."""
+    is_valid = valid[:, :, None].expand_as(scores)
+    # Positions without any valid teacher keep their scores: a softmax over −inf alone would be NaN.
+    any_valid = is_valid.any(0, keepdim=True)
+    masked = scores.float().masked_fill(~is_valid & any_valid, -torch.inf)
+    return torch.where(is_valid, masked.softmax(0), 0)
 
 
 def mean_over_time(
     x: Float[Tensor, "batch time hidden"], where: Bool[Tensor, "batch time"]
 ) -> Float[Tensor, "batch 1 hidden"]:
-    """Mean of the positions that count; 0 for an example without any."""
+    """Return the mean over the positions ``where``; 0 for an example without any."""
     kept = torch.where(where[..., None], x, 0)
     count = where.sum(1)[:, None, None].clamp_min(1)
     return kept.sum(1, keepdim=True) / count
 
 
 def negative_entropy(weights: Float[Tensor, "teacher batch layer time"]) -> Float[Tensor, ""]:
-    """Σ over positions of the mean over layers of Σ w log w: least where teachers count alike."""
-    return -entropy(weights).sum(0).mean(1).sum()
+    """Sum over positions the mean over layers of Σ w log w: least where teachers count alike."""
+    return -entropy_terms(weights).sum(0).mean(1).sum()
 
 
-def entropy(share: Float[Tensor, " ..."]) -> Float[Tensor, " ..."]:
-    """``−w log w`` of every share; a share of 0 has no gradient, where the formula's is infinite."""
+def entropy_terms(share: Float[Tensor, " ..."]) -> Float[Tensor, " ..."]:
+    """Return ``−w log w`` of every share; a share of 0 has no gradient, though the formula's is infinite."""
     return torch.special.entr(share.clamp_min(torch.finfo(share.dtype).tiny))
 
 
-def imbalance(weights: Float[Tensor, "teacher batch layer time"]) -> Float[Tensor, ""]:
-    """Positions × (teachers · Σ over teachers of (mean weight)² − 1): 0 where all are used alike.
+def load_imbalance(weights: Float[Tensor, "teacher batch layer time"]) -> Float[Tensor, ""]:
+    """Return positions × (teachers · Σ over teachers of (mean weight)² − 1): 0 if all are used alike.
 
-    A soft form of the load-balancing loss of the Switch Transformer (arXiv 2101.03961, equation 4), over the
-    positions of the batch and its layers.
+    Means are over the positions of the batch and its layers.
+
+    Source: a soft form of the load-balancing loss of the Switch Transformer (arXiv 2101.03961, equation 4).
     """
-    used = weights.sum(0) > 0
-    count = used.sum().clamp_min(1)
-    share = weights.sum(dim=(1, 2, 3)) / count
-    return (weights.shape[0] * share.square().sum() - 1) * count / weights.shape[2]
+    teachers, layers = weights.shape[0], weights.shape[2]
+    has_teacher = weights.sum(0) > 0
+    count = has_teacher.sum().clamp_min(1)
+    mean_weights = weights.sum(dim=(1, 2, 3)) / count
+    return (teachers * mean_weights.square().sum() - 1) * count / layers

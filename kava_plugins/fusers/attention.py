@@ -1,4 +1,4 @@
-"""The student's query attends over the teachers at each position."""
+"""Weigh teachers by attention: the student's query attends over them at each position."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from kava_core.protocols.axes import Geometry
 from kava_core.protocols.fuser import FusionContext
 from kava_plugins.fusers import AttentionConfig
-from kava_plugins.fusers._routing import imbalance, negative_entropy, routed
+from kava_plugins.fusers._routing import load_imbalance, negative_entropy, softmax_over_valid
 from kava_plugins.fusers.learnable import require_hidden
-from kava_plugins.fusers.similarity import beside
+from kava_plugins.fusers.similarity import heads_side_by_side
 
 
 class Attention(nn.Module):
@@ -34,18 +34,17 @@ class Attention(nn.Module):
         nn.init.zeros_(self.query.weight)
 
     def forward(self, context: FusionContext) -> Float[Tensor, "teacher batch layer time"]:
-        """The weights, with gradient for the two maps."""
-        query = self.query(require_hidden(context, "attention").to(self.query.weight.dtype))
-        caches = zip(context.targets, context.valid, strict=True)
-        keys = torch.stack(
-            [
-                self.key(torch.where(valid[:, None, :, None], beside(cache).detach().to(query.dtype), 0))
-                for cache, valid in caches
-            ]
-        )
+        """Return the teachers' weights, with gradient for the two maps."""
+        hidden = require_hidden(context, "attention")
+        query = self.query(hidden.to(self.query.weight.dtype))
+        keys_of_teachers = []
+        for cache, valid in zip(context.targets, context.valid, strict=True):
+            vectors = heads_side_by_side(cache).detach().to(query.dtype)
+            keys_of_teachers.append(self.key(torch.where(valid[:, None, :, None], vectors, 0)))
+        keys = torch.stack(keys_of_teachers)
         scores = torch.einsum("btd,kbltd->kblt", query, keys) * self.scale
-        return routed(scores, context.valid)
+        return softmax_over_valid(scores, context.valid)
 
     def penalty(self, weights: Float[Tensor, "teacher batch layer time"]) -> Float[Tensor, ""]:
-        """Σ over positions: ``entropy`` · (−H) + ``balance`` · imbalance."""
-        return self.entropy * negative_entropy(weights) + self.balance * imbalance(weights)
+        """Sum over positions ``entropy`` · (−H) + ``balance`` · imbalance of the weights."""
+        return self.entropy * negative_entropy(weights) + self.balance * load_imbalance(weights)

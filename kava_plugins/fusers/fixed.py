@@ -1,4 +1,4 @@
-"""Constant weights, written in the spec."""
+"""Weigh teachers by constants that the spec names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kava_plugins.fusers import FixedConfig
 
 
 class Fixed(nn.Module):
-    """The same weights everywhere; equal ones where the spec gives none. A teacher of weight 0 does not run.
+    """The same weights everywhere; equal ones if the spec gives none. A teacher of weight 0 does not run.
 
     With ``sample`` only some teachers count in a forward pass of training, and only they run.
     """
@@ -25,22 +25,23 @@ class Fixed(nn.Module):
     def __init__(self, config: FixedConfig, *, teachers: tuple[str, ...], student: Geometry) -> None:
         super().__init__()
         self.sample, self.draws = config.sample, config.sample is not None
-        weights = constants(config.weights, teachers, who="fixed")
-        if config.sample is not None and config.sample > int((weights > 0).sum()):
-            raise SpecError(
-                f"fuser fixed: sample: {config.sample} of {int((weights > 0).sum())} teachers with a weight "
-                "above 0"
-            )
+        weights = constant_weights(config.weights, teachers, who="fixed")
+        if config.sample is not None:
+            candidates = int((weights > 0).sum())
+            if config.sample > candidates:
+                raise SpecError(
+                    f"fuser fixed: sample: {config.sample} of {candidates} teachers with a weight above 0"
+                )
         with torch.device("cpu"):
-            self._constants = constants(config.weights, teachers, who="fixed")
+            self._constants = constant_weights(config.weights, teachers, who="fixed")
         self.register_buffer("weights", weights, persistent=False)
         self.register_buffer("chosen", weights > 0, persistent=False)
 
     @torch.no_grad()
     def choose(self) -> Bool[Tensor, " teacher"]:
-        """True at the teachers that are to run, drawn without replacement in proportion to their weights.
+        """Choose the teachers that are to run: all, or a sample without replacement, drawn by weight.
 
-        On the CPU, where the decision is needed.
+        The answer is on the CPU, where the decision is needed.
         """
         chosen = self._constants > 0
         if self.training and self.sample is not None:
@@ -50,16 +51,20 @@ class Fixed(nn.Module):
         return chosen
 
     def forward(self, context: FusionContext) -> Float[Tensor, "teacher batch layer time"]:
-        """The constants, 0 for teachers that were not chosen, expanded without a copy."""
+        """Return the constants, 0 for teachers that were not chosen, expanded without a copy."""
         teacher, batch, time = context.valid.shape
         layer = context.student.any.shape[1]
         return (self.weights * self.chosen)[:, None, None, None].expand(teacher, batch, layer, time)
 
 
-def constants(
+def constant_weights(
     weights: dict[str, float] | None, teachers: tuple[str, ...], *, who: str
 ) -> Float[Tensor, " teacher"]:
-    """The weights in the teachers' order, 1 each where none are given; SpecError for wrong names."""
+    """Return the weights in the teachers' order, 1 each if none are given.
+
+    Raises:
+        SpecError: a name is no teacher's, or a teacher has no weight.
+    """
     given = dict.fromkeys(teachers, 1.0) if weights is None else dict(weights)
     _check_names(given, teachers, who)
     return torch.tensor([given[name] for name in teachers], dtype=torch.float32)

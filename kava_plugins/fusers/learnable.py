@@ -1,4 +1,4 @@
-"""A router: teachers weighed by a small network that reads the student's hidden state."""
+"""Weigh teachers by a router: a small network that reads the student's hidden state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kava_core.errors import KavaError
 from kava_core.protocols.axes import Geometry
 from kava_core.protocols.fuser import FusionContext
 from kava_plugins.fusers import LearnableConfig
-from kava_plugins.fusers._routing import imbalance, mean_over_time, negative_entropy, routed
+from kava_plugins.fusers._routing import load_imbalance, mean_over_time, negative_entropy, softmax_over_valid
 
 
 class Learnable(nn.Module):
@@ -36,24 +36,31 @@ class Learnable(nn.Module):
         nn.init.zeros_(self.outer.bias)
 
     def forward(self, context: FusionContext) -> Float[Tensor, "teacher batch layer time"]:
-        """The weights, with gradient for the router's parameters."""
+        """Return the teachers' weights, with gradient for the router's parameters."""
         hidden = require_hidden(context, "learnable").to(self.inner.weight.dtype)
         if self.by_example:
             hidden = mean_over_time(hidden, context.valid.any(0))
-        scores = self.outer(torch.nn.functional.silu(self.inner(hidden))) / self.temperature
+        inner = torch.nn.functional.silu(self.inner(hidden))
+        scores = self.outer(inner) / self.temperature
         scores = rearrange(
             scores, "batch time (teacher layer) -> teacher batch layer time", teacher=self.teachers
         )
         teacher, batch, time = context.valid.shape
-        return routed(scores.expand(teacher, batch, context.student.any.shape[1], time), context.valid)
+        return softmax_over_valid(
+            scores.expand(teacher, batch, context.student.any.shape[1], time), context.valid
+        )
 
     def penalty(self, weights: Float[Tensor, "teacher batch layer time"]) -> Float[Tensor, ""]:
-        """Σ over positions: ``entropy`` · (−H) + ``balance`` · imbalance."""
-        return self.entropy * negative_entropy(weights) + self.balance * imbalance(weights)
+        """Sum over positions ``entropy`` · (−H) + ``balance`` · imbalance of the weights."""
+        return self.entropy * negative_entropy(weights) + self.balance * load_imbalance(weights)
 
 
 def require_hidden(context: FusionContext, name: str) -> Float[Tensor, "batch time hidden"]:
-    """The student's hidden states; KavaError where there are none."""
+    """Return the student's hidden states, detached.
+
+    Raises:
+        KavaError: the context holds none.
+    """
     if context.hidden is None:
         raise KavaError(f"fuser {name}: needs the student's hidden states, which this caller does not give")
     return context.hidden.detach()

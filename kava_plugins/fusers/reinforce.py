@@ -1,4 +1,4 @@
-"""Routing learnt from reward: one teacher is drawn for a step, and what the student gained is its reward."""
+"""Learn from reward which teacher to run: one is drawn for a pass, and the student's gain is its reward."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kava_core.protocols.axes import Geometry
 from kava_core.protocols.fuser import FusionContext
 from kava_plugins.fusers import ReinforceConfig
-from kava_plugins.fusers._routing import entropy
+from kava_plugins.fusers._routing import entropy_terms
 
 
 class Reinforce(nn.Module):
@@ -41,14 +41,14 @@ class Reinforce(nn.Module):
 
     @torch.no_grad()
     def choose(self) -> Bool[Tensor, " teacher"]:
-        """True at the teacher that is to run; at all of them in evaluation."""
+        """Choose the one teacher that is to run, by drawing from the policy; all of them in evaluation."""
         if not self.training or self.logits.is_meta:
             return torch.ones_like(self.logits, dtype=torch.bool)
         self.drawn.copy_(torch.multinomial(self.logits.softmax(0), 1)[0])
         return torch.arange(len(self.logits), device=self.logits.device) == self.drawn
 
     def forward(self, context: FusionContext) -> Float[Tensor, "teacher batch layer time"]:
-        """Probabilities in evaluation, 1 for the drawn teacher in training; constant over all other axes."""
+        """Return the probabilities in evaluation, 1 for the drawn teacher in training; constant elsewhere."""
         teacher, batch, time = context.valid.shape
         weights = self.logits.softmax(0).detach()
         if self.training:
@@ -59,18 +59,23 @@ class Reinforce(nn.Module):
     def reward(self, value: Float[Tensor, ""]) -> None:
         """Judge the choice before the present one by the fall of the cross-entropy to ``value``."""
         gain = torch.where(self.passes > 0, self.loss_before - value, 0)
-        usual = torch.where(self.passes > 1, self.baseline, gain)
-        self.advantage.copy_(gain - usual)
-        self.baseline.copy_(self.momentum * usual + (1 - self.momentum) * gain)
+        usual_gain = torch.where(self.passes > 1, self.baseline, gain)
+        self.advantage.copy_(gain - usual_gain)
+        self.baseline.copy_(self.momentum * usual_gain + (1 - self.momentum) * gain)
         self.judged.copy_(self.before)
         self.before.copy_(self.drawn)
         self.loss_before.copy_(value)
         self.passes += 1
 
     def penalty(self, weights: Float[Tensor, "teacher batch layer time"]) -> Float[Tensor, ""]:
-        """Positions × (−advantage · log π(judged) − ``entropy`` · H(π))."""
-        logs = self.logits.log_softmax(0)
+        """Return positions × (−advantage · log π(judged) − ``entropy`` · H(π)).
+
+        Source: Williams 1992, with a running mean as baseline.
+        """
+        log_chances = self.logits.log_softmax(0)
         # Copies, because the next reward changes both before the backward pass needs them.
-        chance = logs.gather(0, self.judged.clone()[None])[0]
-        policy = -self.advantage.clone() * chance - self.entropy * entropy(logs.exp()).sum()
-        return policy * weights.detach().sum(0).mean(1).sum()
+        log_chance_of_judged = log_chances.gather(0, self.judged.clone()[None])[0]
+        policy_entropy = entropy_terms(log_chances.exp()).sum()
+        policy_loss = -self.advantage.clone() * log_chance_of_judged - self.entropy * policy_entropy
+        positions = weights.detach().sum(0).mean(1).sum()
+        return policy_loss * positions

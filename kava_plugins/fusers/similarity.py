@@ -1,4 +1,4 @@
-"""Teachers weighed by how much the student's cache looks like theirs on average."""
+"""Weigh teachers by how much the student's cache looks like theirs on average."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kava_core.kv.maths.masks import widen
 from kava_core.protocols.axes import Cache, Geometry
 from kava_core.protocols.fuser import FusionContext
 from kava_plugins.fusers import SimilarityConfig
-from kava_plugins.fusers._routing import mean_over_time, routed
+from kava_plugins.fusers._routing import mean_over_time, softmax_over_valid
 
 
 class Similarity(nn.Module):
@@ -39,31 +39,40 @@ class Similarity(nn.Module):
 
     def observe(self, context: FusionContext) -> None:
         """Add a batch to the sums of the teachers' aligned caches."""
-        for place, (target, valid) in enumerate(zip(context.targets, context.valid, strict=True)):
-            kept = torch.where(valid[:, None, :, None], beside(target), 0)
-            self.prototypes[place] += kept.sum((0, 2)).to(self.prototypes)
-            self.count[place] += valid.sum()
+        for teacher, (target, valid) in enumerate(zip(context.targets, context.valid, strict=True)):
+            vectors = torch.where(valid[:, None, :, None], heads_side_by_side(target), 0)
+            self.prototypes[teacher] += vectors.sum((0, 2)).to(self.prototypes)
+            self.count[teacher] += valid.sum()
 
     def finish(self) -> None:
-        """Sums become means. KavaError where a teacher had no valid position."""
+        """Divide the sums by their counts.
+
+        Raises:
+            KavaError: a teacher had no valid position.
+        """
         if not (self.count > 0).all():
             raise KavaError("fuser similarity: a teacher had no valid position in the calibration examples")
         self.prototypes /= self.count[:, None, None]
         self.ready.fill_(True)
 
     def forward(self, context: FusionContext) -> Float[Tensor, "teacher batch layer time"]:
-        """The weights; KavaError before calibration (on the meta device only shapes matter)."""
+        """Return the teachers' weights; on the meta device, where only shapes matter, also before ``finish``.
+
+        Raises:
+            KavaError: used before calibration.
+        """
         self._require_ready()
-        query = beside(context.student).detach()
+        query = heads_side_by_side(context.student).detach()
         if self.by_example:
             layers = rearrange(query, "batch layer time dim -> batch time (layer dim)")
             mean = mean_over_time(layers, context.valid.any(0))
             query = rearrange(mean, "batch 1 (layer dim) -> batch layer 1 dim", layer=query.shape[1])
         query = torch.nn.functional.normalize(query, dim=-1, eps=1e-10)
-        fixed = torch.nn.functional.normalize(self.prototypes.to(query), dim=-1, eps=1e-10)
-        scores = torch.einsum("bltd,kld->kblt", query, fixed) / self.temperature
+        prototypes = torch.nn.functional.normalize(self.prototypes.to(query), dim=-1, eps=1e-10)
+        cosines = torch.einsum("bltd,kld->kblt", query, prototypes)
+        scores = cosines / self.temperature
         teacher, batch, time = context.valid.shape
-        return routed(scores.expand(teacher, batch, -1, time), context.valid)
+        return softmax_over_valid(scores.expand(teacher, batch, -1, time), context.valid)
 
     def _require_ready(self) -> None:
         # Remembered, because reading the flag waits for the device.
@@ -75,7 +84,7 @@ class Similarity(nn.Module):
             self._checked = True
 
 
-def beside(cache: Cache) -> Float[Tensor, "batch layer time dim"]:
-    """All heads of the first part side by side, in float32 or better."""
+def heads_side_by_side(cache: Cache) -> Float[Tensor, "batch layer time dim"]:
+    """Return the first part of a cache with all heads side by side, in float32 or better."""
     _, x = next(iter(cache.items()))
     return widen(rearrange(x, "batch layer head time dim -> batch layer time (head dim)"))

@@ -1,4 +1,4 @@
-"""Constant weights for each task label."""
+"""Weigh teachers by constants for each task label."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kava_core.protocols.axes import Geometry
 from kava_core.protocols.fuser import FusionContext
 from kava_plugins.fusers import TaskConfig
-from kava_plugins.fusers.fixed import constants
+from kava_plugins.fusers.fixed import constant_weights
 
 
 class Task(nn.Module):
@@ -20,15 +20,15 @@ class Task(nn.Module):
 
     def __init__(self, config: TaskConfig, *, teachers: tuple[str, ...], student: Geometry) -> None:
         super().__init__()
-        self.place = {label: row for row, label in enumerate(config.weights, 1)}
+        self.row_of_label = {label: row for row, label in enumerate(config.weights, 1)}
         rows = [config.default, *config.weights.values()]
-        table = torch.stack([constants(row, teachers, who="task") for row in rows])
+        table = torch.stack([constant_weights(row, teachers, who="task") for row in rows])
         self.register_buffer("table", table, persistent=False)
 
     def forward(self, context: FusionContext) -> Float[Tensor, "teacher batch layer time"]:
-        """Each example's row, the same at all positions and layers."""
+        """Return the weights of each example's label, the same at all positions and layers."""
         teacher, batch, time = context.valid.shape
         tasks = context.tasks if context.tasks is not None else ("",) * batch
-        rows = torch.tensor([self.place.get(task, 0) for task in tasks], device=self.table.device)
+        rows = torch.tensor([self.row_of_label.get(task, 0) for task in tasks], device=self.table.device)
         weights = self.table[rows].mT[:, :, None, None]
         return weights.expand(teacher, batch, context.student.any.shape[1], time)

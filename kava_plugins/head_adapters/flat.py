@@ -1,4 +1,4 @@
-"""All heads of a layer as one, or all heads of all layers: the baseline without structure."""
+"""Merge all heads of a layer to one, or all heads of all layers: the baseline without structure."""
 
 from __future__ import annotations
 
@@ -20,24 +20,30 @@ class Flat(nn.Module):
     def __init__(self, config: FlatConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.layers = config.layers
-        self.teacher_view, self.student_view = (_flat(side, config.layers) for side in (teacher, student))
+        self.teacher_view = _flat_view(teacher, config.layers)
+        self.student_view = _flat_view(student, config.layers)
 
     def forward(
         self, x: Float[Tensor, "batch layer t_head time dim"], part: Part
     ) -> Float[Tensor, "batch _ 1 time _"]:
-        """The teacher's heads side by side; KavaError for queries, whose width would be another."""
+        """Put the teacher's heads side by side.
+
+        Raises:
+            KavaError: for queries, whose width would be another.
+        """
         if part == "queries":
             raise KavaError("head_adapter flat: queries cannot be flattened; possible parts: keys, values")
         return self.fold(x)
 
     def fold(self, x: Float[Tensor, "batch layer head time dim"]) -> Float[Tensor, "batch _ 1 time _"]:
-        """The student's heads side by side, layer after layer where these are merged too."""
+        """Put the student's heads side by side, layer after layer if these are merged too."""
         if self.layers:
             return rearrange(x, "batch layer head time dim -> batch 1 1 time (layer head dim)")
         return rearrange(x, "batch layer head time dim -> batch layer 1 time (head dim)")
 
 
-def _flat(side: Geometry, layers: bool) -> Geometry:
-    """One head, and one layer where these are merged too."""
-    merged = side.layer if layers else 1
-    return side.with_(layer=side.layer // merged, head=1, qhead=1, dim=merged * side.head * side.dim)
+def _flat_view(side: Geometry, layers: bool) -> Geometry:
+    """Return the extents with one head, and one layer if these are merged too."""
+    merged_layers = side.layer if layers else 1
+    dim = merged_layers * side.head * side.dim
+    return side.with_(layer=side.layer // merged_layers, head=1, qhead=1, dim=dim)

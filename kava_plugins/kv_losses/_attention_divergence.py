@@ -1,4 +1,4 @@
-"""Kullback–Leibler divergence of attention rows, student against target, without their maps.
+"""Compute the Kullback–Leibler divergence of attention rows, student against target, without their maps.
 
 The same divergence as MiniLM's (arXiv 2002.10957), of softmaxed products of queries and keys, with memory
 linear in time.
@@ -16,7 +16,7 @@ from torch import Tensor
 from kava_core.kv.maths.masks import live, select, widen, without_autocast
 from kava_core.protocols.axes import Cache
 from kava_plugins.kv_losses import AttentionKLConfig, Divergence, StructuralConfig
-from kava_plugins.kv_losses._row_blocks import Compare, Masking, Side, of_one_dtype, sum_of_rows
+from kava_plugins.kv_losses._row_blocks import CompareRows, Masking, Side, sum_of_rows, to_common_dtype
 
 LN2 = log(2)
 
@@ -32,7 +32,7 @@ def attention_divergence(
     temperature: float = 1.0,
     kind: Divergence = "forward",
 ) -> Float[Tensor, ""]:
-    """Σ weight × mean over query heads of the divergence of the two attention rows of a position.
+    """Sum weight × mean over query heads of the divergence of the two attention rows of a position.
 
     Rows are softmax(q·k / (√dim · temperature)) over the positions whose weight is not 0, each side with its
     own width and its own groups of query heads; ``kind`` is explained at its declaration. Positions of weight
@@ -40,87 +40,96 @@ def attention_divergence(
     inputs). Gradients reach all four tensors; the target's are formed only if one of its tensors requires
     them. No factor temperature².
     """
-    where = _holes(live(weight))
+    where = _live_unless_all(live(weight))
     with without_autocast(weight.device):
-        sides = [
-            _side(_clean(q, where), _clean(k, where), temperature)
-            for q, k in ((queries, keys), (target_queries, target_keys))
-        ]
-        mine, theirs = of_one_dtype(*sides)
-        dtype = mine.queries.dtype
+        own_side = _scaled_side(_zero_elsewhere(queries, where), _zero_elsewhere(keys, where), temperature)
+        target_side = _scaled_side(
+            _zero_elsewhere(target_queries, where), _zero_elsewhere(target_keys, where), temperature
+        )
+        mine, theirs = to_common_dtype(own_side, target_side)
+        row_weight = weight.to(mine.queries.dtype).flatten(0, 1)
         masking = Masking(causal, None if where is None else where.flatten(0, 1).flatten(1))
-        return _backend(mine)(mine, theirs, weight.to(dtype).flatten(0, 1), masking, kind)
+        divergence = _choose_backend(mine)
+        return divergence(mine, theirs, row_weight, masking, kind)
 
 
-def between_caches(
+def divergence_of_caches(
     student: Cache,
     target: Cache,
     weight: Float[Tensor, "batch layer time"],
     config: AttentionKLConfig | StructuralConfig,
 ) -> Float[Tensor, ""]:
-    """``attention_divergence`` of two caches, as a declaration says."""
-    mine, theirs = (dict(cache.items()) for cache in (student, target))
+    """Compute the ``attention_divergence`` of two caches with the parameters of a declaration."""
+    parts, t_parts = dict(student.items()), dict(target.items())
     return attention_divergence(
-        *(mine["queries"], mine["keys"], theirs["queries"], theirs["keys"], weight),
+        queries=parts["queries"],
+        keys=parts["keys"],
+        target_queries=t_parts["queries"],
+        target_keys=t_parts["keys"],
+        weight=weight,
         causal=config.causal,
         temperature=config.temperature,
         kind=config.kind,
     )
 
 
-def _side(queries: Tensor, keys: Tensor, temperature: float) -> Side:
+def _scaled_side(queries: Tensor, keys: Tensor, temperature: float) -> Side:
     scale = 1 / (queries.shape[-1] ** 0.5 * temperature)
     return Side(queries.flatten(0, 1), keys.flatten(0, 1), scale)
 
 
-def _clean(x: Tensor, where: Tensor | None) -> Tensor:
+def _zero_elsewhere(x: Tensor, where: Tensor | None) -> Tensor:
     return widen(x) if where is None else select(widen(x), where)
 
 
-def _holes(where: Tensor) -> Tensor | None:
-    """None if every position counts; looked at only where looking is free."""
+def _live_unless_all(where: Tensor) -> Tensor | None:
+    """Return None if every position counts; on a GPU, where looking would wait, always ``where``."""
     return None if where.device.type == "cpu" and bool(where.all()) else where
 
 
 Backend = Callable[[Side, Side, Tensor, Masking, Divergence], Tensor]
 
 
-def _backend(mine: Side) -> Backend:
+def _choose_backend(mine: Side) -> Backend:
     if mine.queries.device.type == "cuda" and mine.queries.dtype == torch.float32:
         try:
-            from kava_plugins.kv_losses._attention_divergence_triton import fused
+            from kava_plugins.kv_losses._attention_divergence_triton import fused_divergence
         except ImportError:
-            return portable
-        return fused
-    return portable
+            return portable_divergence
+        return fused_divergence
+    return portable_divergence
 
 
-def portable(mine: Side, theirs: Side, weight: Tensor, masking: Masking, kind: Divergence) -> Tensor:
-    """By blocks of rows, on any device.
+def portable_divergence(
+    mine: Side, theirs: Side, weight: Tensor, masking: Masking, kind: Divergence
+) -> Tensor:
+    """Compute the divergence by blocks of rows, on any device.
 
-    Counted in bits: on a CPU ``exp`` is many times slower where it underflows, ``exp2`` is not.
+    It is counted in bits: on a CPU ``exp`` is many times slower where it underflows, ``exp2`` is not.
     """
-    mine, theirs = (side._replace(scale=side.scale / LN2) for side in (mine, theirs))
-    return sum_of_rows(mine, theirs, LN2 * weight, masking, COMPARE[kind])
+    mine = mine._replace(scale=mine.scale / LN2)
+    theirs = theirs._replace(scale=theirs.scale / LN2)
+    return sum_of_rows(mine, theirs, LN2 * weight, masking, COMPARE_ROWS[kind])
 
 
-def _powers(mine: Tensor, theirs: Tensor, spare: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """2 to the products less their row's greatest, in their place.
+def _powers_of_two(mine: Tensor, theirs: Tensor, spare: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Replace the products by 2 to the power of the products less their row's greatest.
 
     Returns ``theirs − mine`` of the exponents, and the row sums of both.
     """
     for products in (mine, theirs):
         products.sub_(products.amax(-1, keepdim=True))
     gap = torch.sub(theirs, mine, out=spare)
-    q_sum, p_sum = (products.exp2_().sum(-1, keepdim=True) for products in (mine, theirs))
+    q_sum = mine.exp2_().sum(-1, keepdim=True)
+    p_sum = theirs.exp2_().sum(-1, keepdim=True)
     return gap, q_sum, p_sum
 
 
-def _one_way(
+def _one_direction(
     q: Tensor, p: Tensor, spare: Tensor, weight: Tensor, *, want_q: bool, want_p: bool
 ) -> Float[Tensor, "_ 1"]:
-    """KL(p ‖ q) = Σ p/p_sum · gap − log₂(p_sum/q_sum); its derivatives in place of the products wanted."""
-    gap, q_sum, p_sum = _powers(q, p, spare)
+    """Return KL(p ‖ q) = Σ p/p_sum · gap − log₂(p_sum/q_sum); derivatives replace the products wanted."""
+    gap, q_sum, p_sum = _powers_of_two(q, p, spare)
     ratio = q_sum / p_sum
     mean = gap.mul_(p).sum(-1, keepdim=True).div_(p_sum)
     if want_q:
@@ -131,24 +140,28 @@ def _one_way(
     return mean.add_(ratio.log2_())
 
 
-def _forward(mine: Tensor, theirs: Tensor, spare: Tensor, weight: Tensor, wanted: bool) -> Tensor:
-    return _one_way(mine, theirs, spare, weight, want_q=True, want_p=wanted)
+def _forward_rows(mine: Tensor, theirs: Tensor, spare: Tensor, weight: Tensor, wanted: bool) -> Tensor:
+    return _one_direction(mine, theirs, spare, weight, want_q=True, want_p=wanted)
 
 
-def _reverse(mine: Tensor, theirs: Tensor, spare: Tensor, weight: Tensor, wanted: bool) -> Tensor:
-    return _one_way(theirs, mine, spare, weight, want_q=wanted, want_p=True)
+def _reverse_rows(mine: Tensor, theirs: Tensor, spare: Tensor, weight: Tensor, wanted: bool) -> Tensor:
+    return _one_direction(theirs, mine, spare, weight, want_q=wanted, want_p=True)
 
 
-def _jeffreys(mine: Tensor, theirs: Tensor, spare: Tensor, weight: Tensor, wanted: bool) -> Tensor:
-    gap, q_sum, p_sum = _powers(mine, theirs, spare)
+def _jeffreys_rows(mine: Tensor, theirs: Tensor, spare: Tensor, weight: Tensor, wanted: bool) -> Tensor:
+    gap, q_sum, p_sum = _powers_of_two(mine, theirs, spare)
     q, p = mine.div_(q_sum), theirs.div_(p_sum)
-    less = q - p
+    difference = q - p
     q_gap, p_gap = q * gap, gap.mul_(p)
-    q_mean, p_mean = (x.sum(-1, keepdim=True) for x in (q_gap, p_gap))
-    mine.mul_(q_mean).sub_(q_gap).mul_(LN2).add_(less).mul_(weight)
+    q_mean, p_mean = q_gap.sum(-1, keepdim=True), p_gap.sum(-1, keepdim=True)
+    mine.mul_(q_mean).sub_(q_gap).mul_(LN2).add_(difference).mul_(weight)
     if wanted:
-        theirs.mul_(-p_mean).add_(p_gap).mul_(LN2).sub_(less).mul_(weight)
+        theirs.mul_(-p_mean).add_(p_gap).mul_(LN2).sub_(difference).mul_(weight)
     return p_mean - q_mean
 
 
-COMPARE: dict[Divergence, Compare] = {"forward": _forward, "reverse": _reverse, "jeffreys": _jeffreys}
+COMPARE_ROWS: dict[Divergence, CompareRows] = {
+    "forward": _forward_rows,
+    "reverse": _reverse_rows,
+    "jeffreys": _jeffreys_rows,
+}

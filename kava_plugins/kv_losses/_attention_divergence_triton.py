@@ -1,6 +1,6 @@
-"""The divergence of attention rows as Triton kernels, for float32 on CUDA.
+"""Compute the divergence of attention rows by Triton kernels, for float32 on CUDA.
 
-Checked in Triton's interpreter only; not run on a GPU yet. Both sides' products stand in registers, tile by
+Checked in Triton's interpreter only; not run on a GPU yet. Both sides' products are in registers, tile by
 tile: the forward pass keeps two log-sums a row, the backward pass makes the products again. ``q`` is the side
 on the right of KL(p ‖ q); the reverse divergence swaps the sides.
 """
@@ -29,20 +29,19 @@ NARROWEST = 16
 """Tensor cores multiply no narrower matrices."""
 
 
-def fused(mine: Side, theirs: Side, weight: Tensor, masking: Masking, kind: Divergence) -> Tensor:
-    """As ``_attention_divergence.portable``."""
+def fused_divergence(mine: Side, theirs: Side, weight: Tensor, masking: Masking, kind: Divergence) -> Tensor:
+    """Compute the same as ``_attention_divergence.portable_divergence``."""
     weight = weight / mine.queries.shape[1]
     orders = {"forward": [(mine, theirs)], "reverse": [(theirs, mine)]}
     orders["jeffreys"] = orders["forward"] + orders["reverse"]
-    terms = [_Fused.apply(*_scaled(q), *_scaled(p), weight, masking) for q, p in orders[kind]]  # type: ignore[no-untyped-call]
+    terms = []
+    for q, p in orders[kind]:
+        tensors = (q.queries * q.scale, q.keys, p.queries * p.scale, p.keys)
+        terms.append(_FusedDivergence.apply(*tensors, weight, masking))  # type: ignore[no-untyped-call]
     return torch.stack(terms).sum()
 
 
-def _scaled(side: Side) -> tuple[Tensor, Tensor]:
-    return side.queries * side.scale, side.keys
-
-
-class _Fused(torch.autograd.Function):
+class _FusedDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, p_q: Tensor, p_k: Tensor, weight: Tensor, masking: Masking
@@ -50,9 +49,9 @@ class _Fused(torch.autograd.Function):
         sides = [x.contiguous() for x in (q, k, p_q, p_k)]
         live = weight if masking.live is None else masking.live.to(torch.int8).contiguous()
         sums = [q.new_zeros(q.shape[:3]) for _ in range(3)]
-        ctx.launch = _Launch(q, k, p_q, p_k, masking)
+        ctx.launch = _KernelLauncher(q, k, p_q, p_k, masking)
         if q.numel():
-            ctx.launch(_rows, ROWS, *sides, live, *sums)
+            ctx.launch(_compare_rows, ROWS, *sides, live, *sums)
         ctx.save_for_backward(*sides, live, *sums, weight)
         return torch.where(weight[:, None] != 0, sums[2] * weight[:, None], 0).sum()
 
@@ -68,15 +67,22 @@ class _Fused(torch.autograd.Function):
         if q.numel():
             ctx.launch(_queries_gradient, ROWS, *saved, shares, *by_queries, **wants)
             ctx.launch(_keys_gradient, KEYS, *saved, shares, *by_keys, **wants)
-        found: list[Tensor | None] = []
-        for own, wanted, queries, keys in zip((k, p_k), wants.values(), by_queries, by_keys, strict=True):
-            shared = keys.unflatten(1, (own.shape[1], -1)).sum(2) if q.numel() else torch.zeros_like(own)
-            found += [queries, shared] if wanted else [None, None]
-        each = torch.where(weight != 0, saved[7].sum(1), 0) * gradient if ctx.needs_input_grad[4] else None
-        return *found, each, None
+        gradients: list[Tensor | None] = []
+        for own_keys, wanted, d_queries, d_keys in zip(
+            (k, p_k), wants.values(), by_queries, by_keys, strict=True
+        ):
+            # Query heads that share a key head each hold a part of its gradient.
+            summed = torch.zeros_like(own_keys)
+            if q.numel():
+                summed = d_keys.unflatten(1, (own_keys.shape[1], -1)).sum(2)
+            gradients += [d_queries, summed] if wanted else [None, None]
+        d_weight = None
+        if ctx.needs_input_grad[4]:
+            d_weight = torch.where(weight != 0, saved[7].sum(1), 0) * gradient
+        return *gradients, d_weight, None
 
 
-class _Launch:
+class _KernelLauncher:
     """Starts a kernel with what all of them share: extents, and one program for each block and query head."""
 
     def __init__(self, q: Tensor, k: Tensor, p_q: Tensor, p_k: Tensor, masking: Masking) -> None:
@@ -98,29 +104,29 @@ class _Launch:
         kernel[grid](*tensors, *self.extents, **self.constants, **constants)
 
 
-def _kernel(function: Callable[..., Any]) -> Any:
-    """A Triton function. Triton reads source and globals, so shape checks must not wrap it."""
+def _triton_kernel(function: Callable[..., Any]) -> Any:
+    """Make a function a Triton kernel. Triton reads source and globals, so shape checks must not wrap it."""
     return triton.jit(unwrap(function))
 
 
-@_kernel
-def _load(x, head, at, time, dim, WIDTH: tl.constexpr):
-    """Vectors ``at`` positions of a head as ``[positions, WIDTH]``, zero beyond its ends."""
+@_triton_kernel
+def _load_vectors(x, head, at, time, dim, WIDTH: tl.constexpr):
+    """Load the vectors ``at`` positions of a head as ``[positions, WIDTH]``, zero beyond its ends."""
     column = tl.arange(0, WIDTH)
     place = (head * time + at)[:, None] * dim + column[None]
     return tl.load(x + place, mask=(at < time)[:, None] & (column < dim)[None], other=0.0)
 
 
-@_kernel
-def _store(x, values, head, at, time, dim, WIDTH: tl.constexpr):
+@_triton_kernel
+def _store_vectors(x, values, head, at, time, dim, WIDTH: tl.constexpr):
     column = tl.arange(0, WIDTH)
     place = (head * time + at)[:, None] * dim + column[None]
     tl.store(x + place, values, mask=(at < time)[:, None] & (column < dim)[None])
 
 
-@_kernel
-def _counts(live, batch, row, key, time, CAUSAL: tl.constexpr, HOLES: tl.constexpr):
-    """Which products of a tile count."""
+@_triton_kernel
+def _counted_products(live, batch, row, key, time, CAUSAL: tl.constexpr, HOLES: tl.constexpr):
+    """Return which products of a tile count."""
     counts = (row < time)[:, None] & (key < time)[None]
     if HOLES:
         counts = counts & (tl.load(live + batch * time + key, mask=key < time, other=0) != 0)[None]
@@ -129,22 +135,25 @@ def _counts(live, batch, row, key, time, CAUSAL: tl.constexpr, HOLES: tl.constex
     return counts
 
 
-@_kernel
+@_triton_kernel
 def _products(queries, keys):
     return tl.dot(queries, tl.trans(keys), input_precision="ieee")
 
 
-@_kernel
-def _rows(
+@_triton_kernel
+def _compare_rows(
     q, k, p_q, p_k, live, q_sums, p_sums, each, time, qhead, head, t_head, dim, t_dim,
     DIM: tl.constexpr, T_DIM: tl.constexpr, CAUSAL: tl.constexpr, HOLES: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Log-sums of both sides and the divergence of each row of one block of one query head."""
+    """Store log-sums of both sides and the divergence of each row of one block of one query head."""
     block, place = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, h = place // qhead, place % qhead
     row = block * ROWS + tl.arange(0, ROWS)
-    mine, theirs = _load(q, place, row, time, dim, DIM), _load(p_q, place, row, time, t_dim, T_DIM)
+    mine, theirs = (
+        _load_vectors(q, place, row, time, dim, DIM),
+        _load_vectors(p_q, place, row, time, t_dim, T_DIM),
+    )
     key_head = batch * head + h // (qhead // head)
     t_key_head = batch * t_head + h // (qhead // t_head)
     q_top = tl.full([ROWS], -1e30, tl.float32)
@@ -155,9 +164,11 @@ def _rows(
     end = tl.minimum(time, (block + 1) * ROWS) if CAUSAL else time
     for first in range(0, end, KEYS):
         key = first + tl.arange(0, KEYS)
-        counts = _counts(live, batch, row, key, time, CAUSAL, HOLES)
-        a = tl.where(counts, _products(mine, _load(k, key_head, key, time, dim, DIM)), -1e30)
-        b = tl.where(counts, _products(theirs, _load(p_k, t_key_head, key, time, t_dim, T_DIM)), -1e30)
+        counts = _counted_products(live, batch, row, key, time, CAUSAL, HOLES)
+        a = tl.where(counts, _products(mine, _load_vectors(k, key_head, key, time, dim, DIM)), -1e30)
+        b = tl.where(
+            counts, _products(theirs, _load_vectors(p_k, t_key_head, key, time, t_dim, T_DIM)), -1e30
+        )
         q_now, p_now = tl.maximum(q_top, tl.max(a, 1)), tl.maximum(p_top, tl.max(b, 1))
         q_part = tl.where(counts, tl.exp(a - q_now[:, None]), 0.0)
         p_part = tl.where(counts, tl.exp(b - p_now[:, None]), 0.0)
@@ -177,9 +188,9 @@ def _rows(
     tl.store(each + to, found, mask=row < time)
 
 
-@_kernel
-def _slopes(a, b, q_sum, p_sum, each, weight, counts):
-    """Derivatives of Σ weight × divergence by the products of both sides."""
+@_triton_kernel
+def _product_derivatives(a, b, q_sum, p_sum, each, weight, counts):
+    """Return the derivatives of Σ weight × divergence by the products of both sides."""
     q_log, p_log = a - q_sum[:, None], b - p_sum[:, None]
     q_share = tl.where(counts, tl.exp(tl.where(counts, q_log, 0.0)), 0.0)
     p_share = tl.where(counts, tl.exp(tl.where(counts, p_log, 0.0)), 0.0)
@@ -188,17 +199,20 @@ def _slopes(a, b, q_sum, p_sum, each, weight, counts):
     return by_q, by_p
 
 
-@_kernel
+@_triton_kernel
 def _queries_gradient(
     q, k, p_q, p_k, live, q_sums, p_sums, each, weights, d_q, d_p, time, qhead, head, t_head, dim, t_dim,
     DIM: tl.constexpr, T_DIM: tl.constexpr, CAUSAL: tl.constexpr, HOLES: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WANT_Q: tl.constexpr, WANT_P: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one block of queries of one query head, over its keys."""
+    """Store the gradients of one block of queries of one query head, over its keys."""
     block, place = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, h = place // qhead, place % qhead
     row = block * ROWS + tl.arange(0, ROWS)
-    mine, theirs = _load(q, place, row, time, dim, DIM), _load(p_q, place, row, time, t_dim, T_DIM)
+    mine, theirs = (
+        _load_vectors(q, place, row, time, dim, DIM),
+        _load_vectors(p_q, place, row, time, t_dim, T_DIM),
+    )
     q_sum = tl.load(q_sums + place * time + row, mask=row < time, other=0.0)
     p_sum = tl.load(p_sums + place * time + row, mask=row < time, other=0.0)
     one = tl.load(each + place * time + row, mask=row < time, other=0.0)
@@ -210,53 +224,61 @@ def _queries_gradient(
     end = tl.minimum(time, (block + 1) * ROWS) if CAUSAL else time
     for first in range(0, end, KEYS):
         key = first + tl.arange(0, KEYS)
-        counts = _counts(live, batch, row, key, time, CAUSAL, HOLES)
+        counts = _counted_products(live, batch, row, key, time, CAUSAL, HOLES)
         keys, t_keys = (
-            _load(k, key_head, key, time, dim, DIM),
-            _load(p_k, t_key_head, key, time, t_dim, T_DIM),
+            _load_vectors(k, key_head, key, time, dim, DIM),
+            _load_vectors(p_k, t_key_head, key, time, t_dim, T_DIM),
         )
         a, b = _products(mine, keys), _products(theirs, t_keys)
-        s, t = _slopes(a, b, q_sum, p_sum, one, weight, counts)
+        s, t = _product_derivatives(a, b, q_sum, p_sum, one, weight, counts)
         if WANT_Q:
             by_q += tl.dot(s, keys, input_precision="ieee")
         if WANT_P:
             by_p += tl.dot(t, t_keys, input_precision="ieee")
     if WANT_Q:
-        _store(d_q, by_q, place, row, time, dim, DIM)
+        _store_vectors(d_q, by_q, place, row, time, dim, DIM)
     if WANT_P:
-        _store(d_p, by_p, place, row, time, t_dim, T_DIM)
+        _store_vectors(d_p, by_p, place, row, time, t_dim, T_DIM)
 
 
-@_kernel
+@_triton_kernel
 def _keys_gradient(
     q, k, p_q, p_k, live, q_sums, p_sums, each, weights, d_q, d_p, time, qhead, head, t_head, dim, t_dim,
     DIM: tl.constexpr, T_DIM: tl.constexpr, CAUSAL: tl.constexpr, HOLES: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WANT_Q: tl.constexpr, WANT_P: tl.constexpr,
 ):  # fmt: skip
-    """One query head's share of the gradients of one block of keys; the caller adds up a group's heads."""
+    """Store one query head's share of the gradients of a block of keys; the caller sums a group's heads."""
     block, place = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, h = place // qhead, place % qhead
     key = block * KEYS + tl.arange(0, KEYS)
     key_head = batch * head + h // (qhead // head)
     t_key_head = batch * t_head + h // (qhead // t_head)
-    keys, t_keys = _load(k, key_head, key, time, dim, DIM), _load(p_k, t_key_head, key, time, t_dim, T_DIM)
+    keys, t_keys = (
+        _load_vectors(k, key_head, key, time, dim, DIM),
+        _load_vectors(p_k, t_key_head, key, time, t_dim, T_DIM),
+    )
     by_q = tl.zeros([KEYS, DIM], tl.float32)
     by_p = tl.zeros([KEYS, T_DIM], tl.float32)
     begin = block * KEYS // ROWS * ROWS if CAUSAL else 0
     for first in range(begin, time, ROWS):
         row = first + tl.arange(0, ROWS)
-        mine, theirs = _load(q, place, row, time, dim, DIM), _load(p_q, place, row, time, t_dim, T_DIM)
+        mine, theirs = (
+            _load_vectors(q, place, row, time, dim, DIM),
+            _load_vectors(p_q, place, row, time, t_dim, T_DIM),
+        )
         q_sum = tl.load(q_sums + place * time + row, mask=row < time, other=0.0)
         p_sum = tl.load(p_sums + place * time + row, mask=row < time, other=0.0)
         one = tl.load(each + place * time + row, mask=row < time, other=0.0)
         weight = tl.load(weights + batch * time + row, mask=row < time, other=0.0)
-        counts = _counts(live, batch, row, key, time, CAUSAL, HOLES)
-        s, t = _slopes(_products(mine, keys), _products(theirs, t_keys), q_sum, p_sum, one, weight, counts)
+        counts = _counted_products(live, batch, row, key, time, CAUSAL, HOLES)
+        s, t = _product_derivatives(
+            _products(mine, keys), _products(theirs, t_keys), q_sum, p_sum, one, weight, counts
+        )
         if WANT_Q:
             by_q += tl.dot(tl.trans(s), mine, input_precision="ieee")
         if WANT_P:
             by_p += tl.dot(tl.trans(t), theirs, input_precision="ieee")
     if WANT_Q:
-        _store(d_q, by_q, place, key, time, dim, DIM)
+        _store_vectors(d_q, by_q, place, key, time, dim, DIM)
     if WANT_P:
-        _store(d_p, by_p, place, key, time, t_dim, T_DIM)
+        _store_vectors(d_p, by_p, place, key, time, t_dim, T_DIM)

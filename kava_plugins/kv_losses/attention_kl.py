@@ -1,4 +1,4 @@
-"""Divergence of the attention rows that queries and keys make: what a position looks at."""
+"""Compare what each position attends to: the divergence of the rows that queries and keys make."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from kava_core.errors import SpecError
 from kava_core.protocols.axes import Cache, Geometry
 from kava_plugins.kv_losses import AttentionKLConfig
-from kava_plugins.kv_losses._attention_divergence import between_caches
+from kava_plugins.kv_losses._attention_divergence import divergence_of_caches
 
 
 class AttentionKL(nn.Module):
@@ -30,5 +30,5 @@ class AttentionKL(nn.Module):
     def forward(
         self, student: Cache, target: Cache, weight: Float[Tensor, "batch layer time"]
     ) -> Float[Tensor, ""]:
-        """Σ weight × loss of the position, over positions and layers."""
-        return between_caches(student, target, weight, self.config)
+        """Sum weight × loss of the position over positions and layers."""
+        return divergence_of_caches(student, target, weight, self.config)

@@ -1,4 +1,4 @@
-"""What attention hands on: softmax(queries · keys) · values of each side, compared.
+"""Compare what attention hands on: softmax(queries · keys) · values of each side.
 
 Agreement of attention outputs predicted the quality kept after mapping caches between models better than the
 fit of keys and values did (r = 0.57 against −0.20, arXiv 2608.03893).
@@ -16,7 +16,7 @@ from kava_core.protocols.axes import Cache, Geometry
 from kava_plugins.kv_losses import AttentionOutputConfig
 from kava_plugins.kv_losses.mercator import one_minus_cosine
 
-DEAD = -1e30
+DEAD_PRODUCT = -1e30
 """Product of any query with a key of weight 0."""
 
 ALIGNED = 8
@@ -33,20 +33,27 @@ class AttentionOutput(nn.Module):
     def forward(
         self, student: Cache, target: Cache, weight: Float[Tensor, "batch layer time"]
     ) -> Float[Tensor, ""]:
-        """Σ weight × loss of the position, over positions and layers."""
+        """Sum weight × loss of the position over positions and layers."""
         where = live(weight)
         with without_autocast(weight.device):
-            mine, theirs = (self._output(cache, where) for cache in (student, target))
+            output, t_output = self._output_of_cache(student, where), self._output_of_cache(target, where)
             if self.form == "cosine":
-                return weighted_sum(one_minus_cosine(mine, theirs, where), weight)
-            return weighted_sum(select(mine - theirs, where).square(), weight)
+                return weighted_sum(one_minus_cosine(output, t_output, where), weight)
+            return weighted_sum(select(output - t_output, where).square(), weight)
 
-    def _output(self, cache: Cache, where: Tensor) -> Tensor:
-        here = {part: select(widen(x), where) for part, x in cache.items()}
-        return attention(**here, where=where, causal=self.causal, temperature=self.temperature)
+    def _output_of_cache(self, cache: Cache, where: Tensor) -> Tensor:
+        tensors = {part: select(widen(x), where) for part, x in cache.items()}
+        return attention_output(
+            queries=tensors["queries"],
+            keys=tensors["keys"],
+            values=tensors["values"],
+            where=where,
+            causal=self.causal,
+            temperature=self.temperature,
+        )
 
 
-def attention(
+def attention_output(
     queries: Float[Tensor, "batch layer qhead time dim"],
     keys: Float[Tensor, "batch layer head time dim"],
     values: Float[Tensor, "batch layer head time dim"],
@@ -55,14 +62,15 @@ def attention(
     causal: bool,
     temperature: float,
 ) -> Float[Tensor, "batch layer qhead time dim"]:
-    """Attention over the positions ``where``, by the fused kernels; elsewhere the output means nothing.
+    """Compute attention over the positions ``where`` by the fused kernels; other outputs are undefined.
 
-    Dead keys are told by one more column (queries 1, keys −1e30), not by a mask, which would be time × time.
+    One more column (queries 1, keys −1e30) marks dead keys, not a mask, which would be time × time.
     """
     dim = queries.shape[-1]
     spare = ALIGNED - dim % ALIGNED
-    flags = torch.where(where, 0, DEAD).to(keys.dtype).expand(*keys.shape[:-1], 1)
-    queries = F.pad(torch.cat((queries, torch.ones_like(queries[..., :1])), -1), (0, spare - 1))
+    ones = torch.ones_like(queries[..., :1])
+    flags = torch.where(where, 0, DEAD_PRODUCT).to(keys.dtype).expand(*keys.shape[:-1], 1)
+    queries = F.pad(torch.cat((queries, ones), -1), (0, spare - 1))
     keys = F.pad(torch.cat((keys, flags), -1), (0, spare - 1))
     values = F.pad(values, (0, spare))
     output = F.scaled_dot_product_attention(

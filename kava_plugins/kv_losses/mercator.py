@@ -1,4 +1,4 @@
-"""One minus the cosine of student and target, vector by vector: the direction counts, the length does not."""
+"""Compare by one minus the cosine, vector by vector: the direction counts, the length does not."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Mercator(nn.Module):
     def forward(
         self, student: Cache, target: Cache, weight: Float[Tensor, "batch layer time"]
     ) -> Float[Tensor, ""]:
-        """Σ weight × loss of the position, over positions, layers and parts."""
+        """Sum weight × loss of the position over positions, layers and parts."""
         where = live(weight)
-        terms = [
-            weighted_sum(one_minus_cosine(widen(x), widen(getattr(target, part)), where), weight)
-            for part, x in student.pick(self.parts).items()
-        ]
+        terms = []
+        for part, x in student.pick(self.parts).items():
+            distance = one_minus_cosine(widen(x), widen(getattr(target, part)), where)
+            terms.append(weighted_sum(distance, weight))
         return torch.stack(terms).sum()
 
 
@@ -42,35 +42,39 @@ def one_minus_cosine(
     target: Float[Tensor, "batch layer head time dim"],
     where: Bool[Tensor, "batch layer 1 time 1"],
 ) -> Float[Tensor, "batch layer head time 1"]:
-    """1 − cos of each pair of vectors; 0 elsewhere than ``where`` and where one of them has no direction.
+    """Return 1 − cos of each pair of vectors; 0 elsewhere than ``where`` and if one has no direction.
 
     Computed as ½‖x̂ − t̂‖², which keeps its precision near 0, with the gradient in closed form: only one number
     for each vector is kept for it, no normalised copies.
     """
-    each: Tensor = _OneMinusCosine.apply(x, target, where)  # type: ignore[no-untyped-call]
-    return each
+    distance: Tensor = _OneMinusCosine.apply(x, target, where)  # type: ignore[no-untyped-call]
+    return distance
 
 
 class _OneMinusCosine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, target: Tensor, where: Tensor) -> Tensor:
-        length, t_length = (vector_norm(one, dim=-1, keepdim=True) for one in (x, target))
+        length = vector_norm(x, dim=-1, keepdim=True)
+        t_length = vector_norm(target, dim=-1, keepdim=True)
         used = where & (length > TINY) & (t_length > TINY)
-        inverse, t_inverse = (torch.where(used, 1 / one, 0) for one in (length, t_length))
-        squared = (x * inverse - target * t_inverse).square().sum(-1, keepdim=True)
-        each = torch.where(used, squared / 2, 0)
-        ctx.save_for_backward(x, target, inverse, t_inverse, 1 - each, used)
-        return each
+        inverse = torch.where(used, 1 / length, 0)
+        t_inverse = torch.where(used, 1 / t_length, 0)
+        squared_distance = (x * inverse - target * t_inverse).square().sum(-1, keepdim=True)
+        one_minus_cos = torch.where(used, squared_distance / 2, 0)
+        ctx.save_for_backward(x, target, inverse, t_inverse, 1 - one_minus_cos, used)
+        return one_minus_cos
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """For x: ``cos · x / |x|² − t / (|x| |t|)``, times the incoming gradient; for the target alike."""
+        """Multiply the gradient by ``cos · x / |x|² − t / (|x| |t|)`` for x, and alike for the target."""
         x, target, inverse, t_inverse, cosine, used = ctx.saved_tensors
         cross = -gradient * inverse * t_inverse
-        mine = theirs = None
+        d_x = d_target = None
         if ctx.needs_input_grad[0]:
-            mine = torch.where(used, torch.addcmul(target * cross, x, gradient * cosine * inverse**2), 0)
+            d_x = torch.where(used, torch.addcmul(target * cross, x, gradient * cosine * inverse**2), 0)
         if ctx.needs_input_grad[1]:
-            theirs = torch.where(used, torch.addcmul(x * cross, target, gradient * cosine * t_inverse**2), 0)
-        return mine, theirs, None
+            d_target = torch.where(
+                used, torch.addcmul(x * cross, target, gradient * cosine * t_inverse**2), 0
+            )
+        return d_x, d_target, None

@@ -1,4 +1,4 @@
-"""Mean squared difference of the caches (KaVa, arXiv 2510.02312, with p = 2)."""
+"""Compare by the mean squared difference (KaVa, arXiv 2510.02312, with p = 2)."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class MSE(nn.Module):
     def forward(
         self, student: Cache, target: Cache, weight: Float[Tensor, "batch layer time"]
     ) -> Float[Tensor, ""]:
-        """Σ weight × loss of the position, over positions, layers and parts."""
-        terms = [
-            weighted_sum(scaled_difference(x, getattr(target, part), weight, self.scale).square(), weight)
-            for part, x in student.pick(self.parts).items()
-        ]
+        """Sum weight × loss of the position over positions, layers and parts."""
+        terms = []
+        for part, x in student.pick(self.parts).items():
+            difference = scaled_difference(x, getattr(target, part), weight, self.scale)
+            terms.append(weighted_sum(difference.square(), weight))
         return torch.stack(terms).sum()

@@ -1,4 +1,4 @@
-"""Smooth L1 difference of the caches (KaVa, arXiv 2510.02312, with p = 1)."""
+"""Compare by the smooth L1 difference (KaVa, arXiv 2510.02312, with p = 1)."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class SmoothL1(nn.Module):
     def forward(
         self, student: Cache, target: Cache, weight: Float[Tensor, "batch layer time"]
     ) -> Float[Tensor, ""]:
-        """Σ weight × loss of the position, over positions, layers and parts."""
-        terms = [
-            weighted_sum(self._each(x, getattr(target, part), weight), weight)
-            for part, x in student.pick(self.parts).items()
-        ]
+        """Sum weight × loss of the position over positions, layers and parts."""
+        terms = []
+        for part, x in student.pick(self.parts).items():
+            distance = self._elementwise_loss(x, getattr(target, part), weight)
+            terms.append(weighted_sum(distance, weight))
         return torch.stack(terms).sum()
 
-    def _each(self, x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    def _elementwise_loss(self, x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         difference = scaled_difference(x, target, weight, self.scale)
         zero = torch.zeros((), dtype=difference.dtype, device=difference.device).expand_as(difference)
         return F.smooth_l1_loss(difference, zero, beta=self.beta, reduction="none")

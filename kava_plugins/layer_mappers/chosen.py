@@ -1,4 +1,4 @@
-"""Layers chosen by hand."""
+"""Read the teacher layers that the spec names."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class Chosen(nn.Module):
                 f"give {student.layer}, or one for all"
             )
         matrix = torch.zeros(student.layer, teacher.layer)
-        for i, row in enumerate(rows):
-            for j in row:
-                matrix[i, _there(j, teacher.layer)] = 1
+        for student_layer, teacher_layers in enumerate(rows):
+            for layer in teacher_layers:
+                matrix[student_layer, _index_from_start(layer, teacher.layer)] = 1
         self.register_buffer("matrix", matrix / matrix.sum(1, keepdim=True), persistent=False)
 
     def forward(self) -> Float[Tensor, "layer t_layer"]:
-        """The weights; constant, rows sum to 1."""
+        """Return the constant weights, whose rows sum to 1."""
         return self.matrix
 
 
-def _there(layer: int, count: int) -> int:
+def _index_from_start(layer: int, count: int) -> int:
     if not -count <= layer < count:
         raise SpecError(
             f"layers: no layer {layer} in a teacher of {count}; "

@@ -1,4 +1,4 @@
-"""The teacher layers whose representations are most similar, measured by debiased linear CKA."""
+"""Read the teacher layers whose representations are most similar, by debiased linear CKA."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Cka(nn.Module):
         self.register_buffer("measured", torch.zeros((), dtype=torch.bool))
         self._stream = StreamedCKA(config.rows)
         if config.map is not None and not self.matrix.is_meta:
-            self._set(read_similarity(config.map, config.on, teacher=teacher, student=student))
+            self._set_similarity(read_similarity(config.map, config.on, teacher=teacher, student=student))
 
     def observe(
         self,
@@ -48,13 +48,15 @@ class Cka(nn.Module):
     ) -> None:
         """Take in the valid positions of a batch, except the first of every example.
 
-        They are shuffled, always in the same way: a minibatch of tokens that stand side by side would
-        compare the inside of few texts.
+        They are shuffled, always in the same way: a minibatch of neighbouring tokens would compare the inside
+        of few texts.
         """
-        at = (valid & (valid.cumsum(1) > self.skip)).nonzero()
-        order = torch.randperm(len(at), generator=torch.Generator().manual_seed(self._stream.seen))
-        at = at[order.to(at.device)]
-        self._stream.add(*(x.transpose(0, 1)[:, at[:, 0], at[:, 1]] for x in (teacher, student)))
+        counted = valid & (valid.cumsum(1) > self.skip)
+        example_and_time = counted.nonzero()
+        generator = torch.Generator().manual_seed(self._stream.seen)
+        order = torch.randperm(len(example_and_time), generator=generator)
+        example, time = example_and_time[order.to(example_and_time.device)].unbind(1)
+        self._stream.add(teacher.transpose(0, 1)[:, example, time], student.transpose(0, 1)[:, example, time])
 
     def finish(self) -> None:
         """Compute similarities and weights from everything observed, and forget it.
@@ -62,17 +64,17 @@ class Cka(nn.Module):
         Raises:
             KavaError: fewer than 4 positions were observed.
         """
-        self._set(self._stream.similarity())
+        self._set_similarity(self._stream.similarity())
         self._stream = StreamedCKA(self._stream.rows)
 
     def forward(self) -> Float[Tensor, "layer t_layer"]:
-        """The weights; constant, rows sum to 1."""
+        """Return the constant weights, whose rows sum to 1."""
         return self.matrix
 
-    def _set(self, similarity: Float[Tensor, "layer t_layer"]) -> None:
+    def _set_similarity(self, similarity: Float[Tensor, "layer t_layer"]) -> None:
         weights = top_weights(similarity, self.top_k, self.temperature)
-        alike = similarity.amax(1, keepdim=True) > 0
-        self.matrix.copy_(torch.where(alike, weights, self._unmeasured))
+        resembles_any = similarity.amax(1, keepdim=True) > 0
+        self.matrix.copy_(torch.where(resembles_any, weights, self._unmeasured))
         self.similarity.copy_(similarity)
         self.measured.fill_(True)
 
@@ -80,10 +82,10 @@ class Cka(nn.Module):
 def top_weights(
     similarity: Float[Tensor, "layer t_layer"], top_k: int, temperature: float
 ) -> Float[Tensor, "layer t_layer"]:
-    """``softmax(similarity / temperature)`` over the largest of each row, zero elsewhere.
+    """Return ``softmax(similarity / temperature)`` over the ``top_k`` largest of each row, zero elsewhere.
 
     Of equal similarities the lower layers are taken. No chosen layer's weight is rounded to zero.
     """
     best, layers = similarity.float().sort(dim=1, descending=True, stable=True)
-    chosen = (best[:, :top_k] / temperature).softmax(1).clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.zeros_like(best).scatter(1, layers[:, :top_k], chosen)
+    weights = (best[:, :top_k] / temperature).softmax(1).clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.zeros_like(best).scatter(1, layers[:, :top_k], weights)

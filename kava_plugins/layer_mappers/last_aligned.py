@@ -1,4 +1,4 @@
-"""The last layers of both models meet, one by one."""
+"""Let the last layers of both models meet, one by one."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ class LastAligned(nn.Module):
         self.register_buffer("matrix", matrix, persistent=False)
 
     def forward(self) -> Float[Tensor, "layer t_layer"]:
-        """The weights; constant, rows sum to 1."""
+        """Return the constant weights, whose rows sum to 1."""
         return self.matrix

@@ -1,4 +1,4 @@
-"""Every student layer reads a mixture of all teacher layers, trained with the student."""
+"""Learn a mixture of all teacher layers for every student layer."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ class Learned(nn.Module):
         self.logits = nn.Parameter(-2 * torch.log1p(distance.float()))
 
     def forward(self) -> Float[Tensor, "layer t_layer"]:
-        """The weights; rows sum to 1."""
+        """Return the weights, whose rows sum to 1."""
         return (self.logits.float() / self.temperature).softmax(1)

@@ -1,4 +1,4 @@
-"""Depth-proportional layers: both models are read at the same relative depth."""
+"""Read both models at the same relative depth."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Ratio(nn.Module):
     """Student layer i of L reads teacher layer ``round((i + 1) · T / L) − 1`` of T, counted from 0.
 
     The last layers always meet; a teacher with fewer layers is read repeatedly. With ``sources = k`` the mean
-    of the k layers nearest to it is read, of all layers where there are fewer than k.
+    of the k layers nearest to it is read, of all layers if there are fewer than k.
     """
 
     matrix: Float[Tensor, "layer t_layer"]
@@ -25,5 +25,5 @@ class Ratio(nn.Module):
         self.register_buffer("matrix", matrix, persistent=False)
 
     def forward(self) -> Float[Tensor, "layer t_layer"]:
-        """The weights; constant, rows sum to 1."""
+        """Return the constant weights, whose rows sum to 1."""
         return self.matrix

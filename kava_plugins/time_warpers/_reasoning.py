@@ -1,4 +1,4 @@
-"""Reasoning tokens: paired in order, and chosen by scores."""
+"""Find reasoning tokens, pair them in order, and choose them by scores."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from kava_core.protocols.timeline import REASONING, Timeline
 
 
 def is_reasoning(timeline: Timeline) -> Bool[Tensor, "batch time"]:
-    """Which positions are real tokens of the reasoning."""
+    """Return whether each position is a real token of the reasoning."""
     return timeline.mask & (timeline.segments == REASONING)
 
 
 def reasoning_places(teacher: Timeline, student: Timeline) -> Places:
-    """Where each of the student's reasoning tokens stands among them, and the teacher's reasoning."""
+    """Locate each of the student's reasoning tokens among them, and the teacher's reasoning tokens."""
     return places(is_reasoning(teacher).long() - 1, is_reasoning(student).long() - 1, blocks=1)
 
 
 def slot_map(teacher: Timeline, student: Timeline) -> TimeMap:
-    """The student's k-th reasoning token reads slot k; valid where the teacher has more than k.
+    """Map the student's k-th reasoning token to slot k; valid where the teacher has more than k.
 
-    The identity, at no cost, for a student that has nothing else.
+    For a student that has nothing else this is the identity, at no cost.
     """
     at = reasoning_places(teacher, student)
     valid = at.valid & (at.offset < at.t_count)
@@ -34,12 +34,13 @@ def slot_map(teacher: Timeline, student: Timeline) -> TimeMap:
     return TimeMap.gather(at.offset.clamp(0), valid)
 
 
-def highest(
+def highest_positions(
     scores: Float[Tensor, "batch t_layer t_head t_time"], count: int
 ) -> Int[Tensor, "batch t_layer t_head _"]:
-    """Positions of the ``count`` highest scores in time order, of equals the earlier; −inf is never taken.
+    """Return the positions of the ``count`` highest scores in time order, of equals the earlier.
 
-    Where fewer are left, the slots at the end hold the last position of the time axis.
+    A score of −inf is never taken. If fewer are left, the slots at the end hold the last position of the time
+    axis.
     """
     end = scores.shape[3]
     best = scores.argsort(dim=3, descending=True, stable=True)[..., :count]

@@ -1,4 +1,4 @@
-"""The first reasoning tokens."""
+"""Keep the first reasoning tokens."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ class Crop(nn.Module):
         super().__init__()
 
     def forward(self, teacher: Timeline, student: Timeline) -> TimeMap:
-        """The map, one tap each; valid where the teacher has a k-th reasoning token."""
+        """Map each reasoning token to one tap; valid where the teacher has a k-th reasoning token."""
         at = reasoning_places(teacher, student)
         return TimeMap.gather(at.t_start + at.offset, at.valid & (at.offset < at.t_count))

@@ -1,4 +1,4 @@
-"""Teacher and student share their positions: nothing is warped."""
+"""Let teacher and student share their positions: nothing is warped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ class Identity(nn.Module):
         super().__init__()
 
     def forward(self, teacher: Timeline, student: Timeline) -> TimeMap:
-        """The identity; KavaError where the two are not equally long."""
+        """Return the identity.
+
+        Raises:
+            KavaError: the two are not equally long.
+        """
         t_time, time = teacher.mask.shape[1], student.mask.shape[1]
         if t_time != time:
             raise KavaError(

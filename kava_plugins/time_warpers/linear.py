@@ -1,4 +1,4 @@
-"""The whole sequence resampled at once, prompt, reasoning and answer alike."""
+"""Resample the whole sequence at once, prompt, reasoning and answer alike."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ class Linear(nn.Module):
         self.mode = config.mode
 
     def forward(self, teacher: Timeline, student: Timeline) -> TimeMap:
-        """The map and its validity."""
+        """Map all real tokens to all real tokens, evenly."""
         at = places(teacher.mask.long() - 1, student.mask.long() - 1, blocks=1)
         return block_map(at, self.mode)

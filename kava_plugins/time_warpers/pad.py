@@ -1,4 +1,4 @@
-"""Equal index: the k-th real student token reads the k-th real teacher token."""
+"""Let the k-th real student token read the k-th real teacher token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kava_plugins.time_warpers import PadConfig
 
 
 class Pad(nn.Module):
-    """Aligns on the first real tokens, on whichever side the padding stands.
+    """Alignment on the first real tokens, on whichever side the padding is.
 
     The longer of the two is cut: student positions beyond the teacher's last real token are not valid.
     """
@@ -22,10 +22,10 @@ class Pad(nn.Module):
         super().__init__()
 
     def forward(self, teacher: Timeline, student: Timeline) -> TimeMap:
-        """The map and its validity; one tap for each position."""
-        at = places(_one_block(teacher), _one_block(student), 1)
+        """Map each token to the one of equal index."""
+        at = places(_real_as_one_block(teacher), _real_as_one_block(student), 1)
         return TimeMap.gather(at.t_start + at.offset, at.valid & (at.offset < at.t_count))
 
 
-def _one_block(timeline: Timeline) -> torch.Tensor:
+def _real_as_one_block(timeline: Timeline) -> torch.Tensor:
     return timeline.mask.long() - 1

@@ -1,4 +1,4 @@
-"""Prompt, reasoning and answer resampled separately, each example by its own borders."""
+"""Resample prompt, reasoning and answer separately, each example by its own borders."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ class Segment(nn.Module):
         self.register_buffer("wanted", wanted, persistent=False)
 
     def forward(self, teacher: Timeline, student: Timeline) -> TimeMap:
-        """The map and its validity; what ``smoothing`` averages is the teacher's whole segment."""
-        own = student.segments.clamp_min(0)
-        block = torch.where(self.wanted[own], student.segments, -1)
-        at = places(teacher.segments, block, len(SEGMENT_NAMES))
+        """Map each segment to the teacher's; ``smoothing`` first averages within the teacher's segment."""
+        segment = student.segments.clamp_min(0)
+        compared_segment = torch.where(self.wanted[segment], student.segments, -1)
+        at = places(teacher.segments, compared_segment, len(SEGMENT_NAMES))
         if self.thinned:
-            at = at.only(evenly_kept(at, self.kept[own]))
+            at = at.only(evenly_kept(at, self.kept[segment]))
         resampled = block_map(at, self.mode)
-        return self._smoothed(teacher).then(resampled) if self.smooths else resampled
+        return self._smoothing_map(teacher).then(resampled) if self.smooths else resampled
 
-    def _smoothed(self, teacher: Timeline) -> TimeMap:
-        within = places(teacher.segments, teacher.segments, len(SEGMENT_NAMES))
-        return moving_average(within, self.windows[teacher.segments.clamp_min(0)])
+    def _smoothing_map(self, teacher: Timeline) -> TimeMap:
+        at = places(teacher.segments, teacher.segments, len(SEGMENT_NAMES))
+        return moving_average(at, self.windows[teacher.segments.clamp_min(0)])

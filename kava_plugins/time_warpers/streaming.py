@@ -1,4 +1,4 @@
-"""The first tokens and the most recent ones, as a streaming cache keeps them (arXiv 2309.17453)."""
+"""Keep the first tokens and the most recent ones, as a streaming cache does (arXiv 2309.17453)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kava_plugins.time_warpers import StreamingConfig
 class Streaming(nn.Module):
     """Attention sinks by index from the beginning, recent tokens by index from the end.
 
-    Padding does not count, on whichever side it stands. A token that is both counts as a sink.
+    Padding does not count, on whichever side it is. A token that is both counts as a sink.
     """
 
     def __init__(self, config: StreamingConfig, *, teacher: Geometry, student: Geometry) -> None:
@@ -24,10 +24,11 @@ class Streaming(nn.Module):
         self.window = config.window
 
     def forward(self, teacher: Timeline, student: Timeline) -> TimeMap:
-        """The map, one tap each; not valid is what lies between, and what the teacher lacks."""
+        """Map each kept token to one tap; tokens between, and those that the teacher lacks, are not valid."""
         at = places(teacher.mask.long() - 1, student.mask.long() - 1, blocks=1)
-        from_end = at.count - at.offset
-        sink = at.offset < self.sinks
-        read = torch.where(sink, at.offset, at.t_count - from_end)
-        kept = at.valid & (sink | (from_end <= self.window)) & (read >= 0) & (read < at.t_count)
-        return TimeMap.gather(at.t_start + read, kept)
+        tokens_to_end = at.count - at.offset
+        is_sink = at.offset < self.sinks
+        is_recent = tokens_to_end <= self.window
+        t_offset = torch.where(is_sink, at.offset, at.t_count - tokens_to_end)
+        exists = (t_offset >= 0) & (t_offset < at.t_count)
+        return TimeMap.gather(at.t_start + t_offset, at.valid & (is_sink | is_recent) & exists)

@@ -1,4 +1,4 @@
-"""Evenly spaced reasoning tokens."""
+"""Keep evenly spaced reasoning tokens."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Uniform(nn.Module):
         super().__init__()
 
     def forward(self, teacher: Timeline, student: Timeline) -> TimeMap:
-        """The map, one tap each; valid where k < n."""
+        """Map each reasoning token to one tap; valid where k < n."""
         at = reasoning_places(teacher, student)
-        spread = (2 * at.offset + 1) * at.t_count // (2 * at.count)
-        read = torch.where(at.t_count < at.count, at.offset, spread)
-        return TimeMap.gather(at.t_start + read, at.valid & (at.offset < at.t_count))
+        evenly_spaced = (2 * at.offset + 1) * at.t_count // (2 * at.count)
+        t_offset = torch.where(at.t_count < at.count, at.offset, evenly_spaced)
+        return TimeMap.gather(at.t_start + t_offset, at.valid & (at.offset < at.t_count))

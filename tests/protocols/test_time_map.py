@@ -8,7 +8,7 @@ from accelerate.utils import send_to_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kava_core.protocols.time_map import TimeMap, ranges
+from kava_core.protocols.time_map import TimeMap, expand_ranges
 
 torch.set_num_threads(1)
 BATCH, LAYER, HEAD, T_TIME, TIME, DIM = 2, 3, 2, 5, 7, 4
@@ -266,6 +266,6 @@ def test_pinned():
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 4)), max_size=6))
 def test_ranges_are_the_numbers_of_each(pairs):
     first, count = torch.tensor(pairs, dtype=torch.long).view(-1, 2).unbind(1)
-    owner, value = ranges(first, count)
+    owner, value = expand_ranges(first, count)
     wanted = [(k, first + j) for k, (first, count) in enumerate(pairs) for j in range(count)]
     assert list(zip(owner.tolist(), value.tolist(), strict=True)) == wanted

@@ -12,7 +12,7 @@ from typing import Literal
 import pytest
 
 from kava_core.config import KVLossConfig
-from kava_core.declarations import fault_of
+from kava_core.declarations import declaration_fault
 from kava_core.errors import PluginError, SpecError
 from kava_core.hookspecs import KINDS
 from kava_core.registry import Registry
@@ -254,5 +254,5 @@ def test_a_loss_cannot_take_the_name_of_a_metric(name: str) -> None:
 
     Named.model_fields["name"].default = name
     Named.model_fields["name"].annotation = Literal[name]
-    told = fault_of("kv_loss", Named)
+    told = declaration_fault("kv_loss", Named)
     assert told == f"class Named: {name!r} is the name of a metric; choose another name"

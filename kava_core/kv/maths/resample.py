@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kava_core.protocols.time_map import TimeMap, ranges
+from kava_core.protocols.time_map import TimeMap, expand_ranges
 
 Mode = Literal["interpolate", "area", "nearest"]
 """Weighted mean of the two neighbouring positions, of all positions covered, or the nearest one."""
@@ -160,7 +160,7 @@ def _covered(at: Places, averaged: Tensor) -> TimeMap:
     first = torch.where(averaged, at.offset * at.t_count // at.count, low)
     stop = torch.where(averaged, -(-(at.offset + 1) * at.t_count // at.count), low + 2)
     count = torch.where(at.valid, torch.minimum(stop, at.t_count) - first, 0)
-    row, place = ranges(first.flatten(), count.flatten())
+    row, place = expand_ranges(first.flatten(), count.flatten())
     fields = (at.offset, at.count, at.t_start, at.t_count, low, part, averaged)
     u, n, t_start, t_n, low, part, averaged = (field.flatten()[row] for field in fields)
     overlap = torch.minimum((place + 1) * n, (u + 1) * t_n) - torch.maximum(place * n, u * t_n)
@@ -178,7 +178,7 @@ def moving_average(at: Places, window: Int[Tensor, "batch time"]) -> TimeMap:
     reach = window // 2
     first = (at.offset - reach).clamp_min(0)
     count = torch.where(at.valid, torch.minimum(at.offset + reach + 1, at.count) - first, 0)
-    row, index = ranges((at.t_start + first).flatten(), count.flatten())
+    row, index = expand_ranges((at.t_start + first).flatten(), count.flatten())
     return TimeMap.of_entries(row, index, torch.ones_like(index, dtype=torch.float32), at.valid)
 
 

@@ -22,7 +22,7 @@ from kava_core.protocols.timeline import Timeline
 from kava_core.testing import TimeWarperTests
 from kava_core.train.run import run
 from kava_core.train.validation.score_spreads import eviction_score_spreads, score_spread
-from kava_plugins.time_warpers._reasoning import highest, is_reasoning
+from kava_plugins.time_warpers._reasoning import highest_positions, is_reasoning
 from tests.support import tiny
 from tests.support.pipeline_helpers import FakeConfig, Module, timeline
 
@@ -305,7 +305,7 @@ def by_place(cache: Cache, line: Timeline, count: int) -> torch.Tensor:
     """Prefers some places of the padded sequence."""
     third = torch.arange(line.mask.shape[1]) % 3
     scores = torch.where(is_reasoning(line), third.float(), -torch.inf)
-    return highest(scores[:, None, None].expand(cache.any.shape[:4]), count)
+    return highest_positions(scores[:, None, None].expand(cache.any.shape[:4]), count)
 
 
 def test_the_kit_finds_an_evictor_that_looks_at_padding() -> None:

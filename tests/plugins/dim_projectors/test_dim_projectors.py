@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from kava_core.protocols.axes import PARTS
-from kava_plugins.dim_projectors._matrices import project
+from kava_plugins.dim_projectors._matrices import apply_matrices
 from tests.plugins.dim_projectors.projector_helpers import (
     BATCH,
     HEAD,
@@ -110,7 +110,7 @@ def test_project_is_the_loop_for_few_and_many_positions(head, time):
     matrix = torch.randn(LAYER, head, 6, T_DIM, dtype=torch.float64)
     x = draw(time=time)
     wanted = slow_project(x, matrix.expand(-1, HEAD, -1, -1))
-    torch.testing.assert_close(project(x, matrix), wanted)
+    torch.testing.assert_close(apply_matrices(x, matrix), wanted)
 
 
 @pytest.mark.parametrize("dim", [3, 5, 8])

@@ -15,7 +15,7 @@ from kava_core.kv.align.boundaries import teacher_weights
 from kava_core.protocols.axes import Cache, Geometry
 from kava_core.protocols.fuser import FusionContext
 from kava_plugins.fusers import kava_fusers
-from kava_plugins.fusers._routing import imbalance, negative_entropy
+from kava_plugins.fusers._routing import load_imbalance, negative_entropy
 
 GEOMETRY = Geometry(layer=2, head=2, dim=3, qhead=2, hidden=5)
 NAMES = ("ada", "bob", "cleo")
@@ -186,8 +186,8 @@ def test_penalties_against_loops() -> None:
         shares = [share + w for share, w in zip(shares, each, strict=True)]
     assert float(negative_entropy(weights)) == pytest.approx(entropy)
     squares = sum((share / count) ** 2 for share in shares)
-    assert float(imbalance(weights)) == pytest.approx((3 * squares - 1) * count / 2)
-    assert float(imbalance(torch.full((3, 1, 1, 5), 1 / 3))) == pytest.approx(0, abs=1e-5)
+    assert float(load_imbalance(weights)) == pytest.approx((3 * squares - 1) * count / 2)
+    assert float(load_imbalance(torch.full((3, 1, 1, 5), 1 / 3))) == pytest.approx(0, abs=1e-5)
 
 
 def test_some_teachers_are_drawn_in_proportion_to_their_weights() -> None:

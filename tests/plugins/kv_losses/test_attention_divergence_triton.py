@@ -19,9 +19,9 @@ each_kind = pytest.mark.parametrize("kind", ["forward", "reverse", "jeffreys"])
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    from kava_plugins.kv_losses._attention_divergence_triton import fused
+    from kava_plugins.kv_losses._attention_divergence_triton import fused_divergence
 
-    monkeypatch.setattr(module, "_backend", lambda mine: fused)
+    monkeypatch.setattr(module, "_backend", lambda mine: fused_divergence)
 
 
 def agree(rows, weight, **options):

@@ -11,7 +11,7 @@ from torch import Tensor
 from kava_core.errors import KavaError
 from kava_core.protocols.axes import Cache, Geometry
 from kava_plugins.kv_losses import SharedSpaceConfig
-from kava_plugins.kv_losses.shared_space import orthonormal, whiten
+from kava_plugins.kv_losses.shared_space import orthonormal_columns, whitening_matrix
 
 torch.set_num_threads(1)
 STUDENT = Geometry(layer=2, head=2, dim=3, qhead=4, hidden=8)
@@ -137,12 +137,12 @@ def test_training_the_directions_lowers_the_loss_and_keeps_them_orthonormal() ->
         loss(student, target, weight).backward()
         optimizer.step()
     assert float(loss(student, target, weight).detach()) < 0.9 * first
-    q = orthonormal(loss.values_student_directions.detach())
+    q = orthonormal_columns(loss.values_student_directions.detach())
     torch.testing.assert_close(q.mT @ q, torch.eye(2, dtype=torch.float64).expand(2, 2, 2))
 
 
 def test_whitening_what_does_not_vary_is_zero() -> None:
-    assert torch.equal(whiten(torch.zeros(1, 3, 3), 0.1), torch.zeros(1, 3, 3))
+    assert torch.equal(whitening_matrix(torch.zeros(1, 3, 3), 0.1), torch.zeros(1, 3, 3))
 
 
 def test_use_before_data_and_too_little_data_are_said() -> None:

@@ -10,8 +10,8 @@ import torch
 from kava_core.protocols.axes import Cache, Geometry
 from kava_core.protocols.timeline import Timeline
 from kava_plugins.time_warpers import RkvConfig
-from kava_plugins.time_warpers._reasoning import highest
-from kava_plugins.time_warpers.rkv import redundancy
+from kava_plugins.time_warpers._reasoning import highest_positions
+from kava_plugins.time_warpers.rkv import redundancy_scores
 from tests.support.pipeline_helpers import timeline
 
 torch.set_num_threads(1)
@@ -181,19 +181,21 @@ def test_no_positions_and_no_slots():
 def test_no_matrix_of_pairs_is_made():
     """20,000 tokens: their pairs alone would be 1.6 GB a head."""
     keys, real = torch.randn(1, 1, 1, 20_000, 4), torch.ones(1, 20_000, dtype=torch.bool)
-    found = redundancy(keys, real)
+    found = redundancy_scores(keys, real)
     assert found.isfinite().all()
     torch.testing.assert_close(found.sum(), torch.tensor(1.0))
 
 
 def test_a_zero_key_is_finite():
     keys = torch.zeros(1, 1, 1, 3, 4)
-    assert torch.equal(redundancy(keys, torch.ones(1, 3, dtype=torch.bool)), torch.full((1, 1, 1, 3), 1 / 3))
+    assert torch.equal(
+        redundancy_scores(keys, torch.ones(1, 3, dtype=torch.bool)), torch.full((1, 1, 1, 3), 1 / 3)
+    )
 
 
 def test_of_equal_scores_the_earlier_is_kept():
     scores = torch.tensor([-torch.inf, 1, 2, 1, 2, 1, -torch.inf])[None, None, None]
-    assert highest(scores, 3).tolist() == [[[[1, 2, 4]]]]
+    assert highest_positions(scores, 3).tolist() == [[[[1, 2, 4]]]]
 
 
 def test_a_repeated_key_is_dropped_first():
