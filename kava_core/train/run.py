@@ -181,7 +181,7 @@ def _recovered(folder: Folder) -> Path | None:
     """The checkpoint to go on from, chosen by one process for all; what is damaged is reported on stderr."""
     chosen: list[Path | None] = [None]
     if is_main():
-        chosen[0], damaged = checkpoint.recover(folder.checkpoints)
+        chosen[0], damaged = checkpoint.recover_newest(folder.checkpoints)
         for line in damaged:
             print(line, file=sys.stderr)
         if damaged and chosen[0] is None:
