@@ -89,10 +89,10 @@ class Collator:
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample | None]:
         """Encode examples for every side; None for one that is longer than ``max_length`` on any of them."""
         student = self.encode_student(examples)
-        teachers = [
-            self._encode_texts(self._texts_for_teacher(examples, name), tokenizer)
-            for name, tokenizer in self.teacher_tokenizers.items()
-        ]
+        teachers = []
+        for name, tokenizer in self.teacher_tokenizers.items():
+            texts = self._texts_for_teacher(examples, name)
+            teachers.append(self._encode_texts(texts, tokenizer))
         return self._combine_sides(examples, student, teachers)
 
     def encode_student(self, examples: Sequence[Example]) -> list[Any]:
@@ -152,14 +152,17 @@ class Collator:
         Raises:
             SpecError: a prompt has no tokens.
         """
-        examples = [entry.example if isinstance(entry, EncodedExample) else entry for entry in batch]
-        texts = [render_example(example, self.template).prompt for example in examples]
+        texts, answers = [], []
+        for entry in batch:
+            example = entry.example if isinstance(entry, EncodedExample) else entry
+            texts.append(render_example(example, self.template).prompt)
+            answers.append(example.answer)
         rows = prompt_ids(texts, self.student_tokenizer)
         for text, row in zip(texts, rows, strict=True):
             if not len(row):
                 raise SpecError(f"data: the student's tokenizer makes no tokens of the prompt {text!r}")
         padded, mask = pad_left(rows, pad_id(self.student_tokenizer))
-        return {"input_ids": padded, "attention_mask": mask}, [example.answer for example in examples]
+        return {"input_ids": padded, "attention_mask": mask}, answers
 
     def _encode_texts(
         self, texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase
@@ -196,11 +199,13 @@ class Collator:
     def _encode_missing(self, batch: Sequence[Example | EncodedExample]) -> list[EncodedExample]:
         """Encode the entries of a batch that are not yet encoded."""
         encoded = iter(self.encode([entry for entry in batch if isinstance(entry, Example)]))
-        items = [next(encoded) if isinstance(entry, Example) else entry for entry in batch]
-        fitting = [item for item in items if item is not None]
-        if len(fitting) < len(items):
-            raise SpecError(f"data: an example is longer than max_length={self.max_length} tokens")
-        return fitting
+        items: list[EncodedExample] = []
+        for entry in batch:
+            item = next(encoded) if isinstance(entry, Example) else entry
+            if item is None:
+                raise SpecError(f"data: an example is longer than max_length={self.max_length} tokens")
+            items.append(item)
+        return items
 
     @staticmethod
     def _rotate(items: list[EncodedExample]) -> list[EncodedExample]:
