@@ -28,8 +28,8 @@ BUILD = """
 import sys, traceback
 from kava_core.protocols.axes import Geometry
 from kava_core.build.pipeline import build_pipeline
-from kava_core.specfile.load import load
-spec = load(sys.argv[1]).spec
+from kava_core.specfile.load import load_spec
+spec = load_spec(sys.argv[1]).spec
 big = Geometry(layer=6, head=2, dim=4, qhead=4, hidden=16)
 try:
     pipeline = build_pipeline(spec, teachers={"big": big}, student=big.with_(layer=2))
