@@ -1,1 +1,1 @@
-"""The command line: one verb, one thin function. Heavy imports stand inside the functions."""
+"""Offer the command line: one verb, one thin function. Heavy imports are inside the functions."""

@@ -1,4 +1,4 @@
-"""The command line: ``kava VERB spec.yaml key=value …``. Commands are thin, heavy imports inside them."""
+"""Run the command line: ``kava VERB spec.yaml key=value …``. Commands are thin, heavy imports inside them."""
 
 from __future__ import annotations
 
@@ -32,31 +32,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(args=arguments)
     except Exception as error:
-        known = explained(error)
-        if known is None or os.environ.get(TRACEBACK, "") not in ("", "0"):
+        explained = explain_error(error)
+        wants_traceback = os.environ.get(TRACEBACK, "") not in ("", "0")
+        if explained is None or wants_traceback:
             raise
-        print(known, file=sys.stderr)
-        _leave(known.exit_code)
+        print(explained, file=sys.stderr)
+        _exit_with_code(explained.exit_code)
 
 
-def _leave(code: int) -> NoReturn:
+def _exit_with_code(code: int) -> NoReturn:
     """Exit; one of several processes exits in a way that torch.distributed survives."""
     if world_size() > 1:
         leave(code)
     sys.exit(code)
 
 
-def explained(error: Exception) -> KavaError | None:
-    """The error as one kava can explain: its own, and any that was raised inside a component."""
-    whose = [note.removeprefix("in ") for note in getattr(error, "__notes__", ()) if note.startswith("in ")]
+def explain_error(error: Exception) -> KavaError | None:
+    """Return an error as one that kava can explain, None if it cannot.
+
+    It can explain its own errors, and any that was raised inside a component, which a note names.
+    """
+    notes = getattr(error, "__notes__", ())
+    components = [note.removeprefix("in ") for note in notes if note.startswith("in ")]
     if isinstance(error, KavaError):
-        return type(error)(": ".join([*whose, str(error)])) if whose else error
-    if not whose:
+        return type(error)(": ".join([*components, str(error)])) if components else error
+    if not components:
         return None
-    said = str(error).strip().splitlines() or ["no message"]
-    facts = [line for line in said if line.startswith(("Actual value", "Expected type"))]
-    told = " ".join([said[0], *facts])
-    return PluginError(f"{whose[0]}: {type(error).__name__}: {told} (--traceback shows where)")
+    lines = str(error).strip().splitlines() or ["no message"]
+    # Of an error of jaxtyping, these lines matter most.
+    facts = [line for line in lines if line.startswith(("Actual value", "Expected type"))]
+    message = " ".join([lines[0], *facts])
+    return PluginError(f"{components[0]}: {type(error).__name__}: {message} (--traceback shows where)")
 
 
 @app.callback()

@@ -1,4 +1,4 @@
-"""The verbs about what is installed, and those that write new plugins and specs."""
+"""Define the verbs about what is installed, and those that write new plugins and specs."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def plugins(
 
     registry = Registry.build()
     if format == "json":
-        rows = [_row(one) for one in registry.table()]
+        rows = [_fields_of_component(component) for component in registry.table()]
         failures = [vars(failure) for failure in registry.failures]
         typer.echo(json.dumps({"components": rows, "failures": failures}, indent=2, ensure_ascii=False))
         return
-    for line in _aligned([_row(one).values() for one in registry.table()]):
+    for line in _aligned_lines([_fields_of_component(component).values() for component in registry.table()]):
         typer.echo(line)
     for failure in registry.failures:
         typer.echo(str(failure))
@@ -58,12 +58,14 @@ def env(
     from kava_core.versions import versions
 
     rows = [("python", platform.python_version()), ("platform", platform.platform())]
-    rows += [(name, found or "not installed") for name, found in versions().items()]
-    for line in _aligned(rows + (_devices() if devices else [])):
+    rows += [(name, version or "not installed") for name, version in versions().items()]
+    if devices:
+        rows += _device_rows()
+    for line in _aligned_lines(rows):
         typer.echo(line)
 
 
-Folder = Annotated[Path, typer.Option("--output", help="Folder to write into.")]
+OutputFolder = Annotated[Path, typer.Option("--output", help="Folder to write into.")]
 
 
 def new_plugin(
@@ -74,42 +76,43 @@ def new_plugin(
             metavar="KIND", help="head_adapter, time_warper, layer_mapper, dim_projector, fuser or kv_loss."
         ),
     ] = "layer_mapper",
-    output: Folder = Path(),
+    output: OutputFolder = Path(),
 ) -> None:
     """Write a package with one component and its test."""
-    from kava_core.cli.new_plugin import new_plugin as write
+    from kava_core.cli.new_plugin import write_plugin
 
-    folder = write(name, kind, output)
+    folder = write_plugin(name, kind, output)
     typer.echo(f"{folder}: pip install -e '{folder}[test]' && pytest {folder}")
 
 
 def new_spec(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the run.", show_default=False)],
-    output: Folder = Path(),
+    output: OutputFolder = Path(),
 ) -> None:
     """Write a small spec that runs as it is, with comments."""
-    from kava_core.cli.new_spec import new_spec as write
+    from kava_core.cli.new_spec import write_spec
 
-    file = write(name, output)
+    file = write_spec(name, output)
     typer.echo(f"{file}: kava check {file} && kava train {file}")
 
 
-def _row(registered: Any) -> dict[str, str]:
+def _fields_of_component(registered: Any) -> dict[str, str]:
     fields = ("kind", "name", "distribution", "version", "doc")
     return {field: getattr(registered, field) for field in fields}
 
 
-def _aligned(rows: Iterable[Iterable[str]]) -> list[str]:
-    """Columns as wide as their widest cell, two spaces between."""
+def _aligned_lines(rows: Iterable[Iterable[str]]) -> list[str]:
+    """Return a line for each row, with columns as wide as their widest cell and two spaces between."""
     table = [list(row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in table
-    ]
+    lines = []
+    for row in table:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
-def _devices() -> list[tuple[str, str]]:
+def _device_rows() -> list[tuple[str, str]]:
     import torch
 
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

@@ -1,4 +1,4 @@
-"""A small spec that runs as it is, with a comment at everything one changes first."""
+"""Write a small spec that runs as it is, with a comment at everything that is changed first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
 """What a spec's ``name`` may be."""
 
 
-def new_spec(name: str, output: Path) -> Path:
+def write_spec(name: str, output: Path) -> Path:
     """Write ``output/NAME.yaml`` and return its path.
 
     Raises:

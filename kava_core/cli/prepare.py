@@ -1,4 +1,4 @@
-"""The verbs before a run: check, plan, calibrate, profile, cache, sample."""
+"""Define the verbs before a run: check, plan, calibrate, profile, cache, sample."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def check(
     ] = False,
 ) -> None:
     """Check a spec: syntax, schema, rules, plugins and all shapes."""
-    from kava_core.jobs.check import check as levels
+    from kava_core.jobs.check import check as check_levels
 
-    for level, found in levels(spec, overrides or ()):
-        typer.echo(f"{level:<8} ok   {found}")
+    for level, finding in check_levels(spec, overrides or ()):
+        typer.echo(f"{level:<8} ok   {finding}")
 
 
 def cache(

@@ -1,4 +1,4 @@
-"""The verbs after a run: report, export, eval, latents."""
+"""Define the verbs after a run: report, export, eval, latents."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def report(
     ] = None,
 ) -> None:
     """Write what experiments say: a page, figures, tables."""
-    from kava_core.experiment.report.write_report import write_report as write
+    from kava_core.experiment.report.write_report import write_report
 
-    for line in write(folders, output):
+    for line in write_report(folders, output):
         typer.echo(line)
 
 

@@ -1,4 +1,4 @@
-"""The verbs that run a spec: train, experiment, launch, status."""
+"""Define the verbs that run a spec: train, experiment, launch, status."""
 
 from __future__ import annotations
 
@@ -84,11 +84,11 @@ def launch(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script; touch nothing.")] = False,
 ) -> None:
     """Check and submit what is not complete as one SLURM array."""
-    from kava_core.experiment.slurm.launch import launch_array as submit
+    from kava_core.experiment.slurm.launch import launch_array
     from kava_core.experiment.slurm.resources import Resources
 
     resources = Resources(partition, account, time, gpus, nodes, cpus, memory, array_limit, extra)
-    submit(spec, overrides or (), resources, typer.echo, gpu_memory=gpu_memory, dry_run=dry_run)
+    launch_array(spec, overrides or (), resources, typer.echo, gpu_memory=gpu_memory, dry_run=dry_run)
 
 
 def status(

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from kava_core.build import distiller as assemble
 from kava_core.build.data import make_data
 from kava_core.build.stored import store_ingredients, unfinished_folder
-from kava_core.cli.app import app, explained
+from kava_core.cli.app import app, explain_error
 from kava_core.data.store.index import ingredient_differences
 from kava_core.errors import CheckpointError, KavaError, Preempted, SpecError
 from kava_core.jobs.cache import write_store, write_stores
@@ -350,7 +350,7 @@ def test_cache_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     again = CliRunner().invoke(app, ["cache", "spec.yaml", "data.train=16", "store.dtype=int8", "--verify"])
     assert "there already" in again.stdout
     missing = CliRunner().invoke(app, ["cache", "spec.yaml", "--verify"])
-    known = explained(missing.exception)  # type: ignore[arg-type]
+    known = explain_error(missing.exception)  # type: ignore[arg-type]
     assert isinstance(known, SpecError)
     assert "is out of date: store.dtype changed (int8 → bfloat16); training examples changed" in str(known)
 

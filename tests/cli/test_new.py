@@ -15,8 +15,8 @@ from xml.etree import ElementTree
 import pytest
 
 from kava_core.cli.app import main
-from kava_core.cli.new_plugin import new_plugin
-from kava_core.cli.new_spec import new_spec
+from kava_core.cli.new_plugin import write_plugin
+from kava_core.cli.new_spec import write_spec
 from kava_core.errors import KavaError, SpecError
 from kava_core.hookspecs import KINDS
 from kava_core.jobs.check import check
@@ -92,7 +92,7 @@ def test_new_plugins_are_tidy(written: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_declaration_needs_no_torch(kind: str, tmp_path: Path) -> None:
-    folder = new_plugin("some-thing", kind, tmp_path)
+    folder = write_plugin("some-thing", kind, tmp_path)
     source = ast.parse((folder / "kava_some_thing" / "__init__.py").read_text(encoding="utf-8"))
     assert {name.partition(".")[0] for node in module_level(source) for name, _ in imports(node)} <= {
         *("collections", "typing", "kava_core")
@@ -101,7 +101,7 @@ def test_the_declaration_needs_no_torch(kind: str, tmp_path: Path) -> None:
 
 def test_pip_installs_it_and_its_name_works(tmp_path: Path) -> None:
     """With the real build backend, where it can be had."""
-    folder, site = new_plugin("kava-deep", "layer_mapper", tmp_path), tmp_path / "site"
+    folder, site = write_plugin("kava-deep", "layer_mapper", tmp_path), tmp_path / "site"
     pip = ["-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(folder)]
     done = python(*pip, path=(), cwd=tmp_path)
     if done.returncode:
@@ -128,20 +128,20 @@ def test_pip_installs_it_and_its_name_works(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_a_plugin_is_told_in_one_line(name: str, kind: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=said) as raised:
-        new_plugin(name, kind, tmp_path)
+        write_plugin(name, kind, tmp_path)
     assert "\n" not in str(raised.value)
     assert list(tmp_path.iterdir()) == []
 
 
-def write_plugin(output: Path) -> Path:
-    return new_plugin("mine", "fuser", output)
+def write_my_plugin(output: Path) -> Path:
+    return write_plugin("mine", "fuser", output)
 
 
-def write_spec(output: Path) -> Path:
-    return new_spec("mine", output)
+def write_my_spec(output: Path) -> Path:
+    return write_spec("mine", output)
 
 
-@pytest.mark.parametrize("write", [write_plugin, write_spec])
+@pytest.mark.parametrize("write", [write_my_plugin, write_my_spec])
 def test_nothing_is_overwritten(write: Callable[[Path], Path], tmp_path: Path) -> None:
     made = write(tmp_path)
     before = made.stat().st_mtime_ns
@@ -150,7 +150,7 @@ def test_nothing_is_overwritten(write: Callable[[Path], Path], tmp_path: Path) -
     assert made.stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("write", [write_plugin, write_spec])
+@pytest.mark.parametrize("write", [write_my_plugin, write_my_spec])
 def test_an_unwritable_place_is_one_line(write: Callable[[Path], Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(KavaError, match=r"cannot be written|exists already") as raised:
@@ -159,7 +159,7 @@ def test_an_unwritable_place_is_one_line(write: Callable[[Path], Path], tmp_path
 
 
 def test_a_new_spec_passes_check(tmp_path: Path) -> None:
-    file = new_spec("first.try-1", tmp_path)
+    file = write_spec("first.try-1", tmp_path)
     assert [level for level, _ in check(str(file))] == ["syntax", "schema", "rules", "plugins", "shapes"]
     assert file.read_text(encoding="utf-8").startswith("# first.try-1:")
 
@@ -167,7 +167,7 @@ def test_a_new_spec_passes_check(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["", ".hidden", "a/b", "x" * 81, "a b"])
 def test_what_cannot_be_a_run_is_told(name: str, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="must be letters, digits"):
-        new_spec(name, tmp_path)
+        write_spec(name, tmp_path)
 
 
 def test_help_names_every_kind_and_imports_no_torch() -> None:

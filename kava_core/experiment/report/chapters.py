@@ -1,4 +1,4 @@
-"""The parts of a report in their order."""
+"""Put the parts of a report in their order."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ SECTIONS = (
 )
 
 
-def make_chapters(founds: Sequence[ExperimentData]) -> list[Chapter]:
-    """A chapter for every experiment; how to read them stands in the last."""
-    chapters = [_make_chapter(found) for found in founds]
+def make_chapters(experiments: Sequence[ExperimentData]) -> list[Chapter]:
+    """Return a chapter for every experiment; the last one also explains how to read them."""
+    chapters = [_make_chapter(data) for data in experiments]
     last = chapters[-1]
     chapters[-1] = Chapter(last.key, last.title, last.under, [*last.sections, reading_section()])
     return chapters
 
 
-def _make_chapter(found: ExperimentData) -> Chapter:
-    experiment = found.experiment
+def _make_chapter(data: ExperimentData) -> Chapter:
+    experiment = data.experiment
     finished = max((str(run.record.get("finished", "")) for run in experiment.runs), default="")
     under = f"{experiment.folder}" + (f" · last run finished {finished}" if finished else "")
-    sections = [make(found) for make in SECTIONS]
-    return Chapter(f"e{found.place}", printable_text(experiment.name), printable_text(under), sections)
+    sections = [make(data) for make in SECTIONS]
+    return Chapter(f"e{data.number}", printable_text(experiment.name), printable_text(under), sections)

@@ -1,4 +1,4 @@
-"""An experiment with all that several sections ask of it: verdicts, values, curves, specs."""
+"""Offer what several sections of a report ask of an experiment: verdicts, values, curves, specs."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class ExperimentData:
 
     Args:
         experiment: its runs.
-        place: its number among the experiments of the report, from 1.
+        number: its place among the experiments of the report, from 1.
         several: whether there are others.
     """
 
     experiment: Experiment
-    place: int = 1
+    number: int = 1
     several: bool = False
 
     @cached_property
-    def _judged(self) -> tuple[list[Verdict], str]:
+    def _verdicts_or_reason(self) -> tuple[list[Verdict], str]:
         try:
             return judge_comparisons(self.experiment), ""
         except CheckpointError:
@@ -48,53 +48,61 @@ class ExperimentData:
 
     @property
     def verdicts(self) -> list[Verdict]:
-        """Of the declared comparisons."""
-        return self._judged[0]
+        """Return the verdicts on the declared comparisons."""
+        return self._verdicts_or_reason[0]
 
     @property
-    def problem(self) -> str:
-        """Why there are no verdicts though comparisons are declared; empty where there are."""
-        return self._judged[1]
+    def why_no_verdicts(self) -> str:
+        """Return why there are no verdicts though comparisons are declared; empty if there are."""
+        return self._verdicts_or_reason[1]
 
     @property
-    def declared(self) -> list[tuple[str, str]]:
-        """The pairs that were to be compared."""
+    def declared_pairs(self) -> list[tuple[str, str]]:
+        """Return the pairs that were to be compared."""
         return declared_comparisons(self.experiment)
 
     @cached_property
     def compare(self) -> CompareSpec:
-        """What was declared; else exact match where a run has it, and cross-entropy where none has."""
+        """Return what was declared; else exact match if a run has it, and cross-entropy if none has."""
         if self.experiment.compare is not None:
             return self.experiment.compare
-        has = any("exact_match" in run.results for run in self.experiment.runs)
-        return CompareSpec(metric="exact_match" if has else "ce")
+        has_exact_match = any("exact_match" in run.results for run in self.experiment.runs)
+        return CompareSpec(metric="exact_match" if has_exact_match else "ce")
 
     @property
-    def followed(self) -> str:
-        """The metric whose curve is drawn."""
+    def followed_metric(self) -> str:
+        """Return the metric whose curve is drawn."""
         return self.compare.metric if self.compare.target is None else self.compare.of
 
     @property
     def treatment(self) -> str:
-        """What the others are compared with; the first variant where nobody said."""
+        """Return the variant that others are compared with; the first one if nobody declared it."""
         return self.experiment.treatment or self.experiment.variants[0]
 
-    def complete(self, variant: str) -> dict[int, RunResults]:
-        """A variant's complete runs by seed."""
-        runs = self.experiment.runs_of_variant(variant)
-        return {seed: runs[seed] for seed in sorted(runs) if runs[seed].state == "complete"}
+    def complete_runs(self, variant: str) -> dict[int, RunResults]:
+        """Return a variant's complete runs by seed, ascending."""
+        return dict(sorted(self.experiment.complete_runs(variant).items()))
 
-    def values(self, variant: str) -> dict[int, float]:
-        """The compared number by seed, of the complete runs that have it."""
-        found = {seed: self._value(run) for seed, run in self.complete(variant).items()}
-        return {seed: value for seed, value in found.items() if isinstance(value, float)}
+    def compared_values(self, variant: str) -> dict[int, float]:
+        """Return the compared number by seed, of the complete runs that have it."""
+        values = {}
+        for seed, run in self.complete_runs(variant).items():
+            value = self._value_or_reason(run)
+            if isinstance(value, float):
+                values[seed] = value
+        return values
 
-    def lacking(self) -> list[str]:
-        """A sentence for every complete run without the compared number."""
-        runs = [run for variant in self.experiment.variants for run in self.complete(variant).values()]
-        return [found for found in map(self._value, runs) if isinstance(found, str)]
+    def texts_on_lacking(self) -> list[str]:
+        """Return a sentence for every complete run without the compared number."""
+        texts = []
+        for variant in self.experiment.variants:
+            for run in self.complete_runs(variant).values():
+                value = self._value_or_reason(run)
+                if isinstance(value, str):
+                    texts.append(value)
+        return texts
 
-    def _value(self, run: RunResults) -> float | str:
+    def _value_or_reason(self, run: RunResults) -> float | str:
         try:
             return compared_value(run, self.compare)
         except CheckpointError:
@@ -103,100 +111,107 @@ class ExperimentData:
             return str(error)
 
     @cached_property
-    def specs(self) -> dict[str, dict[str, Any]]:
-        """The resolved spec of every variant that has begun."""
-        found = {}
+    def specs_by_variant(self) -> dict[str, dict[str, Any]]:
+        """Return the resolved spec of every variant that has begun."""
+        specs = {}
         for variant in self.experiment.variants:
-            files = (run.folder.spec_file for run in self.experiment.runs_of_variant(variant).values())
-            file = next((one for one in files if one.exists()), None)
-            if file is not None:
-                found[variant] = read_json_object(file)
-        return found
+            for run in self.experiment.runs_of_variant(variant).values():
+                if run.folder.spec_file.exists():
+                    specs[variant] = read_json_object(run.folder.spec_file)
+                    break
+        return specs
 
     @cached_property
-    def kv_terms(self) -> list[str]:
-        """The names of the KV losses in the metrics."""
-        losses = {
-            loss.get("name") for spec in self.specs.values() for loss in spec.get("losses") or () if loss
-        }
-        return [name for name in self.metrics() if re.sub(r"_\d+$", "", name) in losses or name in losses]
+    def kv_loss_metrics(self) -> list[str]:
+        """Return the names of the KV losses in the metrics."""
+        losses = set()
+        for spec in self.specs_by_variant.values():
+            losses |= {loss.get("name") for loss in spec.get("losses") or () if loss}
+        # Of several losses of one name, each metric has a number at its end.
+        return [
+            name for name in self.metric_names() if name in losses or re.sub(r"_\d+$", "", name) in losses
+        ]
 
-    def metrics(self, prefix: str = "") -> list[str]:
-        """The metrics of all evaluations, those that begin with ``prefix``, in alphabetical order."""
-        keys = {key for run in self.experiment.runs for line in run.evaluations for key in line}
-        return sorted(key for key in keys if key.startswith(prefix))
+    def metric_names(self, prefix: str = "") -> list[str]:
+        """Return the metrics of all evaluations that begin with ``prefix``, in alphabetical order."""
+        names = {name for run in self.experiment.runs for line in run.evaluations for name in line}
+        return sorted(name for name in names if name.startswith(prefix))
 
-    def curve(self, run: RunResults, metric: str) -> Curve:
-        """A run's evaluations of a metric; values that are not finite are left out."""
+    def curve_of_run(self, run: RunResults, metric: str) -> Curve:
+        """Return a run's evaluations of a metric; values that are not finite are left out."""
         points = [(line["step"], line.get(metric)) for line in run.evaluations]
-        return sorted((step, float(value)) for step, value in points if _is_number(value))
+        return sorted((step, float(value)) for step, value in points if _is_finite_number(value))
 
-    def curves(self, metric: str) -> dict[str, list[tuple[RunResults, Curve]]]:
-        """By variant: every run that has such a curve."""
-        found = {
-            variant: [
-                (run, self.curve(run, metric)) for run in self.experiment.runs_of_variant(variant).values()
-            ]
-            for variant in self.experiment.variants
-        }
-        return {
-            variant: [one for one in those if one[1]]
-            for variant, those in found.items()
-            if any(curve for _, curve in those)
-        }
+    def curves_by_variant(self, metric: str) -> dict[str, list[tuple[RunResults, Curve]]]:
+        """Return every run that has a curve of a metric, by variant."""
+        curves: dict[str, list[tuple[RunResults, Curve]]] = {}
+        for variant in self.experiment.variants:
+            for run in self.experiment.runs_of_variant(variant).values():
+                curve = self.curve_of_run(run, metric)
+                if curve:
+                    curves.setdefault(variant, []).append((run, curve))
+        return curves
 
-    def named(self, *parts: str) -> str:
-        """A new name for a figure's files, of ASCII letters and digits."""
+    def unique_name(self, *parts: str) -> str:
+        """Return a name for a figure's files that no other has, of ASCII letters and digits."""
         name = "-".join(filter(None, map(slug_of_name, parts)))
-        tries = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-        own = next(one for one in tries if one not in self._taken)
-        self._taken.add(own)
-        return f"{self.place}-{own}" if self.several else own
+        candidates = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        free_name = next(candidate for candidate in candidates if candidate not in self._names_taken)
+        self._names_taken.add(free_name)
+        return f"{self.number}-{free_name}" if self.several else free_name
 
     @cached_property
-    def _taken(self) -> set[str]:
+    def _names_taken(self) -> set[str]:
         return set()
 
 
-LONGEST = 40
+LONGEST_SLUG = 40
 """Characters of a part of a file's name."""
 
 
 def slug_of_name(name: str) -> str:
-    """Lower-case ASCII letters and digits with ``-`` for the rest; different names may give the same."""
+    """Return a name in lower-case ASCII letters and digits, ``-`` for the rest; several may give the same."""
     kept = "".join(one if one.isascii() and one.isalnum() else "-" for one in name.lower())
-    return "-".join(filter(None, kept.split("-")))[:LONGEST].strip("-")
+    return "-".join(filter(None, kept.split("-")))[:LONGEST_SLUG].strip("-")
 
 
 def mean_curve(curves: Sequence[tuple[RunResults, Curve]]) -> Curve:
-    """The mean of the complete runs at the steps that all of them have evaluated."""
-    done = [dict(curve) for run, curve in curves if run.state == "complete"]
-    shared = set.intersection(*map(set, done)) if done else set()
-    return [(step, math.fsum(one[step] for one in done) / len(done)) for step in sorted(shared)]
+    """Return the mean of the complete runs at the steps that all of them have evaluated."""
+    complete = [dict(curve) for run, curve in curves if run.state == "complete"]
+    if not complete:
+        return []
+    shared_steps = sorted(set.intersection(*map(set, complete)))
+    count = len(complete)
+    return [(step, math.fsum(curve[step] for curve in complete) / count) for step in shared_steps]
 
 
 def load_experiments(folders: Sequence[Path]) -> list[ExperimentData]:
-    """Gather every folder; errors as ``load_experiment``'s."""
-    whole = [folder if folder.name not in ("", "..") else folder.resolve() for folder in folders]
-    return [
-        ExperimentData(load_experiment(folder), place, len(folders) > 1)
-        for place, folder in enumerate(whole, 1)
-    ]
+    """Load every folder; errors as for ``load_experiment``."""
+    experiments = []
+    for number, folder in enumerate(folders, 1):
+        has_name = folder.name not in ("", "..")
+        experiment = load_experiment(folder if has_name else folder.resolve())
+        experiments.append(ExperimentData(experiment, number, several=len(folders) > 1))
+    return experiments
 
 
 def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file, one a line; a last line cut off by a kill is left out."""
+    """Yield the objects of a JSONL file, one a line; a last line cut off by a kill is left out.
+
+    Raises:
+        CheckpointError: another line is damaged.
+    """
     lines = file.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
-            found = json.loads(line.decode("utf-8")) if line.strip() else None
+            value = json.loads(line.decode("utf-8")) if line.strip() else None
         except ValueError as error:
             if number == len(lines):
                 return
             raise CheckpointError(f"{file}:{number}: unreadable: {error}") from error
-        if isinstance(found, dict):
-            yield found
+        if isinstance(value, dict):
+            yield value
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
+def _is_finite_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

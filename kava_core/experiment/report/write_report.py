@@ -1,4 +1,4 @@
-"""``kava report``: gather, judge, draw, write."""
+"""Write a report for ``kava report``: load, judge, draw, write."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kava_core.paths import make_folder
 if TYPE_CHECKING:
     from kava_core.experiment.report.pages.page_elements import Chapter
 
-NEEDED = {"matplotlib": "plots", "jinja2": "plots", "scipy": "stats"}
+NEEDED_PACKAGES = {"matplotlib": "plots", "jinja2": "plots", "scipy": "stats"}
 """What a report needs beyond kava, and the extra that brings it."""
 
 FIGURES = "figures"
@@ -24,7 +24,7 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Iterato
 
     Args:
         folders: what ``kava experiment`` or ``kava train`` wrote, ``runs/NAME`` each.
-        output: where the report goes; ``FOLDER/write_report`` where there is one folder.
+        output: where the report goes; ``FOLDER/report`` where there is one folder.
 
     Raises:
         SpecError: a folder holds no runs, or several are given without ``output``.
@@ -37,17 +37,18 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Iterato
     from kava_core.experiment.report.pages.csv_files import csv_texts
 
     target = _output_folder(folders, output)
-    founds = load_experiments(folders)
-    chapters, title = make_chapters(founds), ", ".join(found.experiment.name for found in founds)
+    experiments = load_experiments(folders)
+    chapters = make_chapters(experiments)
+    title = ", ".join(data.experiment.name for data in experiments)
     make_folder(target / FIGURES)
     _write_figures(chapters, target / FIGURES)
-    for name, text in csv_texts(founds).items():
+    for name, text in csv_texts(experiments).items():
         _write_file(target / name, text)
     yield from _write_texts(chapters, title, target)
 
 
 def _check_installed() -> None:
-    missing = {name: extra for name, extra in NEEDED.items() if find_spec(name) is None}
+    missing = {name: extra for name, extra in NEEDED_PACKAGES.items() if find_spec(name) is None}
     if missing:
         extras = ",".join(sorted(set(missing.values())))
         raise KavaError(f"kava report needs {', '.join(missing)}: pip install 'kava[{extras}]'")
@@ -62,9 +63,10 @@ def _output_folder(folders: Sequence[Path], output: Path | None) -> Path:
 
 
 def _write_figures(chapters: Sequence[Chapter], folder: Path) -> None:
-    for picture in (one for chapter in chapters for one in chapter.pictures):
-        _write_file(folder / f"{picture.name}.png", picture.png)
-        _write_file(folder / f"{picture.name}.svg", picture.svg)
+    for chapter in chapters:
+        for picture in chapter.pictures:
+            _write_file(folder / f"{picture.name}.png", picture.png)
+            _write_file(folder / f"{picture.name}.svg", picture.svg)
 
 
 def _write_texts(chapters: Sequence[Chapter], title: str, target: Path) -> Iterator[str]:

@@ -335,7 +335,7 @@ def test_runs_judged_on_different_examples_get_no_verdict(tmp_path: Path) -> Non
 
 def test_figures_of_like_names_have_files_of_their_own() -> None:
     found = ExperimentData(Experiment("x", Path("x"), []))
-    names = [found.named("curve", name) for name in ("a b", "a-b", "A_B", "a b 2", "é", "../..")]
+    names = [found.unique_name("curve", name) for name in ("a b", "a-b", "A_B", "a b 2", "é", "../..")]
     assert names == ["curve-a-b", "curve-a-b-2", "curve-a-b-3", "curve-a-b-2-2", "curve", "curve-2"]
 
 

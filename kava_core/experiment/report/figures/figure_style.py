@@ -1,4 +1,4 @@
-"""How figures look: colours that the colour-blind tell apart, light and dark, legend below the axes."""
+"""Style figures: colours that the colour-blind tell apart, light and dark, legend below the axes."""
 
 from __future__ import annotations
 
@@ -53,25 +53,32 @@ class Look:
 
 
 def looks_of_names(names: Iterable[str], style: Style) -> dict[str, Look]:
-    """A look for every name: first colours, then dashes, so that no two are the same."""
-    found = {}
+    """Return a look for every name: first colours, then dashes, so that no two are the same."""
+    looks = {}
     for place, (name, label) in enumerate(short_labels(names).items()):
         count = len(style.palette)
         colour = style.palette[place % count]
         dash = DASHES[place // count % len(DASHES)]
-        found[name] = Look(label, colour, dash, MARKERS[place % len(MARKERS)])
-    return found
+        looks[name] = Look(label, colour, dash, MARKERS[place % len(MARKERS)])
+    return looks
 
 
 Draw = Callable[[Style], Figure]
 
 
 def draw_picture(name: str, alt: str, draw: Draw, *, wide: bool = False) -> Picture:
-    """Draw for a light and a dark page."""
+    """Draw a figure for a light and a dark page.
+
+    Args:
+        name: of its files, without ending.
+        alt: what it shows, for those who do not see it.
+        draw: makes the figure in a style.
+        wide: whether it takes the page's whole width.
+    """
     with using_style(LIGHT):
         figure = draw(LIGHT)
         png = _rendered(figure, "png")
-        figure.set_layout_engine("none")  # its places are found; looking for them again takes as long
+        figure.set_layout_engine("none")  # its layout is done; doing it again would take as long
         svg = _rendered(figure, "svg")
     with using_style(DARK):
         dark = _rendered(draw(DARK), "png")
@@ -87,10 +94,11 @@ def _rendered(figure: Figure, format: str) -> bytes:
 
 @contextmanager
 def using_style(style: Style) -> Iterator[None]:
-    """matplotlib's settings while a figure is made."""
-    ink = {f"{part}.color": style.ink for part in ("text", "xtick", "ytick")}
-    own: Any = {
-        **ink,
+    """Set matplotlib to a style while a figure is made."""
+    settings: Any = {
+        "text.color": style.ink,
+        "xtick.color": style.ink,
+        "ytick.color": style.ink,
         "axes.labelcolor": style.ink,
         "axes.titlecolor": style.ink,
         "axes.edgecolor": style.faint,
@@ -115,43 +123,43 @@ def using_style(style: Style) -> Iterator[None]:
     }
     with mpl.rc_context(), warnings.catch_warnings():
         mpl.rcdefaults()
-        mpl.rcParams.update(own)
+        mpl.rcParams.update(settings)
         # A name may hold characters that the font lacks; they are drawn as boxes.
         warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")
         yield
 
 
 def figure_with_axes(names: Iterable[str] = ()) -> tuple[Figure, Axes]:
-    """An empty figure with room below for a legend of these names."""
+    """Return an empty figure with room below for a legend of these names."""
     figure = Figure(figsize=(WIDTH, 3.2 + legend_height(names)), layout="constrained")
     return figure, figure.add_subplot()
 
 
 def legend_height(names: Iterable[str]) -> float:
-    """In inches."""
-    shown = list(short_labels(names).values())
-    return 0.24 * math.ceil(len(shown) / _legend_columns(shown)) if shown else 0.0
+    """Return the height of a legend, in inches."""
+    labels = list(short_labels(names).values())
+    return 0.24 * math.ceil(len(labels) / _legend_columns(labels)) if labels else 0.0
 
 
 def add_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
-    """Below the axes, outside."""
-    columns = _legend_columns([str(one.get_label()) for one in handles])
+    """Add a legend below the axes, outside."""
+    columns = _legend_columns([str(handle.get_label()) for handle in handles])
     figure.legend(
         handles=list(handles), loc="outside lower left", ncols=columns, frameon=False, handlelength=2.6
     )
 
 
-def _legend_columns(shown: Sequence[str]) -> int:
-    """Two where both fit into the width."""
-    return 2 if len(shown) > 1 and max(map(len, shown)) <= 20 else 1
+def _legend_columns(labels: Sequence[str]) -> int:
+    """Return 2 if two labels fit into the width, else 1."""
+    return 2 if len(labels) > 1 and max(map(len, labels)) <= 20 else 1
 
 
 def legend_entry(look: Look, **changes: Any) -> Line2D:
-    """A legend's entry: a thick line in the look of a name."""
+    """Return a legend's entry: a thick line in the look of a name."""
     style = {"color": look.colour, "linestyle": look.dash, "linewidth": 2.4, "label": figure_text(look.label)}
     return Line2D([], [], **(style | changes))
 
 
 def needs_log_axis(values: Sequence[float], times: float = 20.0) -> bool:
-    """Whether positive values differ so much that a logarithmic axis shows them better."""
+    """Return whether positive values differ so much that a logarithmic axis shows them better."""
     return bool(values) and min(values) > 0 and max(values) > times * min(values)

@@ -1,4 +1,4 @@
-"""A section of pictures of one sort, of which a report shows no more than some."""
+"""Make a section of pictures of one sort, of which a report shows only the first ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ Shown = TypeVar("Shown")
 def gallery_section(
     key: str, title: str, shown: Sequence[Shown], draw: Callable[[Shown], Picture], *, how: str, absent: str
 ) -> Section:
-    """The section: how to read its pictures, then the pictures; ``absent`` where there is none."""
+    """Return a section: how to read its pictures, then the pictures.
+
+    Args:
+        key: of the section.
+        title: of the section.
+        shown: what is drawn, a picture each.
+        draw: makes a picture.
+        how: explains the pictures.
+        absent: the text if there is nothing to draw.
+    """
     if not shown:
         return Section(key, title, absent=absent)
     blocks: list[Block] = [Paragraph(how), Gallery([draw(one) for one in shown[:MOST_FIGURES]])]

@@ -1,4 +1,4 @@
-"""Curves of several runs in one figure: every seed thin, the mean thick."""
+"""Draw curves of several runs in one figure: every seed thin, the mean thick."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ MOST_FIGURES = 12
 
 
 def draw_curves(axis: Axes, look: Look, curves: RunCurves) -> None:
-    """One group of runs in one look."""
+    """Draw one group of runs in one look."""
     for _, curve in curves:
         mark = look.marker if len(curve) == 1 else None
         style = {"color": look.colour, "linestyle": look.dash, "linewidth": 0.9, "alpha": 0.45}
         axis.plot(*zip(*curve, strict=True), marker=mark, **style)
-    if mean := mean_curve(curves):
+    mean = mean_curve(curves)
+    if mean:
         size = 5 if len(mean) < 30 else 0
         style = {"color": look.colour, "linestyle": look.dash, "linewidth": 2.6, "zorder": 3}
         axis.plot(*zip(*mean, strict=True), marker=look.marker, markersize=size, **style)
@@ -45,21 +46,21 @@ def draw_curves(axis: Axes, look: Look, curves: RunCurves) -> None:
 def draw_curve_groups(
     groups: Mapping[str, RunCurves], names: Sequence[str], title: str, style: Style
 ) -> Figure:
-    """A figure with a look for each of ``names``, of which ``groups`` has some."""
+    """Return a figure with a look for each of ``names``, of which ``groups`` has some."""
     figure, axis = figure_with_axes(groups)
-    seen = looks_of_names(names, style)
+    looks = looks_of_names(names, style)
     for name, curves in groups.items():
-        draw_curves(axis, seen[name], curves)
+        draw_curves(axis, looks[name], curves)
     if needs_log_axis(drawn_values(groups)):
         axis.set_yscale("log")
     axis.set(xlabel="step", title=figure_text(shorten(title, 44)))
     mark_steps(axis)
-    add_legend(figure, [legend_entry(seen[name]) for name in groups])
+    add_legend(figure, [legend_entry(looks[name]) for name in groups])
     return figure
 
 
 def mark_steps(axis: Axes) -> None:
-    """Whole steps below the axis; where there is one step, that one."""
+    """Mark whole steps below the axis; if there is one step, that one."""
     steps = {float(x) for line in axis.lines for x in np.ravel(line.get_xdata())}
     if len(steps) == 1:
         axis.set_xticks(list(steps))
@@ -68,12 +69,12 @@ def mark_steps(axis: Axes) -> None:
 
 
 def drawn_values(groups: Mapping[str, RunCurves]) -> list[float]:
-    """Every value that is drawn."""
+    """Return every value that is drawn."""
     return [value for curves in groups.values() for _, curve in curves for _, value in curve]
 
 
 def text_of_last_means(groups: Mapping[str, RunCurves]) -> str:
-    """For an alternative text: where the means end."""
+    """Return where the means end, for an alternative text."""
     ends = []
     for name, curves in groups.items():
         mean = mean_curve(curves)
@@ -82,7 +83,8 @@ def text_of_last_means(groups: Mapping[str, RunCurves]) -> str:
 
 
 def note_on_omitted(count: int) -> list[Block]:
-    """Says that figures were left out."""
-    left = count - MOST_FIGURES
-    said = f"{count_text(left, 'more figure')} not drawn; the numbers are in curves.csv."
-    return [Paragraph(said)] if left > 0 else []
+    """Return a paragraph on the figures that were left out, nothing if all of ``count`` are drawn."""
+    omitted = count - MOST_FIGURES
+    if omitted <= 0:
+        return []
+    return [Paragraph(f"{count_text(omitted, 'more figure')} not drawn; the numbers are in curves.csv.")]

@@ -1,4 +1,4 @@
-"""The numbers of a report as CSV: runs, curves, comparisons."""
+"""Write the numbers of a report as CSV: runs, curves, comparisons."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from kava_core.experiment.report.experiment_data import ExperimentData
 from kava_core.experiment.report.pages.display_text import printable_text
 from kava_core.experiment.report.sections.compared_settings import HASH
 
-STEERING = ("=", "+", "-", "@")
+FORMULA_STARTS = ("=", "+", "-", "@")
 """A spreadsheet reads a text that begins so as a formula (OWASP, "CSV Injection")."""
 
 Rows = Iterator[Sequence[Any]]
 
 
-def csv_texts(founds: Sequence[ExperimentData]) -> dict[str, str]:
-    """The text of every file by its name."""
+def csv_texts(experiments: Sequence[ExperimentData]) -> dict[str, str]:
+    """Return the text of every file by its name."""
     return {
-        "runs.csv": as_csv(_run_rows(founds)),
-        "curves.csv": as_csv(_curve_rows(founds)),
-        "comparisons.csv": as_csv(_comparison_rows(founds)),
+        "runs.csv": as_csv(_run_rows(experiments)),
+        "curves.csv": as_csv(_curve_rows(experiments)),
+        "comparisons.csv": as_csv(_comparison_rows(experiments)),
     }
 
 
 def as_csv(rows: Iterable[Sequence[Any]]) -> str:
-    """Numbers as they are, None as an empty cell, texts so that no spreadsheet runs them."""
+    """Return rows as CSV: numbers as they are, None as an empty cell, texts that no spreadsheet runs."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerows([_safe_cell(value) for value in row] for row in rows)
@@ -40,23 +40,23 @@ def _safe_cell(value: Any) -> Any:
     if value is None or isinstance(value, int | float):
         return value
     text = printable_text(value)
-    return f"'{text}" if text.lstrip().startswith(STEERING) else text
+    return f"'{text}" if text.lstrip().startswith(FORMULA_STARTS) else text
 
 
 FACTS = ("experiment", "variant", "seed", "state", "failure", "spec", "device", "threads", "world_size")
-DATA = ("train", "validation")
+SPLITS = ("train", "validation")
 
 
-def _run_rows(founds: Sequence[ExperimentData]) -> Rows:
-    runs = [(found, run) for found in founds for run in found.experiment.runs]
-    results = _all_names(run.results for _, run in runs)
-    compute = _all_names(_compute_numbers(run) for _, run in runs)
-    shown = [*(f"{split}_sha256" for split in DATA), *(f"compute {one}" for one in compute), *results]
-    yield [*FACTS, *shown]
-    for found, run in runs:
-        spent, reached = _compute_numbers(run), run.results
-        facts = [*_run_facts(found, run), *(_short_hash(run, split) for split in DATA)]
-        yield [*facts, *map(spent.get, compute), *map(reached.get, results)]
+def _run_rows(experiments: Sequence[ExperimentData]) -> Rows:
+    runs = [run for data in experiments for run in data.experiment.runs]
+    results = _all_names(run.results for run in runs)
+    compute = _all_names(_compute_numbers(run) for run in runs)
+    hashes = [f"{split}_sha256" for split in SPLITS]
+    yield [*FACTS, *hashes, *(f"compute {name}" for name in compute), *results]
+    for data in experiments:
+        for run in data.experiment.runs:
+            facts = [*_run_facts(data, run), *(_short_hash(run, split) for split in SPLITS)]
+            yield [*facts, *map(_compute_numbers(run).get, compute), *map(run.results.get, results)]
 
 
 def _all_names(rows: Iterable[dict[str, Any]]) -> list[str]:
@@ -67,10 +67,10 @@ def _compute_numbers(run: RunResults) -> dict[str, Any]:
     return {name: value for name, value in run.compute.items() if isinstance(value, int | float)}
 
 
-def _run_facts(found: ExperimentData, run: RunResults) -> list[Any]:
-    said = (run.failure or {}).get("error")
-    record = (run.record.get(name) for name in ("spec_digest", "device", "threads", "world_size"))
-    return [found.experiment.name, run.variant, run.seed, run.state, said, *record]
+def _run_facts(data: ExperimentData, run: RunResults) -> list[Any]:
+    error = (run.failure or {}).get("error")
+    recorded = [run.record.get(name) for name in ("spec_digest", "device", "threads", "world_size")]
+    return [data.experiment.name, run.variant, run.seed, run.state, error, *recorded]
 
 
 def _short_hash(run: RunResults, split: str) -> str | None:
@@ -78,17 +78,17 @@ def _short_hash(run: RunResults, split: str) -> str | None:
     return None if known is None else str(known)[:HASH]
 
 
-def _curve_rows(founds: Sequence[ExperimentData]) -> Rows:
+def _curve_rows(experiments: Sequence[ExperimentData]) -> Rows:
     yield "experiment", "variant", "seed", "step", "metric", "value"
-    for found in founds:
-        for run in found.experiment.runs:
+    for data in experiments:
+        for run in data.experiment.runs:
             for line in run.evaluations:
                 for name, value in line.items():
                     if name not in ("step", "epoch") and isinstance(value, int | float):
-                        yield found.experiment.name, run.variant, run.seed, line["step"], name, value
+                        yield data.experiment.name, run.variant, run.seed, line["step"], name, value
 
 
-def _comparison_rows(founds: Sequence[ExperimentData]) -> Rows:
+def _comparison_rows(experiments: Sequence[ExperimentData]) -> Rows:
     tested = (
         "seeds",
         "difference",
@@ -104,13 +104,13 @@ def _comparison_rows(founds: Sequence[ExperimentData]) -> Rows:
     names = ("experiment", "metric", "first", "second", "outcome", "reason", "mean_first", "mean_second")
     budgets = [f"{name}_ratio" for name in BUDGETS]
     yield [*names, *tested, "bootstrap_low", "bootstrap_high", *budgets, "seed: difference"]
-    for found in founds:
-        for v in found.verdicts:
+    for data in experiments:
+        for v in data.verdicts:
             t = v.test
             yield [
                 *(
-                    found.experiment.name,
-                    found.compare.metric,
+                    data.experiment.name,
+                    data.compare.metric,
                     v.first,
                     v.second,
                     v.outcome,

@@ -1,4 +1,4 @@
-"""Texts that others wrote (names, answers, errors), made fit for a page, a figure and a table."""
+"""Make texts that others wrote (names, answers, errors) fit for a page, a figure and a table."""
 
 from __future__ import annotations
 
@@ -15,12 +15,19 @@ JOINER = "\u200d"
 
 
 def printable_text(text: Any, keep: str = "") -> str:
-    """With everything that steers instead of being seen written out (``\\u202e``): controls, directions,
-    halves of surrogate pairs.
+    """Return a text whose invisible characters are written out (``\\u202e``).
 
-    ``keep``: such characters that stay.
+    Those are controls, changes of direction and halves of surrogate pairs.
+
+    Args:
+        text: anything.
+        keep: such characters that stay.
     """
-    return "".join(one if _is_visible(one) or one in keep else _escape_character(one) for one in str(text))
+    characters = []
+    for character in str(text):
+        stays = _is_visible(character) or character in keep
+        characters.append(character if stays else _escape_character(character))
+    return "".join(characters)
 
 
 def _is_visible(character: str) -> bool:
@@ -32,12 +39,12 @@ def _escape_character(character: str) -> str:
 
 
 def metric_words(name: str) -> str:
-    """A metric's name for people: spaces for underscores."""
+    """Return a metric's name for people, with spaces for underscores."""
     return printable_text(name).replace("_", " ")
 
 
 def amount_text(value: float) -> str:
-    """Four digits; large numbers whole up to a million, then in powers of ten."""
+    """Return a number with four digits, large ones whole up to a million, then in powers of ten."""
     if math.isnan(value):
         return "–"
     if 1000 <= abs(value) < 1e6:
@@ -46,29 +53,35 @@ def amount_text(value: float) -> str:
 
 
 def number_ranges(numbers: Iterable[int]) -> str:
-    """``0–2, 5``: numbers with runs of them drawn together."""
-    runs: list[list[int]] = []
+    """Return numbers with neighbours drawn together: ``0–2, 5``."""
+    ranges: list[list[int]] = []
     for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1].append(number)
         else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
+            ranges.append([number])
+    texts = [str(first) if not rest else f"{first}–{rest[-1]}" for first, *rest in ranges]
+    return ", ".join(texts)
 
 
 def seeds_text(numbers: Iterable[int]) -> str:
-    """``seed 3`` or ``seeds 0–4``."""
-    found = sorted(set(numbers))
-    return f"{count_text(len(found), 'seed').split()[1]} {number_ranges(found)}"
+    """Return ``seed 3`` or ``seeds 0–4``."""
+    seeds = set(numbers)
+    return f"{plural_text(len(seeds), 'seed')} {number_ranges(seeds)}"
 
 
 def count_text(number: int, thing: str) -> str:
-    """``1 run``, ``2 runs``."""
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+    """Return ``1 run``, ``2 runs``."""
+    return f"{number} {plural_text(number, thing)}"
+
+
+def plural_text(number: int, thing: str) -> str:
+    """Return ``run`` for one, ``runs`` for other numbers."""
+    return thing if number == 1 else f"{thing}s"
 
 
 def shorten(name: str, length: int = SHORT) -> str:
-    """Head and tail of a long name."""
+    """Return a name, if it is long only head and tail of it."""
     shown = printable_text(name)
     if len(shown) <= length:
         return shown
@@ -77,16 +90,16 @@ def shorten(name: str, length: int = SHORT) -> str:
 
 
 def short_labels(names: Iterable[str]) -> dict[str, str]:
-    """Short names for a figure, told apart by a number where shortening made two the same."""
-    found: dict[str, str] = {}
+    """Return short names for a figure, with a number if shortening made several the same."""
+    labels: dict[str, str] = {}
     for name in dict.fromkeys(names):
         short = shorten(name)
-        same = sum(one == short or one.startswith(f"{short} (") for one in found.values())
-        found[name] = f"{short} ({same + 1})" if same else short
-    return found
+        same = sum(label == short or label.startswith(f"{short} (") for label in labels.values())
+        labels[name] = f"{short} ({same + 1})" if same else short
+    return labels
 
 
 def figure_text(text: str) -> str:
-    """For matplotlib: a dollar sign is a dollar sign, and a leading underscore hides no label."""
+    """Return a text for matplotlib: a dollar sign is shown, and a leading underscore hides no label."""
     shown = printable_text(text, keep="\n").replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown

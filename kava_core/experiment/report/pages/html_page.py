@@ -1,4 +1,4 @@
-"""A report as one page that needs nothing else: no network, no script, figures inside."""
+"""Render a report as one page that needs nothing else: no network, no script, figures inside."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render_page(chapters: Sequence[Chapter], *, title: str) -> str:
-    """The whole page; every text is escaped."""
-    made = Environment(
+    """Return the whole page, in which every text is escaped."""
+    environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    made.filters["data"] = _data_url
-    return made.get_template("report.html.jinja").render(chapters=chapters, title=title)
+    environment.filters["data"] = _data_url
+    return environment.get_template("report.html.jinja").render(chapters=chapters, title=title)
 
 
 def _data_url(png: bytes) -> str:

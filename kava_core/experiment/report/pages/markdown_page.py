@@ -1,4 +1,4 @@
-"""A report as Markdown: sentences and tables that paste into a paper."""
+"""Render a report as Markdown: sentences and tables that paste into a paper."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPECIAL = re.compile(r"[\\`*\[\]$|~#]|(?<!\w)_|_(?!\w)")
 
 
 def render_markdown(chapters: Sequence[Chapter], figures: str) -> str:
-    """Everything but the answers' layout; figures are linked in the folder ``figures``."""
+    """Return a report as Markdown; figures are linked in the folder ``figures``."""
     lines: list[str] = []
     for chapter in chapters:
         lines += [f"# {escape_markdown(chapter.title)}", "", escape_markdown(chapter.under), ""]
@@ -33,9 +33,9 @@ def render_markdown(chapters: Sequence[Chapter], figures: str) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """One line in which no character is markup, for GitHub and pandoc."""
+    """Return a text as one line in which no character is markup, for GitHub and pandoc."""
     line = " ".join(text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").split())
-    return SPECIAL.sub(lambda found: f"\\{found[0]}", line)
+    return SPECIAL.sub(lambda match: f"\\{match[0]}", line)
 
 
 def _block_lines(block: Block, figures: str) -> Iterator[str]:
@@ -81,5 +81,6 @@ def _answer_lines(block: AnswerList) -> Iterator[str]:
     yield ""
     yield _table_row(["", "prompt", "expected", "wrote"])
     yield "| --- | --- | --- | --- |"
-    for one in block.answers:
-        yield _table_row(["right" if one.correct else "wrong", one.prompt, one.gold, one.wrote])
+    for answer in block.answers:
+        verdict = "right" if answer.correct else "wrong"
+        yield _table_row([verdict, answer.prompt, answer.gold, answer.wrote])

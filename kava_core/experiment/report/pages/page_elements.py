@@ -1,4 +1,4 @@
-"""What a report is made of, before it is a page or a Markdown text."""
+"""Define what a report is made of, before it is a page or a Markdown text."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Cards:
 
 @dataclass(frozen=True)
 class PageTable:
-    """Cells as texts; numbers stand to the right, on one line."""
+    """Cells as texts; numbers are aligned to the right, on one line."""
 
     kind: ClassVar[str] = "table"
     caption: str
@@ -133,6 +133,10 @@ class Chapter:
 
     @property
     def pictures(self) -> list[Picture]:
-        """All figures."""
-        blocks = (block for section in self.sections for block in section.blocks)
-        return [one for block in blocks if isinstance(block, Gallery) for one in block.pictures]
+        """Return all figures."""
+        pictures: list[Picture] = []
+        for section in self.sections:
+            for block in section.blocks:
+                if isinstance(block, Gallery):
+                    pictures += block.pictures
+        return pictures

@@ -1,4 +1,4 @@
-"""Some written answers of every variant, right and wrong ones."""
+"""Show some written answers of every variant, right and wrong ones."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from kava_core.experiment.report.pages.display_text import printable_text
 from kava_core.experiment.report.pages.page_elements import Answer, AnswerList, Block, Paragraph, Section
 
 TITLE = "Written answers"
-EACH = 2
+ANSWERS_OF_EACH = 2
 """Right ones and wrong ones of every variant."""
 
 LONGEST = 600
 """Characters of a text that are shown."""
 
 
-def answers_section(found: ExperimentData) -> Section:
-    """Of the first complete run of every variant that wrote any."""
+def answers_section(data: ExperimentData) -> Section:
+    """Return answers of the first complete run of every variant that wrote any."""
     blocks: list[Block] = []
-    for variant in found.experiment.variants:
-        run = next((one for one in found.complete(variant).values() if one.folder.samples.exists()), None)
-        blocks += [_answers_of_run(run)] if run is not None else []
+    for variant in data.experiment.variants:
+        for run in data.complete_runs(variant).values():
+            if run.folder.samples.exists():
+                blocks.append(_answers_of_run(run))
+                break
     if not blocks:
         return Section("answers", TITLE, absent="No complete run has written answers.")
     how = "The first right and wrong ones that the last evaluation kept; they illustrate, they prove nothing."
@@ -32,8 +34,8 @@ def answers_section(found: ExperimentData) -> Section:
 
 def _answers_of_run(run: RunResults) -> AnswerList:
     written = [_make_answer(line) for line in read_json_lines(run.folder.samples)]
-    right = [one for one in written if one.correct]
-    wrong = [one for one in written if not one.correct]
+    right = [answer for answer in written if answer.correct]
+    wrong = [answer for answer in written if not answer.correct]
     title = printable_text(
         f"{run.variant}, seed {run.seed}: {len(right)} right, {len(wrong)} wrong were kept"
     )
@@ -41,7 +43,7 @@ def _answers_of_run(run: RunResults) -> AnswerList:
 
 
 def _first_few(answers: Sequence[Answer]) -> list[Answer]:
-    return list(answers[:EACH])
+    return list(answers[:ANSWERS_OF_EACH])
 
 
 def _make_answer(line: dict[str, Any]) -> Answer:

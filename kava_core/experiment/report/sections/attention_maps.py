@@ -1,4 +1,4 @@
-"""What student and teachers attend to at the end of training, in one validation example."""
+"""Draw what student and teachers attend to at the end of training, in one validation example."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ class RunMaps:
     models: list[ModelMaps]
 
 
-def attention_section(found: ExperimentData) -> Section:
-    """The maps of every variant's first seed that has them."""
-    maps = [one for variant in found.experiment.variants for one in _first_maps(found, variant)]
+def attention_section(data: ExperimentData) -> Section:
+    """Return the maps of every variant's first seed that has them."""
+    maps = [found for variant in data.experiment.variants for found in _first_maps(data, variant)]
     how = (
         "Where each token of the first validation example looks, at most three layers of every model, after "
         "training: queries downwards, keys to the right, the mean of the heads; darker is more, on a scale "
         "of square roots. Of every variant, the first seed that has maps."
     )
     absent = "No run has kept what its models attend to."
-    return gallery_section("attention", TITLE, maps, partial(_maps_picture, found), how=how, absent=absent)
+    return gallery_section("attention", TITLE, maps, partial(_maps_picture, data), how=how, absent=absent)
 
 
-def _first_maps(found: ExperimentData, variant: str) -> Iterator[RunMaps]:
-    for seed, run in found.complete(variant).items():
+def _first_maps(data: ExperimentData, variant: str) -> Iterator[RunMaps]:
+    for seed, run in data.complete_runs(variant).items():
         if run.folder.attention_maps.exists():
             models = _read_maps(run.folder)
             if models:
@@ -71,37 +71,37 @@ def _read_maps(folder: Folder) -> list[ModelMaps]:
     from safetensors.numpy import load_file
 
     try:
-        there, told = load_file(folder.attention_maps), read_json_object(folder.attention_tokens)
-        return [
-            ModelMaps(
-                name, list(one["layers"]), [str(t) for t in one["tokens"]], there[name].astype(np.float64)
-            )
-            for name, one in told.items()
-            if "layers" in one
-        ]
+        weights, facts = load_file(folder.attention_maps), read_json_object(folder.attention_tokens)
+        models = []
+        for name, known in facts.items():
+            if "layers" in known:
+                tokens = [str(token) for token in known["tokens"]]
+                maps = weights[name].astype(np.float64)
+                models.append(ModelMaps(name, list(known["layers"]), tokens, maps))
+        return models
     except CheckpointError:
         raise
     except Exception as error:
         raise CheckpointError(f"{folder.attention_maps}: unreadable: {error}") from error
 
 
-def _maps_picture(found: ExperimentData, one: RunMaps) -> Picture:
-    names = ", ".join(f"{model.name} (layers {', '.join(map(str, model.layers))})" for model in one.models)
-    alt = f"Attention maps after training, {one.variant} seed {one.seed}: {names}"
-    return draw_picture(found.named("attention", one.variant), alt, partial(_draw_maps, one), wide=True)
+def _maps_picture(data: ExperimentData, run: RunMaps) -> Picture:
+    names = ", ".join(f"{model.name} (layers {', '.join(map(str, model.layers))})" for model in run.models)
+    alt = f"Attention maps after training, {run.variant} seed {run.seed}: {names}"
+    return draw_picture(data.unique_name("attention", run.variant), alt, partial(_draw_maps, run), wide=True)
 
 
-def _draw_maps(one: RunMaps, style: Style) -> Figure:
-    columns = max(len(model.layers) for model in one.models)
-    figure = Figure(figsize=(1 + 2.8 * columns, 0.6 + 2.9 * len(one.models)), layout="constrained")
-    rows = figure.subplots(len(one.models), columns, squeeze=False)
-    for model, axes in zip(one.models, rows, strict=True):
+def _draw_maps(run: RunMaps, style: Style) -> Figure:
+    columns = max(len(model.layers) for model in run.models)
+    figure = Figure(figsize=(1 + 2.8 * columns, 0.6 + 2.9 * len(run.models)), layout="constrained")
+    rows = figure.subplots(len(run.models), columns, squeeze=False)
+    for model, axes in zip(run.models, rows, strict=True):
         for place, axis in enumerate(axes):
             if place < len(model.layers):
                 _draw_map(axis, model, place)
             else:
                 axis.set_axis_off()
-    figure.suptitle(figure_text(f"{shorten(one.variant, 24)}, seed {one.seed}"), color=style.ink)
+    figure.suptitle(figure_text(f"{shorten(run.variant, 24)}, seed {run.seed}"), color=style.ink)
     return figure
 
 

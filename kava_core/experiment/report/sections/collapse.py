@@ -1,4 +1,4 @@
-"""The collapse monitor over time: whether the aligner, and not the student, made the KV loss fall."""
+"""Draw the collapse monitor over time: whether the aligner, not the student, made the KV loss fall."""
 
 from __future__ import annotations
 
@@ -29,35 +29,35 @@ HOW = (
 )
 
 
-def collapse_section(found: ExperimentData) -> Section:
-    """A figure for each measure of each teacher and part, a colour for each variant."""
-    metrics = sorted(found.metrics(PREFIX), key=_order_of_metric)
-    drawn = [metric for metric in metrics if found.curves(metric)]
+def collapse_section(data: ExperimentData) -> Section:
+    """Return a figure for each measure of each teacher and part, a colour for each variant."""
+    metrics = sorted(data.metric_names(PREFIX), key=_order_of_metric)
+    drawn = [metric for metric in metrics if data.curves_by_variant(metric)]
     if not drawn:
         return Section("collapse", TITLE, absent="No run has written measures of the collapse monitor.")
-    still = [metric for metric in drawn if _is_still(found, metric)]
+    still = [metric for metric in drawn if _is_still(data, metric)]
     moving = [metric for metric in drawn if metric not in still]
     blocks: list[Block] = [Paragraph(HOW)]
     if moving:
-        blocks.append(Gallery([_metric_picture(found, metric) for metric in moving[:MOST_FIGURES]]))
+        blocks.append(Gallery([_metric_picture(data, metric) for metric in moving[:MOST_FIGURES]]))
     blocks += note_on_omitted(len(moving))
     if still:
-        told = "; ".join(
-            f"{_title_of_metric(metric)} {_drawn_values(found, metric)[0]:.4g}" for metric in still
-        )
-        blocks.append(Paragraph(printable_text(f"The same in every run at every step: {told}.")))
+        texts = [f"{_title_of_metric(metric)} {_drawn_values(data, metric)[0]:.4g}" for metric in still]
+        sentence = f"The same in every run at every step: {'; '.join(texts)}."
+        blocks.append(Paragraph(printable_text(sentence)))
     return Section("collapse", TITLE, blocks)
 
 
-def _drawn_values(found: ExperimentData, metric: str) -> list[float]:
-    return drawn_values(found.curves(metric))
+def _drawn_values(data: ExperimentData, metric: str) -> list[float]:
+    return drawn_values(data.curves_by_variant(metric))
 
 
-def _is_still(found: ExperimentData, metric: str) -> bool:
-    """Whether all runs agree at several steps: a figure would show one flat line."""
-    values, steps = _drawn_values(found, metric), found.curves(metric).values()
-    several = any(len(curve) > 1 for curves in steps for _, curve in curves)
-    return several and max(values) - min(values) <= 1e-6 * max(map(abs, values))
+def _is_still(data: ExperimentData, metric: str) -> bool:
+    """Return whether all runs agree at several steps: a figure would show one flat line."""
+    values = _drawn_values(data, metric)
+    groups = data.curves_by_variant(metric).values()
+    has_several_steps = any(len(curve) > 1 for curves in groups for _, curve in curves)
+    return has_several_steps and max(values) - min(values) <= 1e-6 * max(map(abs, values))
 
 
 def _order_of_metric(metric: str) -> tuple[int, str]:
@@ -70,8 +70,8 @@ def _title_of_metric(metric: str) -> str:
     return f"{metric_words(measure)}: {of.replace('/', ', ')}" if of else metric_words(measure)
 
 
-def _metric_picture(found: ExperimentData, metric: str) -> Picture:
-    groups, title = found.curves(metric), printable_text(_title_of_metric(metric))
+def _metric_picture(data: ExperimentData, metric: str) -> Picture:
+    groups, title = data.curves_by_variant(metric), printable_text(_title_of_metric(metric))
     alt = f"{title}, over steps, a colour for each variant; the means end at {text_of_last_means(groups)}"
-    draw = partial(draw_curve_groups, groups, found.experiment.variants, title)
-    return draw_picture(found.named(metric), alt, draw)
+    draw = partial(draw_curve_groups, groups, data.experiment.variants, title)
+    return draw_picture(data.unique_name(metric), alt, draw)

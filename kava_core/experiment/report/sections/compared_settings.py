@@ -1,4 +1,4 @@
-"""What was compared with what: specs, data, machines, versions."""
+"""Show what was compared with what: specs, data, machines, versions."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ from kava_core.experiment.report.experiment_data import ExperimentData
 from kava_core.experiment.report.pages.display_text import count_text, number_ranges, printable_text
 from kava_core.experiment.report.pages.page_elements import Block, PageTable, Paragraph, Section
 
-SAME_ANYWAY = ("name", "variants", "seeds", "compare", "output")
-"""Settings that say nothing about a single run."""
+NOT_OF_ONE_RUN = ("name", "variants", "seeds", "compare", "output")
+"""Settings that do not change a single run."""
 
 HASH = 12
 """Characters of a hash that are shown."""
+
+MOST_VARIANTS = 4
+"""Variants that are named beside one value."""
 
 ABSENT = object()
 """Stands for a setting that one spec does not have."""
 
 
-def compared_section(found: ExperimentData) -> Section:
-    """Specs as differences from the treatment's; data, versions and machines."""
+def compared_section(data: ExperimentData) -> Section:
+    """Return specs as differences from the treatment's, data, versions and machines."""
     blocks: list[Block] = [
         Paragraph(printable_text(f"Runs differ in {name}: {_text_of_values(values)}."), "warning")
-        for name, values in uneven_facts(found).items()
+        for name, values in uneven_facts(data).items()
     ]
-    blocks += [_settings_block(found), _facts_block(found)]
+    blocks += [_settings_block(data), _facts_block(data)]
     return Section("compared", "What was compared", blocks)
 
 
@@ -37,18 +40,20 @@ Difference = tuple[str, Any, Any]
 
 
 def spec_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[Difference]:
-    """Wherever two specs differ, as deep as they have the same shape and the same component."""
-    sides = [{k: v for k, v in spec.items() if k not in SAME_ANYWAY} for spec in (one, other)]
-    return list(_differences_below("", *sides))
+    """Return where two specs differ, as deep as they have the same shape and the same component."""
+    return list(_differences_below("", _settings_of_run(one), _settings_of_run(other)))
 
 
-def _differences_below(at: str, one: Any, other: Any) -> Iterator[Difference]:
+def _settings_of_run(spec: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in spec.items() if name not in NOT_OF_ONE_RUN}
+
+
+def _differences_below(path: str, one: Any, other: Any) -> Iterator[Difference]:
     if _have_same_shape(one, other):
-        pairs = _parts_of_both(one, other)
-        for name, first, second in pairs:
-            yield from _differences_below(f"{at}.{name}" if at else name, first, second)
+        for name, first, second in _parts_of_both(one, other):
+            yield from _differences_below(f"{path}.{name}" if path else name, first, second)
     elif one is ABSENT or other is ABSENT or one != other:
-        yield at, one, other
+        yield path, one, other
 
 
 def _have_same_shape(one: Any, other: Any) -> bool:
@@ -60,14 +65,15 @@ def _have_same_shape(one: Any, other: Any) -> bool:
 
 def _parts_of_both(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(one, list):
-        yield from ((str(place), *both) for place, both in enumerate(zip(one, other, strict=True)))
+        for place, (first, second) in enumerate(zip(one, other, strict=True)):
+            yield str(place), first, second
     else:
         for name in dict.fromkeys([*one, *other]):
             yield name, one.get(name, ABSENT), other.get(name, ABSENT)
 
 
 def setting_text(value: Any) -> str:
-    """A setting in a line: a component by its name, then its fields."""
+    """Return a setting in a line: a component by its name, then its fields."""
     if value is ABSENT:
         return "–"
     if isinstance(value, Mapping):
@@ -79,22 +85,20 @@ def setting_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _settings_block(found: ExperimentData) -> Block:
-    base = found.specs.get(found.treatment)
+def _settings_block(data: ExperimentData) -> Block:
+    base = data.specs_by_variant.get(data.treatment)
     if base is None:
-        said = f"No run of {found.treatment} has begun, so specs cannot be set against its spec."
+        said = f"No run of {data.treatment} has begun, so specs cannot be set against its spec."
         return Paragraph(printable_text(said))
-    others = [variant for variant in found.experiment.variants if variant != found.treatment]
+    others = [variant for variant in data.experiment.variants if variant != data.treatment]
     rows = [
-        [printable_text(variant), *row]
-        for variant in others
-        for row in _rows_of_variant(found, base, variant)
+        [printable_text(variant), *row] for variant in others for row in _rows_of_variant(data, base, variant)
     ]
     if not rows:
         return Paragraph("There is no second variant whose spec could differ.")
-    head = ["variant", "setting", printable_text(found.treatment), "this variant"]
+    head = ["variant", "setting", printable_text(data.treatment), "this variant"]
     return PageTable(
-        printable_text(f"Settings that differ from those of {found.treatment}"),
+        printable_text(f"Settings that differ from those of {data.treatment}"),
         head,
         rows,
         left=2,
@@ -102,10 +106,10 @@ def _settings_block(found: ExperimentData) -> Block:
     )
 
 
-def _rows_of_variant(found: ExperimentData, base: Mapping[str, Any], variant: str) -> list[list[str]]:
-    if variant not in found.specs:
+def _rows_of_variant(data: ExperimentData, base: Mapping[str, Any], variant: str) -> list[list[str]]:
+    if variant not in data.specs_by_variant:
         return [["no run has begun", "", ""]]
-    changed = spec_differences(base, found.specs[variant])
+    changed = spec_differences(base, data.specs_by_variant[variant])
     rows = [
         [printable_text(place), printable_text(setting_text(one)), printable_text(setting_text(other))]
         for place, one, other in changed
@@ -116,20 +120,21 @@ def _rows_of_variant(found: ExperimentData, base: Mapping[str, Any], variant: st
 Facts = dict[str, dict[str, list[RunResults]]]
 """Fact → its value as text → the runs that have it."""
 
-WARNED = ("training data", "validation data", "device", "threads", "processes", "python")
+SAME_FOR_ALL = ("training data", "validation data", "device", "threads", "processes", "python")
 """Beside the versions: what must be the same for runs to be compared."""
 
 
 VERSION = "version of "
 
 
-def facts_of_runs(found: ExperimentData) -> Facts:
-    """What ``run.json`` says of every run that has begun."""
-    gathered: Facts = defaultdict(lambda: defaultdict(list))
-    for run in found.experiment.runs:
-        for name, value in _facts_of_record(run.record) if run.record else ():
-            gathered[name][value].append(run)
-    return gathered
+def facts_of_runs(data: ExperimentData) -> Facts:
+    """Return what ``run.json`` says of every run that has begun."""
+    facts: Facts = defaultdict(lambda: defaultdict(list))
+    for run in data.experiment.runs:
+        if run.record:
+            for name, value in _facts_of_record(run.record):
+                facts[name][value].append(run)
+    return facts
 
 
 def _facts_of_record(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -152,35 +157,40 @@ def _split_text(split: Mapping[str, Any]) -> str:
     return f"{split.get('examples', '–')} examples, sha256 {str(split.get('sha256', '–'))[:HASH]}"
 
 
-def uneven_facts(found: ExperimentData) -> dict[str, dict[str, list[RunResults]]]:
-    """What should be the same in all runs and is not: values, and the runs that have them."""
-    watched = {name: values for name, values in facts_of_runs(found).items() if _is_watched(name)}
-    return {name: values for name, values in watched.items() if len(values) > 1}
+def uneven_facts(data: ExperimentData) -> dict[str, dict[str, list[RunResults]]]:
+    """Return what should be the same in all runs and is not: values, and the runs that have them."""
+    uneven = {}
+    for name, values in facts_of_runs(data).items():
+        if _should_be_same(name) and len(values) > 1:
+            uneven[name] = values
+    return uneven
 
 
-def _is_watched(name: str) -> bool:
-    return name in WARNED or name.startswith(VERSION)
+def _should_be_same(name: str) -> bool:
+    return name in SAME_FOR_ALL or name.startswith(VERSION)
 
 
 def _text_of_values(values: Mapping[str, list[RunResults]]) -> str:
-    """Every value with the runs that have it; the commonest comes first."""
-    ordered = sorted(values.items(), key=lambda item: -len(item[1]))
-    first, rest = ordered[0], ordered[1:]
-    told = [f"{value} in {_text_of_runs(runs)}" for value, runs in rest]
-    return "; ".join([f"{first[0]} in {count_text(len(first[1]), 'run')}", *told])
+    """Return every value with the runs that have it; the commonest comes first."""
+    by_frequency = sorted(values.items(), key=lambda item: -len(item[1]))
+    (commonest, commonest_runs), *others = by_frequency
+    texts = [f"{commonest} in {count_text(len(commonest_runs), 'run')}"]
+    texts += [f"{value} in {_text_of_runs(runs)}" for value, runs in others]
+    return "; ".join(texts)
 
 
 def _text_of_runs(runs: list[RunResults]) -> str:
-    by_variant: dict[str, list[int]] = defaultdict(list)
+    seeds_by_variant: dict[str, list[int]] = defaultdict(list)
     for run in runs:
-        by_variant[run.variant].append(run.seed)
-    names = [f"{variant} ({number_ranges(those)})" for variant, those in by_variant.items()]
-    more = f" and {len(names) - 4} more variants" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more
+        seeds_by_variant[run.variant].append(run.seed)
+    texts = [f"{variant} ({number_ranges(seeds)})" for variant, seeds in seeds_by_variant.items()]
+    omitted = len(texts) - MOST_VARIANTS
+    more = f" and {omitted} more variants" if omitted > 0 else ""
+    return ", ".join(texts[:MOST_VARIANTS]) + more
 
 
-def _facts_block(found: ExperimentData) -> Block:
-    known = facts_of_runs(found)
+def _facts_block(data: ExperimentData) -> Block:
+    known = facts_of_runs(data)
     if not known:
         return Paragraph("No run has begun: nothing is known of data, machine and versions.")
     rows = [
@@ -191,7 +201,7 @@ def _facts_block(found: ExperimentData) -> Block:
     versions = {name: values for name, values in known.items() if name.startswith(VERSION)}
     rows += [
         ["versions", printable_text(_versions_text(versions))],
-        ["seeds", number_ranges(found.experiment.seeds)],
+        ["seeds", number_ranges(data.experiment.seeds)],
     ]
     return PageTable("Data, machine, versions", ["of all runs that have begun", ""], rows, texts=(1,))
 
@@ -201,5 +211,5 @@ def _fact_text(values: Mapping[str, list[RunResults]]) -> str:
 
 
 def _versions_text(versions: Facts) -> str:
-    told = (f"{name.removeprefix(VERSION)} {' / '.join(values)}" for name, values in versions.items())
-    return ", ".join(told) or "–"
+    texts = (f"{name.removeprefix(VERSION)} {' / '.join(values)}" for name, values in versions.items())
+    return ", ".join(texts) or "–"

@@ -1,4 +1,4 @@
-"""What every variant cost, and what it reached for that."""
+"""Show what every variant cost, and what it reached for that."""
 
 from __future__ import annotations
 
@@ -49,101 +49,100 @@ HOW = (
 )
 
 
-def cost_section(found: ExperimentData) -> Section:
-    """Means of every variant, and the metric against operations."""
-    blocks: list[Block] = [_cost_table(found)]
-    points = _cost_points(found)
+def cost_section(data: ExperimentData) -> Section:
+    """Return the means of every variant, and the metric against operations."""
+    blocks: list[Block] = [_cost_table(data)]
+    points = _cost_points(data)
     if points:
-        blocks += [Gallery([_cost_picture(found, points)]), Paragraph(HOW)]
+        blocks += [Gallery([_cost_picture(data, points)]), Paragraph(HOW)]
     else:
         blocks.append(Paragraph("These runs kept no record of what training cost, or have no result yet."))
     return Section("cost", "Results and cost", blocks)
 
 
-def _cost_table(found: ExperimentData) -> PageTable:
-    metric = metric_words(found.compare.metric)
-    head = ["variant", "complete", "failed", f"{metric}, mean", "± SD", "student tokens", "teacher tokens"]
-    head += [
-        "FLOPs",
-        *(["FLOPs to the target"] if found.compare.metric == STEPS_TO_TARGET else []),
-        "seconds",
-        "peak memory, GiB",
-        "each seed",
-    ]
-    rows = [[printable_text(name), *_cells_of_variant(found, name)] for name in found.experiment.variants]
+def _cost_table(data: ExperimentData) -> PageTable:
+    metric = metric_words(data.compare.metric)
+    head = ["variant", "complete", "failed", f"{metric}, mean", "± SD"]
+    head += ["student tokens", "teacher tokens", "FLOPs"]
+    if data.compare.metric == STEPS_TO_TARGET:
+        head.append("FLOPs to the target")
+    head += ["seconds", "peak memory, GiB", "each seed"]
+    rows = [[printable_text(name), *_cells_of_variant(data, name)] for name in data.experiment.variants]
     return PageTable("Means of complete runs", head, rows, texts=(len(head) - 1,))
 
 
-def _cells_of_variant(found: ExperimentData, variant: str) -> Iterator[str]:
-    runs, those = found.experiment.runs_of_variant(variant).values(), found.complete(variant)
-    done = list(those.values())
-    by_seed = found.values(variant)
-    values = list(by_seed.values())
-    whole = len(values) == len(done)
-    yield f"{len(done)} of {len(runs)}"
+def _cells_of_variant(data: ExperimentData, variant: str) -> Iterator[str]:
+    runs = data.experiment.runs_of_variant(variant).values()
+    complete = data.complete_runs(variant)
+    values_by_seed = data.compared_values(variant)
+    values = list(values_by_seed.values())
+    all_have_values = len(values) == len(complete)
+    yield f"{len(complete)} of {len(runs)}"
     yield str(sum(run.state == "failed" for run in runs))
-    yield amount_text(mean(values)) if values and whole else "–"
-    yield number_text(stdev(values)) if len(values) > 1 and whole else "–"
+    yield amount_text(mean(values)) if values and all_have_values else "–"
+    yield number_text(stdev(values)) if len(values) > 1 and all_have_values else "–"
     for budget in BUDGETS:
-        yield amount_text(mean_if_all_known(run.compute.get(budget) for run in done))
-    if found.compare.metric == STEPS_TO_TARGET:
-        spent = [_flops_to_target(run, by_seed.get(seed)) for seed, run in those.items()]
+        yield amount_text(mean_if_all_known(run.compute.get(budget) for run in complete.values()))
+    if data.compare.metric == STEPS_TO_TARGET:
+        spent = [_flops_to_target(run, values_by_seed.get(seed)) for seed, run in complete.items()]
         yield amount_text(mean_if_all_known(spent))
-    yield amount_text(mean_if_all_known(run.compute.get("seconds") for run in done))
-    yield number_text(mean_if_all_known(_memory_in_gib(run) for run in done))
+    yield amount_text(mean_if_all_known(run.compute.get("seconds") for run in complete.values()))
+    yield number_text(mean_if_all_known(_memory_in_gib(run) for run in complete.values()))
     yield ", ".join(map(amount_text, values)) or "–"
 
 
 def _flops_to_target(run: RunResults, steps: float | None) -> float | None:
     price = price_in_flops(run)
-    return None if steps is None or price is None else price[0] + price[1] * steps
+    if steps is None or price is None:
+        return None
+    before_first_step, each_step = price
+    return before_first_step + each_step * steps
 
 
 def _memory_in_gib(run: RunResults) -> float | None:
-    found = run.compute.get("peak_memory")
-    return None if found is None else found / GIB
+    peak = run.compute.get("peak_memory")
+    return None if peak is None else peak / GIB
 
 
 Points = dict[str, list[tuple[float, float]]]
 """By variant: operations and metric of every run."""
 
 
-def _cost_points(found: ExperimentData) -> Points:
+def _cost_points(data: ExperimentData) -> Points:
     points: Points = {}
-    for variant in found.experiment.variants:
-        runs = found.complete(variant)
-        pairs = [(runs[seed].compute.get("flops"), value) for seed, value in found.values(variant).items()]
-        known = [
-            (float(flops), value) for flops, value in pairs if flops is not None and math.isfinite(flops)
-        ]
-        points |= {variant: known} if known else {}
+    for variant in data.experiment.variants:
+        runs = data.complete_runs(variant)
+        for seed, value in data.compared_values(variant).items():
+            flops = runs[seed].compute.get("flops")
+            if flops is not None and math.isfinite(flops):
+                points.setdefault(variant, []).append((float(flops), value))
     return points
 
 
-def _cost_picture(found: ExperimentData, points: Points) -> Picture:
-    metric = metric_words(found.compare.metric)
-    told = "; ".join(
-        f"{name} {mean(x for x, _ in those):.3g} FLOPs, {mean(y for _, y in those):.3g}"
-        for name, those in points.items()
-    )
-    alt = f"{metric} against FLOPs, a dot for each run; means: {told}"
-    draw = partial(_draw_points, points, found.experiment.variants, metric)
-    return draw_picture(found.named("cost"), alt, draw, wide=True)
+def _cost_picture(data: ExperimentData, points: Points) -> Picture:
+    metric = metric_words(data.compare.metric)
+    means = []
+    for variant, pairs in points.items():
+        flops, values = zip(*pairs, strict=True)
+        means.append(f"{variant} {mean(flops):.3g} FLOPs, {mean(values):.3g}")
+    alt = f"{metric} against FLOPs, a dot for each run; means: {'; '.join(means)}"
+    draw = partial(_draw_points, points, data.experiment.variants, metric)
+    return draw_picture(data.unique_name("cost"), alt, draw, wide=True)
 
 
 def _draw_points(points: Points, variants: list[str], metric: str, style: Style) -> Figure:
     figure, axis = figure_with_axes(points)
-    seen = looks_of_names(variants, style)
-    for name, those in points.items():
-        look = seen[name]
-        xs, ys = zip(*those, strict=True)
-        axis.plot(xs, ys, look.marker, color=look.colour, markersize=5, alpha=0.5)
-        big: Any = {"color": look.colour, "markersize": 12, "markeredgecolor": style.paper, "zorder": 3}
-        axis.plot(mean(xs), mean(ys), look.marker, **big)
+    looks = looks_of_names(variants, style)
+    for variant, pairs in points.items():
+        look = looks[variant]
+        flops, values = zip(*pairs, strict=True)
+        axis.plot(flops, values, look.marker, color=look.colour, markersize=5, alpha=0.5)
+        large: Any = {"color": look.colour, "markersize": 12, "markeredgecolor": style.paper, "zorder": 3}
+        axis.plot(mean(flops), mean(values), look.marker, **large)
     axis.xaxis.set_major_locator(MaxNLocator(5))
-    if needs_log_axis([x for those in points.values() for x, _ in those], times=10):
+    if needs_log_axis([flops for pairs in points.values() for flops, _ in pairs], times=10):
         axis.set_xscale("log")
     axis.set(xlabel="FLOPs of training", ylabel=figure_text(metric), title="small: a run, large: the mean")
     marks = {"linestyle": "", "markersize": 8}
-    add_legend(figure, [legend_entry(seen[name], marker=seen[name].marker, **marks) for name in points])
+    add_legend(figure, [legend_entry(looks[name], marker=looks[name].marker, **marks) for name in points])
     return figure

@@ -1,4 +1,4 @@
-"""Learning curves: the metric and the KV losses against steps."""
+"""Draw learning curves: the metric and the KV losses against steps."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ HOW = (
 )
 
 
-def curves_section(found: ExperimentData) -> Section:
-    """One figure for each metric, the compared one first, then cross-entropy and every KV loss."""
-    asked = dict.fromkeys([found.followed, "exact_match", "ce", *found.kv_terms])
-    metrics = [metric for metric in asked if found.curves(metric)]
+def curves_section(data: ExperimentData) -> Section:
+    """Return a figure for each metric, the compared one first, then cross-entropy and every KV loss."""
+    wanted = dict.fromkeys([data.followed_metric, "exact_match", "ce", *data.kv_loss_metrics])
+    metrics = [metric for metric in wanted if data.curves_by_variant(metric)]
     if not metrics:
         return Section("curves", "Learning curves", absent="No run has been evaluated yet.")
-    pictures = [_curve_picture(found, metric) for metric in metrics[:MOST_FIGURES]]
+    pictures = [_curve_picture(data, metric) for metric in metrics[:MOST_FIGURES]]
     blocks: list[Block] = [Paragraph(HOW), Gallery(pictures)]
-    if not found.kv_terms:
+    if not data.kv_loss_metrics:
         blocks.append(Paragraph("No variant has a KV loss among its evaluations."))
     return Section("curves", "Learning curves", [*blocks, *note_on_omitted(len(metrics))])
 
 
-def _curve_picture(found: ExperimentData, metric: str) -> Picture:
-    groups = found.curves(metric)
-    kind = " (KV loss)" if metric in found.kv_terms else ""
+def _curve_picture(data: ExperimentData, metric: str) -> Picture:
+    groups = data.curves_by_variant(metric)
+    kind = " (KV loss)" if metric in data.kv_loss_metrics else ""
     title = "cross-entropy, nats a token" if metric == "ce" else metric_words(metric) + kind
     alt = f"{title} against steps, a colour for each variant; the means end at {text_of_last_means(groups)}"
-    draw = partial(draw_curve_groups, groups, found.experiment.variants, title)
-    return draw_picture(found.named("curve", metric), alt, draw)
+    draw = partial(draw_curve_groups, groups, data.experiment.variants, title)
+    return draw_picture(data.unique_name("curve", metric), alt, draw)

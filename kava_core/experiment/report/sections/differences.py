@@ -1,4 +1,4 @@
-"""The declared comparisons: a forest plot and a table with every number of every test."""
+"""Show the declared comparisons: a forest plot and a table with every number of every test."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from kava_core.experiment.report.pages.page_elements import (
 )
 from kava_core.experiment.report.sections.summary import TONES
 from kava_core.experiment.result_tables import number_text
-from kava_core.experiment.verdict import Verdict
+from kava_core.experiment.verdict import Verdict, ratio_text
 
 TITLE = "Differences"
 COLOURS = {"good": 2, "bad": 1, "open": 0, "warning": 4}
@@ -44,32 +44,32 @@ HOW = (
 )
 
 
-def differences_section(found: ExperimentData) -> Section:
-    """Every comparison that has a seed to go by."""
-    if not found.verdicts:
-        return Section("differences", TITLE, absent=printable_text(_reason_for_none(found)))
-    blocks: list[Block] = [Paragraph(HOW), Gallery([_forest_picture(found)]), _tests_table(found)]
+def differences_section(data: ExperimentData) -> Section:
+    """Return every comparison that has a seed to go by."""
+    if not data.verdicts:
+        return Section("differences", TITLE, absent=printable_text(_reason_for_none(data)))
+    blocks: list[Block] = [Paragraph(HOW), Gallery([_forest_picture(data)]), _tests_table(data)]
     return Section("differences", TITLE, blocks)
 
 
-def _reason_for_none(found: ExperimentData) -> str:
-    if found.problem:
-        return f"No verdicts: {found.problem}."
-    if not found.declared:
+def _reason_for_none(data: ExperimentData) -> str:
+    if data.why_no_verdicts:
+        return f"No verdicts: {data.why_no_verdicts}."
+    if not data.declared_pairs:
         return "No comparison was declared, so none is judged."
     return "No declared comparison has a seed that is complete in both variants."
 
 
-def _forest_picture(found: ExperimentData) -> Picture:
-    told = "; ".join(
-        f"{v.first} − {v.second} {v.test.mean:+.3g} ({v.outcome}, {v.test.n} seeds)" for v in found.verdicts
-    )
-    alt = f"Differences in {metric_words(found.compare.metric)} with intervals: {told}"
-    return draw_picture(found.named("differences"), alt, partial(_draw_forest, found), wide=True)
+def _forest_picture(data: ExperimentData) -> Picture:
+    texts = [
+        f"{v.first} − {v.second} {v.test.mean:+.3g} ({v.outcome}, {v.test.n} seeds)" for v in data.verdicts
+    ]
+    alt = f"Differences in {metric_words(data.compare.metric)} with intervals: {'; '.join(texts)}"
+    return draw_picture(data.unique_name("differences"), alt, partial(_draw_forest, data), wide=True)
 
 
-def _draw_forest(found: ExperimentData, style: Style) -> Figure:
-    verdicts = found.verdicts
+def _draw_forest(data: ExperimentData, style: Style) -> Figure:
+    verdicts = data.verdicts
     figure = Figure(figsize=(WIDTH, 1.5 + 0.62 * len(verdicts)), layout="constrained")
     axis = figure.add_subplot()
     axis.axvline(0, color=style.ink, linewidth=1.2, zorder=1)
@@ -80,8 +80,8 @@ def _draw_forest(found: ExperimentData, style: Style) -> Figure:
     axis.xaxis.set_major_locator(MaxNLocator(6))
     axis.grid(axis="y", visible=False)
     axis.spines["left"].set_visible(False)
-    metric = metric_words(found.compare.metric)
-    better = "left" if found.compare.lower_is_better else "right"
+    metric = metric_words(data.compare.metric)
+    better = "left" if data.compare.lower_is_better else "right"
     axis.set_xlabel(figure_text(f"{metric}, first − second ({better} of 0: the first is better)"))
     add_legend(figure, list(_legend_entries(style, verdicts)))
     return figure
@@ -91,10 +91,10 @@ def _draw_comparison(axis: Axes, row: int, verdict: Verdict, style: Style) -> No
     colour = style.palette[COLOURS[TONES.get(verdict.outcome, "open")]]
     test, points = verdict.test, list(verdict.differences.values())
     title = f"{shorten(verdict.first, 18)} − {shorten(verdict.second, 18)}"
-    behind = {"facecolor": style.paper, "edgecolor": "none", "pad": 1.5}
-    told: Any = {"transform": axis.get_yaxis_transform(), "fontsize": 9, "fontweight": "bold", "va": "bottom"}
-    axis.text(0, row - 0.3, figure_text(title), bbox=behind, **told)
-    axis.text(1, row - 0.3, verdict.outcome, bbox=behind, ha="right", color=colour, **told)
+    background = {"facecolor": style.paper, "edgecolor": "none", "pad": 1.5}
+    font: Any = {"transform": axis.get_yaxis_transform(), "fontsize": 9, "fontweight": "bold", "va": "bottom"}
+    axis.text(0, row - 0.3, figure_text(title), bbox=background, **font)
+    axis.text(1, row - 0.3, verdict.outcome, bbox=background, ha="right", color=colour, **font)
     if math.isfinite(test.low):
         axis.plot(
             [test.low, test.high], [row, row], color=colour, linewidth=5, alpha=0.55, solid_capstyle="butt"
@@ -128,16 +128,16 @@ HEAD = (
 )
 
 
-def _tests_table(found: ExperimentData) -> PageTable:
-    family = found.verdicts[0].family
+def _tests_table(data: ExperimentData) -> PageTable:
+    family = data.verdicts[0].family
     caption = (
         f"Paired t-tests over shared seeds, corrected over the family of {family}; "
-        f"metric: {metric_words(found.compare.metric)}"
+        f"metric: {metric_words(data.compare.metric)}"
     )
     return PageTable(
         caption,
         HEAD,
-        [list(_cells_of_verdict(verdict)) for verdict in found.verdicts],
+        [list(_cells_of_verdict(verdict)) for verdict in data.verdicts],
         left=3,
         texts=(len(HEAD) - 1,),
     )
@@ -151,15 +151,14 @@ def _cells_of_verdict(verdict: Verdict) -> Iterator[str]:
     yield interval_text((test.low, test.high))
     yield from map(number_text, (test.p, verdict.holm, verdict.bonferroni, test.effect, test.detectable))
     yield interval_text(verdict.resampled)
-    yield ", ".join(f"{metric_words(name)} {_times(ratio)}" for name, ratio in verdict.budgets.items()) or "–"
-
-
-def _times(ratio: float) -> str:
-    return f"×{ratio:.3g}" if math.isfinite(ratio) and ratio else "of one alone"
+    yield (
+        ", ".join(f"{metric_words(name)} {ratio_text(ratio)}" for name, ratio in verdict.budgets.items())
+        or "–"
+    )
 
 
 def interval_text(ends: tuple[float, float] | None) -> str:
-    """``−0.1 … +0.2``; – where it is unknown."""
+    """Return an interval as ``−0.1 … +0.2``, a dash if it is unknown."""
     if ends is None or not all(map(math.isfinite, ends)):
         return "–"
     return f"{ends[0]:+.3g} … {ends[1]:+.3g}"

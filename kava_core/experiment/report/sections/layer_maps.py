@@ -1,4 +1,4 @@
-"""Measured layer maps: how similar the layers are, and which are read."""
+"""Draw measured layer maps: how similar the layers are, and which are read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kava_core.experiment.report.pages.page_elements import Picture, Section
 from kava_core.json_files import read_json_object
 
 TITLE = "Layer maps"
-WRITTEN = 16
+MOST_LAYERS_WRITTEN = 16
 """Most layers on a side for which values are written into the cells."""
 
 Numbers = NDArray[np.float64]
@@ -40,19 +40,19 @@ class MeasuredMap:
     weights: Numbers
 
 
-def layer_maps_section(found: ExperimentData) -> Section:
-    """The map of every variant's first seed that has one, for every teacher."""
-    maps = [one for variant in found.experiment.variants for one in _first_maps(found, variant)]
+def layer_maps_section(data: ExperimentData) -> Section:
+    """Return the map of every variant's first seed that has one, for every teacher."""
+    maps = [found for variant in data.experiment.variants for found in _first_maps(data, variant)]
     how = (
         "Student layers upwards, teacher layers to the right; a frame marks the teacher layers that a "
         "student layer reads. Of every variant, the first seed that has a map."
     )
     absent = "No run has measured a layer map."
-    return gallery_section("layer-maps", TITLE, maps, partial(_map_picture, found), how=how, absent=absent)
+    return gallery_section("layer-maps", TITLE, maps, partial(_map_picture, data), how=how, absent=absent)
 
 
-def _first_maps(found: ExperimentData, variant: str) -> Iterator[MeasuredMap]:
-    for seed, run in sorted(found.experiment.runs_of_variant(variant).items()):
+def _first_maps(data: ExperimentData, variant: str) -> Iterator[MeasuredMap]:
+    for seed, run in sorted(data.experiment.runs_of_variant(variant).items()):
         files = sorted(run.folder.layer_maps.glob("*.safetensors"))
         if files:
             yield from (_read_map(file, variant, seed) for file in files)
@@ -63,42 +63,47 @@ def _read_map(file: Path, variant: str, seed: int) -> MeasuredMap:
     from safetensors.numpy import load_file
 
     try:
-        there = load_file(file)
-        similarity, weights = (np.asarray(there[name], np.float64) for name in ("similarity", "matrix"))
+        arrays = load_file(file)
+        similarity = np.asarray(arrays["similarity"], np.float64)
+        weights = np.asarray(arrays["matrix"], np.float64)
     except Exception as error:
         raise CheckpointError(f"{file}: unreadable: {error}") from error
-    beside = file.with_suffix(".json")
-    on: Any = read_json_object(beside).get("on", "layers") if beside.exists() else "layers"
+    description = file.with_suffix(".json")
+    on: Any = "layers"
+    if description.exists():
+        on = read_json_object(description).get("on", "layers")
     return MeasuredMap(variant, seed, file.stem, str(on), similarity, weights)
 
 
-def _map_picture(found: ExperimentData, one: MeasuredMap) -> Picture:
-    best = ", ".join(f"{i}: {int(j)}" for i, j in enumerate(one.weights.argmax(1)))
+def _map_picture(data: ExperimentData, layer_map: MeasuredMap) -> Picture:
+    best = ", ".join(f"{i}: {int(j)}" for i, j in enumerate(layer_map.weights.argmax(1)))
     alt = (
-        f"Similarity of {one.on}, {one.variant} seed {one.seed}, teacher {one.teacher}; student layer: "
-        f"heaviest teacher layer {best}"
+        f"Similarity of {layer_map.on}, {layer_map.variant} seed {layer_map.seed}, "
+        f"teacher {layer_map.teacher}; student layer: heaviest teacher layer {best}"
     )
-    return draw_picture(found.named("layers", one.variant, one.teacher), alt, partial(_draw_map, one))
+    return draw_picture(
+        data.unique_name("layers", layer_map.variant, layer_map.teacher), alt, partial(_draw_map, layer_map)
+    )
 
 
-def _draw_map(one: MeasuredMap, style: Style) -> Figure:
-    layer, t_layer = one.similarity.shape
+def _draw_map(layer_map: MeasuredMap, style: Style) -> Figure:
+    layer, t_layer = layer_map.similarity.shape
     cell = min(0.5, 8 / max(layer, t_layer))
     figure = Figure(figsize=(2.2 + cell * max(t_layer, 7), 1.4 + cell * max(layer, 3)), layout="constrained")
     axis = figure.add_subplot()
-    low, high = float(one.similarity.min()), float(one.similarity.max())
+    low, high = float(layer_map.similarity.min()), float(layer_map.similarity.max())
     low = min(low, high - 0.1)
-    image = axis.imshow(one.similarity, origin="lower", cmap="viridis", vmin=low, vmax=high)
-    figure.colorbar(image, ax=axis, label=figure_text(f"similarity of {one.on}"), shrink=0.9)
-    title = f"{shorten(one.variant, 24)}, seed {one.seed}"
-    axis.set(xlabel=figure_text(f"layer of teacher {shorten(one.teacher, 24)}"), ylabel="student layer")
+    image = axis.imshow(layer_map.similarity, origin="lower", cmap="viridis", vmin=low, vmax=high)
+    figure.colorbar(image, ax=axis, label=figure_text(f"similarity of {layer_map.on}"), shrink=0.9)
+    title = f"{shorten(layer_map.variant, 24)}, seed {layer_map.seed}"
+    axis.set(xlabel=figure_text(f"layer of teacher {shorten(layer_map.teacher, 24)}"), ylabel="student layer")
     axis.set(title=figure_text(title), xticks=_tick_places(t_layer), yticks=_tick_places(layer))
     axis.grid(visible=False)
-    for i, j in zip(*np.nonzero(one.weights > 0), strict=True):
+    for i, j in zip(*np.nonzero(layer_map.weights > 0), strict=True):
         frame: Any = {"fill": False, "edgecolor": style.palette[1], "linewidth": 2}
         axis.add_patch(Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, **frame))
-    if max(layer, t_layer) <= WRITTEN:
-        _write_values(axis, one.similarity, low + 0.6 * (high - low))
+    if max(layer, t_layer) <= MOST_LAYERS_WRITTEN:
+        _write_values(axis, layer_map.similarity, low + 0.6 * (high - low))
     return figure
 
 

@@ -1,4 +1,4 @@
-"""How to read a report: what its numbers mean, and what they do not."""
+"""Explain how to read a report: what its numbers mean, and what they do not."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PARAGRAPHS = {
 
 
 def reading_section() -> Section:
-    """A paragraph for each thing that is easily misread."""
+    """Return a paragraph for each thing that is easily misread."""
     return Section(
         "reading", "How to read this", [Paragraph(text, title=name) for name, text in PARAGRAPHS.items()]
     )

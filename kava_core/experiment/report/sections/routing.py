@@ -1,4 +1,4 @@
-"""How much every teacher counted, over time and by task."""
+"""Draw how much every teacher counted, over time and by task."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from functools import partial
 
 from matplotlib.figure import Figure
 
-from kava_core.experiment.report.experiment_data import ExperimentData
+from kava_core.experiment.report.experiment_data import Curve, ExperimentData
 from kava_core.experiment.report.figures.figure_style import (
     WIDTH,
     Style,
@@ -31,24 +31,23 @@ PREFIX = "weight/"
 TITLE = "Routing weights"
 ALL = "all examples"
 MOST_TASKS = 6
-MOVES = 1e-4
-"""Weights that change less than this are told, not drawn."""
+LEAST_CHANGE = 1e-4
+"""Weights that change less than this are named in a sentence, not drawn."""
 
 Weights = dict[str, dict[str, RunCurves]]
 """Task → teacher → curves."""
 
 
-def routing_section(found: ExperimentData) -> Section:
-    """A figure for every variant whose weights move; a sentence for those that keep theirs."""
-    variants = {
-        name: weights for name in found.experiment.variants if (weights := _weights_of_variant(found, name))
-    }
+def routing_section(data: ExperimentData) -> Section:
+    """Return a figure for every variant whose weights move, and a sentence for those that keep theirs."""
+    weights_by_variant = {name: _weights_of_variant(data, name) for name in data.experiment.variants}
+    variants = {name: weights for name, weights in weights_by_variant.items() if weights}
     if not variants:
         return Section("routing", TITLE, absent="No run has written teachers' weights.")
     moving = {name: weights for name, weights in variants.items() if _weights_move(weights)}
     blocks: list[Block] = []
     if moving:
-        pictures = [_routing_picture(found, *item) for item in list(moving.items())[:MOST_FIGURES]]
+        pictures = [_routing_picture(data, *item) for item in list(moving.items())[:MOST_FIGURES]]
         how = (
             "The share of each teacher in the fused target: a colour for each teacher, a panel for each task."
         )
@@ -58,10 +57,10 @@ def routing_section(found: ExperimentData) -> Section:
     return Section("routing", TITLE, blocks)
 
 
-def _weights_of_variant(found: ExperimentData, variant: str) -> Weights:
+def _weights_of_variant(data: ExperimentData, variant: str) -> Weights:
     weights: Weights = {}
-    for metric in found.metrics(PREFIX):
-        curves = found.curves(metric).get(variant)
+    for metric in data.metric_names(PREFIX):
+        curves = data.curves_by_variant(metric).get(variant)
         if curves:
             teacher, _, task = metric.removeprefix(PREFIX).partition("@")
             weights.setdefault(task or ALL, {})[teacher] = curves
@@ -69,54 +68,65 @@ def _weights_of_variant(found: ExperimentData, variant: str) -> Weights:
 
 
 def _weights_move(weights: Weights) -> bool:
-    return (
-        any(
-            max(values) - min(values) > MOVES
-            for of_task in weights.values()
-            for curves in of_task.values()
-            if (values := drawn_values({"": curves}))
-        )
-        or len(weights) > 1
-    )
+    if len(weights) > 1:
+        return True
+    for curves_by_teacher in weights.values():
+        for curves in curves_by_teacher.values():
+            values = drawn_values({"": curves})
+            if values and max(values) - min(values) > LEAST_CHANGE:
+                return True
+    return False
+
+
+def _last_value(curve: Curve) -> float:
+    return curve[-1][1]
 
 
 def _texts_on_constant(variants: dict[str, Weights]) -> list[str]:
-    """A sentence for all variants with the same weights."""
-    same: dict[str, list[str]] = {}
+    """Return a sentence for all variants with the same weights."""
+    variants_by_weights: dict[str, list[str]] = {}
     for variant, weights in variants.items():
-        (teachers,) = weights.values()
-        told = ", ".join(f"{name} {curves[0][1][-1][1]:.3g}" for name, curves in teachers.items())
-        same.setdefault(told, []).append(variant)
-    return [
-        printable_text(f"Weights that never change: {told} ({', '.join(names)}).")
-        for told, names in same.items()
-    ]
+        (curves_by_teacher,) = weights.values()
+        shares = []
+        for teacher, curves in curves_by_teacher.items():
+            _, first_curve = curves[0]
+            shares.append(f"{teacher} {_last_value(first_curve):.3g}")
+        variants_by_weights.setdefault(", ".join(shares), []).append(variant)
+    sentences = []
+    for shares_text, names in variants_by_weights.items():
+        sentences.append(f"Weights that never change: {shares_text} ({', '.join(names)}).")
+    return [printable_text(sentence) for sentence in sentences]
 
 
-def _routing_picture(found: ExperimentData, variant: str, weights: Weights) -> Picture:
-    told = "; ".join(
-        f"{task}: " + ", ".join(f"{name} {curves[-1][1][-1][1]:.2g}" for name, curves in of_task.items())
-        for task, of_task in weights.items()
-    )
-    alt = f"Teachers' weights of {variant} over steps; at the end of one seed, {told}"
+def _routing_picture(data: ExperimentData, variant: str, weights: Weights) -> Picture:
+    tasks = []
+    for task, curves_by_teacher in weights.items():
+        shares = []
+        for teacher, curves in curves_by_teacher.items():
+            _, last_curve = curves[-1]
+            shares.append(f"{teacher} {_last_value(last_curve):.2g}")
+        tasks.append(f"{task}: {', '.join(shares)}")
+    alt = f"Teachers' weights of {variant} over steps; at the end of one seed, {'; '.join(tasks)}"
     draw = partial(_draw_weights, variant, weights)
-    return draw_picture(found.named("routing", variant), alt, draw)
+    return draw_picture(data.unique_name("routing", variant), alt, draw)
 
 
 def _draw_weights(variant: str, weights: Weights, style: Style) -> Figure:
     tasks = list(weights)[:MOST_TASKS]
-    teachers = list(dict.fromkeys(name for of_task in weights.values() for name in of_task))
+    teachers = list(
+        dict.fromkeys(name for curves_by_teacher in weights.values() for name in curves_by_teacher)
+    )
     height = 0.9 + 1.9 * len(tasks) + legend_height(teachers)
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    seen = looks_of_names(teachers, style)
+    looks = looks_of_names(teachers, style)
     panels = figure.subplots(len(tasks), 1, squeeze=False, sharex=True)[:, 0]
     for axis, task in zip(panels, tasks, strict=True):
         for name, curves in weights[task].items():
-            draw_curves(axis, seen[name], curves)
+            draw_curves(axis, looks[name], curves)
         axis.set(ylim=(-0.03, 1.03), ylabel="weight")
         axis.set_title(figure_text(task), fontsize=9.5, fontweight="normal")
     panels[-1].set_xlabel("step")
     mark_steps(panels[-1])
     figure.suptitle(figure_text(shorten(variant)), fontsize=11, fontweight="bold", x=0.02, ha="left")
-    add_legend(figure, [legend_entry(seen[name]) for name in teachers])
+    add_legend(figure, [legend_entry(looks[name]) for name in teachers])
     return figure

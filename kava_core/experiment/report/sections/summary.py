@@ -1,4 +1,4 @@
-"""The first section: what came out, and what did not."""
+"""Summarise an experiment in the first section: what came out, and what did not."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from kava_core.experiment.report.experiment_data import ExperimentData
 from kava_core.experiment.report.pages.display_text import (
     count_text,
     metric_words,
+    plural_text,
     printable_text,
     seeds_text,
 )
@@ -41,46 +42,45 @@ TONES: dict[str, Tone] = {
 STATE_TONES: dict[State, Tone] = {"complete": "good", "failed": "bad", "missing": "warning"}
 
 
-def summary_section(found: ExperimentData) -> Section:
-    """Verdicts, counts, failures, and whether the comparisons were changed."""
-    blocks: list[Block] = [_count_tiles(found)]
-    if found.verdicts and (sentence := sentence_on_distillation(found.experiment, found.verdicts)):
+def summary_section(data: ExperimentData) -> Section:
+    """Return verdicts, counts, failures, and whether the comparisons were changed."""
+    blocks: list[Block] = [_count_tiles(data)]
+    sentence = sentence_on_distillation(data.experiment, data.verdicts) if data.verdicts else ""
+    if sentence:
         tone: Tone = "good" if sentence.startswith("KV distillation helps") else "open"
         blocks.append(Paragraph(printable_text(sentence), tone))
-    blocks += [Paragraph(text, "warning") for text in _caveats(found)]
-    if found.verdicts:
-        blocks.append(Cards([_card_of_verdict(found, verdict) for verdict in found.verdicts]))
-    blocks += [Paragraph(text, "bad") for text in _failure_texts(found)]
-    blocks += [Paragraph(text, "warning") for text in (*_change_texts(found), *_uneven_texts(found))]
+    blocks += [Paragraph(text, "warning") for text in _caveats(data)]
+    if data.verdicts:
+        blocks.append(Cards([_card_of_verdict(data, verdict) for verdict in data.verdicts]))
+    blocks += [Paragraph(text, "bad") for text in _failure_texts(data)]
+    blocks += [Paragraph(text, "warning") for text in (*_change_texts(data), *_uneven_texts(data))]
     return Section("summary", "Summary", blocks)
 
 
-def _count_tiles(found: ExperimentData) -> Tiles:
-    experiment = found.experiment
-    counts = [(state, experiment.count_runs(state)) for state in get_args(State)]
-    there: list[tuple[str, str, Tone]] = [
-        (
-            f"{count} of {len(experiment.runs)}" if state == "complete" else str(count),
-            state,
-            _tone_of_state(state),
-        )
-        for state, count in counts
-        if count or state == "complete"
-    ]
-    variants, number = len(experiment.variants), len(experiment.seeds)
-    there.append((str(variants), count_text(variants, "variant").split()[1], "plain"))
-    return Tiles([*there, (str(number), count_text(number, "seed").split()[1], "plain")])
+def _count_tiles(data: ExperimentData) -> Tiles:
+    experiment = data.experiment
+    tiles: list[tuple[str, str, Tone]] = []
+    for state in get_args(State):
+        count = experiment.count_runs(state)
+        if state == "complete":
+            tiles.append((f"{count} of {len(experiment.runs)}", state, _tone_of_state(state)))
+        elif count:
+            tiles.append((str(count), state, _tone_of_state(state)))
+    for thing, count in (("variant", len(experiment.variants)), ("seed", len(experiment.seeds))):
+        tiles.append((str(count), plural_text(count, thing), "plain"))
+    return Tiles(tiles)
 
 
 def _tone_of_state(state: State) -> Tone:
     return STATE_TONES.get(state, "open")
 
 
-def _card_of_verdict(found: ExperimentData, verdict: Verdict) -> Card:
-    test, compare = verdict.test, found.compare
+def _card_of_verdict(data: ExperimentData, verdict: Verdict) -> Card:
+    test, compare = verdict.test, data.compare
     low, high = (f"{number:+.3g}" for number in (test.low, test.high))
     notes = []
-    if verdict.outcome == "unequal budgets" and (steps := steps_for_equal_flops(found.experiment, verdict)):
+    steps = steps_for_equal_flops(data.experiment, verdict)
+    if verdict.outcome == "unequal budgets" and steps:
         notes.append(f"For the same FLOPs, {printable_text(verdict.second)} could train {steps} steps.")
     return Card(
         title=printable_text(f"{verdict.first} − {verdict.second}"),
@@ -93,57 +93,61 @@ def _card_of_verdict(found: ExperimentData, verdict: Verdict) -> Card:
     )
 
 
-def _caveats(found: ExperimentData) -> Iterator[str]:
-    """Why there are fewer verdicts than one could wish."""
-    experiment = found.experiment
+def _caveats(data: ExperimentData) -> Iterator[str]:
+    """Yield why there are fewer verdicts than one could wish."""
+    experiment = data.experiment
     if not experiment.count_runs("complete"):
         yield "No run is complete: there is nothing to compare yet."
-    if not found.declared:
+    if not data.declared_pairs:
         yield "No comparison was declared before the runs: all this describes, and proves nothing."
-    if found.problem:
-        yield printable_text(f"No verdicts: {found.problem}.")
+    if data.why_no_verdicts:
+        yield printable_text(f"No verdicts: {data.why_no_verdicts}.")
     else:
-        for first, second in comparisons_without_verdict(experiment, found.verdicts):
+        for first, second in comparisons_without_verdict(experiment, data.verdicts):
             yield printable_text(f"{first} − {second} was declared, and no seed is complete in both.")
-    if found.declared == [] or found.problem:
-        for text in (one for one in found.lacking() if one != found.problem):
-            yield printable_text(f"Left out of means and figures: {text}.")
+    if not data.declared_pairs or data.why_no_verdicts:
+        for text in data.texts_on_lacking():
+            if text != data.why_no_verdicts:
+                yield printable_text(f"Left out of means and figures: {text}.")
     if len(experiment.variants) == 1:
         yield "There is one variant: nothing to compare it with."
     if len(experiment.seeds) == 1:
         yield "There is one seed: no interval, no test, and no telling chance from effect."
 
 
-def _failure_texts(found: ExperimentData) -> Iterator[str]:
-    """A sentence for every reason of every variant."""
-    reasons: dict[tuple[str, str, str], list[int]] = defaultdict(list)
-    for run in found.experiment.runs:
+def _failure_texts(data: ExperimentData) -> Iterator[str]:
+    """Yield a sentence for every reason of every variant."""
+    seeds_by_reason: dict[tuple[str, str, str], list[int]] = defaultdict(list)
+    for run in data.experiment.runs:
         if run.state != "complete":
-            said = str((run.failure or {}).get("error", ""))
-            reasons[run.variant, run.state, said].append(run.seed)
-    for (variant, state, said), those in reasons.items():
-        reason = f": {said}" if said else ""
-        yield printable_text(f"{variant}, {seeds_text(those)}: {state}{reason}")
+            error = str((run.failure or {}).get("error", ""))
+            seeds_by_reason[run.variant, run.state, error].append(run.seed)
+    for (variant, state, error), seeds in seeds_by_reason.items():
+        reason = f": {error}" if error else ""
+        yield printable_text(f"{variant}, {seeds_text(seeds)}: {state}{reason}")
 
 
-def _uneven_texts(found: ExperimentData) -> Iterator[str]:
-    names = list(uneven_facts(found))
+def _uneven_texts(data: ExperimentData) -> Iterator[str]:
+    names = list(uneven_facts(data))
     if names:
         yield printable_text(f"Runs differ in {', '.join(names)}: see “What was compared”.")
 
 
-def _change_texts(found: ExperimentData) -> Iterator[str]:
-    for before in found.experiment.earlier:
-        compare = before["compare"]
-        asked = [*(f"{before['treatment']} − {one}" for one in compare.get("controls", ()))]
-        asked += [f"{first} − {second}" for first, second in compare.get("pairs", ())]
-        done = count_text(before["complete"], "run")
+def _change_texts(data: ExperimentData) -> Iterator[str]:
+    """Yield a sentence for every plan that was recorded earlier and changed."""
+    for plan in data.experiment.earlier:
+        if not plan["complete"]:
+            yield printable_text(
+                f"The comparisons of {plan['declared']} were changed before any run was complete."
+            )
+            continue
+        compare = plan["compare"]
+        pairs = [f"{plan['treatment']} − {control}" for control in compare.get("controls", ())]
+        pairs += [f"{first} − {second}" for first, second in compare.get("pairs", ())]
+        complete = count_text(plan["complete"], "run")
+        metric = metric_words(compare.get("metric", "exact_match"))
         yield printable_text(
             "Comparisons, variants, settings or seeds were changed after they were declared. As to the "
-            f"comparisons, until then ({before['declared']}, {done} complete at the change) they were "
-            f"{', '.join(asked) or 'none'}, by "
-            f"{metric_words(compare.get('metric', 'exact_match'))}. "
-            "Results could have been seen before the change."
-            if before["complete"]
-            else f"The comparisons of {before['declared']} were changed before any run was complete."
+            f"comparisons, until then ({plan['declared']}, {complete} complete at the change) they were "
+            f"{', '.join(pairs) or 'none'}, by {metric}. Results could have been seen before the change."
         )
