@@ -1,1 +1,1 @@
-"""Experiments that can be believed: what a difference between two variants is worth."""
+"""Run experiments that can be believed, and judge what a difference between two variants is worth."""

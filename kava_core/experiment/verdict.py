@@ -116,8 +116,10 @@ def _values_by_seed(
     """Return what both variants reached, by the seeds that both have finished."""
     horizon = _common_horizon(experiment, pair, compare)
     first, second = (_values_of_variant(experiment, name, compare, horizon) for name in pair)
-    shared = sorted(first.keys() & second.keys())
-    return {seed: (first[seed], second[seed]) for seed in shared}
+    values = {}
+    for seed in sorted(first.keys() & second.keys()):
+        values[seed] = (first[seed], second[seed])
+    return values
 
 
 def _values_of_variant(
@@ -129,10 +131,12 @@ def _values_of_variant(
 
 def _common_horizon(experiment: Experiment, pair: tuple[str, str], compare: CompareSpec) -> float:
     """Return what every run of the pair has spent, if the metric is counted up to a target."""
-    runs = [run for variant in pair for run in experiment.complete_runs(variant).values()]
-    if compare.metric not in TARGET_METRICS or not runs:
-        return math.inf
-    return min(most_spent(run, compare) for run in runs)
+    horizon = math.inf
+    if compare.metric in TARGET_METRICS:
+        for variant in pair:
+            for run in experiment.complete_runs(variant).values():
+                horizon = min(horizon, most_spent(run, compare))
+    return horizon
 
 
 def _make_verdict(
@@ -201,10 +205,15 @@ def _decide_outcome(
 
 def _open_runs(experiment: Experiment, pair: tuple[str, str]) -> str:
     """Return the runs of the pair that are not complete, failed ones first; empty if there are none."""
-    runs = [run for variant in pair for run in experiment.runs_of_variant(variant).values()]
-    open_runs = [run for run in runs if run.state != "complete"]
-    open_runs.sort(key=lambda run: run.state != "failed")
-    return ", ".join(f"{run.variant} seed {run.seed} {run.state}" for run in open_runs)
+    failed, others = list[str](), list[str]()
+    for variant in pair:
+        for run in experiment.runs_of_variant(variant).values():
+            text = f"{variant} seed {run.seed} {run.state}"
+            if run.state == "failed":
+                failed.append(text)
+            elif run.state != "complete":
+                others.append(text)
+    return ", ".join([*failed, *others])
 
 
 def _data_difference(first: Sequence[RunResults], second: Sequence[RunResults]) -> str:
@@ -232,13 +241,13 @@ def _data_hashes(run: RunResults, split: str) -> tuple[Any, ...]:
 
 def _budget_ratios(first: Sequence[RunResults], second: Sequence[RunResults]) -> dict[str, float]:
     """Return the mean of the first over the mean of the second; nothing if a run did not record it."""
-    if any(run.compute.get(name) is None for run in (*first, *second) for name in BUDGETS):
-        return {}
     ratios = {}
     for name in BUDGETS:
-        spent_by_first = mean(run.compute[name] for run in first)
-        spent_by_second = mean(run.compute[name] for run in second)
-        ratios[name] = _quotient(spent_by_first, spent_by_second)
+        spent_by_first: list[Any] = [run.compute.get(name) for run in first]
+        spent_by_second: list[Any] = [run.compute.get(name) for run in second]
+        if None in spent_by_first or None in spent_by_second:
+            return {}
+        ratios[name] = _quotient(mean(spent_by_first), mean(spent_by_second))
     return ratios
 
 

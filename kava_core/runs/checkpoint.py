@@ -121,7 +121,7 @@ def path_of_step(folder: Path, step: int) -> Path:
     return folder / NAME.format(step=step)
 
 
-def steps(folder: Path) -> dict[int, Path]:
+def checkpoints_by_step(folder: Path) -> dict[int, Path]:
     """Return the checkpoints in a folder by their step, ascending, whether complete or not."""
     checkpoints = {}
     for path in folder.glob(NAME.format(step="*")):
@@ -143,15 +143,15 @@ def step_of(folder: Path) -> int:
     return int(match[1])
 
 
-def newest(folder: Path) -> Path | None:
+def newest_intact(folder: Path) -> Path | None:
     """Return the newest complete and unaltered checkpoint, None if there is none. Changes nothing on disk."""
-    for path in reversed(steps(folder).values()):
-        if fault(path) is None:
+    for path in reversed(checkpoints_by_step(folder).values()):
+        if find_fault(path) is None:
             return path
     return None
 
 
-def fault(folder: Path) -> str | None:
+def find_fault(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint, None if nothing is."""
     try:
         verify(folder)
@@ -160,7 +160,7 @@ def fault(folder: Path) -> str | None:
     return None
 
 
-def recover(folder: Path) -> tuple[Path | None, list[str]]:
+def recover_newest(folder: Path) -> tuple[Path | None, list[str]]:
     """Prepare a folder of checkpoints for a run that goes on.
 
     What a killed process left is deleted. Checkpoints newer than the intact one are damaged: they are
@@ -169,10 +169,10 @@ def recover(folder: Path) -> tuple[Path | None, list[str]]:
     Returns:
         The newest intact checkpoint, None if there is none, and a line for every damaged one.
     """
-    clear(folder)
+    clear_leftovers(folder)
     damaged: list[str] = []
-    for path in reversed(steps(folder).values()):
-        wrong = fault(path)
+    for path in reversed(checkpoints_by_step(folder).values()):
+        wrong = find_fault(path)
         if wrong is None:
             return path, damaged
         damaged.append(f"{wrong}; set aside as {_set_aside(path).name}")
@@ -186,13 +186,13 @@ def _set_aside(path: Path) -> Path:
     return path.rename(free_name)
 
 
-def clear(folder: Path) -> None:
+def clear_leftovers(folder: Path) -> None:
     """Delete what a killed process was writing or deleting."""
     for leftover in (folder / STAGING, *folder.glob(NAME.format(step="*.deleted"))):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def prune(folder: Path, keep: int) -> None:
+def keep_newest(folder: Path, keep: int) -> None:
     """Delete all but the newest ``keep`` checkpoints."""
-    for path in list(steps(folder).values())[:-keep]:
+    for path in list(checkpoints_by_step(folder).values())[:-keep]:
         discard(path)

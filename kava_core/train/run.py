@@ -200,7 +200,7 @@ def _recover_checkpoint(folder: Folder) -> Path | None:
     """Return the checkpoint to go on from, chosen by one process for all; report damage on stderr."""
     chosen: list[Path | None] = [None]
     if is_main():
-        chosen[0], damaged = checkpoint.recover(folder.checkpoints)
+        chosen[0], damaged = checkpoint.recover_newest(folder.checkpoints)
         for line in damaged:
             print(line, file=sys.stderr)
         if damaged and chosen[0] is None:

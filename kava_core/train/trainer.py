@@ -296,17 +296,17 @@ class KavaTrainer(Trainer):
         assert_finite_weights(self.model, f"step {self.state.global_step}")
         folder = self.checkpoints
         if self.args.should_save:
-            checkpoint.clear(folder)
+            checkpoint.clear_leftovers(folder)
         self.accelerator.wait_for_everyone()
         try:
             staged = self._save_staged(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 checkpoint.seal(staged, folder / staged.name)
-                checkpoint.prune(folder, self.keep)
-                checkpoint.clear(folder)
+                checkpoint.keep_newest(folder, self.keep)
+                checkpoint.clear_leftovers(folder)
         except (OSError, RuntimeError, SafetensorError) as error:
-            checkpoint.clear(folder)
+            checkpoint.clear_leftovers(folder)
             raise KavaError(self._describe_unwritten(error)) from error
         finally:
             self._staging = False

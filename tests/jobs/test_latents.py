@@ -204,7 +204,7 @@ def test_the_control_is_the_collators_shuffled_teacher(wide: Path) -> None:
 
 
 def test_the_trained_aligners_are_used(wide: Path) -> None:
-    last = checkpoint.newest(wide / "checkpoints")
+    last = checkpoint.newest_intact(wide / "checkpoints")
     saved = load_file(last / "aligner.safetensors")
     state = load_latent_run(wide).distiller.pipeline.state_dict()
     assert any("dim_projector" in name for name in saved)

@@ -100,18 +100,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_damage_is_named_and_the_newest_intact_one_wins(tmp_path: Path, how: str) -> None:
     damage, told = DAMAGE[how]
     paths = [sealed(tmp_path, step) for step in (2, 10, 9)]
-    assert checkpoint.newest(tmp_path) == paths[1]
+    assert checkpoint.newest_intact(tmp_path) == paths[1]
     damage(paths[1])
     with pytest.raises(CheckpointError, match=told) as error:
         checkpoint.verify(paths[1])
     assert error.value.exit_code == 5
     assert "\n" not in str(error.value)
-    assert checkpoint.newest(tmp_path) == paths[2]
-    chosen, found = checkpoint.recover(tmp_path)
+    assert checkpoint.newest_intact(tmp_path) == paths[2]
+    chosen, found = checkpoint.recover_newest(tmp_path)
     assert chosen == paths[2]
     assert len(found) == 1
     assert found[0].endswith("; set aside as checkpoint-10.damaged-1")
-    assert list(checkpoint.steps(tmp_path)) == [2, 9]
+    assert list(checkpoint.checkpoints_by_step(tmp_path)) == [2, 9]
     assert (tmp_path / "checkpoint-10.damaged-1").exists()
 
 
@@ -130,7 +130,7 @@ def test_the_manifest_lists_every_file_with_its_hash(tmp_path: Path) -> None:
 def test_two_damaged_ones_of_one_step_are_both_kept(tmp_path: Path) -> None:
     for number in (1, 2):
         flip(sealed(tmp_path, 5) / "optimizer.pt")
-        assert checkpoint.recover(tmp_path)[0] is None
+        assert checkpoint.recover_newest(tmp_path)[0] is None
         assert (tmp_path / f"checkpoint-5.damaged-{number}").is_dir()
 
 
@@ -146,16 +146,16 @@ def test_foreign_files_are_left_alone(tmp_path: Path) -> None:
     for name in foreign:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
-    assert checkpoint.recover(tmp_path) == (tmp_path / "checkpoint-4", [])
-    checkpoint.prune(tmp_path, 1)
+    assert checkpoint.recover_newest(tmp_path) == (tmp_path / "checkpoint-4", [])
+    checkpoint.keep_newest(tmp_path, 1)
     assert [name for name in foreign if not (tmp_path / name).exists()] == []
 
 
 def test_prune_keeps_the_newest(tmp_path: Path) -> None:
     for step in (100, 20, 3):
         sealed(tmp_path, step)
-    checkpoint.prune(tmp_path, 2)
-    assert list(checkpoint.steps(tmp_path)) == [20, 100]
+    checkpoint.keep_newest(tmp_path, 2)
+    assert list(checkpoint.checkpoints_by_step(tmp_path)) == [20, 100]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint-100", "checkpoint-20", STAGING]
 
 
@@ -184,7 +184,7 @@ from pathlib import Path
 from kava_core.runs import checkpoint
 
 folder = Path(sys.argv[1])
-chosen, _ = checkpoint.recover(folder)
+chosen, _ = checkpoint.recover_newest(folder)
 first = 1 if chosen is None else checkpoint.step_of(chosen) + 1
 for step in count(first):
     staged = folder / checkpoint.STAGING / f"checkpoint-{step}"
@@ -193,7 +193,7 @@ for step in count(first):
         (staged / f"part-{number}" / "weights.safetensors").write_bytes(bytes([step % 256]) * 300_000)
     checkpoint.seal(staged, folder / staged.name)
     print(step, flush=True)
-    checkpoint.prune(folder, 1)
+    checkpoint.keep_newest(folder, 1)
 """
 
 
@@ -211,12 +211,12 @@ def test_kill_9_inside_a_save_leaves_only_complete_checkpoints(tmp_path: Path) -
         announced = [int(line) for line in process.stdout.read().split()]
         process.wait()
         inside += any((tmp_path / STAGING).glob("*/*")) or any(tmp_path.glob("*.deleted"))
-        found = checkpoint.steps(tmp_path)
+        found = checkpoint.checkpoints_by_step(tmp_path)
         assert found
         assert max(found) >= max(announced, default=0)
-        assert [checkpoint.fault(path) for path in found.values()] == [None] * len(found)
+        assert [checkpoint.find_fault(path) for path in found.values()] == [None] * len(found)
     assert inside >= 5, "the kills missed the saves: nothing was tested"
-    checkpoint.recover(tmp_path)
+    checkpoint.recover_newest(tmp_path)
     assert all(checkpoint.PATTERN.fullmatch(entry.name) for entry in tmp_path.iterdir())
 
 
@@ -224,7 +224,7 @@ def test_kill_9_inside_a_save_leaves_only_complete_checkpoints(tmp_path: Path) -
 
 
 def weights(result: RunResult) -> dict[str, Tensor]:
-    last = checkpoint.newest(result.folder / "checkpoints")
+    last = checkpoint.newest_intact(result.folder / "checkpoints")
     assert last is not None
     return load_file(last / "student" / "model.safetensors") | load_file(last / ALIGNER_FILE)
 
@@ -267,7 +267,7 @@ def crashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
         with pytest.raises(Stop):
             run(spec, variant="main", seed=0)
     folder = Folder.planned(spec, "main", 0)
-    assert list(checkpoint.steps(folder.checkpoints)) == [2, 4]
+    assert list(checkpoint.checkpoints_by_step(folder.checkpoints)) == [2, 4]
     return folder
 
 
@@ -283,7 +283,7 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(
 
 
 def test_only_damaged_checkpoints_begin_anew(whole: RunResult, crashed: Folder) -> None:
-    for path in checkpoint.steps(crashed.checkpoints).values():
+    for path in checkpoint.checkpoints_by_step(crashed.checkpoints).values():
         flip(path / "trainer_state.json")
     assert_same(weights(run(crashed.spec, variant="main", seed=0)), weights(whole))
 

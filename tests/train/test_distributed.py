@@ -99,7 +99,7 @@ def folder_of(output: Path) -> Path:
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    last = checkpoint.newest(folder / "checkpoints")
+    last = checkpoint.newest_intact(folder / "checkpoints")
     assert last is not None
     return load_file(last / "student" / "model.safetensors") | load_file(last / ALIGNER_FILE)
 
@@ -158,7 +158,7 @@ def test_a_signal_to_any_process_saves_once_and_resuming_is_bit_exact(
     facts = torchrun(folder, name, bumpy(), ranks)
     assert [each["code"] for each in facts] == [75, 75]
     run_folder = folder_of(folder / name)
-    assert list(checkpoint.steps(run_folder / "checkpoints")) == [3]
+    assert list(checkpoint.checkpoints_by_step(run_folder / "checkpoints")) == [3]
     assert json.loads((run_folder / "run.json").read_text())["status"] == "stopped"
     assert [each["code"] for each in torchrun(folder, name, bumpy())] == [0, 0]
     found, expected = weights(run_folder), weights(folder_of(folder / "whole"))

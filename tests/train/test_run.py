@@ -35,7 +35,7 @@ from tests.support.stops import stop
 def weights(result: RunResult | Path) -> dict[str, Tensor]:
     """Student and aligners of the last checkpoint."""
     folder = result if isinstance(result, Path) else result.folder
-    last = checkpoint.newest(folder / "checkpoints")
+    last = checkpoint.newest_intact(folder / "checkpoints")
     assert last is not None
     return load_file(last / "student" / "model.safetensors") | load_file(last / ALIGNER_FILE)
 
@@ -74,7 +74,7 @@ def test_a_signal_saves_once_and_resuming_is_bit_exact(
     assert stopped.value.exit_code == 75
     monkeypatch.undo()
     folder = Folder.planned(spec, "main", 1)
-    assert checkpoint.step_of(checkpoint.newest(folder.checkpoints)) == at + 1
+    assert checkpoint.step_of(checkpoint.newest_intact(folder.checkpoints)) == at + 1
     result = run(spec, variant="main", seed=1)
     assert_same(weights(result), weights(whole))
     evaluations = [
@@ -159,7 +159,7 @@ def test_non_finite_loss_stops_before_the_update(tmp_path: Path, monkeypatch: py
     with pytest.raises(NonFiniteError, match=told) as stopped:
         run(spec, variant="main", seed=0)
     assert stopped.value.exit_code == 4
-    assert list(checkpoint.steps(Folder.planned(spec, "main", 0).checkpoints)) == [2, 3]
+    assert list(checkpoint.checkpoints_by_step(Folder.planned(spec, "main", 0).checkpoints)) == [2, 3]
 
 
 @pytest.mark.usefixtures("no_value_checks")
@@ -170,7 +170,7 @@ def test_non_finite_weights_are_never_saved(tmp_path: Path) -> None:
     ):
         run(spec, variant="main", seed=0)
     folder = Folder.planned(spec, "main", 0)
-    assert not checkpoint.steps(folder.checkpoints)
+    assert not checkpoint.checkpoints_by_step(folder.checkpoints)
     assert not folder.student.exists()
 
 

@@ -1,4 +1,4 @@
-"""Style figures: colours that the colour-blind tell apart, light and dark, legend below the axes."""
+"""Set how figures look: colours that the colour-blind tell apart, light and dark, legend below the axes."""
 
 from __future__ import annotations
 

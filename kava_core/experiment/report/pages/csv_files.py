@@ -48,19 +48,18 @@ SPLITS = ("train", "validation")
 
 
 def _run_rows(experiments: Sequence[ExperimentData]) -> Rows:
-    runs = [run for data in experiments for run in data.experiment.runs]
-    results = _all_names(run.results for run in runs)
-    compute = _all_names(_compute_numbers(run) for run in runs)
+    results: dict[str, None] = {}
+    compute: dict[str, None] = {}
+    for data in experiments:
+        for run in data.experiment.runs:
+            results |= dict.fromkeys(run.results)
+            compute |= dict.fromkeys(_compute_numbers(run))
     hashes = [f"{split}_sha256" for split in SPLITS]
     yield [*FACTS, *hashes, *(f"compute {name}" for name in compute), *results]
     for data in experiments:
         for run in data.experiment.runs:
             facts = [*_run_facts(data, run), *(_short_hash(run, split) for split in SPLITS)]
             yield [*facts, *map(_compute_numbers(run).get, compute), *map(run.results.get, results)]
-
-
-def _all_names(rows: Iterable[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def _compute_numbers(run: RunResults) -> dict[str, Any]:

@@ -27,10 +27,10 @@ ABSENT = object()
 
 def compared_section(data: ExperimentData) -> Section:
     """Return specs as differences from the treatment's, data, versions and machines."""
-    blocks: list[Block] = [
-        Paragraph(printable_text(f"Runs differ in {name}: {_text_of_values(values)}."), "warning")
-        for name, values in uneven_facts(data).items()
-    ]
+    blocks: list[Block] = []
+    for name, values in uneven_facts(data).items():
+        sentence = printable_text(f"Runs differ in {name}: {_text_of_values(values)}.")
+        blocks.append(Paragraph(sentence, "warning"))
     blocks += [_settings_block(data), _facts_block(data)]
     return Section("compared", "What was compared", blocks)
 
@@ -88,12 +88,13 @@ def setting_text(value: Any) -> str:
 def _settings_block(data: ExperimentData) -> Block:
     base = data.specs_by_variant.get(data.treatment)
     if base is None:
-        said = f"No run of {data.treatment} has begun, so specs cannot be set against its spec."
-        return Paragraph(printable_text(said))
-    others = [variant for variant in data.experiment.variants if variant != data.treatment]
-    rows = [
-        [printable_text(variant), *row] for variant in others for row in _rows_of_variant(data, base, variant)
-    ]
+        reason = f"No run of {data.treatment} has begun, so specs cannot be set against its spec."
+        return Paragraph(printable_text(reason))
+    rows = []
+    for variant in data.experiment.variants:
+        if variant != data.treatment:
+            for row in _rows_of_variant(data, base, variant):
+                rows.append([printable_text(variant), *row])
     if not rows:
         return Paragraph("There is no second variant whose spec could differ.")
     head = ["variant", "setting", printable_text(data.treatment), "this variant"]
@@ -190,19 +191,18 @@ def _text_of_runs(runs: list[RunResults]) -> str:
 
 
 def _facts_block(data: ExperimentData) -> Block:
-    known = facts_of_runs(data)
-    if not known:
+    facts = facts_of_runs(data)
+    if not facts:
         return Paragraph("No run has begun: nothing is known of data, machine and versions.")
-    rows = [
-        [name, printable_text(_fact_text(values))]
-        for name, values in known.items()
-        if not name.startswith(VERSION)
-    ]
-    versions = {name: values for name, values in known.items() if name.startswith(VERSION)}
-    rows += [
-        ["versions", printable_text(_versions_text(versions))],
-        ["seeds", number_ranges(data.experiment.seeds)],
-    ]
+    rows: list[list[str]] = []
+    versions: Facts = {}
+    for name, values in facts.items():
+        if name.startswith(VERSION):
+            versions[name] = values
+        else:
+            rows.append([name, printable_text(_fact_text(values))])
+    rows.append(["versions", printable_text(_versions_text(versions))])
+    rows.append(["seeds", number_ranges(data.experiment.seeds)])
     return PageTable("Data, machine, versions", ["of all runs that have begun", ""], rows, texts=(1,))
 
 

@@ -40,11 +40,14 @@ Weights = dict[str, dict[str, RunCurves]]
 
 def routing_section(data: ExperimentData) -> Section:
     """Return a figure for every variant whose weights move, and a sentence for those that keep theirs."""
-    weights_by_variant = {name: _weights_of_variant(data, name) for name in data.experiment.variants}
-    variants = {name: weights for name, weights in weights_by_variant.items() if weights}
-    if not variants:
+    moving: dict[str, Weights] = {}
+    constant: dict[str, Weights] = {}
+    for variant in data.experiment.variants:
+        weights = _weights_of_variant(data, variant)
+        if weights:
+            (moving if _weights_move(weights) else constant)[variant] = weights
+    if not moving and not constant:
         return Section("routing", TITLE, absent="No run has written teachers' weights.")
-    moving = {name: weights for name, weights in variants.items() if _weights_move(weights)}
     blocks: list[Block] = []
     if moving:
         pictures = [_routing_picture(data, *item) for item in list(moving.items())[:MOST_FIGURES]]
@@ -52,8 +55,7 @@ def routing_section(data: ExperimentData) -> Section:
             "The share of each teacher in the fused target: a colour for each teacher, a panel for each task."
         )
         blocks += [Paragraph(how), Gallery(pictures), *note_on_omitted(len(moving))]
-    kept = {name: weights for name, weights in variants.items() if name not in moving}
-    blocks += [Paragraph(text) for text in _texts_on_constant(kept)]
+    blocks += [Paragraph(text) for text in _texts_on_constant(constant)]
     return Section("routing", TITLE, blocks)
 
 
