@@ -182,7 +182,7 @@ def test_plugins_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     (row,) = [line for line in out.splitlines() if line.split()[:2] == ["fuser", "fixed"]]
     assert row.split(maxsplit=4)[2] == "kava"
-    assert row.endswith("Constant weights, the same everywhere.")
+    assert row.endswith("Give every teacher a constant weight, the same everywhere.")
     listed = json.loads(run(capsys, "plugins", "--format", "json")[1])
     assert listed["failures"] == []
     assert {"fuser", "kv_loss"} <= {one["kind"] for one in listed["components"]}
