@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from kava_core.errors import KavaError
-from kava_core.experiment.load_experiment import RunResults
+from kava_core.experiment.load_experiment import LoadedRun
 from kava_core.runs.record import STORE
 from kava_core.specfile.sections.compare import DIRECTIONS, STEPS_TO_TARGET, TARGET_METRICS, CompareSpec
 
@@ -13,7 +13,7 @@ BUDGETS = ("student_tokens", "teacher_tokens", "flops")
 """What two variants should have been given alike."""
 
 
-def compared_value(run: RunResults, compare: CompareSpec, horizon: float = math.inf) -> float:
+def compared_value(run: LoadedRun, compare: CompareSpec, horizon: float = math.inf) -> float:
     """Return the number by which a complete run is compared.
 
     Args:
@@ -33,7 +33,7 @@ def compared_value(run: RunResults, compare: CompareSpec, horizon: float = math.
     return float(value)
 
 
-def spent_to_target(run: RunResults, compare: CompareSpec, horizon: float = math.inf) -> float:
+def spent_to_target(run: LoadedRun, compare: CompareSpec, horizon: float = math.inf) -> float:
     """Return the steps or operations after which the target is first met.
 
     A run that does not meet it has spent one interval between evaluations more than the horizon.
@@ -57,12 +57,12 @@ def spent_to_target(run: RunResults, compare: CompareSpec, horizon: float = math
     return horizon + interval
 
 
-def most_spent(run: RunResults, compare: CompareSpec) -> float:
+def most_spent(run: LoadedRun, compare: CompareSpec) -> float:
     """Return what had been spent when the followed metric was last evaluated."""
     return _spending_curve(run, compare)[-1][0]
 
 
-def _spending_curve(run: RunResults, compare: CompareSpec) -> list[tuple[float, float]]:
+def _spending_curve(run: LoadedRun, compare: CompareSpec) -> list[tuple[float, float]]:
     """Return what was spent until every evaluation, and the followed metric there."""
     before_first_step, each_step = _price_of_steps(run, compare)
     lines = [line for line in run.evaluations if compare.of in line]
@@ -71,7 +71,7 @@ def _spending_curve(run: RunResults, compare: CompareSpec) -> list[tuple[float, 
     return [(before_first_step + each_step * line["step"], line[compare.of]) for line in lines]
 
 
-def _price_of_steps(run: RunResults, compare: CompareSpec) -> tuple[float, float]:
+def _price_of_steps(run: LoadedRun, compare: CompareSpec) -> tuple[float, float]:
     """Return what is spent before the first step and in each step, in steps or operations."""
     if compare.metric == STEPS_TO_TARGET:
         return 0.0, 1.0
@@ -81,7 +81,7 @@ def _price_of_steps(run: RunResults, compare: CompareSpec) -> tuple[float, float
     return price
 
 
-def price_in_flops(run: RunResults) -> tuple[float, float] | None:
+def price_in_flops(run: LoadedRun) -> tuple[float, float] | None:
     """Return the operations before the first step (of making a store) and of a step, the mean of all.
 
     None if the run did not count them.

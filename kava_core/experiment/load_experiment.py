@@ -17,7 +17,7 @@ from kava_core.specfile.sections.compare import CompareSpec
 
 
 @dataclass(frozen=True)
-class RunResults:
+class LoadedRun:
     """What one run of an experiment has come to."""
 
     variant: str
@@ -70,7 +70,7 @@ class Experiment:
 
     name: str
     folder: Path
-    runs: list[RunResults]
+    runs: list[LoadedRun]
     compare: CompareSpec | None = None
     """None if no comparison was declared."""
     treatment: str = ""
@@ -87,11 +87,11 @@ class Experiment:
         """Return all seeds that any variant has, ascending."""
         return sorted({run.seed for run in self.runs})
 
-    def runs_of_variant(self, variant: str) -> dict[int, RunResults]:
+    def runs_of_variant(self, variant: str) -> dict[int, LoadedRun]:
         """Return a variant's runs by seed."""
         return {run.seed: run for run in self.runs if run.variant == variant}
 
-    def complete_runs(self, variant: str) -> dict[int, RunResults]:
+    def complete_runs(self, variant: str) -> dict[int, LoadedRun]:
         """Return a variant's complete runs by seed."""
         runs = self.runs_of_variant(variant)
         return {seed: run for seed, run in runs.items() if run.state == "complete"}
@@ -129,11 +129,11 @@ def _load_planned(folder: Path) -> Experiment:
     return Experiment(folder.name, folder, runs, compare, plan["treatment"], plan["earlier"])
 
 
-def _load_results(folder: Folder, variant: str, seed: int) -> RunResults:
-    return RunResults(variant, seed, folder, folder.state(), folder.record())
+def _load_results(folder: Folder, variant: str, seed: int) -> LoadedRun:
+    return LoadedRun(variant, seed, folder, folder.state(), folder.record())
 
 
-def _check_one_spec_each(runs: Iterable[RunResults]) -> None:
+def _check_one_spec_each(runs: Iterable[LoadedRun]) -> None:
     """Raise a SpecError if a variant's runs have several specs: its seeds would not be comparable."""
     digests: dict[str, str] = {}
     for run in runs:

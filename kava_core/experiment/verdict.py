@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any, Literal
 
 from kava_core.experiment.compared_value import BUDGETS, compared_value, most_spent
-from kava_core.experiment.load_experiment import Experiment, RunResults
+from kava_core.experiment.load_experiment import Experiment, LoadedRun
 from kava_core.experiment.statistics import (
     FEW,
     PairedTest,
@@ -170,7 +170,7 @@ def _make_verdict(
     )
 
 
-def _runs_of_seeds(experiment: Experiment, variant: str, seeds: Iterable[int]) -> list[RunResults]:
+def _runs_of_seeds(experiment: Experiment, variant: str, seeds: Iterable[int]) -> list[LoadedRun]:
     runs = experiment.runs_of_variant(variant)
     return [runs[seed] for seed in seeds]
 
@@ -216,7 +216,7 @@ def _open_runs(experiment: Experiment, pair: tuple[str, str]) -> str:
     return ", ".join([*failed, *others])
 
 
-def _data_difference(first: Sequence[RunResults], second: Sequence[RunResults]) -> str:
+def _data_difference(first: Sequence[LoadedRun], second: Sequence[LoadedRun]) -> str:
     """Return why two runs of a seed did not see and answer the same examples; empty if all did."""
     for one, other in zip(first, second, strict=True):
         for split in ("train", "validation"):
@@ -233,13 +233,13 @@ def _data_difference(first: Sequence[RunResults], second: Sequence[RunResults]) 
     return ""
 
 
-def _data_hashes(run: RunResults, split: str) -> tuple[Any, ...]:
+def _data_hashes(run: LoadedRun, split: str) -> tuple[Any, ...]:
     """Return the hashes of the examples that were given, and of those that were short enough."""
     data = run.record.get("data", {})
     return data.get(split, {}).get("sha256"), data.get("kept", {}).get(split)
 
 
-def _budget_ratios(first: Sequence[RunResults], second: Sequence[RunResults]) -> dict[str, float]:
+def _budget_ratios(first: Sequence[LoadedRun], second: Sequence[LoadedRun]) -> dict[str, float]:
     """Return the mean of the first over the mean of the second; nothing if a run did not record it."""
     ratios = {}
     for name in BUDGETS:
@@ -282,7 +282,7 @@ def ratio_text(ratio: float) -> str:
 
 
 def _bootstrapped(
-    compare: CompareSpec, first: Sequence[RunResults], second: Sequence[RunResults]
+    compare: CompareSpec, first: Sequence[LoadedRun], second: Sequence[LoadedRun]
 ) -> tuple[float, float] | None:
     """Return the bootstrap's interval of exact match, which alone is a mean over examples."""
     if compare.metric != "exact_match":
@@ -291,7 +291,7 @@ def _bootstrapped(
     return bootstrap_interval(rows) if all(rows) else None
 
 
-def _example_differences(first: RunResults, second: RunResults) -> list[int]:
+def _example_differences(first: LoadedRun, second: LoadedRun) -> list[int]:
     """Return the differences of two runs of a seed; none if one kept no examples, or they answered others."""
     right_first, right_second = first.correct_answers, second.correct_answers
     if right_first is None or right_second is None or len(right_first) != len(right_second):

@@ -19,7 +19,7 @@ import yaml
 from kava_core.errors import CheckpointError, KavaError, Preempted, SpecError
 from kava_core.experiment.compared_value import compared_value, spent_to_target
 from kava_core.experiment.experiment_progress import ExperimentProgress, last_logged_step
-from kava_core.experiment.load_experiment import RunResults, load_experiment
+from kava_core.experiment.load_experiment import LoadedRun, load_experiment
 from kava_core.experiment.recorded_plan import read_plan, record_plan
 from kava_core.experiment.run_processes import run_processes
 from kava_core.runs.folder import Folder
@@ -294,7 +294,7 @@ def test_steps_to_a_target(tmp_path: Path, curve: list[float], expected: int) ->
     """A run that never gets there counts as one interval more than it had."""
     lines = [{"step": 100 * n, "eval_ce": 1.0, "eval_exact_match": x} for n, x in enumerate(curve, 1)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run = RunResults("a", 0, Folder(tmp_path), "complete", {"results": {"steps": 300}})
+    run = LoadedRun("a", 0, Folder(tmp_path), "complete", {"results": {"steps": 300}})
     compare = CompareSpec(metric="steps_to_target", target=0.95)
     assert spent_to_target(run, compare) == compared_value(run, compare) == expected
 
@@ -305,14 +305,14 @@ def test_operations_to_a_target(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     compute = {"flops": 640.0, "flops_of": {"student": 600.0, "store": 40.0}}
     record = {"results": {"steps": 200}, "compute": compute, "store": "stores/0"}
-    run = RunResults("a", 0, Folder(tmp_path), "complete", record)
+    run = LoadedRun("a", 0, Folder(tmp_path), "complete", record)
 
     def spent(target: float, horizon: float = math.inf) -> float:
         return compared_value(run, CompareSpec(metric="flops_to_target", target=target), horizon)
 
     assert (spent(0.1), spent(0.9), spent(1.0)) == (340, 640, 940)
     assert spent(0.9, horizon=500.0) == 800
-    untold = RunResults("a", 0, Folder(tmp_path), "complete", {"results": {"steps": 200}})
+    untold = LoadedRun("a", 0, Folder(tmp_path), "complete", {"results": {"steps": 200}})
     with pytest.raises(KavaError, match="does not say how many operations"):
         compared_value(untold, CompareSpec(metric="flops_to_target", target=0.9))
 

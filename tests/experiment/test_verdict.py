@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from kava_core.errors import KavaError
-from kava_core.experiment.load_experiment import Experiment, RunResults
+from kava_core.experiment.load_experiment import Experiment, LoadedRun
 from kava_core.experiment.result_tables import comparison_lines, table_of_means
 from kava_core.experiment.verdict import judge_comparisons, sentence_on_distillation, steps_for_equal_flops
 from kava_core.runs.folder import Folder
@@ -24,11 +24,11 @@ EQUAL = {"student_tokens": 10, "teacher_tokens": 20, "flops": 30.0, "seconds": 1
 
 def run(
     variant: str, seed: int, value: float | None, folder: Path = Path("nowhere"), **changes: Any
-) -> RunResults:
+) -> LoadedRun:
     """A complete run with this exact match, or a failed one."""
     state = "failed" if value is None else "complete"
     record = {"results": {"steps": 100, "exact_match": value}, "compute": EQUAL | changes.pop("compute", {})}
-    return RunResults(
+    return LoadedRun(
         variant, seed, Folder(folder / f"{variant}-{seed}"), changes.pop("state", state), record | changes
     )
 
@@ -111,7 +111,7 @@ def test_better_needs_equal_budgets_or_a_word(
 
 def test_runs_that_counted_nothing_are_not_equal() -> None:
     one = experiment({"kv": HIGH, "a": LOW}, pairs=[("kv", "a")])
-    bare = [RunResults(r.variant, r.seed, r.folder, r.state, {"results": r.results}) for r in one.runs]
+    bare = [LoadedRun(r.variant, r.seed, r.folder, r.state, {"results": r.results}) for r in one.runs]
     (found,) = judge_comparisons(Experiment("x", Path("x"), bare, one.compare, "kv"))
     assert (found.outcome, found.reason) == (
         "unequal budgets",
@@ -210,7 +210,7 @@ def test_other_examples_are_no_comparison() -> None:
     one = experiment({"kv": HIGH, "a": LOW}, pairs=[("kv", "a")])
     for name in ({"train": {"sha256": "1"}}, {"kept": {"validation": "1"}}):
         runs = [
-            RunResults(
+            LoadedRun(
                 r.variant, r.seed, r.folder, r.state, r.record | ({"data": name} if r.variant == "a" else {})
             )
             for r in one.runs

@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 
 from kava_core.errors import CheckpointError, KavaError
 from kava_core.experiment.compared_value import compared_value
-from kava_core.experiment.load_experiment import Experiment, RunResults, load_experiment
+from kava_core.experiment.load_experiment import Experiment, LoadedRun, load_experiment
 from kava_core.experiment.verdict import Verdict, declared_comparisons, judge_comparisons
 from kava_core.json_files import read_json_object
 from kava_core.specfile.sections.compare import CompareSpec
@@ -79,7 +79,7 @@ class ExperimentData:
         """Return the variant that others are compared with; the first one if nobody declared it."""
         return self.experiment.treatment or self.experiment.variants[0]
 
-    def complete_runs(self, variant: str) -> dict[int, RunResults]:
+    def complete_runs(self, variant: str) -> dict[int, LoadedRun]:
         """Return a variant's complete runs by seed, ascending."""
         return dict(sorted(self.experiment.complete_runs(variant).items()))
 
@@ -102,7 +102,7 @@ class ExperimentData:
                     texts.append(value)
         return texts
 
-    def _value_or_reason(self, run: RunResults) -> float | str:
+    def _value_or_reason(self, run: LoadedRun) -> float | str:
         try:
             return compared_value(run, self.compare)
         except CheckpointError:
@@ -137,14 +137,14 @@ class ExperimentData:
         names = {name for run in self.experiment.runs for line in run.evaluations for name in line}
         return sorted(name for name in names if name.startswith(prefix))
 
-    def curve_of_run(self, run: RunResults, metric: str) -> Curve:
+    def curve_of_run(self, run: LoadedRun, metric: str) -> Curve:
         """Return a run's evaluations of a metric; values that are not finite are left out."""
         points = [(line["step"], line.get(metric)) for line in run.evaluations]
         return sorted((step, float(value)) for step, value in points if _is_finite_number(value))
 
-    def curves_by_variant(self, metric: str) -> dict[str, list[tuple[RunResults, Curve]]]:
+    def curves_by_variant(self, metric: str) -> dict[str, list[tuple[LoadedRun, Curve]]]:
         """Return every run that has a curve of a metric, by variant."""
-        curves: dict[str, list[tuple[RunResults, Curve]]] = {}
+        curves: dict[str, list[tuple[LoadedRun, Curve]]] = {}
         for variant in self.experiment.variants:
             for run in self.experiment.runs_of_variant(variant).values():
                 curve = self.curve_of_run(run, metric)
@@ -175,7 +175,7 @@ def slug_of_name(name: str) -> str:
     return "-".join(filter(None, kept.split("-")))[:LONGEST_SLUG].strip("-")
 
 
-def mean_curve(curves: Sequence[tuple[RunResults, Curve]]) -> Curve:
+def mean_curve(curves: Sequence[tuple[LoadedRun, Curve]]) -> Curve:
     """Return the mean of the complete runs at the steps that all of them have evaluated."""
     complete = [dict(curve) for run, curve in curves if run.state == "complete"]
     if not complete:

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from scipy import stats
 
 from kava_core.errors import CheckpointError, KavaError, SpecError
-from kava_core.experiment.load_experiment import Experiment, RunResults
+from kava_core.experiment.load_experiment import Experiment, LoadedRun
 from kava_core.experiment.report.experiment_data import ExperimentData, mean_curve, slug_of_name
 from kava_core.experiment.report.pages.display_text import (
     amount_text,
@@ -475,8 +475,8 @@ def test_texts_for_people() -> None:
 
 
 def test_the_mean_is_over_complete_runs_at_shared_steps() -> None:
-    def run(seed: int, state: Any = "complete") -> RunResults:
-        return RunResults("kv", seed, Path(), state)
+    def run(seed: int, state: Any = "complete") -> LoadedRun:
+        return LoadedRun("kv", seed, Path(), state)
 
     curves = [
         (run(0), [(1, 1.0), (2, 2.0), (3, 3.0)]),

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from kava_core.experiment.load_experiment import RunResults
+from kava_core.experiment.load_experiment import LoadedRun
 from kava_core.experiment.report.experiment_data import Curve, mean_curve
 from kava_core.experiment.report.figures.figure_style import (
     Look,
@@ -23,7 +23,7 @@ from kava_core.experiment.report.figures.figure_style import (
 from kava_core.experiment.report.pages.display_text import count_text, figure_text, printable_text, shorten
 from kava_core.experiment.report.pages.page_elements import Block, Paragraph
 
-RunCurves = Sequence[tuple[RunResults, Curve]]
+RunCurves = Sequence[tuple[LoadedRun, Curve]]
 """Of several runs."""
 
 MOST_FIGURES = 12

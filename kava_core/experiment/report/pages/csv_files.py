@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from kava_core.experiment.compared_value import BUDGETS
-from kava_core.experiment.load_experiment import RunResults
+from kava_core.experiment.load_experiment import LoadedRun
 from kava_core.experiment.report.experiment_data import ExperimentData
 from kava_core.experiment.report.pages.display_text import printable_text
 from kava_core.experiment.report.sections.compared_settings import HASH
@@ -62,17 +62,17 @@ def _run_rows(experiments: Sequence[ExperimentData]) -> Rows:
             yield [*facts, *map(_compute_numbers(run).get, compute), *map(run.results.get, results)]
 
 
-def _compute_numbers(run: RunResults) -> dict[str, Any]:
+def _compute_numbers(run: LoadedRun) -> dict[str, Any]:
     return {name: value for name, value in run.compute.items() if isinstance(value, int | float)}
 
 
-def _run_facts(data: ExperimentData, run: RunResults) -> list[Any]:
+def _run_facts(data: ExperimentData, run: LoadedRun) -> list[Any]:
     error = (run.failure or {}).get("error")
     recorded = [run.record.get(name) for name in ("spec_digest", "device", "threads", "world_size")]
     return [data.experiment.name, run.variant, run.seed, run.state, error, *recorded]
 
 
-def _short_hash(run: RunResults, split: str) -> str | None:
+def _short_hash(run: LoadedRun, split: str) -> str | None:
     known = run.record.get("data", {}).get(split, {}).get("sha256")
     return None if known is None else str(known)[:HASH]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kava_core.experiment.load_experiment import RunResults
+from kava_core.experiment.load_experiment import LoadedRun
 from kava_core.experiment.report.experiment_data import ExperimentData, read_json_lines
 from kava_core.experiment.report.pages.display_text import printable_text
 from kava_core.experiment.report.pages.page_elements import Answer, AnswerList, Block, Paragraph, Section
@@ -32,7 +32,7 @@ def answers_section(data: ExperimentData) -> Section:
     return Section("answers", TITLE, [Paragraph(how), *blocks])
 
 
-def _answers_of_run(run: RunResults) -> AnswerList:
+def _answers_of_run(run: LoadedRun) -> AnswerList:
     written = [_make_answer(line) for line in read_json_lines(run.folder.samples)]
     right = [answer for answer in written if answer.correct]
     wrong = [answer for answer in written if not answer.correct]

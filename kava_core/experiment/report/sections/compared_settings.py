@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from kava_core.experiment.load_experiment import RunResults
+from kava_core.experiment.load_experiment import LoadedRun
 from kava_core.experiment.report.experiment_data import ExperimentData
 from kava_core.experiment.report.pages.display_text import count_text, number_ranges, printable_text
 from kava_core.experiment.report.pages.page_elements import Block, PageTable, Paragraph, Section
@@ -118,7 +118,7 @@ def _rows_of_variant(data: ExperimentData, base: Mapping[str, Any], variant: str
     return rows or [["no difference", "", ""]]
 
 
-Facts = dict[str, dict[str, list[RunResults]]]
+Facts = dict[str, dict[str, list[LoadedRun]]]
 """Fact → its value as text → the runs that have it."""
 
 SAME_FOR_ALL = ("training data", "validation data", "device", "threads", "processes", "python")
@@ -158,7 +158,7 @@ def _split_text(split: Mapping[str, Any]) -> str:
     return f"{split.get('examples', '–')} examples, sha256 {str(split.get('sha256', '–'))[:HASH]}"
 
 
-def uneven_facts(data: ExperimentData) -> dict[str, dict[str, list[RunResults]]]:
+def uneven_facts(data: ExperimentData) -> dict[str, dict[str, list[LoadedRun]]]:
     """Return what should be the same in all runs and is not: values, and the runs that have them."""
     uneven = {}
     for name, values in facts_of_runs(data).items():
@@ -171,7 +171,7 @@ def _should_be_same(name: str) -> bool:
     return name in SAME_FOR_ALL or name.startswith(VERSION)
 
 
-def _text_of_values(values: Mapping[str, list[RunResults]]) -> str:
+def _text_of_values(values: Mapping[str, list[LoadedRun]]) -> str:
     """Return every value with the runs that have it; the commonest comes first."""
     by_frequency = sorted(values.items(), key=lambda item: -len(item[1]))
     (commonest, commonest_runs), *others = by_frequency
@@ -180,7 +180,7 @@ def _text_of_values(values: Mapping[str, list[RunResults]]) -> str:
     return "; ".join(texts)
 
 
-def _text_of_runs(runs: list[RunResults]) -> str:
+def _text_of_runs(runs: list[LoadedRun]) -> str:
     seeds_by_variant: dict[str, list[int]] = defaultdict(list)
     for run in runs:
         seeds_by_variant[run.variant].append(run.seed)
@@ -206,7 +206,7 @@ def _facts_block(data: ExperimentData) -> Block:
     return PageTable("Data, machine, versions", ["of all runs that have begun", ""], rows, texts=(1,))
 
 
-def _fact_text(values: Mapping[str, list[RunResults]]) -> str:
+def _fact_text(values: Mapping[str, list[LoadedRun]]) -> str:
     return _text_of_values(values) if len(values) > 1 else next(iter(values))
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from kava_core.experiment.compared_value import BUDGETS, price_in_flops
-from kava_core.experiment.load_experiment import RunResults
+from kava_core.experiment.load_experiment import LoadedRun
 from kava_core.experiment.report.experiment_data import ExperimentData
 from kava_core.experiment.report.figures.figure_style import (
     Style,
@@ -91,7 +91,7 @@ def _cells_of_variant(data: ExperimentData, variant: str) -> Iterator[str]:
     yield ", ".join(map(amount_text, values)) or "–"
 
 
-def _flops_to_target(run: RunResults, steps: float | None) -> float | None:
+def _flops_to_target(run: LoadedRun, steps: float | None) -> float | None:
     price = price_in_flops(run)
     if steps is None or price is None:
         return None
@@ -99,7 +99,7 @@ def _flops_to_target(run: RunResults, steps: float | None) -> float | None:
     return before_first_step + each_step * steps
 
 
-def _memory_in_gib(run: RunResults) -> float | None:
+def _memory_in_gib(run: LoadedRun) -> float | None:
     peak = run.compute.get("peak_memory")
     return None if peak is None else peak / GIB
 
