@@ -18,8 +18,8 @@ from kava_core.data.splits import Splits, load_splits, split_hash
 from kava_core.data.store.reader import Store
 from kava_core.data.tokenizers import load_tokenizer
 from kava_core.errors import SpecError
+from kava_core.files import cache_folder
 from kava_core.latent.collate import LatentCollator, with_thought_tokens
-from kava_core.paths import cache_folder
 from kava_core.specfile.questions import used_teachers
 from kava_core.specfile.sections.models import ModelSpec, TeacherSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec

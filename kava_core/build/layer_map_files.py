@@ -15,7 +15,7 @@ from kava_core.build.provenance import Subject, models_of
 from kava_core.config import ComponentConfig
 from kava_core.data.splits import split_hash
 from kava_core.errors import KavaError, SpecError
-from kava_core.json_files import write_json
+from kava_core.files import write_json
 from kava_core.specfile.sections.models import TeacherSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.versions import versions

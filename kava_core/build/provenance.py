@@ -10,8 +10,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from kava_core.build.data import Data
+from kava_core.files import file_hash
 from kava_core.models.config import model_config
-from kava_core.paths import file_hash
 from kava_core.runs.folder import LAYER_MAPS, Folder
 from kava_core.specfile.questions import used_components
 from kava_core.specfile.sections.models import ModelSpec, TeacherSpec

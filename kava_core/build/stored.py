@@ -30,9 +30,9 @@ from kava_core.data.store.index import (
 )
 from kava_core.data.store.reader import Store
 from kava_core.errors import SpecError
+from kava_core.files import file_hash
 from kava_core.kv.align.aligner import TeacherAligner
 from kava_core.kv.compare.pipeline import KVPipeline
-from kava_core.paths import file_hash
 from kava_core.protocols.axes import Geometry
 from kava_core.runs import checkpoint
 from kava_core.specfile.questions import compared_parts, used_components, used_teachers

@@ -10,7 +10,7 @@ from typing import Any
 
 from kava_core.errors import SpecError
 from kava_core.experiment.recorded_plan import PLAN_FILE, read_plan
-from kava_core.json_files import read_json
+from kava_core.files import read_json
 from kava_core.runs.folder import Folder, State, runs_in
 from kava_core.runs.metrics import read_metrics
 from kava_core.specfile.sections.compare import CompareSpec

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from kava_core.errors import CheckpointError
-from kava_core.json_files import write_json
+from kava_core.files import write_json
 from kava_core.runs.folder import Folder
 from kava_core.specfile.sections.compare import CompareSpec
 

@@ -16,8 +16,8 @@ from kava_core.build.layer_maps import assert_measures_text, can_measure, measur
 from kava_core.config import ComponentConfig
 from kava_core.console import print_whole, quiet
 from kava_core.errors import SpecError
+from kava_core.files import make_folder
 from kava_core.jobs.heatmap import draw_similarity
-from kava_core.paths import make_folder
 from kava_core.specfile.load import LoadedSpec
 from kava_core.specfile.questions import used_teachers
 from kava_core.specfile.sections.models import TeacherSpec

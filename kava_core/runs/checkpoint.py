@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 
 from kava_core.errors import CheckpointError
-from kava_core.paths import file_hash
+from kava_core.files import file_hash
 
 MANIFEST = "manifest.json"
 STAGING = "staging"

@@ -19,7 +19,7 @@ from typing import Any, Literal, Self, TextIO
 from pydantic import ValidationError
 
 from kava_core.errors import CheckpointError, KavaError, SpecError
-from kava_core.json_files import write_json
+from kava_core.files import write_json
 from kava_core.registry import Registry
 from kava_core.runs import checkpoint
 from kava_core.runs.record import environment, read_record

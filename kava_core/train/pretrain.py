@@ -13,7 +13,7 @@ from typing import Any
 from kava_core.build.data import load_or_train_tokenizer
 from kava_core.data.examples import Example
 from kava_core.data.splits import Splits, load_splits, split_hash, text_fingerprint
-from kava_core.paths import cache_folder
+from kava_core.files import cache_folder
 from kava_core.specfile.sections.data import DataSpec, change_data
 from kava_core.specfile.sections.models import ModelSpec, Pretrain, StudentSpec, TrainTokenizer
 from kava_core.specfile.sections.pipeline import PipelineSpec

@@ -18,8 +18,8 @@ from kava_core.data.examples import Example, example_from_fields, render_example
 from kava_core.data.splits import split_hash
 from kava_core.data.tokenizers import load_tokenizer
 from kava_core.errors import KavaError, SpecError
+from kava_core.files import cache_folder
 from kava_core.jobs.sample import SamplingOptions, rationale_of, sample_rationales
-from kava_core.paths import cache_folder
 from kava_core.specfile.sections.data import Template
 from kava_core.specfile.sections.models import TrainTokenizer
 from kava_core.train.pretrain import pretraining_spec

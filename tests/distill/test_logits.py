@@ -109,7 +109,7 @@ def test_half_precision_is_computed_in_float32() -> None:
 
 def tokenizer() -> Any:
     from kava_core.data.tokenizers import load_tokenizer
-    from kava_core.paths import cache_folder
+    from kava_core.files import cache_folder
     from kava_core.specfile.sections.models import TrainTokenizer
 
     spec = TrainTokenizer(kind="chars", vocab_size=64)

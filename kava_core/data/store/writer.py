@@ -22,7 +22,7 @@ from kava_core.data.store.index import (
     parse_shard_record,
 )
 from kava_core.errors import KavaError
-from kava_core.json_files import write_json
+from kava_core.files import write_json
 
 MIB = 2**20
 

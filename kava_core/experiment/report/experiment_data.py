@@ -16,7 +16,7 @@ from kava_core.errors import CheckpointError, KavaError
 from kava_core.experiment.compared_value import compared_value
 from kava_core.experiment.load_experiment import Experiment, LoadedRun, load_experiment
 from kava_core.experiment.verdict import Verdict, declared_comparisons, judge_comparisons
-from kava_core.json_files import read_json_object
+from kava_core.files import read_json_object
 from kava_core.specfile.sections.compare import CompareSpec
 
 Curve = list[tuple[int, float]]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kava_core.errors import KavaError, SpecError
-from kava_core.paths import make_folder
+from kava_core.files import make_folder
 
 if TYPE_CHECKING:
     from kava_core.experiment.report.pages.page_elements import Chapter

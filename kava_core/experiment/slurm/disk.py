@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from kava_core.errors import KavaError
-from kava_core.paths import make_folder
+from kava_core.files import make_folder
 
 QUOTA_COLUMNS = 8
 """Columns of ``quota`` after the file system: blocks, quota, limit, grace; the same of files."""

@@ -20,7 +20,7 @@ from kava_core.experiment.slurm.preflight import Preflight
 from kava_core.experiment.slurm.resources import Resources
 from kava_core.experiment.slurm.sbatch import SCRIPT, SPEC, ArrayJob, script_text
 from kava_core.experiment.slurm.scheduler import queued_runs, submit_script
-from kava_core.paths import make_folder
+from kava_core.files import make_folder
 from kava_core.runs.folder import Folder
 from kava_core.runs.planned import planned_runs
 from kava_core.specfile.load import load_spec

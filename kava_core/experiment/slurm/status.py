@@ -11,7 +11,7 @@ from typing import Any
 from kava_core.errors import KavaError
 from kava_core.experiment.slurm.mapping import LaunchAttempt, newest_attempts
 from kava_core.experiment.slurm.scheduler import QueuedElement, has_slurm, queued_runs
-from kava_core.json_files import finite_or_null
+from kava_core.files import finite_or_null
 from kava_core.runs.folder import Folder
 from kava_core.runs.metrics import read_metrics
 from kava_core.runs.planned import planned_runs

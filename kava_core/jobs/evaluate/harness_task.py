@@ -12,8 +12,8 @@ import yaml
 
 from kava_core.data.examples import Example, render_example
 from kava_core.errors import SpecError
+from kava_core.files import make_folder
 from kava_core.jobs.evaluate.answering_student import AnsweringStudent
-from kava_core.paths import make_folder
 
 NUMBER = r"([-+]?\$?[0-9][0-9,]*(?:\.[0-9]+)?)"
 IGNORED = [",", r"\$", r"^\+", r"\.0+$"]

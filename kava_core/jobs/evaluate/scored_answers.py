@@ -16,10 +16,9 @@ from kava_core.data.examples import Example, is_correct, render_example
 from kava_core.data.jsonl import read_examples
 from kava_core.data.splits import Splits, load_splits, split_hash
 from kava_core.errors import SpecError
+from kava_core.files import file_hash, make_folder, write_json
 from kava_core.jobs.evaluate.answering_student import AnsweringStudent
-from kava_core.json_files import write_json
 from kava_core.models.config import check_answer_fits
-from kava_core.paths import file_hash, make_folder
 from kava_core.runs.record import environment
 from kava_core.train.validation.answer_writer import AnswerWriter
 

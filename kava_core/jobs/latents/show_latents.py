@@ -13,6 +13,7 @@ from rich.text import Text
 from torch import Tensor
 
 from kava_core.console import print_whole
+from kava_core.files import finite_or_null, make_folder, write_json
 from kava_core.jobs.latents.cosine_map import (
     CosineMaps,
     CosineSums,
@@ -23,8 +24,6 @@ from kava_core.jobs.latents.cosine_map import (
 from kava_core.jobs.latents.cosine_picture import draw_cosine_maps
 from kava_core.jobs.latents.decoded_tokens import likely_tokens, reasoning_tokens, slot_logits
 from kava_core.jobs.latents.latent_run import LatentRun, load_latent_run
-from kava_core.json_files import finite_or_null, write_json
-from kava_core.paths import make_folder
 
 PRINTED = 4
 """Examples that are printed; all of them are in the file."""

@@ -13,13 +13,12 @@ from rich.console import Console
 
 from kava_core.console import print_whole, quiet
 from kava_core.errors import SpecError
+from kava_core.files import make_folder, write_json
 from kava_core.jobs.profile.prepared_variant import check_can_profile, compares_caches
 from kava_core.jobs.profile.profile_picture import draw_profiles
 from kava_core.jobs.profile.profile_tables import print_profile, print_warnings, side_by_side_table
 from kava_core.jobs.profile.profile_warnings import profile_warnings
 from kava_core.jobs.profile.variant_profile import Profile, ProfileOptions, load_and_profile
-from kava_core.json_files import write_json
-from kava_core.paths import make_folder
 from kava_core.runs.folder import LAYER_MAPS
 from kava_core.specfile.load import LoadedSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kava_core.errors import SpecError
+from kava_core.files import finite_or_null
 from kava_core.jobs.profile.layer_comparison import (
     Entropy,
     TeacherLayers,
@@ -18,7 +19,6 @@ from kava_core.jobs.profile.layer_comparison import (
 from kava_core.jobs.profile.prepared_variant import PreparedVariant, prepare_variant
 from kava_core.jobs.profile.profiled_stages import Cost, Stage, profile_costs, profile_stages
 from kava_core.jobs.profile.quality_gate import Gate, judge_teachers
-from kava_core.json_files import finite_or_null
 from kava_core.kv.align.aligner import TeacherAligner
 from kava_core.registry import Registry
 from kava_core.specfile.sections.compare import CompareSpec, control_changes

@@ -21,7 +21,7 @@ from kava_core.data.examples import is_correct
 from kava_core.distill.denominators import EXAMPLES, LABELLED, READ, TOKENS
 from kava_core.distill.distiller import LOGITS, Distiller
 from kava_core.distill.hidden_states import CODI, READING, STEPS
-from kava_core.json_files import write_json
+from kava_core.files import write_json
 from kava_core.kv.capture.evaluation_mode import evaluation_mode
 from kava_core.latent.student import Control
 from kava_core.runs.folder import Folder

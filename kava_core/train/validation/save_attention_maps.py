@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from kava_core.json_files import write_json
+from kava_core.files import write_json
 from kava_core.kv.capture.attention_layers import without_adapters
 from kava_core.kv.capture.evaluation_mode import evaluation_mode
 from kava_core.runs.folder import Folder

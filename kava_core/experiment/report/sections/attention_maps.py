@@ -18,7 +18,7 @@ from kava_core.experiment.report.figures.figure_style import Style, draw_picture
 from kava_core.experiment.report.figures.gallery import gallery_section
 from kava_core.experiment.report.pages.display_text import figure_text, shorten
 from kava_core.experiment.report.pages.page_elements import Picture, Section
-from kava_core.json_files import read_json_object
+from kava_core.files import read_json_object
 from kava_core.runs.folder import Folder
 
 TITLE = "Attention"

@@ -1,7 +1,8 @@
-"""Read and write JSON files: a file is replaced in one step, and numbers that JSON does not have are null."""
+"""Read and write small files: folders outside run directories, hashes, JSON that is replaced in one step."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -10,6 +11,34 @@ from pathlib import Path
 from typing import Any
 
 from kava_core.errors import CheckpointError, KavaError
+
+
+def cache_folder() -> Path:
+    """Return ``$KAVA_CACHE``, or ``kava`` in the user's cache folder.
+
+    It holds trained tokenizers and embedded teachers.
+    """
+    given = os.environ.get("KAVA_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(given) if given else base / "kava"
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, with its parents, if it is not there.
+
+    Raises:
+        KavaError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KavaError(f"{folder}: cannot be written: {error.strerror}") from error
+
+
+def file_hash(file: Path) -> str:
+    """Return the sha256 of a file, which is read piece by piece."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:
