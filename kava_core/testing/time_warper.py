@@ -113,7 +113,7 @@ class TimeWarperTests(ComponentTests):
             require(abs(read) < 1e-6, "the teacher's padding must have weight 0", f"it has {read:.3g} in all")
 
     def test_padding_has_no_influence(self, config: Any, length: tuple[int, int]) -> None:
-        """Check that real positions map alike wherever padding stands, and however much of it."""
+        """Check that real positions map alike wherever padding is, and however much of it."""
         component = self.build(config, self.usual)
         wanted = self._matrices_of_real_tokens(component, self.timelines(length, self.paddings[0]))
         for padding, extra in product(self.paddings, (0, 3)):

@@ -75,7 +75,7 @@ class ElasticConfig(ComponentConfig):
     wider model (at least 8192, at least 3584, less), which tells these sizes apart in the Llama and Qwen
     families."""
     teacher_size: Rate | None = None
-    """The teacher's parameters in billions, for ``mlp_ratio: auto``; null: told by the hidden width."""
+    """The teacher's parameters in billions, for ``mlp_ratio: auto``; null: guessed by the hidden width."""
     share_heads: bool = True
     """One bottleneck for all heads of a layer instead of one for each."""
     share_kv: bool = False

@@ -196,7 +196,7 @@ class StructuralConfig(KVLossConfig):
     """Weight of the divergence of attention rows."""
     attention_layers: Annotated[tuple[int, ...], Field(min_length=1)] | Literal["all"] = "all"
     """Where attention is compared, counted from 0 among the layers the loss looks at (negative: from the
-    last). Their mean stands for all layers, so alpha_attn need not change with their number."""
+    last). Their mean counts as that of all layers, so alpha_attn need not change with their number."""
     temperature: float = Field(1.0, gt=0)
     """Products of queries and keys are divided by this on both sides."""
     kind: Divergence = "forward"
