@@ -20,8 +20,8 @@ from kava_core.cli.new_spec import write_spec
 from kava_core.errors import KavaError, SpecError
 from kava_core.hookspecs import KINDS
 from kava_core.jobs.check import check
-from tests.meta.hook_examples import add_distribution
-from tests.meta.source import ROOT, imports, module_level
+from tests.support.hook_examples import add_distribution
+from tests.support.source import ROOT, imports, module_level
 
 
 def python(*arguments: str, path: tuple[Path, ...], cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,7 @@ import typer
 from kava_core.cli.app import app
 from kava_core.hookspecs import KINDS
 from kava_core.registry import Registry
-from tests.meta.source import ROOT
+from tests.support.source import ROOT
 
 DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.rglob("*.md")), ROOT / "README.md"]

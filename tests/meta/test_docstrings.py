@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.meta.source import python_files, tree
+from tests.support.source import python_files, tree
 
 Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 

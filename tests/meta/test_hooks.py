@@ -18,8 +18,8 @@ from kava_core.kv.align import boundaries as stages
 from kava_core.protocols.axes import Cache, Geometry
 from kava_core.protocols.timeline import REASONING, Timeline
 from kava_core.registry import BUILT_IN, Registry
-from tests.meta.hook_examples import files_of, install
-from tests.meta.source import ROOT
+from tests.support.hook_examples import files_of, install
+from tests.support.source import ROOT
 
 TEACHER = Geometry(layer=4, head=4, dim=8, qhead=8, hidden=64)
 STUDENT = Geometry(layer=3, head=2, dim=4, qhead=4, hidden=16)

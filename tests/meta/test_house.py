@@ -1,4 +1,4 @@
-"""The house stays as it was built: floors, full folders, the spec's reach, words, and paths that are leaving."""
+"""The house stays as it was built: floors, folders, the reach of the spec, words, paths that are leaving."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from kava_core import moved
-from tests.meta import measures
-from tests.meta.source import ROOT, imports, python_files, tree
+from tests.support import measures
+from tests.support.source import ROOT, imports, python_files, tree
 
 BELOW_BUILD = ("distill", "latent", "models", "data", "testing", "kv", "protocols")
 

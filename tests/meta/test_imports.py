@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.meta.source import ROOT, imports, module_level, python_files, tree
+from tests.support.source import ROOT, imports, module_level, python_files, tree
 
 ALLOWED_IN_PLUGINS = (
     "kava_core.hookimpl",

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.meta.source import ROOT
+from tests.support.source import ROOT
 
 Failures = dict[str, dict[str, str]]
 """Suite to the tests that failed and what they said."""

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from kava_core.cli.app import app
 from kava_core.jobs.check import check
-from tests.meta.source import ROOT
+from tests.support.source import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 from kava_core.runs.folder import Folder
-from tests.meta.source import python_files, tree
+from tests.support.source import python_files, tree
 
 HOME = Path("kava_core/runs/folder.py")
 GENERAL_WORDS = {"student", "latents", "lock"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kava_core.protocols.axes import VOCABULARY
-from tests.meta.source import python_files, tree
+from tests.support.source import python_files, tree
 
 PLACES = (
     *("kava_core/build", "kava_core/data", "kava_core/distill", "kava_core/jobs", "kava_core/kv"),

@@ -17,7 +17,7 @@ from kava_core import shapecheck
 from kava_core.errors import NonFiniteError
 from kava_core.kv.align.finite import assert_finite
 from kava_core.protocols.axes import Cache
-from tests.meta.hook_examples import add_distribution
+from tests.support.hook_examples import add_distribution
 from tests.support.repository import ROOT
 
 THEIRS = """\

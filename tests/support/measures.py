@@ -1,4 +1,4 @@
-"""Measure how the code reads: ``python -m tests.meta.measures [FOLDER …]`` prints a table.
+"""Measure how the code reads: ``python -m tests.support.measures [FOLDER …]`` prints a table.
 
 Counted are ``kava_core`` and ``kava_plugins``, or the folders given. The lines of a function do not include
 its docstring. A name is one word if nothing divides it: ``align``, ``_align``, but not ``align_layer``.
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
-from tests.meta.source import ROOT, imports, python_files, tree
+from tests.support.source import ROOT, imports, python_files, tree
 
 CODE = ("kava_core", "kava_plugins")
 MOST_FILES = 12
