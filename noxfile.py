@@ -1,4 +1,7 @@
-"""The test matrix. ``nox`` runs what CI runs; ``nox -l`` lists the rest."""
+"""The test matrix. ``nox`` runs what CI runs; ``nox -l`` lists the rest.
+
+A Python that is not installed is skipped and named at the end; CI asks for all three (``.ci/run``).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from pathlib import Path
 import nox
 
 nox.options.default_venv_backend = "virtualenv"
-nox.options.error_on_missing_interpreters = True
+nox.options.error_on_missing_interpreters = False
 nox.options.reuse_venv = "yes"
 nox.options.sessions = ["lint", "types", "tests-3.11(shapes=True)", "declarative-3.12", "declarative-3.13"]
 
