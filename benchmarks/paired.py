@@ -1,4 +1,4 @@
-"""Paired differences between the variants of a run folder: what docs/results.md quotes.
+"""Paired differences between the variants of a run folder: what docs/results quotes.
 
     python benchmarks/paired.py runs/quickstart exact_match kv cross-entropy shuffled
 

@@ -62,7 +62,7 @@ def comparison_lines(experiment: Experiment) -> Iterator[str]:
     """Yield what the comparisons show, one line each."""
     compare = experiment.compare
     if compare is None or not (compare.controls or compare.pairs):
-        yield "no comparison is declared: add compare to the spec (docs/experiments.md)"
+        yield "no comparison is declared: add compare to the spec (docs/guide/experiments.md)"
         return
     verdicts = judge_comparisons(experiment)
     for verdict in verdicts:

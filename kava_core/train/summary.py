@@ -71,7 +71,7 @@ def collapse_warnings(results: Sequence[RunResult]) -> list[str]:
             lines.append(
                 f"{result.variant} seed {result.seed}: {share:.0%} of the fall of the KV loss is due to the "
                 "trained aligner alone; a low loss says little about this student "
-                "(docs/training.md, collapse)"
+                "(docs/guide/training.md, collapse)"
             )
     return lines
 

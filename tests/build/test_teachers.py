@@ -1,4 +1,4 @@
-"""Two teachers out of one model: other texts, other rationales, other checkpoints (features.md, E8)."""
+"""Two teachers out of one model: other texts, other rationales, other checkpoints."""
 
 from __future__ import annotations
 

@@ -19,11 +19,12 @@ DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.rglob("*.md")), ROOT / "README.md"]
 SMALL = 60_000
 """Bytes a picture may have."""
-PLUGINS = (DOCS / "plugins.md").read_text(encoding="utf-8")
+CLI = DOCS / "reference" / "cli.md"
+PLUGINS = (DOCS / "extend" / "plugins.md").read_text(encoding="utf-8")
 
 
 def generator() -> ModuleType:
-    found = importlib.util.spec_from_file_location("make_reference", DOCS / "make_reference.py")
+    found = importlib.util.spec_from_file_location("make_reference", DOCS / "tools" / "make_reference.py")
     assert found
     assert found.loader
     module = importlib.util.module_from_spec(found)
@@ -42,8 +43,8 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", sorted(generator().PAGES))
 def test_generated_page_is_current(page: str) -> None:
-    written = (DOCS / page).read_text(encoding="utf-8")
-    assert written == generator().PAGES[page](), "run: python docs/make_reference.py"
+    written = (DOCS / "reference" / page).read_text(encoding="utf-8")
+    assert written == generator().PAGES[page](), "run: python docs/tools/make_reference.py"
 
 
 @pytest.mark.parametrize("hook", KINDS.values())
@@ -54,7 +55,7 @@ def test_hook_has_a_heading(hook: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_built_ins_are_described(kind: str) -> None:
     """Against the registry, not the generator: a component in the wrong section is found."""
-    page = (DOCS / "components.md").read_text(encoding="utf-8")
+    page = (DOCS / "reference" / "components.md").read_text(encoding="utf-8")
     _, _, rest = page.partition(f"\n## {kind}\n")
     here = rest.partition("\n## ")[0]
     names = Registry.build({"*"}).names(kind)
@@ -83,7 +84,7 @@ def test_page_of_a_kind_has_a_small_picture_that_the_script_draws(page: Path) ->
         file = (page.parent / picture).resolve()
         assert file.stat().st_size < SMALL
         assert file.parent == DOCS / "pictures"
-        assert f"def {file.stem}(" in (DOCS / "make_pictures.py").read_text(encoding="utf-8")
+        assert f"def {file.stem}(" in (DOCS / "tools" / "make_pictures.py").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", PICTURED, ids=lambda page: page.stem)
@@ -111,6 +112,14 @@ def test_commands_exist(page: Path) -> None:
     assert set(named) <= commands
 
 
+def test_every_verb_is_in_the_reference() -> None:
+    """Against the command line itself, not the generator: a verb that is left out is found."""
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    groups = {f"new {name}" for name in commands.pop("new").commands}
+    titles = {title.removeprefix("kava ") for title in headings(CLI.read_text(encoding="utf-8"))}
+    assert titles - {"Command line", "Exit codes", "Options of every verb"} == {*commands, *groups}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\((?!http)([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text(encoding="utf-8"))
@@ -123,7 +132,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_component_names_in_the_migration_page() -> None:
     """What a row offers without "later" is registered."""
     registry, fields = Registry.build({"*"}), 0
-    for line in (DOCS / "migration.md").read_text(encoding="utf-8").splitlines():
+    for line in (DOCS / "start" / "migration.md").read_text(encoding="utf-8").splitlines():
         offered = line.rpartition(" | ")[2]
         for kind, name in re.findall(r"`(\w+): (?:\{name: )?(\w+)", offered):
             if kind in KINDS:
@@ -135,7 +144,7 @@ def test_component_names_in_the_migration_page() -> None:
 def test_exit_codes_are_those_of_the_errors() -> None:
     from kava_core import errors
 
-    rows = re.findall(r"^\| (\d+) \|", (DOCS / "training.md").read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(r"^\| (\d+) \|", CLI.read_text(encoding="utf-8"), re.MULTILINE)
     codes = {
         e.exit_code for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.KavaError)
     }

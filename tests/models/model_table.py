@@ -1,4 +1,4 @@
-"""The tables of architectures in docs/models.md, made by capturing each one.
+"""The tables of architectures in docs/guide/models.md, made by capturing each one.
 
 Write the first anew with ``python -m tests.models.model_table``, both with ``--sweep`` (some minutes).
 """
@@ -14,7 +14,7 @@ from tests.models.model_sweep import sweep
 from tests.support.repository import ROOT
 from tests.support.tiny_models import REFUSED, WORKS, Case
 
-PAGE = ROOT / "docs" / "models.md"
+PAGE = ROOT / "docs" / "guide" / "models.md"
 HEAD = """# Models
 
 kava captures keys, values and queries of transformers decoders whose attention goes through transformers'
@@ -60,7 +60,7 @@ way, which says nothing about capturing it.
 
 
 def page(swept: str) -> str:
-    """The whole text of docs/models.md; ``swept`` is its last section."""
+    """The whole text of docs/guide/models.md; ``swept`` is its last section."""
     return HEAD + "".join(row(case) for case in WORKS + REFUSED) + "\n" + swept
 
 

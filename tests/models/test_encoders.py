@@ -1,4 +1,4 @@
-"""BERT and T5 as teachers of a GPT student, through a shared space (features.md, A6 and F9)."""
+"""BERT and T5 as teachers of a GPT student, through a shared space."""
 
 from __future__ import annotations
 

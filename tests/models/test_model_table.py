@@ -88,7 +88,7 @@ def capture_once(model: nn.Module) -> None:
 def test_page_is_current() -> None:
     text = PAGE.read_text()
     assert text == page(swept_section(text)), (
-        "docs/models.md is stale: run python -m tests.models.model_table"
+        "docs/guide/models.md is stale: run python -m tests.models.model_table"
     )
 
 

@@ -1,4 +1,4 @@
-"""Texts the student writes itself while it is trained (features.md, F10)."""
+"""Texts the student writes itself while it is trained."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 A row is what a person reads (``when`` and ``what``), a question about the spec (``broken``) and the answer
 that the user of a wrong spec gets (``message``). The order counts: only the first broken rule is reported,
-and a row may rely on those before it. ``kava check --rules`` and docs/spec.md print the table. To add a rule,
-add a row here and a spec that breaks it in tests/specfile/test_rules.py.
+and a row may rely on those before it. ``kava check --rules`` and docs/reference/spec.md print the table. To
+add a rule, add a row here and a spec that breaks it in tests/specfile/test_rules.py.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def test_without_promises_the_order_is_canonical(e: StageExtents) -> None:
 
 
 def test_published_rule_for_heads_first() -> None:
-    """science.md section 4: heads first iff Ht·Hs·Dt + Hs·Dt·Ds < Ht·Dt·Ds + Ht·Hs·Ds."""
+    """Heads come first iff Ht·Hs·Dt + Hs·Dt·Ds < Ht·Dt·Ds + Ht·Hs·Ds."""
     for t_head, head, t_dim, dim in [
         (28, 2, 128, 64),
         (8, 2, 128, 64),

@@ -1,4 +1,4 @@
-"""Small copies of reports for docs/results: ``python docs/make_experiment_results.py RUNS/NAME …``.
+"""Small copies of reports for docs/results: ``python docs/tools/make_experiment_results.py RUNS/NAME …``.
 
 Of a report (``kava report``) the text, the comparisons and the runs are kept, and the figures that carry the
 answer, with fewer colours; the page and the curves of every metric are left out.
@@ -16,7 +16,7 @@ from PIL import Image
 
 from kava_core.experiment.report.write_report import FIGURES, write_report
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 PICTURES = ("differences", "curve-exact-match", "curve-ce", "cost")
 TEXTS = ("report.md", "comparisons.csv", "runs.csv")
 COLOURS = 48

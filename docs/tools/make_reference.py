@@ -1,22 +1,27 @@
-"""Writes docs/components.md and docs/spec.md from the declarations: ``python docs/make_reference.py``."""
+"""Write the pages of docs/reference from the code: ``python docs/tools/make_reference.py``."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+import types
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from kava_core import hookspecs
+from typer.models import ArgumentInfo, OptionInfo
+
+from kava_core import errors, hookspecs
+from kava_core.cli.app import app
 from kava_core.config import ComponentConfig
 from kava_core.hookspecs import KINDS
 from kava_core.registry import Registry
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.specfile.sections.rules import RULES
 
-DOCS = Path(__file__).parent
-NOTE = "This page is written by `python docs/make_reference.py`; edit the declarations instead.\n"
+PAGES_FOLDER = Path(__file__).parents[1] / "reference"
+NOTE = "This page is written by `python docs/tools/make_reference.py`; edit the declarations in the code instead.\n"
 ABOUT_COMPONENTS = """\
 `kava plugins` lists what is installed, third parties included. A component is written as its name, or as a
 mapping with its name and parameters: `{name: linear, share_heads: false}`.
@@ -31,6 +36,16 @@ Trailing `key=value` arguments change single fields: `kava train spec.yaml train
 ABOUT_RULES = """\
 What may go together in a spec, across its blocks. The first rule that a spec breaks is its error.
 `kava check --rules` prints this table.
+"""
+
+ABOUT_COMMANDS = """\
+`kava train specs/quickstart.yaml train.steps=100` trains what a spec describes, for 100 steps. Every verb has this form:
+a file or a folder, then options; `KEY=VALUE` changes one field of the spec. `kava VERB --help` prints the same as
+this page.
+"""
+
+ABOUT_EXIT_CODES = """\
+`kava check broken.yaml; echo $?` prints one line about the mistake, then 2. Scripts and clusters can act on these codes.
 """
 
 COMPONENTS = {"ComponentConfig": "component", "KVLossConfig": "KV loss"}
@@ -205,8 +220,98 @@ def link(name: str) -> str:
     return f"[{COMPONENTS[name]}](components.md)" if name in COMPONENTS else f"[{name}](#{name.lower()})"
 
 
-PAGES = {"components.md": components, "spec.md": spec}
+def commands() -> str:
+    """Return the page about every verb of the command line."""
+    parts = ["# Command line\n", NOTE, ABOUT_COMMANDS, *exit_codes()]
+    parts += ["## Options of every verb\n", "These stand before the verb: `kava --traceback train mine.yaml`.\n"]
+    parts += parameter_table(app.registered_callback.callback)
+    for name, verb in verbs():
+        parts += [f"## kava {name}\n", f"{text(inspect.getdoc(verb) or '')}\n"]
+        parts += [f"```text\n{usage(name, verb)}\n```\n", *parameter_table(verb)]
+    return "\n".join(parts)
+
+
+def exit_codes() -> Iterator[str]:
+    """Render the table of exit codes, from the docstrings of kava's errors."""
+    meanings: dict[int, list[str]] = defaultdict(list, {0: ["Done."]})
+    for error in vars(errors).values():
+        if isinstance(error, type) and issubclass(error, errors.KavaError):
+            meanings[error.exit_code].append((inspect.getdoc(error) or "").partition("\n")[0])
+    yield "## Exit codes\n"
+    yield ABOUT_EXIT_CODES
+    rows = [f"| {code} | {text(' '.join(meanings[code]))} |" for code in sorted(meanings)]
+    yield "\n".join(["| code | meaning |", "|---|---|", *rows]) + "\n"
+
+
+def verbs() -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Yield every verb as it is typed, and its function; those of a group after the others."""
+    for command in app.registered_commands:
+        yield command.name or command.callback.__name__, command.callback
+    for group in app.registered_groups:
+        for command in group.typer_instance.registered_commands:
+            yield f"{group.name} {command.name}", command.callback
+
+
+def parameters(verb: Callable[..., Any]) -> Iterator[tuple[str, Any, Any, ArgumentInfo | OptionInfo]]:
+    """Yield name, type, default and typer's declaration of every parameter of a verb."""
+    hints = get_type_hints(verb, include_extras=True)
+    for name, parameter in inspect.signature(verb).parameters.items():
+        hint, *declarations = get_args(hints[name])
+        [declaration] = [one for one in declarations if isinstance(one, ArgumentInfo | OptionInfo)]
+        yield name, hint, parameter.default, declaration
+
+
+def usage(name: str, verb: Callable[..., Any]) -> str:
+    """Return the line that shows how a verb is typed."""
+    words = []
+    for _, hint, default, declaration in parameters(verb):
+        if isinstance(declaration, ArgumentInfo):
+            many = " …" if list in (get_origin(hint), *map(get_origin, get_args(hint))) else ""
+            required = default is inspect.Parameter.empty
+            words.append(f"{declaration.metavar}{many}" if required else f"[{declaration.metavar}{many}]")
+    return " ".join(["kava", name, *words, "[OPTIONS]"])
+
+
+def parameter_table(verb: Callable[..., Any]) -> Iterator[str]:
+    """Render the arguments and options of a verb."""
+    rows = []
+    for name, hint, default, declaration in parameters(verb):
+        spelling = declaration.metavar or name
+        if isinstance(declaration, OptionInfo):
+            spelling = ", ".join(declaration.param_decls or [f"--{name.replace('_', '-')}"])
+        cells = (f"`{spelling}`", words_for_type(hint, declaration), default_words(default), declaration.help)
+        rows.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
+    if rows:
+        header = ["| argument or option | value | default | meaning |", "|---|---|---|---|"]
+        yield "\n".join([*header, *rows]) + "\n"
+
+
+def words_for_type(hint: Any, declaration: ArgumentInfo | OptionInfo) -> str:
+    """Return in words what may be given for a parameter."""
+    choices = [one for one in get_args(hint) if one is not type(None)]
+    if get_origin(hint) is Literal:
+        return ", ".join(f"`{choice}`" for choice in choices)
+    if get_origin(hint) in (Union, types.UnionType):
+        return words_for_type(choices[0], declaration)
+    if get_origin(hint) is list:
+        return f"any number of {words_for_type(choices[0], declaration)}"
+    if hint is bool:
+        return "a switch"
+    word = {int: "whole number", float: "number", Path: "path"}.get(hint, "text")
+    return f"{word}, at least {declaration.min:g}" if declaration.min is not None else word
+
+
+def default_words(default: Any) -> str:
+    """Return the default of a parameter as the command line would take it."""
+    if default is inspect.Parameter.empty:
+        return "required"
+    if default in (None, "", False):
+        return "none" if default is not False else "off"
+    return f"`{default}`"
+
+
+PAGES = {"components.md": components, "spec.md": spec, "cli.md": commands}
 
 if __name__ == "__main__":
     for page, write in PAGES.items():
-        (DOCS / page).write_text(write(), encoding="utf-8")
+        (PAGES_FOLDER / page).write_text(write(), encoding="utf-8")

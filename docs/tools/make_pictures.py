@@ -1,4 +1,4 @@
-"""Draws docs/pictures from the built-in components themselves: ``python docs/make_pictures.py``."""
+"""Draws docs/pictures from the built-in components themselves: ``python docs/tools/make_pictures.py``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from kava_core.registry import Registry
 from kava_core.specfile.sections.data import Template
 from kava_core.specfile.sections.models import TrainTokenizer
 
-FOLDER = Path(__file__).parent / "pictures"
+FOLDER = Path(__file__).parents[1] / "pictures"
 SHADES = "Blues"
 BLUE, ORANGE, GREEN = "#1f77b4", "#e6851e", "#3a923a"
 RED, PURPLE, GREY = "#c44e52", "#7b5ea7", "#8c8c8c"

@@ -1,8 +1,8 @@
-"""Tables and figures of docs/latent.md from finished runs: ``python docs/make_latent_results.py RUNS``.
+"""Make the tables and figures of docs/results/latent.md: ``python docs/tools/make_latent_results.py RUNS``.
 
 RUNS holds what ``kava train specs/latent.yaml`` and ``kava train specs/latent_sweeps.yaml`` write, the
 longer runs named ``latent600``, and in ``latent_sweeps_taught`` what was run anew once the teachers of
-``k_…`` and ``m_…`` had their 2,400 steps (docs/latent.md). Needs the extra ``stats``.
+``k_…`` and ``m_…`` had their 2,400 steps (docs/results/latent.md). Needs the extra ``stats``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from kava_core.experiment.statistics import holm_correction, paired_test
 
-HERE = Path(__file__).parent
+RESULTS = Path(__file__).parents[1] / "results"
 METHODS = {
     "full_cot": "full CoT",
     "no_cot": "no CoT",
@@ -220,10 +220,10 @@ def main() -> None:
     folder = Path(sys.argv[1])
     folders = ("latent", "latent600", "latent_sweeps")
     runs = {name: read(folder / name) for name in folders} | {"latent_sweeps": taught(folder)}
-    (HERE / "results").mkdir(exist_ok=True)
-    write_csv(runs, HERE / "results" / "latent.csv")
-    methods_picture(runs["latent"], HERE / "results" / "latent_methods.png")
-    sweeps_picture(runs["latent_sweeps"], HERE / "results" / "latent_sweeps.png")
+    RESULTS.mkdir(exist_ok=True)
+    write_csv(runs, RESULTS / "latent.csv")
+    methods_picture(runs["latent"], RESULTS / "latent_methods.png")
+    sweeps_picture(runs["latent_sweeps"], RESULTS / "latent_sweeps.png")
     print(methods_table(runs["latent"]), comparisons_table(runs["latent"]), sep="\n\n")
     for name in folders[1:]:
         print(f"\n{name}\n\n{sweeps_table(runs[name])}")
