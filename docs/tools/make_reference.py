@@ -223,7 +223,10 @@ def link(name: str) -> str:
 def commands() -> str:
     """Return the page about every verb of the command line."""
     parts = ["# Command line\n", NOTE, ABOUT_COMMANDS, *exit_codes()]
-    parts += ["## Options of every verb\n", "These stand before the verb: `kava --traceback train mine.yaml`.\n"]
+    parts += [
+        "## Options of every verb\n",
+        "These stand before the verb: `kava --traceback train mine.yaml`.\n",
+    ]
     parts += parameter_table(app.registered_callback.callback)
     for name, verb in verbs():
         parts += [f"## kava {name}\n", f"{text(inspect.getdoc(verb) or '')}\n"]

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from kava_core.cli.app import app
 from kava_core.hookspecs import KINDS
@@ -20,6 +21,7 @@ PAGES = [*sorted(DOCS.rglob("*.md")), ROOT / "README.md"]
 SMALL = 60_000
 """Bytes a picture may have."""
 CLI = DOCS / "reference" / "cli.md"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 PLUGINS = (DOCS / "extend" / "plugins.md").read_text(encoding="utf-8")
 
 
@@ -103,6 +105,19 @@ def test_plugin_page_shows_the_example_as_it_is(file: str) -> None:
     path = f"kava_last_layers/{file}"
     text = (ROOT / "examples" / "kava-last-layers" / path).read_text(encoding="utf-8")
     assert f"```python\n# {path}\n{text}```" in PLUGINS
+
+
+def test_readme_shows_lines_of_the_example() -> None:
+    [shown] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example = (ROOT / "examples" / "own_loop.py").read_text(encoding="utf-8")
+    lines = {line.strip() for line in example.splitlines()}
+    assert {line.strip() for line in shown.splitlines()} <= lines
+
+
+def test_readme_shows_lines_that_kava_plan_prints() -> None:
+    [shown] = re.findall(r"```text\n(shapes:.*?)```", README, re.DOTALL)
+    printed = CliRunner().invoke(app, ["plan", str(ROOT / "specs" / "quickstart.yaml")]).output
+    assert {line.strip() for line in shown.splitlines()} <= {line.strip() for line in printed.splitlines()}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
