@@ -23,7 +23,7 @@ COLUMN = 1.7
 
 @dataclass(frozen=True)
 class DrawnCache:
-    """A key or value cache as it is drawn: slabs are layers, rows heads, columns time, row height the width."""
+    """A cache as it is drawn: slabs are layers, rows heads, columns time; row height is the head width."""
 
     layer: int
     head: int

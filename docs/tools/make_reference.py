@@ -21,7 +21,7 @@ from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.specfile.sections.rules import RULES
 
 PAGES_FOLDER = Path(__file__).parents[1] / "reference"
-NOTE = "This page is written by `python docs/tools/make_reference.py`; edit the declarations in the code instead.\n"
+NOTE = "This page is written by `python docs/tools/make_reference.py`; edit the code it describes instead.\n"
 ABOUT_COMPONENTS = """\
 `kava plugins` lists what is installed, third parties included. A component is written as its name, or as a
 mapping with its name and parameters: `{name: linear, share_heads: false}`.
@@ -39,13 +39,12 @@ What may go together in a spec, across its blocks. The first rule that a spec br
 """
 
 ABOUT_COMMANDS = """\
-`kava train specs/quickstart.yaml train.steps=100` trains what a spec describes, for 100 steps. Every verb has this form:
-a file or a folder, then options; `KEY=VALUE` changes one field of the spec. `kava VERB --help` prints the same as
-this page.
+`kava train specs/quickstart.yaml train.steps=100` trains what a spec describes, for 100 steps. Most verbs
+take a spec, then changes of single fields as `KEY=VALUE`, then options. `kava VERB --help` prints the same.
 """
 
 ABOUT_EXIT_CODES = """\
-`kava check broken.yaml; echo $?` prints one line about the mistake, then 2. Scripts and clusters can act on these codes.
+`kava check broken.yaml; echo $?` prints one line about the mistake, then 2. Scripts can act on these codes.
 """
 
 COMPONENTS = {"ComponentConfig": "component", "KVLossConfig": "KV loss"}
@@ -225,7 +224,7 @@ def commands() -> str:
     parts = ["# Command line\n", NOTE, ABOUT_COMMANDS, *exit_codes()]
     parts += [
         "## Options of every verb\n",
-        "These stand before the verb: `kava --traceback train mine.yaml`.\n",
+        "They come before the verb: `kava --traceback train mine.yaml`.\n",
     ]
     parts += parameter_table(app.registered_callback.callback)
     for name, verb in verbs():
