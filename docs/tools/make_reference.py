@@ -44,7 +44,7 @@ take a spec, then changes of single fields as `KEY=VALUE`, then options. `kava V
 """
 
 ABOUT_EXIT_CODES = """\
-`kava check broken.yaml; echo $?` prints one line about the mistake, then 2. Scripts can act on these codes.
+`kava check broken.yaml; echo $?` prints a line for every mistake, then 2. Scripts can act on these codes.
 """
 
 COMPONENTS = {"ComponentConfig": "component", "KVLossConfig": "KV loss"}

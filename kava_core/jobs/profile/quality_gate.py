@@ -4,7 +4,7 @@ For every layer the cosine between softmax(q · k) · v with the student's own k
 aligned teacher's, q being the student's queries. Where caches are mapped between trained models, agreement
 of attention outputs went with the quality kept (r = 0.57) and the fit of the map did not (r = −0.20;
 arXiv 2608.03893). For a student with random weights neither its queries nor its own outputs mean anything
-yet, so the number says little there; ``docs/guide/profile.md`` shows measurements.
+yet, so the number says little there; ``docs/results/gate.md`` shows measurements.
 """
 
 from __future__ import annotations
