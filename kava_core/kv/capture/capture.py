@@ -1,4 +1,4 @@
-"""Keys, values and queries of a decoder's attention layers, taken from its forward pass by reference."""
+"""Capture keys, values and queries of a decoder's attention layers from its forward pass, by reference."""
 
 from __future__ import annotations
 
@@ -99,7 +99,9 @@ class Capture:
         return stopped
 
     def take(self) -> Cache:
-        """The captured parts ``batch layer head time dim``, layers in the order asked for; forgets them.
+        """Return the captured parts, each ``batch layer head time dim``, and forget them.
+
+        Layers are in the order asked for.
 
         Raises:
             UnsupportedModelError: The attention of some layer did not pass through transformers' interface,
@@ -117,7 +119,11 @@ class Capture:
             self._clear()
 
     def done(self) -> None:
-        """With ``each``: that every layer was handed over once; raises as ``take`` does."""
+        """Check, with ``each``, that every layer was handed over once.
+
+        Raises:
+            UnsupportedModelError, KavaError: As for ``take``.
+        """
         try:
             self._check([self._slots[i] for i in self.layers])
         finally:
@@ -136,7 +142,7 @@ class Capture:
         self._each(self.layers.index(slot.layer), cache)
 
     def rotation(self) -> Rotation | None:
-        """How the forward pass taken last rotated the layers asked for, in their order.
+        """Return how the forward pass taken last rotated the layers asked for, in their order.
 
         None for a model without rotary embeddings, and with ``keep``.
         """
