@@ -202,7 +202,7 @@ def _tapped_rotation(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _own_copy(x: Tensor) -> Tensor:
-    """Return the tensor, or a copy of a teacher's tensor that would keep a wider projection alive as its view."""
+    """Return the tensor, or a copy if it is a teacher's and would keep a wider projection alive."""
     if x.requires_grad or torch.compiler.is_compiling() or x.untyped_storage().nbytes() == x.nbytes:
         return x
     return x.clone()

@@ -111,7 +111,10 @@ class _AllTeachers:
     def __call__(
         self, weights: Tensor, tensors: tuple[Tensor, ...], needed: tuple[bool, ...]
     ) -> tuple[Tensor, Tensor, list[list[Tensor | None]]]:
-        """Return sums, terms, and for every sum the gradient of the weights and of every tensor that needs one."""
+        """Return sums, terms, and for every sum the gradients of the weights and of each tensor.
+
+        A gradient is None for a tensor that needs none.
+        """
         count = len(self.parts)
         student = Cache(**dict(zip(self.parts, (x.detach() for x in tensors[:count]), strict=True)))
         sums = range(len(self.factors) if any(needed) else 0)
