@@ -51,7 +51,9 @@ class Eviction:
 
     @torch.no_grad()
     def __call__(self, cache: Cache, rotation: Rotation | None, side: Mapping[str, Tensor]) -> Cache:
-        """The compared parts ``batch t_layer t_head slot dim``; keys without ``rotation``.
+        """Return the compared parts of the kept tokens, each ``batch t_layer t_head slot dim``.
+
+        Keys are returned without ``rotation``.
 
         Args:
             cache: of one forward pass, captured with ``seen`` and ``rotary``.

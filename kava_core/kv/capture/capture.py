@@ -74,7 +74,11 @@ class Capture:
                 slot.then = self._hand_over
 
     def __enter__(self) -> Capture:
-        """Arm; KavaError where a capture of this model is open or its checkpointing is reentrant."""
+        """Start to capture.
+
+        Raises:
+            KavaError: another capture of this model is open, or its gradient checkpointing is reentrant.
+        """
         find.refuse_reentrant(self._checkpointed, self.name)
         if any(SLOT in module.__dict__ for module in self.modules):
             raise KavaError(f"{self.name}: another capture of this model is still open")
@@ -89,7 +93,7 @@ class Capture:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        """Disarm; what was captured waits for ``take``, unless the block failed."""
+        """Stop capturing; what was captured is kept for ``take``, unless the block failed."""
         self._arm(-1)
         for module in self.modules:
             del module.__dict__[SLOT]

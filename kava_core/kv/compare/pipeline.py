@@ -353,9 +353,13 @@ class KVPipeline(nn.Module):
 
     @torch.no_grad()
     def show_losses(self, student: Cache, aligned: list[Aligned]) -> None:
-        """Show one batch to the losses that want to see data.
+        """Show one batch to the losses that must see data before training.
 
         If targets are fused, they are fused evenly over the teachers that run.
+
+        Args:
+            student: the student's cache of the compared layers.
+            aligned: every teacher's target, in the spec's order.
         """
         views = [aligner.view_of(student) for aligner in self.teachers]
         targets, valid = [one.target for one in aligned], [one.valid for one in aligned]
