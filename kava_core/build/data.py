@@ -43,7 +43,11 @@ class Data:
     """Where the collators read the teachers' targets; None runs the teachers."""
 
     def longest(self) -> dict[str | None, int]:
-        """Most tokens of an example on the side of every teacher, by name, and of the student, under None."""
+        """Count the most tokens of an example on each side.
+
+        Returns:
+            By the teacher's name; under None the student's.
+        """
         items = [*self.train_items.items, *self.validation_items.items]
         most: dict[str | None, int] = {None: max(len(item.student) for item in items)}
         for name in self.teacher_tokenizers:
@@ -51,11 +55,11 @@ class Data:
         return most
 
     def longest_prompt(self) -> int:
-        """Most tokens of a validation example's prompt, for the student."""
+        """Count the most tokens of a validation example's prompt, for the student."""
         return max(item.student.prompt_length for item in self.validation_items.items)
 
     def report(self) -> dict[str, Any]:
-        """For run.json: sizes, hashes, duplicates, examples left out."""
+        """Return what run.json records of the data: sizes, hashes, duplicates, examples left out."""
         dropped = {"train": self.train_items.dropped, "validation": self.validation_items.dropped}
         mismatches = count_prefix_mismatches(
             self.validation_items.examples, self.tokenizer, self.plain_collator.template
@@ -69,7 +73,17 @@ class Data:
 def load_or_train_tokenizer(
     model: ModelSpec, splits: Splits, template: Any, *, where: str
 ) -> PreTrainedTokenizerBase:
-    """A model's tokenizer: loaded, or trained on the training texts (cached)."""
+    """Load a model's tokenizer, or train it on the training texts; a trained one is cached.
+
+    Args:
+        model: the model's section of the spec.
+        splits: has the training examples.
+        template: renders them to texts.
+        where: how errors name the section.
+
+    Raises:
+        SpecError: the tokenizer cannot be loaded or trained.
+    """
     texts = (render_example(example, template).text for example in splits.train)
     try:
         return load_tokenizer(model, texts=texts, cache=cache_folder() / "tokenizers")
@@ -78,15 +92,20 @@ def load_or_train_tokenizer(
 
 
 def teacher_reading(spec: PipelineSpec, teacher: TeacherSpec) -> Reading:
-    """The text a teacher reads."""
+    """Return what a teacher reads of an example: its template and which written steps."""
     return Reading(teacher.template or spec.data.template, teacher.rationale, teacher.last_step)
 
 
 def make_data(spec: PipelineSpec, idle: Sequence[TeacherSpec] = ()) -> Data:
-    """Load, split, tokenize.
+    """Load, split and tokenize a run's examples.
 
-    ``idle``: teachers that may not run, but whose ``max_length`` counts too: variants with and without them
-    then learn from the same examples.
+    Args:
+        spec: the run's.
+        idle: teachers that may not run, but whose ``max_length`` counts too: variants with and without them
+            then learn from the same examples.
+
+    Raises:
+        SpecError: the data or a tokenizer cannot be loaded.
     """
     splits = load_splits(spec.data, root=Path.cwd())
     template = spec.data.template

@@ -1,4 +1,4 @@
-"""Measured layer maps on disk: ``<teacher>.safetensors``, and ``<teacher>.json`` saying what was measured."""
+"""Write and read measured layer maps: ``<teacher>.safetensors``, and beside it what was measured as JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,15 @@ from kava_core.versions import versions
 def measured_from(
     spec: PipelineSpec, teacher: TeacherSpec, config: ComponentConfig, data: Data, *, seed: int
 ) -> Subject:
-    """Both models, the examples, and the settings that decide what is compared with what."""
+    """Return all that a measurement depends on: both models, the examples, and the comparison's settings.
+
+    Args:
+        spec: the run's.
+        teacher: whose layers are measured.
+        config: the layer mapper that measures.
+        data: the run's.
+        seed: the run's; it counts only if the student has random weights.
+    """
     count = min(spec.train.calibration_examples, len(data.train_items))
     settings = {
         "layer_mapper": config.model_dump(mode="json", exclude={"map"}),
@@ -43,7 +51,7 @@ def measured_from(
 
 
 def is_current(path: Path, subject: Subject) -> bool:
-    """Whether the file is whole and holds the measurement of exactly this subject."""
+    """Return whether a map file is whole and was measured from exactly this subject."""
     try:
         record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         whole = record["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -53,9 +61,17 @@ def is_current(path: Path, subject: Subject) -> bool:
 
 
 def assert_same_models(path: Path, models: Subject, *, teacher: str) -> None:
-    """SpecError where a map the spec names was measured on another teacher or student.
+    """Check that a map named in the spec was measured on these models.
 
     Its examples and settings may be others; a file that is missing or damaged is left to the layer mapper.
+
+    Args:
+        path: of the ``.safetensors`` file.
+        models: teacher and student, from ``models_of``.
+        teacher: the teacher's name, for the error.
+
+    Raises:
+        SpecError: it was measured on another teacher or student.
     """
     try:
         measured = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["measured"]
@@ -101,7 +117,7 @@ def write_map(
 
 
 def choose_layers(weights: Tensor) -> list[list[tuple[int, float]]]:
-    """For every student layer the teacher layers it reads, heaviest first, with their weights."""
+    """List, for every student layer, the teacher layers it reads with their weights, the heaviest first."""
     rows = [[(j, w) for j, w in enumerate(row) if w > 0] for row in weights.tolist()]
     return [sorted(row, key=lambda one: -one[1]) for row in rows]
 

@@ -1,4 +1,4 @@
-"""Layer maps that are measured on training examples before the pipeline is built."""
+"""Measure layer maps on training examples before the pipeline is built."""
 
 from __future__ import annotations
 
@@ -44,7 +44,11 @@ Compared = Literal["hidden", "keys", "values"]
 
 
 def assert_measures_text(spec: PipelineSpec) -> None:
-    """SpecError for a student without written steps."""
+    """Refuse to measure for a student without written steps.
+
+    Raises:
+        SpecError: the spec's trajectory is latent.
+    """
     if spec.trajectory == "latent":
         raise SpecError(
             "trajectory: latent: layers cannot be measured on latent tokens; measure with trajectory: text "
@@ -53,14 +57,14 @@ def assert_measures_text(spec: PipelineSpec) -> None:
 
 
 def with_measured_maps(spec: PipelineSpec, folder: Path, data: Data, *, seed: int = 0) -> PipelineSpec:
-    """The spec with a map file for every layer mapper that is measured and has none.
+    """Return the spec with a map file for every layer mapper that is measured and has none.
 
     Files in ``folder`` that were measured on the same models, data and settings are used again; others are
     replaced. One process of several measures, the others read.
 
     Args:
         spec: with every model ready to load.
-        folder: where ``<teacher>.safetensors`` and ``<teacher>.json`` lie.
+        folder: where ``<teacher>.safetensors`` and ``<teacher>.json`` are.
         data: the run's.
         seed: the run's; it decides random weights of the student.
 
@@ -81,12 +85,12 @@ def with_measured_maps(spec: PipelineSpec, folder: Path, data: Data, *, seed: in
 
 
 def can_measure(config: ComponentConfig) -> bool:
-    """Whether a layer mapper can be measured, going by its declaration and its class."""
+    """Return whether a layer mapper can be measured: it has a field ``map`` and a method ``observe``."""
     return "map" in type(config).model_fields and hasattr(config.implementation(), "observe")
 
 
 def wants_measuring(config: ComponentConfig) -> bool:
-    """Whether a layer mapper is to be measured: it can be, and no map is given."""
+    """Return whether a layer mapper is to be measured: it can be, and the spec gives it no map."""
     return can_measure(config) and getattr(config, "map", None) is None
 
 
@@ -108,7 +112,16 @@ def _with_map(spec: PipelineSpec, teacher: TeacherSpec, folder: Path, data: Data
 def measured_map(
     spec: PipelineSpec, teacher: TeacherSpec, config: ComponentConfig, folder: Path, data: Data, *, seed: int
 ) -> Path:
-    """The absolute path of a teacher's map file, measured with ``config`` unless it is there already."""
+    """Return the absolute path of a teacher's map file; measure it first unless it is there already.
+
+    Args:
+        spec: with every model ready to load.
+        teacher: whose layers are measured.
+        config: the layer mapper that measures.
+        folder: where the file is or will be.
+        data: the run's.
+        seed: the run's; it decides random weights of the student.
+    """
     path = (folder / f"{teacher.name}.safetensors").absolute()
     subject = measured_from(spec, teacher, config, data, seed=seed)
     if not is_current(path, subject):
@@ -123,7 +136,7 @@ def measured_map(
 def _measure_layers(
     spec: PipelineSpec, teacher: TeacherSpec, config: ComponentConfig, data: Data, seed: int
 ) -> tuple[Any, Float[Tensor, "layer t_layer"]]:
-    """The mapper after it saw the first training examples, and its weights."""
+    """Return the mapper after it saw the first training examples, and its weights."""
     plain = spec.student.model_copy(update={"lora": None, "gradient_checkpointing": False})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student = load_student(plain, data.tokenizer, seed=seed).eval().to(device)
@@ -145,7 +158,7 @@ def _show_batch(
     models: tuple[nn.Module, nn.Module],
     sides: tuple[dict[str, Any], dict[str, Any]],
 ) -> None:
-    """Show one batch: teacher first, student second."""
+    """Show one batch to the mapper; in ``models`` and ``sides`` the teacher is first, the student second."""
     device = next(models[1].parameters()).device
     time_map = plan(*map(Timeline.from_batch, sides)).to(device)
     teacher, student = (
@@ -163,7 +176,7 @@ def _build_mapper(config: ComponentConfig, extents: dict[str, Any]) -> Any:
 
 
 def _calibration_batches(spec: PipelineSpec, data: Data, teacher: str) -> Iterable[Any]:
-    """Batches of the first training examples, with a bar on a terminal and one line elsewhere."""
+    """Return batches of the first training examples, with a bar on a terminal and one line elsewhere."""
     count = min(spec.train.calibration_examples, len(data.train_items))
     loader = DataLoader(
         Subset(data.train_items, range(count)), spec.train.batch_size, collate_fn=data.plain_collator
@@ -179,9 +192,15 @@ def _calibration_batches(spec: PipelineSpec, data: Data, teacher: str) -> Iterab
 def layers_to_compare(
     model: nn.Module, side: dict[str, Any], on: Compared
 ) -> Float[Tensor, "batch layer time dim"]:
-    """What is compared of every attention layer: its output, or its keys or values, heads side by side.
+    """Run a model and return what is compared of every attention layer.
 
-    The output of the last layer is normalised in most models, as transformers returns it.
+    That is its output, or its keys or values, whose heads are then side by side along ``dim``. The output of
+    the last layer is normalised in most models, as transformers returns it.
+
+    Args:
+        model: the teacher or the student.
+        side: the collator's tensors of its side.
+        on: which of the three.
 
     Raises:
         UnsupportedModelError: the model does not return an output for every attention layer.
@@ -207,6 +226,6 @@ def layers_to_compare(
 def warp_layers(
     time_map: TimeMap, x: Float[Tensor, "batch layer t_time dim"]
 ) -> Float[Tensor, "batch layer time dim"]:
-    """Layers of the teacher at the student's positions, in float32 at least."""
+    """Return layers of the teacher at the student's positions, in float32 at least."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return time_map.apply(wide[:, :, None])[:, :, 0]

@@ -1,4 +1,4 @@
-"""What ``run.json`` says about the models and plugins of a run."""
+"""Collect what ``run.json`` records about the models and plugins of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kava_core.versions import distributor
 
 
 def run_provenance(spec: PipelineSpec) -> dict[str, Any]:
-    """Where every model comes from, with hashes, which distribution every component, which layer maps."""
+    """Return where every model and component comes from, with hashes, and which layer maps are used."""
     teachers = {teacher.name: model_facts(teacher) for teacher in spec.teachers}
     return {
         "models": {"student": model_facts(spec.student)} | teachers,
@@ -30,9 +30,10 @@ def run_provenance(spec: PipelineSpec) -> dict[str, Any]:
 
 
 def model_facts(model: ModelSpec) -> dict[str, Any]:
-    """sha256 of a folder's configs and weights; the commit of a hub model; nothing for random weights.
+    """Return where a model comes from.
 
-    Of a student that kava trained also its last ``results``: how good a teacher it can be.
+    For a folder: sha256 of its configs and weights; for a hub model: its commit; else that its weights are
+    random. For a student that kava trained also its last ``results``: how good a teacher it can be.
     """
     if model.path is None:
         return {"origin": "random weights"}
@@ -46,19 +47,19 @@ def model_facts(model: ModelSpec) -> dict[str, Any]:
 
 
 def _teacher_results(run: Folder) -> dict[str, Any]:
-    """Of a finished run of kava's."""
+    """Return the results of a finished run of kava's; empty for any other folder."""
     record = run.record() if run.record_file.is_file() else {}
     return {"results": record["results"]} if record.get("status") == "complete" else {}
 
 
 def map_facts(spec: PipelineSpec) -> dict[str, str]:
-    """sha256 of every teacher's layer map, by the teacher's name."""
+    """Return the sha256 of every teacher's layer map, by the teacher's name."""
     maps = {t.name: getattr(t.align.layer_mapper, "map", None) for t in spec.teachers}
     return {name: file_hash(Path(file)) for name, file in maps.items() if file is not None}
 
 
 def plugin_facts(spec: PipelineSpec) -> dict[str, str | None]:
-    """``kind name`` to ``distribution version``."""
+    """Map ``kind name`` of every component to ``distribution version``."""
     return {
         f"{kind} {config.name}": distributor(type(config).__module__)
         for kind, config in used_components(spec)
@@ -70,7 +71,7 @@ Subject = dict[str, Any]
 
 
 def models_of(spec: PipelineSpec, teacher: TeacherSpec, data: Data) -> Subject:
-    """What tells the teacher and the student from others."""
+    """Return what distinguishes the teacher and the student from other models."""
     return {
         "teacher": _identity(teacher, data.teacher_tokenizers[teacher.name]),
         "student": _identity(spec.student, data.tokenizer),
@@ -84,7 +85,7 @@ HARMLESS = {"align", "attention", "lora", "gradient_checkpointing", "template", 
 
 
 def _identity(model: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> Subject:
-    """Weights by hash or commit, not by the folder's name, which may change; and how they are loaded."""
+    """Return how a model is loaded, and its weights by hash or commit: the folder's name may change."""
     known = model.model_dump(mode="json", exclude=NAMES | HARMLESS) | {"tokenizer": tokenizer_hash(tokenizer)}
     if model.path is None:
         return known
@@ -93,7 +94,7 @@ def _identity(model: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> Subject:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """sha256 of what decides which tokens a text becomes."""
+    """Return the sha256 of what decides which tokens a text becomes."""
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     kept = {name: part for name, part in parts.items() if name not in ("padding", "truncation")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

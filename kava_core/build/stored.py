@@ -1,4 +1,4 @@
-"""Training from a teacher store: which store belongs to a run, and how its targets come into the batches."""
+"""Train from a teacher store: find the store that belongs to a run, and put its targets into the batches."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ AGAIN = "run `kava cache` with this spec and these overrides"
 
 
 class StoredCollator(Collator):
-    """The student's side as ever; in place of the teachers' tokens, their targets from a store.
+    """Collates the student's side as usual, and in place of the teachers' tokens their targets from a store.
 
-    They leave it as they are stored, so that bf16 and int8 cross to the device narrow.
+    Targets are passed on as they are stored, so that bf16 and int8 cross to the device narrow.
     """
 
     def __init__(self, plain: Collator, store: Store) -> None:
@@ -62,7 +62,7 @@ class StoredCollator(Collator):
         self.store = store
 
     def __call__(self, batch: Sequence[Example | EncodedExample]) -> dict[str, Any]:
-        """``{"student": Side with labels, "teachers": {name: side of the store}, "labels": …}``."""
+        """Return ``{"student": Side with labels, "teachers": {name: side of the store}, "labels": …}``."""
         made = super().__call__(batch)
         keys = [example_key(entry.example if isinstance(entry, EncodedExample) else entry) for entry in batch]
         made["teachers"] = self.store.batch(keys, made["student"]["input_ids"].shape[1])
@@ -70,13 +70,13 @@ class StoredCollator(Collator):
 
 
 def example_key(example: Example) -> str:
-    """An example's name in a store: a hash of its texts, so the order of the data does not matter."""
+    """Return an example's name in a store: a hash of its texts, so the order of the data does not matter."""
     texts = json.dumps([example.prompt, example.reasoning, example.answer, *example.rationales])
     return hashlib.sha256(texts.encode()).hexdigest()[:32]
 
 
 def with_store(spec: PipelineSpec, data: Data, *, seed: int) -> tuple[PipelineSpec, Data]:
-    """The spec and data of a run that reads its store; both unchanged where it has none or needs none.
+    """Return the spec and data of a run that reads its store; both unchanged if it has none or needs none.
 
     Args:
         spec: with every model ready to load.
@@ -84,7 +84,7 @@ def with_store(spec: PipelineSpec, data: Data, *, seed: int) -> tuple[PipelineSp
         seed: the run's.
 
     Raises:
-        SpecError: nothing is stored for this run, or from something else that has changed.
+        SpecError: nothing is stored for this run, or what is stored was made from something else.
         CheckpointError: the store is damaged.
     """
     if spec.store is None or not used_teachers(spec):
@@ -96,7 +96,7 @@ def with_store(spec: PipelineSpec, data: Data, *, seed: int) -> tuple[PipelineSp
 
 
 def with_maps_of(spec: PipelineSpec, folder: Path) -> PipelineSpec:
-    """The spec with the store's map for every layer mapper that would be measured."""
+    """Return the spec with the store's map for every layer mapper that would be measured."""
     teachers = tuple(
         _with_stored_map(teacher, folder / f"{teacher.name}.safetensors") for teacher in spec.teachers
     )
@@ -112,15 +112,15 @@ def _with_stored_map(teacher: TeacherSpec, file: Path) -> TeacherSpec:
 
 
 def store_folder(store: StoreSpec, wanted: Ingredients) -> Path:
-    """Where the store with these ingredients is or will be."""
+    """Return the folder in which the store with these ingredients is or will be."""
     return Path(store.folder) / store_digest(wanted)
 
 
 def open_store(store: StoreSpec, wanted: Ingredients) -> Store:
-    """The store with exactly these ingredients; every file's size is checked, not its content.
+    """Open the store with exactly these ingredients; every file's size is checked, not its content.
 
     Raises:
-        SpecError: there is none; says what differs from the nearest one.
+        SpecError: there is none; the error names what differs from the nearest one.
         CheckpointError: a file is missing or has another size.
     """
     folder = store_folder(store, wanted)
@@ -143,12 +143,12 @@ def _why_absent(folder: Path, wanted: Ingredients) -> str:
 
 
 def unfinished_folder(folder: Path) -> Path:
-    """The folder in which a store is being made."""
+    """Return the folder in which a store is being made."""
     return folder.with_name(f"{folder.name}.partial")
 
 
 def store_ingredients(spec: PipelineSpec, data: Data, *, seed: int) -> Ingredients:
-    """Everything the stored numbers depend on, in words.
+    """Return everything that the stored numbers depend on, by a name that a person reads.
 
     Raises:
         SpecError: a component that makes the target is trained, so there is no fixed target.
@@ -191,13 +191,13 @@ def _geometry_text(geometry: Geometry) -> str:
 
 
 def config_pipeline(spec: PipelineSpec, data: Data, *, seed: int) -> KVPipeline:
-    """The run's pipeline, by the models' configs alone: no model is loaded."""
+    """Build the run's pipeline from the models' configs alone: no model is loaded."""
     student = student_config_geometry(spec, data)
     return make_pipeline(spec, config_geometries(spec, data), student, seed=seed)
 
 
 def store_layout(spec: PipelineSpec, pipeline: KVPipeline) -> Layout:
-    """What is stored of a position."""
+    """Return what is stored for each position: of every teacher and part the extents ``layer head dim``."""
     assert spec.store is not None
     return Layout(
         spec.store.dtype,
@@ -245,12 +245,12 @@ def _student_ingredients(spec: PipelineSpec, data: Data, seed: int) -> dict[str,
 
 
 def looks_at_data(spec: PipelineSpec, pipeline: KVPipeline) -> bool:
-    """Whether something is computed from the first training examples before the targets."""
+    """Return whether something is computed from the first training examples before the targets."""
     return any(a.wants_calibration for a in pipeline.teachers) or _measures_layers(spec)
 
 
 def depends_on_student(spec: PipelineSpec, pipeline: KVPipeline) -> bool:
-    """Whether the stored state looks at the student, so that a store belongs to one seed."""
+    """Return whether the stored state depends on the student, so that a store belongs to one seed."""
     return _measures_layers(spec) or any(_is_paired(aligner) for aligner in pipeline.teachers)
 
 
@@ -259,14 +259,18 @@ def _measures_layers(spec: PipelineSpec) -> bool:
 
 
 def _is_paired(aligner: TeacherAligner) -> bool:
-    """Calibrated projectors that do not say ``paired = False`` may look at the student."""
+    """Return whether a projector may look at the student when calibrated; it can set ``paired = False``."""
     return aligner.wants_calibration and (
         aligner.lifts or bool(getattr(aligner.dim_projector, "paired", True))
     )
 
 
 def assert_fixed(spec: PipelineSpec, pipeline: KVPipeline) -> None:
-    """SpecError naming the first trained component between a teacher's cache and its target."""
+    """Check that no component between a teacher's cache and its target is trained.
+
+    Raises:
+        SpecError: names the first one that is.
+    """
     for teacher, aligner in zip(spec.teachers, pipeline.teachers, strict=True):
         for kind, component in _target_components(aligner).items():
             if component is None or not any(p.requires_grad for p in component.parameters()):
@@ -280,7 +284,7 @@ def assert_fixed(spec: PipelineSpec, pipeline: KVPipeline) -> None:
 
 
 def _target_components(aligner: TeacherAligner) -> dict[str, Any]:
-    """The components that a target goes through, by their field in the spec; None where there is none."""
+    """Return the components that a target goes through, by their field in the spec; None if there is none."""
     plan = aligner.time_plan
     made: dict[str, Any] = {"layer_mapper": aligner.layer_map, "token_warper": plan.token_warper}
     made |= {"time_warper": plan.time_warper}

@@ -1,4 +1,4 @@
-"""Time maps are planned beside the batches, on the CPU, in the data loader's processes."""
+"""Plan time maps beside the batches, on the CPU, in the data loader's processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PlansTime:
         self.plans = {a.name: copy.deepcopy(a.time_plan).to("cpu") for a in pipeline.teachers}
 
     def __call__(self, batch: Sequence[Example | EncodedExample]) -> dict[str, Any]:
-        """The collator's batch with time maps."""
+        """Return the collator's batch with time maps."""
         made = self.collator(batch)
         own = Timeline.from_batch(made["student"])
         for name, plan in self.plans.items():

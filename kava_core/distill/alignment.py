@@ -41,7 +41,7 @@ class StepBatch:
 
     @property
     def timeline(self) -> Timeline:
-        """The student's positions."""
+        """Return the student's positions."""
         return Timeline.from_batch(self.student)
 
 
@@ -64,7 +64,7 @@ class Alignment(Protocol):
 
     @property
     def targets(self) -> TeacherReader:
-        """Makes targets without a student's pass: for calibration, evaluation and stores."""
+        """Return what makes targets without a student's pass: for calibration, evaluation and stores."""
         ...
 
     def compare(self, batch: StepBatch, run_student: RunStudent) -> Step:
@@ -90,7 +90,7 @@ class NoAlignment:
         return self.compare_apart(batch, run_student, keep_outputs=True)
 
     def compare_apart(self, batch: StepBatch, run_student: RunStudent, *, keep_outputs: bool = False) -> Step:
-        """Do the same."""
+        """Run teachers, then the student; there are no KV terms."""
         passes = []
         for teacher in self.targets.teachers:
             passes.append(teacher.read(batch.teachers[teacher.name], keep_outputs=keep_outputs))
@@ -159,7 +159,10 @@ class TermsByLayer:
 
     @property
     def targets(self) -> TeacherReader:
-        """Targets made layer by layer have no gradient; if one is wanted, whole caches are aligned."""
+        """Return what makes targets without a student's pass.
+
+        Targets made layer by layer have no gradient; if one is wanted, whole caches are aligned.
+        """
         return self._whole_targets if torch.is_grad_enabled() else self._targets_by_layer
 
     def compare(self, batch: StepBatch, run_student: RunStudent) -> Step:

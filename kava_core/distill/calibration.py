@@ -1,4 +1,4 @@
-"""Show data to components that want it before the first step. Nothing here has gradients."""
+"""Show data to components that must see it before the first step. Nothing here has gradients."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kava_core.protocols.timeline import Timeline
 
 @torch.no_grad()
 def calibrate_projectors(distiller: Distiller, batch: Mapping[str, Any]) -> None:
-    """Show one batch of everyone's cache to every projector that wants to see data."""
+    """Show one batch of teachers' and student's caches to every projector that must see data."""
     timeline = Timeline.from_batch(batch["student"])
     student = student_cache_without_dropout(distiller, batch["student"])
     for aligner, teacher in zip(distiller.pipeline.teachers, distiller.teachers, strict=True):
@@ -39,7 +39,7 @@ def finish_projectors(pipeline: KVPipeline) -> None:
 
 @torch.no_grad()
 def show_fuser(distiller: Distiller, batch: Mapping[str, Any]) -> None:
-    """Show one batch of aligned targets to a fuser that wants to see data."""
+    """Show one batch of aligned targets to a fuser that must see data before training."""
     pipeline = distiller.pipeline
     student = student_cache_without_dropout(distiller, batch["student"])
     view = pipeline.teachers[0].view_of(student)
@@ -49,7 +49,7 @@ def show_fuser(distiller: Distiller, batch: Mapping[str, Any]) -> None:
 
 @torch.no_grad()
 def show_losses(distiller: Distiller, batch: Mapping[str, Any]) -> None:
-    """Show one batch to the losses that want to see data."""
+    """Show one batch to the losses that must see data before training."""
     student = student_cache_without_dropout(distiller, batch["student"])
     distiller.pipeline.show_losses(student, aligned_targets(distiller, batch))
 

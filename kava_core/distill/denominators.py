@@ -1,4 +1,4 @@
-"""What the terms of a loss are divided by."""
+"""Count what the terms of a loss are divided by."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ that the student reads as its own teacher."""
 def loss_denominators(
     student: Mapping[str, Tensor], teachers: Mapping[str, Mapping[str, Any]], own: str | None = None
 ) -> Float[Tensor, "4"]:
-    """Those of one batch. ``own``: name of the teacher that is the student itself."""
+    """Count the denominators of one batch, indexed by ``LABELLED``, ``TOKENS``, ``EXAMPLES`` and ``READ``.
+
+    Args:
+        student: the student's side of the batch.
+        teachers: every teacher's side, by name.
+        own: name of the teacher that is the student itself; None: there is none, and ``READ`` is 0.
+    """
     read = _labelled(teachers[own]) if own is not None else student["labels"].new_zeros(())
     examples = torch.as_tensor(len(student["labels"]), device=read.device)
     return torch.stack([_labelled(student), student["attention_mask"].sum(), examples, read]).float()

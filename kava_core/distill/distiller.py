@@ -66,7 +66,7 @@ class Distiller(nn.Module):
         latent: latent tokens in place of written steps; the student's side is then ``LatentCollator``'s.
 
     Raises:
-        SpecError: this pipeline's terms cannot be had layer by layer.
+        SpecError: this pipeline's terms cannot be computed layer by layer.
     """
 
     main_input_name = "student"
@@ -98,7 +98,14 @@ class Distiller(nn.Module):
         self.choose_alignment(stream=stream)
 
     def choose_alignment(self, *, stream: bool) -> None:
-        """Decide how caches are compared from here on; SpecError if they cannot be layer by layer."""
+        """Decide how caches are compared from now on.
+
+        Args:
+            stream: layer by layer while the teachers run.
+
+        Raises:
+            SpecError: they cannot be compared layer by layer.
+        """
         if stream and self.pipeline.compared:
             assert_can_stream(self.pipeline)
         self._streams = stream
@@ -284,7 +291,7 @@ class Distiller(nn.Module):
 
     @property
     def own_teacher(self) -> OwnTeacher | None:
-        """The teacher that is the student itself."""
+        """Return the teacher that is the student itself; None if there is none."""
         own = (teacher for teacher in self.teachers if isinstance(teacher, OwnTeacher))
         return next(own, None)
 
@@ -319,7 +326,7 @@ class Distiller(nn.Module):
     # counting
 
     def loss_denominators(self, batch: Mapping[str, Any]) -> Float[Tensor, "4"]:
-        """Return what a batch of the collator's adds to the counts that its terms are divided by."""
+        """Count what a batch adds to the numbers that the terms are divided by."""
         own = None if self.own_teacher is None else self.own_teacher.name
         return loss_denominators(self.at_curriculum_stage(batch["student"]), batch["teachers"], own)
 

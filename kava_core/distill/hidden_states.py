@@ -1,4 +1,4 @@
-"""The terms of latent reasoning beside KV losses: what CODI, LOTUS and self-distillation add."""
+"""Compute the terms of latent reasoning beside KV losses: of CODI and of the written steps."""
 
 from __future__ import annotations
 
@@ -19,10 +19,17 @@ def codi_term(
     teacher: Float[Tensor, "layer batch hidden"],
     items: Float[Tensor, "4"],
 ) -> Float[Tensor, ""]:
-    """Smooth L1 of the states before the answer, divided by the teacher's standard deviation in each layer.
+    """Return smooth L1 of the states before the answer, divided by the teacher's standard deviation.
 
-    A mean over layers and width, summed over examples and divided by their number in the whole batch
-    (arXiv 2502.21074). The teacher has no gradient.
+    The deviation is each layer's own. A mean over layers and width, summed over examples and divided by their
+    number in the whole batch. The teacher has no gradient.
+
+    Args:
+        student: hidden states of every layer at the token before the answer.
+        teacher: likewise.
+        items: denominators of the whole batch.
+
+    Source: CODI (arXiv 2502.21074).
     """
     student, teacher = student.float(), teacher.detach().float()
     spread = teacher.std((1, 2), correction=0).clamp_min(torch.finfo(torch.float32).tiny)
@@ -33,9 +40,15 @@ def codi_term(
 def step_cross_entropy(
     logits: Float[Tensor, "batch time vocab"], trace: Int[Tensor, "batch time"], items: Float[Tensor, "4"]
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of the written steps' tokens where the latent ones are written, in float32.
+    """Return the cross-entropy of the written steps' tokens at the positions that write latent tokens.
 
-    A mean over an example's labels, summed over examples and divided by their number in the whole batch.
+    In float32, in nats. A mean over an example's labels, summed over examples and divided by their number in
+    the whole batch.
+
+    Args:
+        logits: at the position before each latent token.
+        trace: tokens of the written steps; NO_LABEL if there are fewer than latent tokens.
+        items: denominators of the whole batch.
     """
     labelled = trace.ne(NO_LABEL)
     losses = F.cross_entropy(logits.transpose(1, 2).float(), trace, ignore_index=NO_LABEL, reduction="none")

@@ -1,6 +1,7 @@
-"""Distillation of next-token distributions, where a teacher has the student's vocabulary.
+"""Distil next-token distributions of teachers that have the student's vocabulary.
 
-Hinton et al. 2015 (arXiv 1503.02531): the divergence of softened distributions × the squared temperature.
+Source: Hinton et al. 2015 (arXiv 1503.02531): the divergence of softened distributions × the squared
+temperature.
 """
 
 from __future__ import annotations
@@ -33,7 +34,16 @@ Compare = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 def assert_same_vocabulary(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, *, who: str
 ) -> None:
-    """SpecError, naming a token, where the two tokenizers do not number the same tokens alike."""
+    """Check that two tokenizers number the same tokens alike.
+
+    Args:
+        student: the student's tokenizer.
+        teacher: the teacher's.
+        who: how the error names the teacher.
+
+    Raises:
+        SpecError: they do not; the error names a token.
+    """
     own, other = student.get_vocab(), teacher.get_vocab()
     if own == other:
         return
@@ -48,11 +58,18 @@ def assert_same_vocabulary(
 def same_tokens(
     student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]
 ) -> tuple[Int[Tensor, "batch time"], Bool[Tensor, "batch time"]]:
-    """For every student position the teacher's that predicts the same token, and whether there is one.
+    """Pair every student position with the teacher's position that predicts the same token.
 
-    Completions are laid side by side from their first tokens, as the prompts may differ. A position counts if
-    the student has a label for the token after it and both completions agree up to that token; where that
-    token is in the prompt, the whole texts must agree so far.
+    Completions are aligned by their first tokens, as the prompts may differ. A position counts if the student
+    has a label for the token after it and both completions agree up to that token; if that token is in the
+    prompt, the whole texts must agree so far.
+
+    Args:
+        student: the student's side of the batch.
+        teacher: the teacher's side.
+
+    Returns:
+        The teacher's position for each student position, and whether the pair counts.
     """
     ids, labels = student["input_ids"], student["labels"]
     shift = _start(teacher) - _start(student)
@@ -73,7 +90,7 @@ def same_tokens(
 
 
 def _start(side: Mapping[str, Tensor]) -> Int[Tensor, " batch"]:
-    """Where each completion begins."""
+    """Return where each completion begins."""
     return (side["segments"] == PROMPT).sum(1)
 
 
@@ -123,11 +140,19 @@ def logit_divergence(
     temperature: float = 1.0,
     kind: DivergenceKind = "forward",
 ) -> Float[Tensor, ""]:
-    """Σ weight × temperature² × divergence of the softened distributions, over positions of weight > 0.
+    """Return the weighted sum of divergences of the softened distributions, times temperature².
 
-    ``forward``: KL(teacher ‖ student); ``reverse``; ``jeffreys``: their sum. Over the tokens both sides have
-    (padding of an embedding is left out), in float32 at least; by blocks of positions, whose gradient is
-    formed on the way, so that only it is kept. Gradients reach ``student`` alone.
+    Over positions of weight > 0, and over the tokens both sides have (padding of an embedding is left out),
+    in float32 at least. Computed by blocks of positions, whose gradient is formed on the way, so that only it
+    is kept. Gradients reach ``student`` alone.
+
+    Args:
+        student: the student's logits.
+        teacher: the teacher's logits.
+        places: for each student position the teacher's that predicts the same token.
+        weight: of each student position.
+        temperature: by which logits are divided.
+        kind: ``forward``: KL(teacher ‖ student); ``reverse``: KL(student ‖ teacher); ``jeffreys``: their sum.
     """
     total: Tensor = _Divergence.apply(student, teacher, places, weight, temperature, _KINDS[kind])  # type: ignore[no-untyped-call]
     return total
@@ -166,7 +191,7 @@ class _Divergence(torch.autograd.Function):
 
 
 def _forward(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(p ‖ q) of every row of log-probabilities, and its derivative by the logits of q."""
+    """Return KL(p ‖ q) of every row of log-probabilities, and its derivative by the logits of q."""
     chance = p.exp()
     return torch.where(chance > 0, chance * (p - q), 0).sum(-1), q.exp() - chance
 

@@ -1,1 +1,1 @@
-"""The tensor half: caches, timelines, capture, alignment stages, the pipeline."""
+"""Capture, align and compare key–value caches: the part of kava that works on tensors."""

@@ -1,1 +1,1 @@
-"""Reasoning in continuous latent tokens instead of written steps."""
+"""Train and run students that reason in continuous latent tokens instead of written steps."""

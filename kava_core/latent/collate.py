@@ -1,4 +1,4 @@
-"""Batches for latent reasoning: the student reads the prompt and writes the answer, nothing between."""
+"""Collate batches for latent reasoning: the student reads the prompt and writes the answer alone."""
 
 from __future__ import annotations
 
@@ -53,17 +53,23 @@ class LatentEncoded:
 
     @property
     def prompt_length(self) -> int:
-        """Tokens before the first that is written."""
+        """Count the tokens before the first that is written: prompt, latent tokens and END."""
         return len(self.before) + self.latents + 1
 
 
 class LatentCollator(Collator):
-    """As ``Collator``, but the student's side has latent tokens in place of the reasoning.
+    """Collates as ``Collator``, but the student's side has latent tokens in place of the reasoning.
 
-    Its ``attention_mask``, ``segments`` and ``spans`` are of the latent tokens, ``[batch, latents]``: all
-    real, all REASONING, without characters; ``trace`` are their labels. Beside them stand ``before``, padded
-    left, with ``before_mask``, and ``after``, padded right, with its ``after_mask``, ``labels``, ``steps``
-    and ``answer_boundary``. Teachers have ``labels`` and ``answer_boundary`` as well.
+    In the student's side:
+
+    - ``attention_mask``, ``segments``, ``spans``: of the latent tokens, ``batch latents``; all real, all
+      REASONING, without characters
+    - ``trace``: labels of the latent tokens, ``batch latents``
+    - ``before``, ``before_mask``: prompt and BEGIN, padded left
+    - ``after``, ``after_mask``: END, written steps and answer, padded right
+    - ``labels``, ``steps``, ``answer_boundary``: of ``after``
+
+    Teachers have ``labels`` and ``answer_boundary`` as well.
     """
 
     def __init__(self, *args: Any, latent: LatentSpec, **kwargs: Any) -> None:
@@ -72,7 +78,7 @@ class LatentCollator(Collator):
         self.end = token_id(self.student_tokenizer, END)
 
     def encode_student(self, examples: Sequence[Example]) -> list[Any]:
-        """Every example, None where it is longer than ``max_length``."""
+        """Encode every example for the student; None for one that is longer than ``max_length`` tokens."""
         texts = [render_example(example, self.template) for example in examples]
         befores = self._prompts([text.prompt for text in texts])
         traces = encode_pieces(
@@ -86,7 +92,7 @@ class LatentCollator(Collator):
     def _encoded(
         self, example: Example, text: Text, before: Tensor, trace: EncodedPiece, answer: EncodedPiece
     ) -> Any:
-        """END, the steps that are written at first, the answer, EOS."""
+        """Encode one example; ``after`` is END, the steps that are written at first, the answer and EOS."""
         mark, eos = answer.ids.new_tensor([self.end]), self._eos
         written = trace.ids if self.latent.curriculum is not None else trace.ids[:0]
         inside = self.template.reasoning.index("{reasoning}")
@@ -113,7 +119,7 @@ class LatentCollator(Collator):
         return before_thought(prompts, self.student_tokenizer, begin=self.latent.begin)
 
     def student_side(self, rows: Sequence[LatentEncoded]) -> Side:
-        """The tensors of the student."""
+        """Return the tensors of the student's side of a batch."""
         labels = [torch.cat([row.after.new_full((1,), NO_LABEL), row.after[1:]]) for row in rows]
         shape = (len(rows), self.latent.count)
         return {
@@ -130,7 +136,7 @@ class LatentCollator(Collator):
         }
 
     def teacher_side(self, rows: Sequence[EncodedText], tokenizer: PreTrainedTokenizerBase) -> Side:
-        """The tensors of a teacher, which may be the student itself."""
+        """Return the tensors of a teacher's side of a batch; the teacher may be the student itself."""
         labels = self._pad([row.labels for row in rows], NO_LABEL)
         answer_boundary = torch.tensor([row.answer_boundary for row in rows])
         return super().teacher_side(rows, tokenizer) | {"labels": labels, "answer_boundary": answer_boundary}
@@ -140,14 +146,17 @@ class LatentCollator(Collator):
         return {"before": before, "before_mask": mask}
 
     def prompts(self, batch: Sequence[Any]) -> tuple[Side, list[str]]:
-        """``before`` and ``before_mask`` of the prompts, and the answers."""
+        """Return the prompts of a batch as ``before`` and ``before_mask``, and the expected answers."""
         examples = [getattr(entry, "example", entry) for entry in batch]
         rows = self._prompts([render_example(example, self.template).prompt for example in examples])
         return self._before(rows), [example.answer for example in examples]
 
 
 def thin_evenly(trace: Int[Tensor, " time"], count: int) -> Int[Tensor, " {count}"]:
-    """``count`` labels: every token and then NO_LABEL, or of a longer trace as many, evenly spaced."""
+    """Return ``count`` labels of a trace of tokens.
+
+    A shorter trace is followed by NO_LABEL; of a longer one evenly spaced tokens are kept.
+    """
     if len(trace) <= count:
         return F.pad(trace, (0, count - len(trace)), value=NO_LABEL)
     return trace[(2 * torch.arange(count) + 1) * len(trace) // (2 * count)]
@@ -156,19 +165,23 @@ def thin_evenly(trace: Int[Tensor, " time"], count: int) -> Int[Tensor, " {count
 def before_thought(
     prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, begin: bool
 ) -> list[Int[Tensor, " _"]]:
-    """The tokens of each prompt, and BEGIN if it is used."""
+    """Return the tokens of each prompt, followed by BEGIN if ``begin`` is True."""
     last = [token_id(tokenizer, BEGIN)] if begin else []
     return [torch.cat([ids, ids.new_tensor(last)]) for ids in prompt_ids(prompts, tokenizer)]
 
 
 def with_thought_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer with BEGIN and END, added where it lacks them; changes it in place."""
+    """Add BEGIN and END to a tokenizer that lacks them, in place, and return it."""
     tokenizer.add_tokens([BEGIN, END], special_tokens=True)  # add_special_tokens would forget its others
     return tokenizer
 
 
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
-    """The token's id; SpecError where the tokenizer does not have it."""
+    """Return a token's number.
+
+    Raises:
+        SpecError: the tokenizer does not have it.
+    """
     found = tokenizer.get_vocab().get(token)
     if found is None:
         raise SpecError(f"the student's tokenizer has no token {token!r}; see with_thought_tokens")

@@ -1,4 +1,7 @@
-"""From written steps to latent tokens in stages: what is there in a stage (Coconut, arXiv 2412.06769)."""
+"""Replace written steps by latent tokens in stages, and prepare a batch for its stage.
+
+Source: Coconut (arXiv 2412.06769).
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,14 @@ ALWAYS = -1
 
 
 def step_of_tokens(spans: Int[Tensor, "time 2"], reasoning: str, separator: str) -> Int[Tensor, " time"]:
-    """The step of each token's last character; what stands between two steps belongs to the later one.
+    """Return for each token the number of the step that its last character belongs to.
+
+    A separator between two steps belongs to the later one.
 
     Args:
         spans: half-open character spans in ``reasoning``; what lies beyond it belongs to the last step.
         reasoning: the written steps.
-        separator: what stands between them.
+        separator: the text between two steps.
     """
     ends, place = [], 0
     for piece in reasoning.split(separator):
@@ -32,15 +37,21 @@ def step_of_tokens(spans: Int[Tensor, "time 2"], reasoning: str, separator: str)
 
 
 def latents_at(step: int, latent: LatentSpec) -> int:
-    """How many latent tokens there are at an optimizer step; all of them where there is no curriculum."""
+    """Return the number of latent tokens at an optimizer step; all of them if there is no curriculum."""
     stages = latent.curriculum
     return latent.count if stages is None else min(latent.count, step // stages.steps * stages.tokens)
 
 
 def side_at_stage(side: Mapping[str, Tensor], latent: LatentSpec, active: int) -> Mapping[str, Tensor]:
-    """The student's side with as many latent tokens as are active, without the steps they stand for.
+    """Return the student's side without the written steps that the active latent tokens replace.
 
-    What is gone is masked and stands first, so that every token still follows the one it is read from.
+    What is left out is masked and moved to the front, so that every token still follows the one it is
+    predicted from.
+
+    Args:
+        side: the collator's tensors of the student's side.
+        latent: the spec's section.
+        active: number of latent tokens in this stage.
     """
     if latent.curriculum is None:
         return side

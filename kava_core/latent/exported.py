@@ -1,7 +1,9 @@
-"""A trained latent student on disk, and how to use it::
+"""Save a trained latent student to disk, load it and let it answer.
 
-student = LatentStudent.from_pretrained("runs/…/student")
-student.answer(["7+3*2?"])
+Example::
+
+    student = LatentStudent.from_pretrained("runs/…/student")
+    student.answer(["7+3*2?"])
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ WEIGHTS, SHAPE = "latent.safetensors", "latent.json"
 
 
 def save_latents(latents: LatentTokens, folder: Path) -> None:
-    """Two files beside the model's: the weights, and what they are of."""
+    """Write two files beside the model's: the latent tokens' weights, and the settings that they are of."""
     save_file(
         {name: x.detach().cpu().contiguous() for name, x in latents.state_dict().items()}, folder / WEIGHTS
     )
@@ -37,7 +39,11 @@ def save_latents(latents: LatentTokens, folder: Path) -> None:
 
 
 def load_latents(folder: Path) -> LatentTokens:
-    """What ``save_latents`` wrote; CheckpointError where it is missing or damaged."""
+    """Load the latent tokens that ``save_latents`` wrote.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
     try:
         latents = LatentTokens(**json.loads((folder / SHAPE).read_text(encoding="utf-8")))
         latents.load_state_dict(load_file(folder / WEIGHTS))
@@ -57,13 +63,23 @@ class LatentStudent(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> LatentStudent:
-        """The student of a finished run. ``options``: as for ``AutoModelForCausalLM.from_pretrained``."""
+        """Load the student of a finished run.
+
+        Args:
+            folder: the run's ``student`` folder.
+            options: further arguments of ``AutoModelForCausalLM.from_pretrained``.
+        """
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
         latents = load_latents(Path(folder)).to(model.device)
         return cls(model, latents, AutoTokenizer.from_pretrained(folder)).eval()
 
     def answer(self, prompts: Sequence[str], *, max_new_tokens: int = 32) -> list[str]:
-        """The greedy answer to every prompt, which is the whole text up to the written steps."""
+        """Return the greedy answer to every prompt.
+
+        Args:
+            prompts: the whole text up to where the written steps would begin.
+            max_new_tokens: most tokens of an answer.
+        """
         end = token_id(self.tokenizer, END)
         rows = before_thought(prompts, self.tokenizer, begin=self.latents.begin)
         here = self.latents.slots.device

@@ -1,4 +1,4 @@
-"""Hidden states of a text that is read again and again while more and more of its beginning is final."""
+"""Compute hidden states of a text that is read again and again while more and more of its start is final."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from kava_core.kv.capture.attention_layers import is_checkpointed, without_adapt
 
 
 class GrowingText:
-    """Reads a text several times; keys and values of what will not change are kept, with their gradients.
+    """Reads a text several times, and keeps keys and values of what will not change, with their gradients.
 
-    Hidden states are those of reading it all again. Models with sliding or linear attention, and
-    models that recompute their activations, do read it all again.
+    Hidden states are the same as those of reading the whole text each time. Models with sliding or linear
+    attention, and models that recompute their activations, do read it all again.
 
     Args:
         model: a causal language model of transformers, possibly with adapters.
@@ -32,7 +32,7 @@ class GrowingText:
     def __call__(
         self, text: Float[Tensor, "batch time hidden"], mask: Bool[Tensor, "batch time"], *, final: int
     ) -> Float[Tensor, "batch _ hidden"]:
-        """The last hidden states, normalised as the head reads them, of what is not known yet.
+        """Return the last hidden states, normalised as the head reads them, of what is not kept yet.
 
         Args:
             text: input embeddings, padded on the left; what was ``final`` before must be as it was.
@@ -52,7 +52,10 @@ class GrowingText:
         return found
 
     def kept(self, length: int) -> DynamicCache | None:
-        """Keys and values of what is final among the first ``length`` inputs, for writing on from them."""
+        """Return keys and values of what is final among the first ``length`` inputs, to write on from them.
+
+        None if nothing is kept.
+        """
         return None if self._cache is None else _cropped(self._cache, min(length, self._known))
 
 
@@ -64,7 +67,7 @@ def _can_keep(model: Any) -> bool:
 
 
 def _cropped(cache: DynamicCache, length: int) -> DynamicCache:
-    """Another cache with the first positions of this one, which stays as it is."""
+    """Return another cache with the first positions of this one, which is not changed."""
     layers: list[Any] = [copy.copy(layer) for layer in cache.layers]
     for layer in layers:
         layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
@@ -74,12 +77,16 @@ def _cropped(cache: DynamicCache, length: int) -> DynamicCache:
 
 
 def position_ids(mask: Bool[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
-    """Every real token's number in its own text; 0 at padding before it."""
+    """Number every real token in its own text, from 0; padding before it has 0."""
     return (mask.long().cumsum(1) - 1).clamp_min(0)
 
 
 def decoder_of(model: Any) -> nn.Module:
-    """The decoder without its head, with the adapters it has; UnsupportedModelError where there is none."""
+    """Return a model's decoder without its head, with the adapters it has.
+
+    Raises:
+        UnsupportedModelError: the model has no decoder apart from its head.
+    """
     causal = without_adapters(model)
     decoder: nn.Module = causal.base_model
     if decoder is causal:

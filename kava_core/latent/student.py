@@ -1,4 +1,4 @@
-"""The student's forward pass with latent tokens, and how it writes an answer after them."""
+"""Run the student's forward pass with latent tokens, and let it write an answer after them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ class RefinedLatents(NamedTuple):
     """How many of them, at the end, are latent tokens."""
 
     def controlled(self, control: Control) -> RefinedLatents:
-        """With latent tokens that know nothing of the example."""
+        """Return the same with latent tokens that do not depend on the example.
+
+        Args:
+            control: ``zeroed``: zeros; ``shuffled``: those of the next example of the batch.
+        """
         prefix, thought = self.inputs.split([self.inputs.shape[1] - self.latents, self.latents], 1)
         ignorant = torch.zeros_like(thought) if control == "zeroed" else thought.roll(-1, 0)
         return self._replace(inputs=torch.cat([prefix, ignorant], 1))
@@ -40,7 +44,17 @@ def refine_latents(
     before_mask: Int[Tensor, "batch time"],
     read: GrowingText | None = None,
 ) -> RefinedLatents:
-    """Refine the latent tokens after ``before``, which is padded on the left: ``latents.rounds`` passes."""
+    """Compute the refined latent tokens after the prompt, in ``latents.rounds`` forward passes.
+
+    Args:
+        model: a causal language model of transformers, possibly with adapters.
+        latents: the latent tokens.
+        before: prompt and BEGIN, padded on the left.
+        before_mask: its real positions.
+        read: reads the text, and keeps what is final; None: a new reader.
+
+    Source: PCCoT (arXiv 2506.18582).
+    """
     mask = before_mask.bool()
     prefix = model.get_input_embeddings()(before)
     inputs = torch.cat([prefix, latents(model, prefix, mask, read)], 1)
@@ -48,11 +62,16 @@ def refine_latents(
 
 
 def final_pass(model: Any, thought: RefinedLatents, side: Mapping[str, Tensor], **options: Any) -> Any:
-    """The final pass: transformers' outputs over prompt, latent tokens and answer (``after`` of the side).
+    """Run the model over prompt, latent tokens and answer, and return transformers' outputs.
 
-    Keys and values of the latent tokens stand at ``latent_columns``; ``answer_logits`` are the answer's,
-    ``writer_logits`` those where the latent tokens are written, ``states_at_answer_boundary`` the states
-    before the answer.
+    Args:
+        model: a causal language model of transformers, possibly with adapters.
+        thought: prompt and refined latent tokens.
+        side: the collator's tensors of the student's side; ``after`` holds the answer.
+        options: further arguments of the model.
+
+    Keys and values of the latent tokens are at ``latent_columns``. ``answer_logits``, ``writer_logits`` and
+    ``states_at_answer_boundary`` pick further parts of the outputs.
     """
     answer = model.get_input_embeddings()(side["after"])
     mask = torch.cat([thought.mask, side["after_mask"].bool()], 1)
@@ -66,7 +85,7 @@ def final_pass(model: Any, thought: RefinedLatents, side: Mapping[str, Tensor], 
 
 
 def latent_columns(side: Mapping[str, Tensor]) -> slice:
-    """Where the latent tokens stand in the final pass."""
+    """Return the positions of the latent tokens in the final pass."""
     begin = side["before"].shape[1]
     return slice(begin, begin + side["segments"].shape[1])
 
@@ -74,22 +93,27 @@ def latent_columns(side: Mapping[str, Tensor]) -> slice:
 def answer_logits(
     logits: Float[Tensor, "batch time vocab"], side: Mapping[str, Tensor]
 ) -> Float[Tensor, "batch _ vocab"]:
-    """Those of ``after``: END predicts the answer's first token."""
+    """Return the logits at the positions of ``after``; END's predict the answer's first token."""
     return logits[:, logits.shape[1] - side["after"].shape[1] :]
 
 
 def writer_logits(
     logits: Float[Tensor, "batch time vocab"], side: Mapping[str, Tensor]
 ) -> Float[Tensor, "batch _ vocab"]:
-    """Those of the place before each latent token, whose hidden state it is written from."""
+    """Return the logits at the position before each latent token, from whose hidden state it is written."""
     behind = side["after"].shape[1] + 1
     return logits[:, -behind - side["segments"].shape[1] : -behind]
 
 
 def logits_kept(model: nn.Module, side: Mapping[str, Tensor], *, writers: bool) -> dict[str, int]:
-    """The option by which the head reads the answer's places alone; nothing for a model that has none.
+    """Return the model's option that restricts the head to the answer's positions.
 
-    ``writers``: those of ``writer_logits`` as well.
+    Empty for a model that has no such option.
+
+    Args:
+        model: possibly with adapters.
+        side: the collator's tensors of the student's side.
+        writers: keep the positions of ``writer_logits`` as well.
     """
     count = side["after"].shape[1] + (side["segments"].shape[1] + 1 if writers else 0)
     takes = "logits_to_keep" in inspect.signature(without_adapters(model).forward).parameters
@@ -99,7 +123,12 @@ def logits_kept(model: nn.Module, side: Mapping[str, Tensor], *, writers: bool) 
 def states_at_answer_boundary(
     hidden: Sequence[Float[Tensor, "batch time hidden"]], answer_boundary: Int[Tensor, " batch"]
 ) -> Float[Tensor, "layer batch hidden"]:
-    """All layers' states at one place of each example."""
+    """Gather all layers' hidden states at one position of each example.
+
+    Args:
+        hidden: of every layer.
+        answer_boundary: the position, for each example.
+    """
     rows = torch.arange(len(answer_boundary), device=answer_boundary.device)
     return torch.stack([states[rows, answer_boundary] for states in hidden])
 
@@ -115,10 +144,19 @@ def write_answers(
     max_new_tokens: int,
     control: Control | None = None,
 ) -> Int[Tensor, "batch _"]:
-    """Greedy answers after the latent tokens and the token ``end``: the new tokens alone.
+    """Write greedy answers after the latent tokens and the token ``end``; return the new tokens alone.
 
     Takes ``latents.rounds`` passes for the latent tokens, then one for every new token. What is final after
     the former is not read again.
+
+    Args:
+        model: a causal language model of transformers, possibly with adapters.
+        latents: the latent tokens.
+        before: prompt and BEGIN, padded on the left.
+        before_mask: its real positions.
+        end: number of the token END.
+        max_new_tokens: most tokens of an answer.
+        control: latent tokens that do not depend on the example, for comparison; None: the refined ones.
     """
     read = GrowingText(model)
     thought = refine_latents(model, latents, before, before_mask, read)

@@ -1,9 +1,11 @@
-"""Latent tokens: continuous inputs that a model writes to itself and refines by Jacobi passes.
+"""Define latent tokens: continuous inputs that a model writes to itself and refines by Jacobi passes.
 
-Parallel continuous chain of thought (PCCoT, arXiv 2506.18582), as KaVa uses it (arXiv 2510.02312, section 3):
-the input of a slot is a projection of the model's last hidden state at the place before it. All slots are
-computed at once from the slots of the pass before; after as many passes as slots nothing changes any more,
-as if they had been written one after another (Coconut, arXiv 2412.06769; CODI, arXiv 2502.21074).
+The input of a slot is a projection of the model's last hidden state at the position before it. All slots are
+computed at once from the slots of the pass before. After as many passes as slots nothing changes any more, as
+if they had been written one after another.
+
+Source: parallel continuous chain of thought (PCCoT, arXiv 2506.18582), as KaVa uses it (arXiv 2510.02312,
+section 3). Written one after another: Coconut (arXiv 2412.06769), CODI (arXiv 2502.21074).
 """
 
 from __future__ import annotations
@@ -52,17 +54,17 @@ class LatentTokens(nn.Module):
         mask: Bool[Tensor, "batch time"],
         read: GrowingText | None = None,
     ) -> Float[Tensor, "batch _ hidden"]:
-        """The refined inputs of the active slots, with gradients through all passes.
+        """Return the refined inputs of the active slots, with gradients through all passes.
+
+        After pass t the first t slots are final: they and the prefix are not read again. Nor are slots that
+        no later pass would look at: T − t passes before the end, that many slots less are read. Mask and
+        positions are given in every pass, so an example alone gives what it gives in a batch.
 
         Args:
             model: a causal language model of transformers, possibly with adapters.
             prefix: input embeddings of what stands before the slots, padded on the left.
             mask: its real positions.
-            read: reads the text, and keeps what is final.
-
-        After pass t the first t slots are final: they and the prefix are not read again. Nor are slots that
-        no later pass would look at: what is T − t passes from the end has that many slots less to read.
-        Mask and positions are given in every pass, so an example alone gives what it gives in a batch.
+            read: reads the text, and keeps what is final; None: a new reader.
         """
         slots = self.slots[: self.active]
         inputs = slots.to(prefix.dtype).expand(len(prefix), -1, -1)
@@ -77,11 +79,11 @@ class LatentTokens(nn.Module):
 
     @property
     def rounds(self) -> int:
-        """Jacobi passes that are taken: more than there are slots would change nothing."""
+        """Return the number of Jacobi passes taken: more than there are slots would change nothing."""
         return min(self.passes, self.active)
 
     def _idle(self) -> Tensor:
-        """0, attached to every weight: several processes wait for the gradients of all."""
+        """Return 0, attached to every weight: several processes wait for the gradients of all."""
         return torch.stack([0 * p.sum() for p in self.parameters()]).sum()
 
 
@@ -94,5 +96,5 @@ def _projection(kind: Projection, hidden: int) -> nn.Module:
 
 
 def extend_mask(mask: Bool[Tensor, "batch time"], count: int) -> Bool[Tensor, "batch _"]:
-    """The mask with ``count`` more real positions."""
+    """Return the mask with ``count`` more real positions at the end."""
     return torch.cat([mask, mask.new_ones(len(mask), count)], 1)

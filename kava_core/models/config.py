@@ -16,9 +16,14 @@ from kava_core.specfile.sections.models import ModelSpec
 def model_config(
     spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None = None, *, where: str
 ) -> PreTrainedConfig:
-    """The transformers config of a spec.
+    """Return the transformers config of a spec's model.
 
-    With ``config`` the vocabulary and the special tokens come from the tokenizer, where one is given.
+    If the spec gives the config itself, the vocabulary and the special tokens come from the tokenizer.
+
+    Args:
+        spec: the model's section of the spec.
+        tokenizer: of the model; None: the config's own numbers stay.
+        where: how errors name the section.
 
     Raises:
         SpecError: no such folder or hub name, no such ``model_type``, or fields it does not take.
@@ -43,7 +48,7 @@ def model_config(
 
 
 def auto_classes(spec: ModelSpec, config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config, which says that the encoder alone is wanted, if it is."""
+    """Set in the config whether only the model's encoder is wanted, and return it."""
     if spec.encoder or hasattr(config, ENCODER):
         setattr(config, ENCODER, spec.encoder)
     return config
@@ -61,7 +66,7 @@ TYPO = 0.85
 
 
 def _check_keys(fields: dict[str, Any], where: str) -> None:
-    """SpecError for a misspelt field, which transformers would keep and ignore.
+    """Refuse a misspelt field, which transformers would keep and ignore.
 
     Unknown keys that resemble no field pass: some are read by modelling code alone.
     """
@@ -81,7 +86,7 @@ def _check_keys(fields: dict[str, Any], where: str) -> None:
 
 
 def _check_heads(config: PreTrainedConfig, where: str) -> None:
-    """transformers finds this out in the first forward pass."""
+    """Check the head counts; transformers finds a mistake in them only in the first forward pass."""
     text = config.get_text_config()
     query, key = (getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     if not isinstance(query, int) or not isinstance(key, int):
@@ -122,7 +127,7 @@ AFTER_PADDING = (
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
-    """The longest text a model is made for, in tokens; None where its config names no limit."""
+    """Return the longest text a model is made for, in tokens; None if its config names no limit."""
     text = config.get_text_config()
     if text.model_type in RELATIVE:
         return None
@@ -132,7 +137,7 @@ def max_positions(config: PreTrainedConfig) -> int | None:
 
 
 def reason_of(error: Exception) -> str:
-    """One line of what was raised: the first, or where that only announces the others, the last."""
+    """Return one line of an error's text: the first, or the last if the first only announces the others."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
@@ -151,7 +156,16 @@ def _from_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def check_fits_positions(config: PreTrainedConfig, longest: int, *, who: str) -> None:
-    """SpecError where the longest example has more tokens than the model positions."""
+    """Check that the longest example fits into a model's positions.
+
+    Args:
+        config: the model's.
+        longest: tokens of the longest example.
+        who: how the error names the model.
+
+    Raises:
+        SpecError: it has more tokens than the model positions.
+    """
     room = max_positions(config)
     if room is not None and longest > room:
         raise SpecError(
@@ -163,7 +177,17 @@ def check_fits_positions(config: PreTrainedConfig, longest: int, *, who: str) ->
 def check_answer_fits(
     config: PreTrainedConfig, prompt: int, new_tokens: int, *, field: str = "evaluate.max_new_tokens"
 ) -> None:
-    """SpecError where prompt and written answer together may leave the student's positions."""
+    """Check that prompt and written answer together fit into the student's positions.
+
+    Args:
+        config: the student's.
+        prompt: tokens of the longest prompt.
+        new_tokens: most tokens that are written.
+        field: the spec's field that sets ``new_tokens``, for the error.
+
+    Raises:
+        SpecError: they may not fit.
+    """
     room = max_positions(config)
     if room is not None and prompt + new_tokens > room:
         raise SpecError(

@@ -1,6 +1,8 @@
-"""Pretraining of an encoder: restore the tokens of a text of which some were exchanged.
+"""Train an encoder, before it is a student, to restore the tokens of a text of which some were exchanged.
 
-Masked language modelling (arXiv 1810.04805); a tokenizer without a mask token gets random tokens instead.
+A tokenizer without a mask token gets random tokens instead.
+
+Source: masked language modelling, BERT (arXiv 1810.04805).
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ texts are short."""
 
 
 class Denoiser(nn.Module):
-    """An encoder and a head that names every token of the text from its corrupted form.
+    """An encoder and a head that predicts every token of a text from its corrupted form.
 
-    Its logits stand one place early, as a causal model's do: those at a position are of the token after it.
-    The first token is not asked for. Only the encoder is kept once it is trained (``encoder``).
+    Its logits are shifted by one position, as a causal model's are: those at a position are of the token
+    after it. The first token is not asked for. Only the encoder is kept once it is trained (``encoder``).
 
     Args:
-        encoder: a transformers encoder that gives ``last_hidden_state``.
+        encoder: a transformers encoder that returns ``last_hidden_state``.
         vocabulary: how many tokens there are.
         mask: the mask token's number; None exchanges tokens for random ones.
     """
@@ -41,7 +43,12 @@ class Denoiser(nn.Module):
         self.vocabulary, self.mask = vocabulary, mask
 
     def save_pretrained(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Weights of encoder and head, for a checkpoint."""
+        """Save the weights of encoder and head for a checkpoint, as ``model.safetensors``.
+
+        Args:
+            folder: made if it does not exist.
+            state_dict: the weights to save; None: the module's own.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "model.safetensors"
         if state_dict is None:
@@ -52,7 +59,7 @@ class Denoiser(nn.Module):
     def forward(
         self, input_ids: Int[Tensor, "batch time"], attention_mask: Int[Tensor, "batch time"], **_: Any
     ) -> CausalLMOutput:
-        """Logits, one place early."""
+        """Exchange some tokens and return the logits of all, shifted: position i has those of token i + 1."""
         hidden = self.encoder(
             input_ids=self._corrupted(input_ids), attention_mask=attention_mask
         ).last_hidden_state

@@ -1,4 +1,4 @@
-"""The student under FSDP2, which accelerate applies where its launcher's config file asks for it.
+"""Shard the student by FSDP2, which accelerate applies if its launcher's config file asks for it.
 
 What trains beside the student (aligners, fuser) stays whole in every process, in float32: it is small, and
 everything that reads it (calibration, the collapse monitor, learning rates of its own) then works as in one
@@ -26,7 +26,7 @@ EMPTY_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
 def is_fsdp_wanted() -> bool:
-    """Whether the launcher asked for FSDP."""
+    """Return whether the launcher asked for FSDP."""
     return _is_set(WANTED)
 
 
@@ -35,10 +35,13 @@ def _is_set(name: str) -> bool:
 
 
 def check_launch(plugin: Any) -> None:
-    """SpecError where accelerate's config asks for what it would silently not do, or do wrongly.
+    """Refuse an accelerate config that asks for what accelerate would silently not do, or do wrongly.
 
     Args:
-        plugin: accelerate's FSDP plugin; None where it does not shard.
+        plugin: accelerate's FSDP plugin; None if it does not shard.
+
+    Raises:
+        SpecError: FSDP without a GPU, its first version, or weights that only one process loads.
     """
     if not is_fsdp_wanted():
         return
@@ -54,7 +57,15 @@ def check_launch(plugin: Any) -> None:
 
 
 def check_precision(launched: str | None, precision: str) -> None:
-    """SpecError where the launcher's ``mixed_precision`` is not the spec's ``train.precision``."""
+    """Check that the launcher's precision is the spec's.
+
+    Args:
+        launched: accelerate's ``mixed_precision``.
+        precision: the spec's ``train.precision``.
+
+    Raises:
+        SpecError: they differ.
+    """
     wanted = "no" if precision == "fp32" else precision
     if launched not in (None, "", "no", wanted):
         raise SpecError(
@@ -64,7 +75,7 @@ def check_precision(launched: str | None, precision: str) -> None:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers: the entries of module lists that hold the attention layers, in order."""
+    """List the decoder layers in order: the entries of module lists that hold the attention layers."""
     held = {id(attention) for attention in attention_layers(model)}
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     outermost = [x for x in lists if not any(x is not y and x in set(y.modules()) for y in lists)]
@@ -79,11 +90,17 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 def prepare_for_sharding(
     distiller: Any, plugin: Any, *, device: torch.device, autocast: torch.dtype | None
 ) -> None:
-    """What accelerate must know before it shards.
+    """Set what accelerate must know before it shards.
 
     Precision is autocast's, as in one process: FSDP2's usual policy would also round the counts that go into
     the forward pass, and the loss that comes out of it. Weights are gathered in bfloat16, as autocast would
     make, and keep, a copy of each; the hidden states stay in float32.
+
+    Args:
+        distiller: the module that is trained; changed in place.
+        plugin: accelerate's FSDP plugin; changed in place.
+        device: on which the module runs.
+        autocast: the dtype of products; None: float32.
     """
     if autocast is not None:
         distiller.forward = torch.autocast(device.type, autocast)(distiller.forward)
@@ -101,17 +118,17 @@ def prepare_for_sharding(
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP2 holds this module."""
+    """Return whether FSDP2 shards this module."""
     return isinstance(module, FSDPModule)
 
 
 @contextmanager
 def gathered_weights(module: nn.Module, *, reshard: bool) -> Iterator[None]:
-    """Every process holds all weights: what runs inside needs no other process.
+    """Gather all weights in every process, so that what runs inside needs no other process.
 
     Args:
         module: sharded or not.
-        reshard: whether its layers let their weights go after a forward pass otherwise.
+        reshard: whether its layers free their gathered weights after a forward pass otherwise.
     """
     units = [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
     for unit in units:
@@ -126,7 +143,7 @@ def gathered_weights(module: nn.Module, *, reshard: bool) -> Iterator[None]:
 
 
 def average_gradients(module: nn.Module) -> None:
-    """The mean over processes, in place, of the gradients of weights that FSDP does not hold."""
+    """Average over processes, in place, the gradients of weights that FSDP does not shard."""
     trained = [p for p in module.parameters() if p.requires_grad]
     if not trained:
         return
@@ -139,23 +156,28 @@ def average_gradients(module: nn.Module) -> None:
 
 
 def local_part(x: Tensor) -> Tensor:
-    """This process's part of a tensor."""
+    """Return this process's part of a tensor; all of it if it is not sharded."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def gathered_tensor(x: Tensor) -> Tensor:
-    """The tensor gathered from all processes."""
+    """Return a tensor gathered from all processes; the tensor itself if it is not sharded."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def copy_without_weights(model: nn.Module) -> nn.Module:
-    """A copy without weights (on the meta device), tied where the model is."""
+    """Copy a model without its weights (they are on the meta device); weights the model ties stay tied."""
     without = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, without)
 
 
 def fill_with_weights(bones: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """A ``copy_without_weights`` with weights, which it takes without a copy."""
+    """Put weights into what ``copy_without_weights`` made, without copying them, and return it.
+
+    Args:
+        bones: changed in place.
+        state: weights and buffers by name; of tied weights one name is enough.
+    """
     shared = {name: bones.get_parameter(name) for name, _ in bones.named_parameters(remove_duplicate=False)}
     made: dict[int, nn.Parameter] = {}
     for name, empty in shared.items():

@@ -1,4 +1,4 @@
-"""What a run's training costs, counted while it happens: tokens, operations, time, memory.
+"""Count what a run's training costs while it happens: tokens, operations, time, memory.
 
 Evaluation, pretraining and calibration are not counted. Padding is computed, so operations count it; tokens
 do not. Counts go on after a resume.
@@ -55,7 +55,7 @@ class Ledger:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """While a training batch is read."""
+        """Count what is done inside, which is the pass over one training batch."""
         try:
             with self.noting():
                 yield
@@ -64,7 +64,7 @@ class Ledger:
 
     @contextmanager
     def noting(self) -> Iterator[None]:
-        """While something is done for a training batch that is not yet its pass."""
+        """Count what is done inside for a training batch, but not as its pass."""
         self.on = True
         try:
             yield
@@ -72,7 +72,15 @@ class Ledger:
             self.on = False
 
     def add(self, name: str, rows: int, queries: int, keys: int, times: float = 1.0) -> None:
-        """A pass over ``rows`` texts of ``queries`` positions that see ``keys`` positions."""
+        """Count a forward pass.
+
+        Args:
+            name: of the model, or of its head.
+            rows: texts that are read.
+            queries: positions of each text that are computed.
+            keys: positions that each of them may attend to.
+            times: forward passes that this one is worth.
+        """
         if self.on:
             found = self.read.setdefault(name, ModelCounts())
             found.passes += 1
@@ -80,14 +88,21 @@ class Ledger:
             found.pairs += rows * queries * keys * times
 
     def add_text(self, name: str, mask: Tensor, times: float = 1.0, *, head: bool = False) -> None:
-        """A pass over a whole padded batch; ``head``: its head read all of it."""
+        """Count a pass over a whole padded batch.
+
+        Args:
+            name: of the model.
+            mask: real positions, ``batch time``.
+            times: forward passes that this one is worth.
+            head: whether the language-model head read all positions.
+        """
         rows, time = mask.shape
         self.add(name, rows, time, time, times)
         if head:
             self.add(f"{name} {HEAD}", rows, time, 1, times)
 
     def add_tokens(self, name: str, mask: Tensor) -> None:
-        """Real tokens; summed where they are, so that no device is waited for."""
+        """Count real tokens; they are summed on their device, so that nothing waits for it."""
         if self.on:
             self.tokens[name] = self.tokens.get(name, 0) + mask.detach().sum()
 
@@ -109,14 +124,18 @@ class Ledger:
         self.add(f"{STUDENT} {HEAD}", args[0].shape[0], args[0].shape[1], 1, self._times())
 
     def save(self, file: Path) -> None:
-        """As JSON."""
+        """Write all counts to a JSON file."""
         tokens = {name: int(count) for name, count in self.tokens.items()}
         read = {name: asdict(found) for name, found in self.read.items()}
         record = {"passes": self.passes, "read": read, "tokens": tokens, "memory": self.peak()}
         file.write_text(json.dumps(record), encoding="utf-8")
 
     def load(self, file: Path) -> None:
-        """Go on from what ``save`` wrote; CheckpointError where there is nothing to read."""
+        """Read the counts that ``save`` wrote, and go on from them.
+
+        Raises:
+            CheckpointError: the file is missing or damaged.
+        """
         try:
             saved = json.loads(file.read_text(encoding="utf-8"))
             self.passes, self.before = saved["passes"], saved["memory"]
@@ -126,17 +145,20 @@ class Ledger:
             raise CheckpointError(f"{file}: unreadable: {error}") from error
 
     def peak(self) -> int:
-        """Peak memory of the run, whoever had a part in it."""
+        """Return the peak memory of the run in bytes, over all processes that continued it."""
         return max(self.before, peak_memory())
 
     def state(self) -> dict[str, Any]:
-        """Numbers by name, to be added up over processes."""
+        """Return all counts by name, to be added up over processes."""
         read = {f"{field} {name}": x for name, r in self.read.items() for field, x in asdict(r).items()}
         return {**read, **{f"tokens {name}": int(count) for name, count in self.tokens.items()}}
 
 
 def peak_memory() -> int:
-    """Bytes since ``reset_peak_memory``: of all GPUs where there is one, else of this process."""
+    """Return the peak memory since ``reset_peak_memory`` in bytes: of all GPUs, or of this process.
+
+    The process's own memory counts only if there is no GPU.
+    """
     if torch.cuda.is_available():
         return sum(torch.cuda.max_memory_allocated(place) for place in range(torch.cuda.device_count()))
     with suppress(OSError, StopIteration):
@@ -146,7 +168,7 @@ def peak_memory() -> int:
 
 
 def reset_peak_memory() -> None:
-    """What this process held before (a pretraining, another run) is not this run's."""
+    """Forget the peak of what this process did before (a pretraining, another run)."""
     for place in range(torch.cuda.device_count()):
         torch.cuda.reset_peak_memory_stats(place)
     with suppress(OSError):  # Linux: sets the high-water mark back to what is held now

@@ -1,4 +1,4 @@
-"""Models from a spec: from a folder or hub name, or with random weights from a config."""
+"""Load models of a spec: from a folder or hub name, or with random weights from a config."""
 
 from __future__ import annotations
 
@@ -22,9 +22,14 @@ from kava_core.specfile.sections.models import ModelSpec, TeacherSpec
 def load_model(
     spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int, where: str, grow: bool = False
 ) -> nn.Module:
-    """The causal language model of a spec, or the encoder; ``seed`` fixes random weights.
+    """Load the causal language model of a spec, or its encoder.
 
-    ``grow``: embeddings are added for tokens the model has none for.
+    Args:
+        spec: the model's section of the spec.
+        tokenizer: of the model.
+        seed: fixes random weights.
+        where: how errors name the section.
+        grow: add embeddings for tokens that the model has none for.
 
     Raises:
         SpecError: it cannot be made or loaded, or its vocabulary is smaller than the tokenizer's.
@@ -75,7 +80,7 @@ def _load_quantised(spec: Any, where: str) -> nn.Module:
 
 
 def _load_stored(spec: ModelSpec, where: str, **more: Any) -> nn.Module:
-    """Weights from safetensors only; transformers would fill missing ones with random numbers."""
+    """Load weights from safetensors only; transformers would fill missing ones with random numbers."""
     config = model_config(spec, where=where)
     model, found = auto_class(config).from_pretrained(
         spec.path,

@@ -1,5 +1,4 @@
-"""Where a teacher's weights live: on the student's device, divided among all processes, or on a device of
-their own."""
+"""Place a teacher's weights: on the student's device, divided among all processes, or on another device."""
 
 from __future__ import annotations
 
@@ -49,7 +48,7 @@ class CaptureElsewhere(Capture):
         self._each_here(place, cache.map(self._home))
 
     def take(self) -> Cache:
-        """As ``Capture.take``, on ``home``."""
+        """Return the captured parts, as ``Capture.take`` does, moved to ``home``."""
         return super().take().map(self._home)
 
     def _home(self, x: Tensor, _: Part) -> Tensor:
@@ -127,9 +126,17 @@ def _send_inputs(there: torch.device, _: nn.Module, args: Any, kwargs: Any) -> t
 
 
 def check_even_evaluation(distiller: Any, evaluator: Any, count: int) -> None:
-    """SpecError where a teacher is divided and validation is not alike for all processes.
+    """Check that all processes validate the same number of batches, if a teacher is divided.
 
     A process that runs a divided teacher waits for all others to run it as well.
+
+    Args:
+        distiller: has the teachers.
+        evaluator: has the validation examples and the batch size.
+        count: number of processes.
+
+    Raises:
+        SpecError: the processes would run a divided teacher different numbers of times.
     """
     examples, batch = len(evaluator.examples), evaluator.spec.batch_size
     batches = {ceil(len(range(first, examples, count)) / batch) for first in range(count)}

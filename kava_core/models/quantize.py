@@ -1,4 +1,4 @@
-"""Teachers with quantised weights: what each format needs, and how transformers is asked for it.
+"""Load teachers with quantised weights: what each format needs, and how transformers is asked for it.
 
 Only the linear layers of the decoder are quantised: embeddings, norms and the language-model head keep their
 dtype, and so do activations, so a quantised teacher's cache has the shapes and dtype of any other.
@@ -28,15 +28,27 @@ BYTES: dict[Format, float] = {"int8": 1.0, "int4": 1.0, "nf4": 0.5}
 
 
 def loading_options(format: Format, dtype: torch.dtype, *, where: str) -> dict[str, Any]:
-    """Arguments for ``from_pretrained``; SpecError where the library is missing or broken."""
+    """Return the arguments of ``from_pretrained`` that quantise.
+
+    Args:
+        format: of the quantised weights.
+        dtype: of everything else.
+        where: how errors name the model.
+
+    Raises:
+        SpecError: the library is missing or broken.
+    """
     _require_package(LIBRARY[format], format, where)
     return _OPTIONS[format](dtype)
 
 
 def check_quantised(model: nn.Module, *, where: str) -> None:
-    """SpecError where no weight was quantised, or where one came out wrong on this device.
+    """Check that weights were quantised, and that they come out right on this device.
 
-    A library passes layers by that it does not know.
+    A library passes over layers that it does not know.
+
+    Raises:
+        SpecError: no weight was quantised, or one is of a size that is computed wrongly.
     """
     made = [name for name, parameter in model.named_parameters() if is_quantised(parameter)]
     if not made:
@@ -49,7 +61,7 @@ def check_quantised(model: nn.Module, *, where: str) -> None:
 
 
 def _check_blocks(layer: nn.Module, name: str, where: str) -> None:
-    """bitsandbytes' CPU kernels mix up the scales of rows that are no whole number of blocks (0.50)."""
+    """Refuse layers whose scales bitsandbytes' CPU kernels mix up (0.50): of no whole number of blocks."""
     if "bitsandbytes" not in type(layer).__module__ or layer.weight.device.type != "cpu":
         return
     if layer.in_features % 64 or layer.out_features % 32:
@@ -61,7 +73,11 @@ def _check_blocks(layer: nn.Module, name: str, where: str) -> None:
 
 @contextmanager
 def explain_loading_error(format: Format, *, where: str) -> Iterator[None]:
-    """transformers reports a failed conversion without its cause."""
+    """Replace transformers' report of a failed conversion, which lacks the cause, by one that names it.
+
+    Raises:
+        SpecError: int4, and a layer's inputs are no multiple of the group size.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -73,7 +89,7 @@ def explain_loading_error(format: Format, *, where: str) -> Iterator[None]:
 
 
 def is_quantised(parameter: nn.Parameter) -> bool:
-    """Whether a parameter is one of the libraries' own tensors."""
+    """Return whether a parameter is a tensor of one of the quantising libraries."""
     kinds = (type(parameter), type(parameter.data))
     return any(kind.__module__.partition(".")[0] in LIBRARY.values() for kind in kinds)
 

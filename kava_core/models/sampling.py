@@ -1,4 +1,4 @@
-"""Texts a model writes by plain sampling."""
+"""Sample texts from a model."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ def sample_tokens(
     max_new_tokens: int,
     count: int = 1,
 ) -> Tensor:
-    """``count`` texts for every prompt, prompts included: nothing but the temperature changes the model's
-    probabilities, whatever its own generation settings say. The random state is left as it was.
+    """Sample ``count`` texts for every prompt, and return their tokens with the prompt's before them.
+
+    Nothing but the temperature changes the model's probabilities, whatever its own generation settings are.
+    The random state is left as it was.
 
     Args:
         model: a causal language model, in the mode it is to write in.
         prompts: ``input_ids`` and ``attention_mask``, padded left.
         seed: fixes what is drawn.
         temperature: of the sampling.
-        max_new_tokens: longest text.
+        max_new_tokens: most tokens of a text beside its prompt.
         count: texts for a prompt.
     """
     device = prompts["input_ids"].device
@@ -55,7 +57,7 @@ def sample_tokens(
 
 @contextmanager
 def _plain_generation_config(model: Any) -> Iterator[None]:
-    """Of the model's generation settings only the special tokens; PEFT hands its own copy on."""
+    """Keep only the special tokens of the model's generation settings; PEFT hands its own copy on."""
     places = list({id(one): one for one in (model, without_adapters(model))}.values())
     before = [one.generation_config for one in places]
     tokens = {name: getattr(before[0], name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -69,9 +71,14 @@ def _plain_generation_config(model: Any) -> Iterator[None]:
 
 
 def decode_new_tokens(tokenizer: Any, tokens: Tensor, length: int) -> list[str]:
-    """What was written after the first ``length`` tokens.
+    """Return the text that was written after the first ``length`` tokens of each row.
 
     Decoded together with the prompt: many tokenizers drop the space before the first word they decode.
+
+    Args:
+        tokenizer: of the model.
+        tokens: ``batch time``, prompts included.
+        length: tokens of a prompt, padding included.
     """
     whole, prompts = (
         tokenizer.batch_decode(one, skip_special_tokens=True) for one in (tokens, tokens[:, :length])
@@ -84,6 +91,11 @@ def decode_new_tokens(tokenizer: Any, tokens: Tensor, length: int) -> list[str]:
 
 
 def real_tokens(tokens: Tensor, eos: int | None) -> Tensor:
-    """Which tokens were written, up to the first EOS and with it; what stands after it is padding."""
+    """Return which tokens were written: those up to the first EOS, which is included; the rest is padding.
+
+    Args:
+        tokens: what was written, ``batch time``.
+        eos: number of the token that ends a text; None: there is none.
+    """
     ended = tokens.eq(-1 if eos is None else eos).long()
     return (ended.cumsum(1) - ended).eq(0)

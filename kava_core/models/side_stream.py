@@ -1,4 +1,4 @@
-"""Teachers on a GPU of their own run while the student does: their work waits on a CUDA stream beside it."""
+"""Run teachers on a GPU of their own while the student runs, by queueing their work on a CUDA stream."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class SideStream:
-    """A stream of the student's device, on which targets arrive; off CUDA it does nothing.
+    """A CUDA stream of the student's device, on which targets arrive; it does nothing on other devices.
 
     Without it the copy of a teacher's cache from another GPU makes the student's forward pass wait. With
     every model on one device it would gain little and keep more memory alive, so it is not used there.
@@ -21,7 +21,7 @@ class SideStream:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Inside, work is queued on the stream, after what was queued before."""
+        """Queue the work done inside on the stream, after all that was queued before."""
         if self._stream is None:
             yield
             return
@@ -30,7 +30,11 @@ class SideStream:
             yield
 
     def join(self, *made: Tensor) -> None:
-        """What is queued from now on waits for the stream; ``made`` there, these tensors are used here."""
+        """Let all work that is queued from now on wait for the stream.
+
+        Args:
+            made: tensors that were made on the stream and are used from now on.
+        """
         if self._stream is None:
             return
         here = torch.cuda.current_stream(self._stream.device)
@@ -40,5 +44,5 @@ class SideStream:
 
 
 def on_other_gpu(placement: str, device: torch.device) -> bool:
-    """Whether a teacher's placement is a GPU other than the student's."""
+    """Return whether a teacher's placement is a GPU other than the student's."""
     return placement.startswith("cuda") and torch.device(placement) not in (device, torch.device("cuda"))

@@ -19,9 +19,16 @@ from kava_core.specfile.sections.models import Lora, StudentSpec
 def load_student(
     spec: StudentSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int, grow: bool = False
 ) -> nn.Module:
-    """The student, with its adapters and gradient checkpointing if asked for.
+    """Load the student, with its adapters and gradient checkpointing if the spec asks for them.
 
-    ``grow``: with embeddings for tokens that were added to its tokenizer.
+    Args:
+        spec: the student's section of the spec.
+        tokenizer: the student's.
+        seed: fixes random weights, of adapters as well.
+        grow: add embeddings for tokens that were added to the tokenizer.
+
+    Raises:
+        SpecError: it cannot be loaded, it is not causal, or its adapters cannot be made.
     """
     student = load_model(spec, tokenizer, seed=seed, where="student", grow=grow)
     if spec.encoder:
@@ -61,7 +68,10 @@ def _first_logits(model: nn.Module, where: str) -> tuple[Tensor, Tensor]:
 
 
 def _check_causal(student: nn.Module) -> None:
-    """SpecError where a token's logits depend on later tokens, as the gradient says without rounding."""
+    """Refuse a model whose tokens attend to later ones.
+
+    The gradient of the first token's logits by later embeddings shows that, as rounding does not blur it.
+    """
     logits, embedded = _first_logits(student, "student")
     (slope,) = torch.autograd.grad(logits.float().sum(), embedded)
     if (slope[:, 1:].abs() > 0).any():
@@ -72,8 +82,9 @@ def _check_causal(student: nn.Module) -> None:
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Gradient checkpointing, never in the reentrant form; renamed by transformers in 5.23."""
+    """Turn gradient checkpointing on, never in the reentrant form."""
     options = {"use_reentrant": False}
+    # transformers renamed the method in 5.23.
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
@@ -81,7 +92,11 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 
 def compile_forward(model: nn.Module, backend: str) -> None:
-    """torch.compile in place; SpecError together with shape checking, whose checks cannot be compiled."""
+    """Compile a model's forward pass in place by ``torch.compile``.
+
+    Raises:
+        SpecError: shape checking is on, whose checks cannot be compiled.
+    """
     if shapecheck.wanted():
         raise SpecError("train.compile: not together with shape checking (--check-shapes, KAVA_SHAPE_CHECK)")
     # Else a layer under gradient checkpointing runs uncompiled, as it leaves tensors in a capture's slot.
@@ -90,7 +105,11 @@ def compile_forward(model: nn.Module, backend: str) -> None:
 
 
 def add_lora(student: nn.Module, lora: Lora, *, seed: int) -> nn.Module:
-    """The student with low-rank adapters; SpecError without peft, or where no module has such a name."""
+    """Return the student with low-rank adapters, whose weights the seed fixes.
+
+    Raises:
+        SpecError: peft is not installed, or no module has one of the names in ``lora.targets``.
+    """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -112,7 +131,7 @@ def add_lora(student: nn.Module, lora: Lora, *, seed: int) -> nn.Module:
 
 
 def _check_targets(student: nn.Module, targets: str | list[str]) -> None:
-    """Every name must be a module's: peft is content if one of them is."""
+    """Check that every name is a module's; peft is content if one of them is."""
     if isinstance(targets, str):
         return
     modules = [name for name, _ in student.named_modules() if name]

@@ -64,12 +64,12 @@ class TeacherAligner(nn.Module):
 
     @property
     def target(self) -> Geometry:
-        """Extents of the teacher's side where the losses compare."""
+        """Return the extents of the teacher's cache where the losses compare."""
         return self.fixed if self.lifts else self.projected
 
     @property
     def view(self) -> Geometry:
-        """Extents of the student's side where the losses compare."""
+        """Return the extents of the student's cache where the losses compare."""
         return self.projected if self.lifts else self.fixed
 
     def _what_commutes(self) -> Commuting:
@@ -83,21 +83,29 @@ class TeacherAligner(nn.Module):
 
     @property
     def sources(self) -> tuple[int, ...]:
-        """Teacher layers to capture, counted from 0."""
+        """Return the teacher's layers to capture: attention layers, counted from 0, in ascending order."""
         return self.layer_map.sources
 
     @property
     def wants_calibration(self) -> bool:
-        """Whether the projector wants to see data before training."""
+        """Return whether the projector must see data before training."""
         return isinstance(self.dim_projector, Calibrated)
 
     @property
     def evictor(self) -> Evictor | None:
-        """What chooses the teacher's tokens, if any: its cache then comes with slots in place of time."""
+        """Return the component that chooses which of the teacher's tokens are kept; None if there is none.
+
+        With one the captured cache has ``slot`` in place of ``t_time``.
+        """
         return self.time_plan.evictor
 
     def plan(self, teacher: Timeline, student: Timeline) -> TimeMap:
-        """Return the time map of a batch."""
+        """Plan the time map of a batch.
+
+        Args:
+            teacher: the teacher's positions.
+            student: the student's positions.
+        """
         planned: TimeMap = self.time_plan(teacher, student)
         return planned
 
@@ -138,10 +146,11 @@ class TeacherAligner(nn.Module):
 
         Args:
             stage: which axis it changes.
-            x: ``batch layer head time dim``.
-            part: which part this is.
+            x: keys, values or queries, ``batch layer head time dim`` before the stage.
+            part: which of the three they are.
             time_map: of the batch.
-            row: set if ``x`` holds only the compared layer at this place.
+            row: if ``x`` holds a single compared layer, that layer's index among the compared ones; None:
+                all.
         """
         if stage == "time":
             return self._warp(x, time_map)
@@ -152,7 +161,13 @@ class TeacherAligner(nn.Module):
     # the order of stages
 
     def order(self, part: Part, t_time: int, time_map: TimeMap) -> tuple[Stage, ...]:
-        """Return the cheapest order of stages for these lengths."""
+        """Choose the order of stages with the fewest multiplications for these lengths.
+
+        Args:
+            part: keys, values or queries.
+            t_time: the teacher's number of positions.
+            time_map: of the batch; it has the student's number of positions.
+        """
         time = time_map.valid.shape[1]
         taps = 0 if time_map.identity else time_map.taps
         return self._cheapest_order(part, t_time, time, taps=taps)
@@ -170,15 +185,24 @@ class TeacherAligner(nn.Module):
         return cheapest_order(extents, self.commuting)
 
     def stages(self, part: Part, t_time: int, time_map: TimeMap) -> tuple[Stage, ...]:
-        """Return what the teacher's cache goes through after its layers, in order."""
+        """Return the stages that the teacher's cache goes through after its layers are mapped, in order.
+
+        If the student is lifted, its own heads and width are mapped, and the teacher's side needs two stages
+        only.
+        """
         return ("time", "heads") if self.lifts else self.order(part, t_time, time_map)
 
     # the teacher's side
 
     def steps(self, cache: Cache, time_map: TimeMap) -> Iterator[tuple[str, Cache]]:
-        """Yield every intermediate cache of the teacher with the name of the stage; the last is the target.
+        """Yield every intermediate cache of the teacher with the name of its stage; the last is the target.
 
-        Keys and queries may take different orders, as their head counts differ.
+        Keys and queries may take different orders, as their head counts differ: a name is then, for example,
+        ``heads/time``.
+
+        Args:
+            cache: the layers in ``sources``, each part ``batch t_layer t_head t_time t_dim``.
+            time_map: of the batch.
         """
         cache = cache.map(lambda x, _: self.layer_map(x))
         yield "layers", cache
@@ -191,12 +215,24 @@ class TeacherAligner(nn.Module):
             yield "/".join(dict.fromkeys(stages_now)), cache
 
     def align(self, cache: Cache, time_map: TimeMap) -> Cache:
-        """Return the target: this teacher's cache where the losses compare."""
+        """Return the target: this teacher's cache where the losses compare.
+
+        Args:
+            cache: the layers in ``sources``, each part ``batch t_layer t_head t_time t_dim``.
+            time_map: of the batch.
+        """
         *_, (_, target) = self.steps(cache, time_map)
         return target
 
     def align_layer(self, sources: Cache, time_map: TimeMap, row: int) -> Cache:
-        """Return the target of the student layer at ``row`` alone, from the teacher layers it reads."""
+        """Return the target of a single student layer.
+
+        Args:
+            sources: the teacher layers that this student layer reads (``layer_map.reads[row]``), in that
+                order.
+            time_map: of the batch.
+            row: the student layer's index among the compared ones.
+        """
         target = {}
         for part, x in sources.items():
             x = self.layer_map.mix_row(x, row)
@@ -211,8 +247,9 @@ class TeacherAligner(nn.Module):
         """Return the student's cache where the losses compare.
 
         Args:
-            student: of the compared layers.
-            row: set if the cache holds only the layer at this place.
+            student: the student's cache of the compared layers, each part ``batch layer head time dim``.
+            row: if the cache holds a single compared layer, that layer's index among the compared ones; None:
+                all.
         """
         to_view = self._lift if self.lifts else self._fold
         return student.map(lambda x, part: to_view(x, part, row))
@@ -230,7 +267,13 @@ class TeacherAligner(nn.Module):
 
     @torch.no_grad()
     def observe(self, teacher: Cache, student: Cache, time_map: TimeMap) -> None:
-        """Show one batch to the projector: what it will project, and the other side at these positions."""
+        """Show one batch to the projector: the tensors it will project, and the other side's beside them.
+
+        Args:
+            teacher: the teacher's cache of the layers in ``sources``.
+            student: the student's cache of the compared layers.
+            time_map: of the batch; only positions it marks as valid are used.
+        """
         for (part, theirs), (_, own) in zip(teacher.items(), student.items(), strict=True):
             theirs = self.layer_map(theirs)
             if self.lifts:

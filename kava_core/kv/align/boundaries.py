@@ -1,7 +1,7 @@
-"""The borders between components: thin functions whose annotations state each contract.
+"""Call each component through a thin function whose annotations state the contract of its kind.
 
-With shape checking on, what a component returns is checked here, so a third-party component without a
-single annotation is checked as well. ``attribute_errors_to`` says whose component it was.
+With shape checking on, what a component returns is checked here, so a third-party component without a single
+annotation is checked as well. ``attribute_errors_to`` adds to an error whose component raised it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,12 @@ from kava_core.versions import distributor
 
 @contextmanager
 def attribute_errors_to(who: str, config: ComponentConfig | None = None) -> Iterator[None]:
-    """Note on any exception raised inside whose component it was: ``who``, and who distributes ``config``."""
+    """Add a note to any exception raised inside that names the component and its distribution.
+
+    Args:
+        who: the component, for example ``"layer_mapper 'ratio', teacher 'big'"``.
+        config: its declaration, by which the distribution is found; None: the note names none.
+    """
     try:
         yield
     except Exception as error:
@@ -50,14 +55,14 @@ def _distributor_note(config: ComponentConfig | None) -> str:
 def layer_matrix(
     mapper: LayerMapper, *, teacher: Geometry, student: Geometry
 ) -> Float[Tensor, "{student.layer} {teacher.layer}"]:
-    """The mapper's weights."""
+    """Return a layer mapper's weights: row i mixes student layer i from the teacher's layers."""
     return mapper()
 
 
 def join_layers(
     x: Float[Tensor, "batch t_layer head time t_dim"], layer: int
 ) -> Float[Tensor, "batch {layer} head time dim"]:
-    """Each run of ``t_layer / layer`` neighbouring layers side by side along the width."""
+    """Place each run of ``t_layer / layer`` neighbouring layers side by side along the width."""
     joined: Tensor = rearrange(
         x, "batch (layer tap) head time dim -> batch layer head time (tap dim)", layer=layer
     )
@@ -67,7 +72,7 @@ def join_layers(
 def mix_layers(
     x: Float[Tensor, "batch t_layer head time dim"], matrix: Float[Tensor, "layer t_layer"]
 ) -> Float[Tensor, "batch layer head time dim"]:
-    """``t_layer → layer`` as a weighted sum."""
+    """Return each student layer as a weighted sum of teacher layers: ``t_layer → layer``."""
     return torch.einsum("ij,bjhtd->bihtd", matrix.to(x.dtype), x)
 
 
@@ -80,19 +85,40 @@ def adapt_heads(
     head: int,
     dim: int,
 ) -> Float[Tensor, "batch {layer} {head} time {dim}"]:
-    """``t_head → head``."""
+    """Apply a head adapter: ``t_head → head``.
+
+    Args:
+        adapter: the component.
+        x: the side that is mapped.
+        part: keys, values or queries.
+        layer: extent that must come out, as are ``head`` and ``dim``.
+        head: likewise.
+        dim: likewise.
+    """
     return adapter(x, part)
 
 
 def fold_heads(
     adapter: HeadAdapter, x: Float[Tensor, "batch _ _ time _"], *, layer: int, head: int, dim: int
 ) -> Float[Tensor, "batch {layer} {head} time {dim}"]:
-    """The other side's tensor in the adapter's view."""
+    """Return the other side's tensor in the form the head adapter gives to both sides.
+
+    Args:
+        adapter: the component.
+        x: the side that is not mapped.
+        layer: extent that must come out, as are ``head`` and ``dim``.
+        head: likewise.
+        dim: likewise.
+    """
     return adapter.fold(x)
 
 
 def plan_time(warper: TimeWarper, teacher: Timeline, student: Timeline) -> TimeMap:
-    """The time map of a batch; its validity has the student's extents."""
+    """Plan the time map of a batch; its validity has the student's extents ``batch time``.
+
+    Raises:
+        PluginError: the warper returns something else than a ``TimeMap``.
+    """
     time_map = warper(teacher, student)
     if not isinstance(time_map, TimeMap):
         raise PluginError(f"must return a TimeMap, not {type(time_map).__name__}")
@@ -107,28 +133,38 @@ def _same_extent(valid: Bool[Tensor, "batch time"], mask: Bool[Tensor, "batch ti
 def warp_time(
     time_map: TimeMap, x: Float[Tensor, "batch layer head t_time dim"], *, time: int
 ) -> Float[Tensor, "batch layer head {time} dim"]:
-    """``t_time → time``."""
+    """Apply a time map: ``t_time → time``."""
     return time_map.apply(x)
 
 
 def project_dim(
     projector: DimProjector, x: Float[Tensor, "batch layer head time t_dim"], part: Part, *, dim: int
 ) -> Float[Tensor, "batch layer head time {dim}"]:
-    """``t_dim → dim``."""
+    """Apply a dim projector: ``t_dim → dim``."""
     return projector(x, part)
 
 
 def raw_fuser_weights(
     fuser: Fuser, context: FusionContext, *, teacher: int, layer: int
 ) -> Float[Tensor, "{teacher} batch {layer} time"]:
-    """What the fuser says."""
+    """Return the weights that a fuser gives to the teachers, before they are normalised."""
     return fuser(context)
 
 
 def teacher_weights(
     fuser: Fuser, context: FusionContext, valid: Bool[Tensor, "teacher batch time"], *, layer: int
 ) -> Float[Tensor, "teacher batch {layer} time"]:
-    """The fuser's weights, renormalised over the teachers valid at each position; 0 where none is."""
+    """Return a fuser's weights, normalised over the teachers valid at each position; 0 where none is valid.
+
+    Args:
+        fuser: the component.
+        context: what it may look at.
+        valid: where each teacher has a target.
+        layer: number of compared layers.
+
+    Raises:
+        PluginError: the weights have another shape, or some are negative.
+    """
     weights = raw_fuser_weights(fuser, context, teacher=valid.shape[0], layer=layer)
     teacher, batch, time = valid.shape
     require_shape(weights, (teacher, batch, layer, time), "teacher batch layer time")
@@ -146,7 +182,7 @@ def fuse_targets(
     targets: Float[Tensor, "teacher batch layer head time dim"],
     weights: Float[Tensor, "teacher batch layer time"],
 ) -> Float[Tensor, "batch layer head time dim"]:
-    """``teacher batch layer head time dim → batch layer head time dim``: the weighted mean."""
+    """Return the weighted sum of all teachers' targets; where a weight is 0, a target may hold NaN."""
     spread = weights[:, :, :, None, :, None].to(targets.dtype)
     return (torch.where(spread > 0, targets, 0) * spread).sum(0)
 
@@ -154,12 +190,21 @@ def fuse_targets(
 def summed_loss(
     loss: KVLoss, student: Cache, target: Cache, weight: Float[Tensor, "batch layer time"]
 ) -> Float[Tensor, ""]:
-    """The weighted sum of a loss over positions and layers."""
+    """Return a loss as one number: its values, weighted and summed over positions and layers."""
     return loss(student, target, weight)
 
 
 def require_shape(x: Tensor, extents: Sequence[int], axes: str) -> Tensor:
-    """``x``; PluginError where its shape is not ``extents`` (words of the axes in ``axes``)."""
+    """Return ``x`` unchanged if it has this shape.
+
+    Args:
+        x: what a component returned.
+        extents: the shape it must have.
+        axes: names of the axes, separated by blanks, for the error.
+
+    Raises:
+        PluginError: ``x`` has another shape.
+    """
     if tuple(x.shape) != tuple(extents):
         wanted = ", ".join(f"{axis} {extent}" for axis, extent in zip(axes.split(), extents, strict=True))
         raise PluginError(f"returned shape {list(x.shape)}, must be {list(extents)} ({wanted})")

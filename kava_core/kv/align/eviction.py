@@ -1,4 +1,7 @@
-"""A teacher's cache cut down to the tokens an evictor keeps, which differ between layers and heads."""
+"""Cut a teacher's cache down to the tokens an evictor keeps, which differ between layers and heads.
+
+Source: KaVa (arXiv 2510.02312).
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,14 @@ from kava_core.protocols.timeline import REASONING, Timeline
 
 
 class Eviction:
-    """How one teacher's reasoning tokens are cut down to a number of slots.
+    """Cuts one teacher's reasoning tokens down to a fixed number of slots.
 
     Args:
-        evictor: chooses the tokens; looks at keys and queries as attention saw them.
-        slots: how many are kept: the student's latent tokens.
-        parts: what the losses compare.
-        rotary: as in the spec; with ``keep`` the keys that are kept stay rotated.
-        who: named in errors.
+        evictor: chooses the tokens from keys and queries as attention saw them, that is rotated.
+        slots: how many tokens are kept: as many as the student has latent tokens.
+        parts: which of keys, values and queries the losses compare.
+        rotary: as in the spec; with ``keep`` the kept keys stay rotated.
+        who: how errors name the evictor.
     """
 
     def __init__(
@@ -48,7 +51,9 @@ class Eviction:
 
     @torch.no_grad()
     def __call__(self, cache: Cache, rotation: Rotation | None, side: Mapping[str, Tensor]) -> Cache:
-        """The compared parts ``batch t_layer t_head slot dim``; keys without ``rotation``.
+        """Return the compared parts of the kept tokens, each ``batch t_layer t_head slot dim``.
+
+        Keys are returned without ``rotation``.
 
         Args:
             cache: of one forward pass, captured with ``seen`` and ``rotary``.
@@ -71,7 +76,16 @@ class Eviction:
 
     @torch.no_grad()
     def scores(self, cache: Cache, side: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """By name ``batch t_layer t_head t_time``, −inf where no reasoning token is; none of a random one."""
+        """Return what the evictor chooses tokens by.
+
+        Args:
+            cache: of one forward pass, captured with ``seen`` and ``rotary``.
+            side: the collator's tensors of the teacher's side.
+
+        Returns:
+            Scores by name, each ``batch t_layer t_head t_time``, −inf at tokens that are no reasoning. Empty
+                if the evictor has no scores, as the random one.
+        """
         if not isinstance(self.evictor, Scores):
             return {}
         with without_autocast(cache.any.device), attribute_errors_to(self.who):
@@ -81,9 +95,15 @@ class Eviction:
 def evicted_cache(
     cache: Cache, place: Int[Tensor, "batch t_layer t_head _"], filled: Bool[Tensor, "batch _"]
 ) -> Cache:
-    """Keys and values at the same places, with zeros in slots that are not ``filled``.
+    """Gather keys and values at the chosen positions; slots that hold no token are zero.
 
-    SpecError for queries, which have no KV head to share a choice with.
+    Args:
+        cache: each part ``batch t_layer t_head t_time dim``.
+        place: for each slot the position it is read from.
+        filled: True for slots that hold a token.
+
+    Raises:
+        SpecError: the cache holds queries, which have no key–value head whose choice they could share.
     """
     if cache.queries is not None:
         raise SpecError("queries of an evicted teacher cannot be compared")
@@ -98,16 +118,24 @@ def evicted_cache(
 
 
 def filled_slots(timeline: Timeline, count: int) -> Bool[Tensor, "batch _"]:
-    """Which of ``count`` slots hold a token: as many as there are reasoning tokens."""
+    """Return which of ``count`` slots hold a token: as many slots as the example has reasoning tokens."""
     tokens = (timeline.mask & (timeline.segments == REASONING)).sum(1, keepdim=True)
     return torch.arange(count, device=tokens.device) < tokens
 
 
 def assert_evicts(layer_map: LayerMap, parts: tuple[Part, ...], *, warper: str) -> None:
-    """SpecError where what an evictor keeps cannot be compared.
+    """Check that what an evictor keeps can be compared.
 
     A mean of teacher layers, or several side by side, would mix tokens of different places. So does a head
     adapter that mixes heads; that is not refused, as nothing else may bring them to the student's number.
+
+    Args:
+        layer_map: which teacher layers are read, and how they are combined.
+        parts: what the losses compare.
+        warper: the evicting time warper's registered name, for the error.
+
+    Raises:
+        SpecError: a student layer reads several teacher layers, or queries are compared.
     """
     who = f"time_warper {warper!r} keeps other tokens in every layer and head"
     if not layer_map.single or layer_map.joined > 1:

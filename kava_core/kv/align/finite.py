@@ -1,4 +1,4 @@
-"""Debug mode's check of values: shapes can be right and every number NaN."""
+"""Check values in debug mode: shapes can be right and every number NaN."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ from kava_core.protocols.axes import Cache
 
 
 def assert_finite(cache: Cache, valid: Bool[Tensor, "batch time"], where: str) -> None:
-    """NonFiniteError naming the part and the layers with NaN or infinity at a valid position.
+    """Check that a cache holds no NaN or infinity at valid positions; tensors on the meta device pass.
 
-    Meta tensors have no values and pass.
+    Args:
+        cache: each part ``batch layer head time dim``.
+        valid: the positions that count.
+        where: how the error names the cache.
+
+    Raises:
+        NonFiniteError: names the part and the layers.
     """
     for part, x in cache.items():
         if x.is_meta:
@@ -28,5 +34,5 @@ def assert_finite(cache: Cache, valid: Bool[Tensor, "batch time"], where: str) -
 
 
 def part_at_least_float32(x: Tensor, _: Part) -> Tensor:
-    """float32 at least: bf16 caches are aligned and compared in float32."""
+    """Cast half precision to float32, in which caches are aligned and compared; leave wider dtypes alone."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()

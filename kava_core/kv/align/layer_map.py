@@ -1,4 +1,4 @@
-"""``t_layer → layer``: which teacher layers are captured, and how they are combined."""
+"""Choose which teacher layers are captured, and combine them into the student's: ``t_layer → layer``."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class LayerMap(nn.Module):
         return tuple(matrix.ne(0).any(0).nonzero().flatten().tolist())
 
     def _read_by_each(self, matrix: Float[Tensor, "layer t_layer"]) -> int:
-        """How many teacher layers every student layer reads."""
+        """Return how many teacher layers every student layer reads."""
         if self.learned:
             raise SpecError("layers: concat needs a layer mapper with fixed layers; this one learns weights")
         counts = matrix.ne(0).sum(1).tolist()
@@ -82,7 +82,7 @@ class LayerMap(nn.Module):
         return int(counts[0])
 
     def _reads(self, matrix: Float[Tensor, "layer t_layer"]) -> tuple[tuple[int, ...], ...]:
-        """For every wanted layer the places, among the sources, of the teacher layers it reads."""
+        """List, for every wanted layer, the indices among the sources of the teacher layers it reads."""
         if self.learned:
             return (tuple(range(len(self.sources))),) * len(matrix)
         if self.single:
@@ -92,7 +92,12 @@ class LayerMap(nn.Module):
     def mix_row(
         self, x: Float[Tensor, "batch t_layer head time _"], row: int
     ) -> Float[Tensor, "batch 1 head time dim"]:
-        """The wanted layer at ``row`` alone; ``x`` holds the layers in ``reads[row]``, in that order."""
+        """Return a single student layer.
+
+        Args:
+            x: the teacher layers in ``reads[row]``, in that order.
+            row: the student layer's index among the wanted ones.
+        """
         if self.single:
             return x if self.joined == 1 else join_layers(x, 1)
         columns = self.columns[list(self.reads[row])]
@@ -101,7 +106,7 @@ class LayerMap(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch t_layer head time _"]
     ) -> Float[Tensor, "batch layer head time dim"]:
-        """``x`` holds the layers in ``sources``, in that order."""
+        """Return all wanted student layers; ``x`` holds the teacher layers in ``sources``, in that order."""
         if not self.single:
             return mix_layers(x, self.mapper().index_select(0, self.rows).index_select(1, self.columns))
         if not self.whole:

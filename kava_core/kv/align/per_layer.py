@@ -1,4 +1,4 @@
-"""A component at one student layer alone, for comparing layer by layer."""
+"""Restrict a component to one student layer, for comparing layer by layer."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from torch.func import functional_call
 
 
 def component_at_layer(component: nn.Module, row: int | None) -> Any:
-    """The component for tensors that hold only the student layer at ``row``; None: for all layers.
+    """Return a component for tensors that hold only one student layer.
 
-    Its parameters and buffers named in ``layered``, whose first axis is the student's layer, are those of the
-    one layer; gradients reach them. All others serve every layer. A component that treats layers otherwise
-    has a method ``at_layer(row)`` that returns what is to be called.
+    Its parameters and buffers named in its attribute ``layered``, whose first axis is the student's layer,
+    are cut to the one layer; gradients reach them. All others serve every layer. A component that treats
+    layers otherwise has a method ``at_layer(row)`` that returns what is to be called.
+
+    Args:
+        component: a head adapter, dim projector or KV loss.
+        row: the layer's index among the compared ones; None: all layers, the component as it is.
     """
     if row is not None and hasattr(component, "at_layer"):
         return component.at_layer(row)

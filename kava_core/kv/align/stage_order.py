@@ -1,7 +1,7 @@
-"""In which order the axes of a cache are aligned: the one with the fewest multiplications.
+"""Choose in which order the axes of a cache are aligned: the order with the fewest multiplications.
 
 Maps on different axes commute when they are affine, so the pipeline, not the component, chooses. Layers
-always come first (they are selected before anything is computed).
+always come first: they are selected before anything is computed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Commuting:
     """The projector treats every head alike, so it may come before the heads are mixed."""
 
     def allows(self, order: tuple[Stage, ...]) -> bool:
-        """Whether the order gives the canonical result."""
+        """Return whether this order gives the same result as the canonical one."""
         heads, time, width = (order.index(stage) for stage in CANONICAL)
         return (
             (heads < time or self.linear_heads)
@@ -51,7 +51,7 @@ class Commuting:
 
 
 def multiplications(order: tuple[Stage, ...], extents: StageExtents) -> int:
-    """Multiplications for one layer of one example."""
+    """Count the multiplications that an order takes, for one layer of one example."""
     head, time, dim = extents.t_head, extents.t_time, extents.t_dim
     total = 0
     for stage in order:
@@ -69,6 +69,6 @@ def multiplications(order: tuple[Stage, ...], extents: StageExtents) -> int:
 
 @lru_cache(maxsize=4096)
 def cheapest_order(extents: StageExtents, freedom: Commuting) -> tuple[Stage, ...]:
-    """The allowed order with the least cost; the canonical one among equals."""
+    """Return the allowed order with the fewest multiplications; the canonical one among equals."""
     allowed = [order for order in permutations(CANONICAL) if freedom.allows(order)]
     return min(allowed, key=lambda order: (multiplications(order, extents), order != CANONICAL))

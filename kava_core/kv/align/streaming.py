@@ -1,4 +1,4 @@
-"""A teacher's cache aligned layer by layer while it runs, one layer of it alive at a time."""
+"""Align a teacher's cache layer by layer while the teacher runs, so that few raw layers are alive at once."""
 
 from __future__ import annotations
 
@@ -25,9 +25,17 @@ class WaitingLayers:
         self.kept: dict[int, Cache] = {}
 
     def take(self, place: int, cache: Cache) -> Iterator[tuple[int, Cache]]:
-        """Every student layer for which this was the last one missing, with the teacher layers it reads.
+        """Add a teacher layer, and yield every student layer for which it was the last one missing.
 
-        Forgets, at the end, what no layer waits for.
+        Teacher layers that no student layer waits for any more are dropped at the end.
+
+        Args:
+            place: the teacher layer's index among those the aligner reads.
+            cache: that layer, each part ``batch 1 t_head t_time t_dim``.
+
+        Yields:
+            The student layer's index among the compared ones, and the teacher layers it reads, along
+                ``layer``.
         """
         self.kept[place] = cache.map(part_at_least_float32)
         for row in sorted(self.waiting):
@@ -39,21 +47,31 @@ class WaitingLayers:
 
 
 def most_layers_alive(reads: tuple[tuple[int, ...], ...]) -> int:
-    """Most teacher layers that are alive together, where they come in order."""
+    """Count the most teacher layers that are alive together if they come in order.
+
+    Args:
+        reads: for every student layer, indices of the teacher layers it reads.
+    """
     places = {place for row in reads for place in row}
     ends = {place: max(max(row) for row in reads if place in row) for place in places}
     return max(sum(place <= now <= end for place, end in ends.items()) for now in ends)
 
 
 def _join_layers(caches: list[Cache]) -> Cache:
-    """Side by side along the axis ``layer``."""
+    """Join caches along the axis ``layer``."""
     if len(caches) == 1:
         return caches[0]
     return caches[0].map(lambda _, part: torch.cat([getattr(cache, part) for cache in caches], 1))
 
 
 def align_layer_by_layer(aligner: TeacherAligner, run: RunTeacher, time_map: TimeMap) -> Cache:
-    """``aligner.align`` of what ``run`` hands over, without gradients."""
+    """Return the same target as ``aligner.align``, made while the teacher runs, without gradients.
+
+    Args:
+        aligner: of this teacher.
+        run: runs the teacher, and hands over each layer.
+        time_map: of the batch.
+    """
     arrivals, targets = WaitingLayers(aligner), {}
     layers = len(arrivals.reads)
 

@@ -27,7 +27,7 @@ class TimePlan(nn.Module):
     between the student's positions and themselves, and both are one map.
 
     Args:
-        warpers: the declaration of each warper, by its place in the spec; None where there is none.
+        warpers: the declaration of each warper, by its place in the spec; None if there is none.
         name: the teacher's name, for error notes.
         teacher: the teacher's geometry.
         student: the student's geometry.
@@ -69,7 +69,7 @@ class TimePlan(nn.Module):
 
     @property
     def evictor(self) -> Evictor | None:
-        """The time warper, if it evicts: the map is then from its slots."""
+        """Return the time warper if it evicts tokens, else None; the map then starts from its slots."""
         return self.time_warper if isinstance(self.time_warper, Evictor) else None
 
     def _errors_of(self, field: WarperField) -> AbstractContextManager[None]:

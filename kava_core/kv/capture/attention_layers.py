@@ -1,4 +1,4 @@
-"""Which modules of a model are its attention layers, and which models are refused before they run."""
+"""Find a model's attention layers, and refuse models that cannot be captured before they run."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from kava_core.errors import KavaError, UnsupportedModelError
 
 
 def without_adapters(model: nn.Module) -> Any:
-    """The model that PEFT wraps, with the adapters it put inside; any other as it is."""
+    """Return the model that PEFT wraps, with the adapters inside it; any other model as it is."""
     return getattr(model, "get_base_model", lambda: model)()
 
 
 def model_name(model: nn.Module) -> str:
-    """Class name of the model, seen through PEFT."""
+    """Return the class name of a model, without PEFT's wrapper."""
     return type(without_adapters(model)).__name__
 
 
 def attention_layers(model: nn.Module) -> list[nn.Module]:
-    """The attention modules in order: those named ``…Attention…`` that know their ``layer_idx``.
+    """List a model's attention modules in order.
 
-    UnsupportedModelError where there is none, or where two share a layer (encoder–decoders).
+    They are found by a class named ``…Attention…`` and an attribute ``layer_idx``.
+
+    Raises:
+        UnsupportedModelError: there are none, or two share a layer, as in encoder–decoders.
     """
     layers = [module for module in model.modules() if _is_attention(module)]
     if not layers:
@@ -37,23 +40,31 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def attention_implementation(module: nn.Module, model: nn.Module) -> str:
-    """The attention implementation the module looks up when it runs."""
+    """Return the name of the attention function that a module looks up when it runs, such as ``sdpa``."""
     config: Any = getattr(module, "config", None) or model.config
     return getattr(config, "_attn_implementation", None) or "eager"
 
 
 def has_rotary(model: nn.Module) -> bool:
-    """Whether the model makes rotary angles."""
+    """Return whether a model has a module that computes rotary angles."""
     return any("Rotary" in type(module).__name__ for module in model.modules())
 
 
 def is_checkpointed(model: nn.Module) -> list[nn.Module]:
-    """The modules that can recompute their activations."""
+    """List the modules that can recompute their activations in the backward pass."""
     return [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
 
 
 def refuse_reentrant(layers: list[nn.Module], name: str) -> None:
-    """KavaError where a training forward would checkpoint reentrantly: same loss, wrong gradient."""
+    """Refuse a training forward pass under reentrant gradient checkpointing: same loss, wrong gradient.
+
+    Args:
+        layers: the modules that can recompute their activations.
+        name: the model's, for the error.
+
+    Raises:
+        KavaError: one of them is in training mode and would checkpoint reentrantly.
+    """
     if torch.is_grad_enabled() and any(map(_reentrant, layers)):
         raise KavaError(
             f"{name}: reentrant gradient checkpointing detaches captured keys; enable it with "
@@ -73,7 +84,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def with_hooks(model: nn.Module) -> bool:
-    """Whether something must run after the modules it wraps: sharding, offloading, a compiler."""
+    """Return whether something must run after the modules of a model: sharding, offloading or a compiler."""
     return any(
         hasattr(module, "_hf_hook")
         or hasattr(module, "_get_fsdp_state")

@@ -1,4 +1,4 @@
-"""Keys, values and queries of a decoder's attention layers, taken from its forward pass by reference."""
+"""Capture keys, values and queries of a decoder's attention layers from its forward pass, by reference."""
 
 from __future__ import annotations
 
@@ -74,7 +74,11 @@ class Capture:
                 slot.then = self._hand_over
 
     def __enter__(self) -> Capture:
-        """Arm; KavaError where a capture of this model is open or its checkpointing is reentrant."""
+        """Start to capture.
+
+        Raises:
+            KavaError: another capture of this model is open, or its gradient checkpointing is reentrant.
+        """
         find.refuse_reentrant(self._checkpointed, self.name)
         if any(SLOT in module.__dict__ for module in self.modules):
             raise KavaError(f"{self.name}: another capture of this model is still open")
@@ -89,7 +93,7 @@ class Capture:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        """Disarm; what was captured waits for ``take``, unless the block failed."""
+        """Stop capturing; what was captured is kept for ``take``, unless the block failed."""
         self._arm(-1)
         for module in self.modules:
             del module.__dict__[SLOT]
@@ -99,7 +103,9 @@ class Capture:
         return stopped
 
     def take(self) -> Cache:
-        """The captured parts ``batch layer head time dim``, layers in the order asked for; forgets them.
+        """Return the captured parts, each ``batch layer head time dim``, and forget them.
+
+        Layers are in the order asked for.
 
         Raises:
             UnsupportedModelError: The attention of some layer did not pass through transformers' interface,
@@ -117,7 +123,11 @@ class Capture:
             self._clear()
 
     def done(self) -> None:
-        """With ``each``: that every layer was handed over once; raises as ``take`` does."""
+        """Check, with ``each``, that every layer was handed over once.
+
+        Raises:
+            UnsupportedModelError, KavaError: As for ``take``.
+        """
         try:
             self._check([self._slots[i] for i in self.layers])
         finally:
@@ -136,7 +146,7 @@ class Capture:
         self._each(self.layers.index(slot.layer), cache)
 
     def rotation(self) -> Rotation | None:
-        """How the forward pass taken last rotated the layers asked for, in their order.
+        """Return how the forward pass taken last rotated the layers asked for, in their order.
 
         None for a model without rotary embeddings, and with ``keep``.
         """

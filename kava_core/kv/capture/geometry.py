@@ -1,4 +1,4 @@
-"""A model's geometry, read off the tensors of a tiny forward pass and never off its configuration."""
+"""Read a model's geometry off the tensors of a tiny forward pass, never off its configuration."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ ENCODER = "kava_encoder"
 
 
 def auto_class(config: PretrainedConfig) -> Any:
-    """What makes and loads the model of a configuration."""
+    """Return the transformers class that makes and loads the model of a configuration."""
     return AutoModelForTextEncoding if getattr(config, ENCODER, False) else AutoModelForCausalLM
 
 
 def probe_geometry(config: PretrainedConfig) -> Geometry:
-    """Geometry of the model a configuration describes; no weights are allocated.
+    """Return the geometry of the model that a configuration describes; no weights are allocated.
 
     The model is made of fake tensors and runs with plain rotary angles: some frequency schemes look at
     position values, which fake tensors do not have, and none changes an extent. Bare meta tensors do not
@@ -43,7 +43,12 @@ def probe_geometry(config: PretrainedConfig) -> Geometry:
 
 
 def fake_model(config: PretrainedConfig, **options: Any) -> nn.Module:
-    """The model of a configuration, for use inside ``FakeTensorMode``; see ``probe_geometry``."""
+    """Make the model of a configuration inside ``FakeTensorMode``; see ``probe_geometry``.
+
+    Args:
+        config: a transformers configuration; it is copied.
+        options: further arguments of ``from_config``.
+    """
     plain = copy.deepcopy(config)
     text = plain.get_text_config()
     if getattr(text, "rope_parameters", None):
@@ -53,9 +58,10 @@ def fake_model(config: PretrainedConfig, **options: Any) -> nn.Module:
 
 
 def model_geometry(model: nn.Module) -> Geometry:
-    """Geometry of a model, by a forward pass over four tokens.
+    """Return a model's geometry, measured by a forward pass over four tokens.
 
-    Training mode, gradients and random state are as before. Needs a transformers model (or PEFT's).
+    Training mode, gradients and random state are as before. The model is one of transformers, possibly inside
+    PEFT's.
 
     Raises:
         UnsupportedModelError: No attention layer can be captured, or the layers are not alike.

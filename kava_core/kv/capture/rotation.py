@@ -1,9 +1,11 @@
-"""Rotary position embeddings: undo and redo a model's own rotation of keys and queries.
+"""Undo and redo a model's own rotation of keys and queries (rotary position embeddings).
 
-A rotation multiplies each pair of channels by ``a · (cos θ, sin θ)``, where ``a`` is the attention scaling of
-some frequency schemes (YaRN, longrope) and carries the rounding of low-precision angles. With
-``a² = cos² + sin²`` the inverse is the same function at ``(cos / a², −sin / a²)``, so the model's own
-``apply_rotary_pos_emb`` undoes itself, whichever channels it pairs. RoFormer: https://arxiv.org/abs/2104.09864
+A rotation multiplies each pair of channels by ``a · (cos θ, sin θ)``. The attention scaling ``a`` differs
+from 1 in some frequency schemes (YaRN, longrope) and by the rounding of low-precision angles. With ``a² =
+cos² + sin²`` the inverse is the same function at ``(cos / a², −sin / a²)``, so the model's own
+``apply_rotary_pos_emb`` undoes itself, whichever channels it pairs.
+
+Source: RoFormer (RoPE), https://arxiv.org/abs/2104.09864
 """
 
 from __future__ import annotations
@@ -58,20 +60,24 @@ class Rotation:
     def apply(
         self, x: Float[Tensor, "batch layer head time dim"]
     ) -> Float[Tensor, "batch layer head time dim"]:
-        """Rotate as the forward pass did, scaling included; any heads, the same layers, times and width.
+        """Rotate as the forward pass did, its scaling included.
 
-        Computed in float32 at least; the dtype of ``x`` is kept. KavaError where layers or width differ.
+        Any number of heads, but the same layers, positions and width. Computed in float32 at least; the dtype
+        of ``x`` is kept.
+
+        Raises:
+            KavaError: ``x`` has another number of layers or another width.
         """
         return self._each(x, rerotate)
 
     def undo(
         self, x: Float[Tensor, "batch layer head time dim"]
     ) -> Float[Tensor, "batch layer head time dim"]:
-        """The inverse of ``apply``."""
+        """Undo what ``apply`` does; raises as it does."""
         return self._each(x, unrotate)
 
     def at(self, place: int) -> Rotation:
-        """The rotation of one layer."""
+        """Return the rotation of a single layer, by its index along the axis ``layer``."""
         one = next(turn for turn in self.turns if place in turn.layers)
         return Rotation((one._replace(layers=(0,)),), self.dim)
 
@@ -102,9 +108,16 @@ def unrotate(
     apply: Apply,
     width: int | None = None,
 ) -> Float[Tensor, "batch layer head time dim"]:
-    """The tensor before ``apply`` rotated its first ``width`` channels (default: it saw them all).
+    """Undo the rotation that ``apply`` did; all layers must share the angles.
 
-    All layers must share the angles. Computed in float32 at least; the dtype of ``x`` is kept.
+    Computed in float32 at least; the dtype of ``x`` is kept.
+
+    Args:
+        x: rotated keys or queries.
+        cos: cosines of the angles, times the attention scaling.
+        sin: sines, likewise.
+        apply: the model's own function.
+        width: how many leading channels were rotated; None: all.
     """
     cos, sin = cos.to(_in_wide_precision(x)), sin.to(_in_wide_precision(x))
     square = cos.square() + sin.square()
@@ -118,7 +131,17 @@ def rerotate(
     apply: Apply,
     width: int | None = None,
 ) -> Float[Tensor, "batch layer head time dim"]:
-    """Rotate the first ``width`` channels by a model's own function and (any model's) angles."""
+    """Rotate by a model's own function and (any model's) angles.
+
+    Computed in float32 at least; the dtype of ``x`` is kept.
+
+    Args:
+        x: keys or queries that are not rotated.
+        cos: cosines of the angles, times the attention scaling.
+        sin: sines, likewise.
+        apply: the model's own function.
+        width: how many leading channels to rotate; None: all.
+    """
     folded = rearrange(x, "batch layer head time dim -> batch (layer head) time dim").to(
         _in_wide_precision(x)
     )

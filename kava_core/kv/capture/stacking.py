@@ -1,4 +1,4 @@
-"""From the slots of attention layers to one stacked tensor a part, or to the reason why not."""
+"""Stack what attention layers left in their slots to one tensor a part, or raise why that cannot be."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kava_core.kv.capture.taps import Slot
 def stack_layers(
     slots: list[Slot], part: Part, undo: Rotation | None
 ) -> Float[Tensor, "batch layer head time dim"]:
-    """One part of all layers; keys and queries without the rotation ``undo``, where one is given.
+    """Stack one part of all layers; keys and queries lose the rotation ``undo``, if one is given.
 
     Raises:
         UnsupportedModelError: The layers have different head counts or widths.
@@ -28,7 +28,7 @@ def stack_layers(
 
 
 def rotation_of(slots: list[Slot]) -> Rotation:
-    """How these layers were rotated: those with the very same angles are one turn."""
+    """Return how these layers were rotated; layers rotated by the very same tensors form one turn."""
     turns = []
     for places in _by_angles(slots):
         slot = slots[places[0]]
@@ -38,7 +38,12 @@ def rotation_of(slots: list[Slot]) -> Rotation:
 
 
 def check_seen(slots: list[Slot]) -> None:
-    """UnsupportedModelError where a layer was not captured, KavaError where one was captured twice."""
+    """Check that every layer was captured once.
+
+    Raises:
+        UnsupportedModelError: a layer was not captured.
+        KavaError: a layer was captured more than once.
+    """
     name = slots[0].model
     missing = [slot.layer for slot in slots if slot.seen == 0]
     if len(missing) == len(slots):
@@ -54,7 +59,11 @@ def check_seen(slots: list[Slot]) -> None:
 
 
 def check_rotated(slots: list[Slot]) -> None:
-    """UnsupportedModelError where a model with rotary angles rotated its keys unseen."""
+    """Check that the rotation of keys was seen, for a model with rotary angles.
+
+    Raises:
+        UnsupportedModelError: the model rotates its keys in a way that cannot be followed.
+    """
     if any(slot.rotary is None for slot in slots) or all(slot.angles is None for slot in slots):
         raise UnsupportedModelError(
             f"{slots[0].model}: its rotation of keys cannot be undone, as it does not call an "
@@ -63,7 +72,7 @@ def check_rotated(slots: list[Slot]) -> None:
 
 
 def list_layers(numbers: Iterable[int]) -> str:
-    """Layer numbers for an error message."""
+    """Format layer numbers for an error message."""
     return ", ".join(map(str, numbers)) or "(none)"
 
 
@@ -78,7 +87,7 @@ def _by_angles(slots: list[Slot]) -> list[list[int]]:
 
 
 def _stacked(slots: list[Slot], part: Part) -> Float[Tensor, "batch layer head time dim"]:
-    """Layers may live on several devices; the stack lives on the first one's."""
+    """Stack the layers on the first one's device; they may come from several."""
     tensors = [getattr(slot, part) for slot in slots]
     here = [tensor.to(tensors[0].device) for tensor in tensors]
     whole: Tensor = rearrange(here, "layer batch head time dim -> batch layer head time dim")

@@ -1,8 +1,8 @@
-"""Taps in transformers' attention: the functions every decoder calls are wrapped in place, once.
+"""Wrap the functions that transformers' attention calls, in place and once, so that tensors can be captured.
 
-The wrappers keep their names, so a model's configuration and masks stay as they are, and they do nothing
-for a module without a slot. A slot takes tensors by reference: arithmetic here would break recomputation
-under gradient checkpointing.
+The wrappers keep their names, so a model's configuration and masks stay as they are, and they do nothing for
+a module without a slot. A slot takes tensors by reference: arithmetic here would break recomputation under
+gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ EAGER = "eager_attention_forward"
 
 
 class StopForward(Exception):
-    """All that is wanted of a forward pass has been seen; the rest of it is left out."""
+    """Raised to leave a forward pass early, once all that is wanted of it has been seen."""
 
 
 class Rotated(NamedTuple):
@@ -50,7 +50,7 @@ class RotaryTap:
         self.last: Rotated | None = None
 
     def collect(self) -> Rotated | None:
-        """The rotation since the last call; None if there was none."""
+        """Return the rotation since the last call, and forget it; None if there was none."""
         last, self.last = self.last, None
         return last
 
@@ -77,20 +77,25 @@ class Slot:
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget everything about the last forward pass."""
         self.drop()
         self.angles: Angles | None = None
         self.plain = False
         self.seen = self.dim = 0
 
     def drop(self) -> None:
-        """Forget the tensors, not that they were there."""
+        """Forget the tensors, but not that the layer ran."""
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.queries: Tensor | None = None
 
     def write(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Take over one call's tensors; UnsupportedModelError where they are no plain keys and values."""
+        """Take over the tensors of one call, each ``batch head time dim``.
+
+        Raises:
+            UnsupportedModelError: keys and values differ in shape, or the keys attended to are not those that
+                were rotated.
+        """
         self.seen += 1
         if self.parts and key.shape != value.shape:
             raise UnsupportedModelError(
@@ -105,7 +110,10 @@ class Slot:
         self.queries = _own_copy(query) if "queries" in self.parts else None
 
     def _rotation(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Note the angles. Where the rotation's very result is attended to, what it was given is stripped."""
+        """Note the angles, and return queries and keys to keep.
+
+        If attention is given the very result of the rotation, these are the tensors from before it.
+        """
         collected = self.rotary.collect() if self.rotary is not None else None
         if collected is None:
             return query, key
@@ -122,7 +130,7 @@ class Slot:
 
 
 def module_namespace(module: nn.Module) -> dict[str, Any]:
-    """The globals that the module's forward looks names up in: those of its modeling file."""
+    """Return the globals in which a module's ``forward`` looks names up: those of its modeling file."""
     names: dict[str, Any] = inspect.unwrap(type(module).forward).__globals__
     return names
 
@@ -145,7 +153,10 @@ def tap_attention(module: nn.Module, implementation: str) -> None:
 
 
 def tap_rotary(module: nn.Module) -> RotaryTap | None:
-    """The tap in the modeling file's ``apply_rotary_pos_emb``; None where there is no such function."""
+    """Wrap ``apply_rotary_pos_emb`` of a module's modeling file, once, and return its tap.
+
+    None if the file has no such function with the arguments ``q, k, cos, sin``.
+    """
     names = module_namespace(module)
     apply = names.get(ROTATE)
     if apply is None or list(inspect.signature(apply).parameters)[:4] != ["q", "k", "cos", "sin"]:
@@ -191,7 +202,7 @@ def _tapped_rotation(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _own_copy(x: Tensor) -> Tensor:
-    """A view of a wider projection would keep all of it alive; a teacher's tensors can be copied."""
+    """Return the tensor, or a copy if it is a teacher's and would keep a wider projection alive."""
     if x.requires_grad or torch.compiler.is_compiling() or x.untyped_storage().nbytes() == x.nbytes:
         return x
     return x.clone()

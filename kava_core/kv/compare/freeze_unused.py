@@ -1,4 +1,4 @@
-"""Parameters that no loss reaches are frozen: distributed training waits for gradients that never come."""
+"""Freeze parameters that no loss reaches: distributed training waits for gradients that never come."""
 
 from __future__ import annotations
 
@@ -21,9 +21,17 @@ BATCH, TIME = 1, 2
 
 
 def freeze_unused(pipeline: KVPipeline, *, parts: tuple[Part, ...], student: Geometry) -> None:
-    """Freeze what a backward pass of a copy on the meta device leaves without gradient.
+    """Freeze every parameter that a backward pass of a copy on the meta device leaves without gradient.
 
-    For instance the keys' matrix of a projector, where only values are compared.
+    For instance the keys' matrix of a projector, if only values are compared.
+
+    Args:
+        pipeline: changed in place.
+        parts: what the losses compare.
+        student: the student's geometry.
+
+    Raises:
+        SpecError: the fuser is trained, but no loss gives it a gradient.
     """
     if not any(parameter.requires_grad for parameter in pipeline.parameters()):
         return
@@ -46,7 +54,7 @@ def freeze_unused(pipeline: KVPipeline, *, parts: tuple[Part, ...], student: Geo
 
 
 def _check_router(probe: KVPipeline, terms: dict[str, Tensor]) -> None:
-    """SpecError for a router that no loss moves: it would look like one that found no difference."""
+    """Refuse a router that no loss moves: it would look like one that found no difference."""
     trained = [p for p in probe.fuser.parameters() if p.requires_grad]
     if not trained or isinstance(probe.fuser, Rewarded):
         return

@@ -1,4 +1,4 @@
-"""Stand in for a pipeline if no cache is distilled."""
+"""Replace the pipeline if no cache is distilled."""
 
 from __future__ import annotations
 

@@ -89,38 +89,38 @@ class KVPipeline(nn.Module):
 
     @property
     def teachers(self) -> list[TeacherAligner]:
-        """The aligners, in the spec's order."""
+        """Return the aligners, in the spec's order of teachers."""
         return [aligner for aligner in self.aligners if isinstance(aligner, TeacherAligner)]
 
     @property
     def term_names(self) -> list[str]:
-        """Names of the KV terms."""
+        """Return the names of the KV terms, one for every loss."""
         return [loss.term for loss in self.compared]
 
     @property
     def configs(self) -> list[KVLossConfig]:
-        """Declarations of the KV losses, in the order of ``term_names``."""
+        """Return the declarations of the KV losses, in the order of ``term_names``."""
         return [loss.config for loss in self.compared]
 
     @property
     def trains_aligners(self) -> bool:
-        """Whether something between a teacher's cache and the losses is trained."""
+        """Return whether some component between a teacher's cache and the losses is trained."""
         return any(p.requires_grad for aligner in self.teachers for p in aligner.parameters())
 
     @property
     def trains_without_student(self) -> bool:
-        """Whether a KV loss can fall although the student stays: an aligner or a loss is trained."""
+        """Return whether a KV loss can fall without the student: an aligner or a loss is trained."""
         return self.trains_aligners or any(p.requires_grad for p in self.losses.parameters())
 
     @property
     def draws_teachers(self) -> bool:
-        """Whether the fuser chooses other teachers in every forward pass."""
+        """Return whether the fuser chooses other teachers in every forward pass."""
         return isinstance(self.fuser, Chooses) and getattr(self.fuser, "draws", True)
 
     # from teachers' caches to targets
 
     def align_with_map(self, aligner: TeacherAligner, cache: Cache, time_map: TimeMap) -> Aligned:
-        """Return one teacher's target and validity; its raw cache is not needed afterwards."""
+        """Return one teacher's target and where it is valid; the raw cache is not needed afterwards."""
         return Aligned(aligner.align(cache.map(part_at_least_float32), time_map), time_map.valid)
 
     @torch.no_grad()
@@ -179,7 +179,16 @@ class KVPipeline(nn.Module):
         rotation: Rotation | None = None,
         fuser_inputs: FuserInputs = NO_FUSER_INPUTS,
     ) -> dict[str, Float[Tensor, ""]]:
-        """Do as ``forward``, for targets that are aligned already."""
+        """Do as ``forward``, for targets that are aligned already.
+
+        Args:
+            student: the student's cache of the compared layers.
+            aligned: every teacher's target, in the spec's order.
+            timeline: the student's positions.
+            items: number of the student's real tokens in the whole batch, over accumulation and processes.
+            rotation: the student's own rotation in this forward pass, if targets are rotated like it.
+            fuser_inputs: hidden states and task labels, if the fuser reads them.
+        """
         student = student.map(part_at_least_float32)
         if self.rotates_targets and rotation is not None:
             aligned = [replace(one, target=rotate_target(one.target, rotation)) for one in aligned]
@@ -334,7 +343,7 @@ class KVPipeline(nn.Module):
 
     @property
     def observing_losses(self) -> list[ObservesCaches]:
-        """The losses that want to see data before training."""
+        """Return the losses that must see data before training."""
         return [loss for loss in self._all_losses() if isinstance(loss, ObservesCaches)]
 
     def _all_losses(self) -> Iterator[nn.Module]:
@@ -344,9 +353,13 @@ class KVPipeline(nn.Module):
 
     @torch.no_grad()
     def show_losses(self, student: Cache, aligned: list[Aligned]) -> None:
-        """Show one batch to the losses that want to see data.
+        """Show one batch to the losses that must see data before training.
 
         If targets are fused, they are fused evenly over the teachers that run.
+
+        Args:
+            student: the student's cache of the compared layers.
+            aligned: every teacher's target, in the spec's order.
         """
         views = [aligner.view_of(student) for aligner in self.teachers]
         targets, valid = [one.target for one in aligned], [one.valid for one in aligned]

@@ -1,11 +1,11 @@
-"""The KV losses while the teacher runs: one teacher layer, its target and its gradient alive at a time.
+"""Compute the KV losses while the teacher runs: one teacher layer, target and gradient alive at a time.
 
 The terms are sums over student layers, so each layer's share and its gradient can be formed as soon as the
 teacher layers it reads have run. What remains is the gradient of the student's cache, which the backward pass
-would make anyway, and no raw cache for the backward pass of an aligner that is trained. Everything stands in
+would make anyway, and no raw cache for the backward pass of an aligner that is trained. All of it happens in
 one ``autograd.Function``, so the trainer, DDP and FSDP meet an ordinary scalar.
 
-The student's graph is alive meanwhile. Where no gradient goes through the targets, ``align_stream`` is
+The student's graph is alive meanwhile. If no gradient goes through the targets, ``align_layer_by_layer`` is
 therefore the cheaper way.
 """
 
@@ -51,18 +51,18 @@ def terms_layer_by_layer(
     factors: Float[Tensor, "_ _"],
     rotation: Rotation | None = None,
 ) -> tuple[Float[Tensor, " _"], dict[str, Float[Tensor, ""]]]:
-    """Weighted sums of the loss terms, with gradient, and the unweighted terms, without.
+    """Return weighted sums of the loss terms, with gradient, and the unweighted terms, without.
+
+    Equal to ``KVPipeline.compare_aligned`` up to the order in which layers are added.
 
     Args:
-        pipeline: says what is aligned and compared.
+        pipeline: decides what is aligned and compared.
         student: the student's cache of the compared layers.
-        weights: of every teacher at every position, as ``KVPipeline.route`` gives them.
+        weights: of every teacher at every position, as ``KVPipeline.route`` returns them.
         streams: the teachers that run, one after another.
         factors: a row for each sum, with a factor for every term. The gradient of each sum takes as much
             memory as the student's cache.
         rotation: as for ``KVPipeline.forward``.
-
-    Equal to ``KVPipeline.compare_aligned`` up to the order in which layers are added.
     """
     trained = [p for p in (*pipeline.aligners.parameters(), *pipeline.losses.parameters()) if p.requires_grad]
     parts = dict(student.map(part_at_least_float32).items())
@@ -111,7 +111,10 @@ class _AllTeachers:
     def __call__(
         self, weights: Tensor, tensors: tuple[Tensor, ...], needed: tuple[bool, ...]
     ) -> tuple[Tensor, Tensor, list[list[Tensor | None]]]:
-        """Sums, terms, and for every sum the gradient of the weights and every tensor that needs one."""
+        """Return sums, terms, and for every sum the gradients of the weights and of each tensor.
+
+        A gradient is None for a tensor that needs none.
+        """
         count = len(self.parts)
         student = Cache(**dict(zip(self.parts, (x.detach() for x in tensors[:count]), strict=True)))
         sums = range(len(self.factors) if any(needed) else 0)
@@ -151,11 +154,16 @@ class _OneTeacher:
 
     @property
     def aligner(self) -> TeacherAligner:
-        """This teacher's."""
+        """Return this teacher's aligner."""
         return self.job.pipeline.teachers[self.stream.teacher]
 
     def take(self, place: int, cache: Cache) -> None:
-        """Compare the student layers for which this was the last one missing."""
+        """Compare the student layers for which this teacher layer was the last one missing.
+
+        Args:
+            place: the teacher layer's index among those the aligner reads.
+            cache: that layer.
+        """
         with without_autocast(self.weights.device):
             for row, sources in self.arrivals.take(place, cache):
                 self._compare(row, sources)
@@ -176,7 +184,7 @@ class _OneTeacher:
     def _terms(
         self, row: int, sources: Cache, weight: Tensor, own: list[Tensor]
     ) -> Iterator[tuple[int, Tensor]]:
-        """Every loss's share of this layer."""
+        """Yield every loss's index and its share of this layer."""
         pipeline, aligner = self.job.pipeline, self.aligner
         target = aligner.align_layer(sources, self.stream.time_map, row)
         if self.job.rotation is not None:
@@ -218,16 +226,20 @@ class _OneTeacher:
 
 
 def streams_terms(pipeline: KVPipeline) -> bool:
-    """Whether to stream the terms of the losses, not the targets alone.
+    """Return whether to stream the terms of the losses, rather than the targets alone.
 
-    Where an aligner is trained, its backward pass would keep the raw cache; where the student is lifted, the
-    target is as large as the raw cache.
+    If an aligner is trained, its backward pass would keep the raw cache; if the student is lifted, the target
+    is as large as the raw cache.
     """
     return pipeline.trains_aligners or any(aligner.lifts for aligner in pipeline.teachers)
 
 
 def assert_can_stream(pipeline: KVPipeline) -> None:
-    """SpecError where the losses cannot be had layer by layer."""
+    """Check that the losses can be computed layer by layer.
+
+    Raises:
+        SpecError: a component needs all layers or all teachers at once.
+    """
     for aligner in pipeline.teachers:
         if aligner.evictor is not None:
             raise SpecError(

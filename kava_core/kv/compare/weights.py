@@ -8,7 +8,7 @@ from kava_core.config import KVLossConfig
 
 
 def schedule_factor(config: KVLossConfig, progress: float) -> float:
-    """Return what the schedule multiplies λ by: 1 at the first step, ``end`` at the last.
+    """Return the factor by which the schedule multiplies a loss's weight λ: 1 at first, ``end`` at last.
 
     Args:
         config: the loss.

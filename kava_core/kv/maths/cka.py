@@ -1,8 +1,10 @@
-"""Debiased linear CKA between every layer of two models, from a stream of rows.
+"""Compute debiased linear CKA between every layer of two models, from a stream of rows.
 
-Linear CKA (Kornblith et al. 2019, arXiv 1905.00414) with the unbiased HSIC of Song et al. (2012), its sums
-taken over minibatches (Nguyen et al. 2021, arXiv 2010.15327). The biased estimate reads 0.94 for independent
-noise of 100 rows and 3584 channels; averaging the CKA of minibatches is biased as well, summing HSIC is not.
+The biased estimate reads 0.94 for independent noise of 100 rows and 3584 channels. Averaging the CKA of
+minibatches is biased as well, summing HSIC over them is not.
+
+Source: linear CKA, Kornblith et al. 2019 (arXiv 1905.00414), with the unbiased HSIC of Song et al. (2012),
+its sums taken over minibatches, Nguyen et al. 2021 (arXiv 2010.15327).
 """
 
 from __future__ import annotations
@@ -18,9 +20,12 @@ FEWEST = 4
 
 
 def centred_grams(x: Float[Tensor, "layer time dim"]) -> Float[Tensor, "layer _"]:
-    """U-centred Gram matrices of the rows of every layer, flattened; in float32, or float64 for float64.
+    """Return the U-centred Gram matrix of the rows of every layer, flattened.
 
-    ``⟨K, L⟩ / (n (n − 3))`` of two of them is the unbiased HSIC of n rows.
+    In float32, or float64 for float64. ``⟨K, L⟩ / (n (n − 3))`` of two such matrices is the unbiased HSIC of
+    n rows.
+
+    Source: Song et al. 2012; as used for CKA by Nguyen et al. 2021 (arXiv 2010.15327).
     """
     rows = x.shape[1]
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -37,10 +42,10 @@ def centred_grams(x: Float[Tensor, "layer time dim"]) -> Float[Tensor, "layer _"
 
 
 class StreamedCKA:
-    """Similarity of all pairs of layers; memory does not grow with the number of rows.
+    """Similarity of all pairs of layers of two models; memory does not grow with the number of rows.
 
-    Rows are gathered to minibatches of ``rows``, whatever the sizes they are added in; every minibatch
-    counts by its rows.
+    Rows are gathered to minibatches of ``rows``, whatever the sizes they are added in; every minibatch is
+    weighted by its number of rows.
 
     Args:
         rows: rows of a minibatch, at least 4.
@@ -62,7 +67,7 @@ class StreamedCKA:
     def add(
         self, teacher: Float[Tensor, "t_layer time t_dim"], student: Float[Tensor, "layer time dim"]
     ) -> None:
-        """Take in rows: row i of every layer belongs to the same token."""
+        """Take in rows, one for each token: row i of every layer, of both models, is of the same token."""
         self.seen += teacher.shape[1]
         if self._kept is not None:
             teacher, student = (
@@ -75,7 +80,9 @@ class StreamedCKA:
 
     @torch.no_grad()
     def similarity(self) -> Float[Tensor, "layer t_layer"]:
-        """Debiased CKA in [-1, 1], float64 on the CPU; 0 for a layer whose rows are all the same.
+        """Return the debiased CKA of all pairs, in [-1, 1], float64 on the CPU.
+
+        A layer whose rows are all the same has similarity 0.
 
         Raises:
             KavaError: fewer than 4 rows were added.
@@ -105,7 +112,12 @@ class StreamedCKA:
 def hsic_sums(
     teacher: Float[Tensor, "t_layer time t_dim"], student: Float[Tensor, "layer time dim"]
 ) -> tuple[Float[Tensor, "layer t_layer"], Float[Tensor, " layer"], Float[Tensor, " t_layer"]]:
-    """n · unbiased HSIC of n rows: student with teacher for all pairs, and of each with itself; float64."""
+    """Return n · unbiased HSIC of n rows, in float64.
+
+    Returns:
+        Of student with teacher for all pairs of layers, of each student layer with itself, and of each
+            teacher layer with itself.
+    """
     theirs, own = centred_grams(teacher), centred_grams(student)
     sums = own @ theirs.mT, own.square().sum(1), theirs.square().sum(1)
     both, alone, among = (each.double() / (teacher.shape[1] - 3) for each in sums)

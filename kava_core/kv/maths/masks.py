@@ -1,4 +1,4 @@
-"""What every KV loss needs: positions of weight 0 have no influence, and sums are at least float32."""
+"""Mask and sum as every KV loss must: positions of weight 0 have no influence, sums are at least float32."""
 
 from __future__ import annotations
 
@@ -12,33 +12,36 @@ from torch import Tensor
 
 
 def widen(x: Float[Tensor, " ..."]) -> Float[Tensor, " ..."]:
-    """Half precision as float32; float32 and float64 as they are."""
+    """Cast half precision to float32; return float32 and float64 as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Products keep the dtype of their factors inside; nothing where the device has no autocast (meta)."""
+    """Turn autocast off inside, so that products keep the dtype of their factors.
+
+    Does nothing if the device has no autocast, as meta.
+    """
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def live(weight: Float[Tensor, "batch layer time"]) -> Bool[Tensor, "batch layer 1 time 1"]:
-    """Where a position counts, ready to select from a cache with."""
+    """Return where a position counts (its weight is not 0), in a shape that broadcasts with a cache."""
     return rearrange(weight != 0, "batch layer time -> batch layer 1 time 1")
 
 
 def select(
     x: Float[Tensor, "batch layer head time dim"], where: Bool[Tensor, "batch layer 1 time 1"]
 ) -> Float[Tensor, "batch layer head time dim"]:
-    """``x``, with zeros elsewhere: whatever stood there, NaN too, reaches neither value nor gradient."""
+    """Return ``x`` with zeros elsewhere; what it held there, NaN too, reaches neither value nor gradient."""
     return torch.where(where, x, 0)
 
 
 def weighted_sum(
     each: Float[Tensor, "batch layer head time _"], weight: Float[Tensor, "batch layer time"]
 ) -> Float[Tensor, ""]:
-    """Σ weight × mean of ``each`` over heads and width."""
+    """Return the sum over positions and layers of weight × mean of ``each`` over heads and width."""
     return (each.mean(dim=(2, 4)) * weight.to(each.dtype)).sum()
 
 
@@ -48,9 +51,14 @@ def scaled_difference(
     weight: Float[Tensor, "batch layer time"],
     scale: Literal["none", "batch", "example"],
 ) -> Float[Tensor, "batch layer head time dim"]:
-    """``x − target`` where the weight is not 0, zero elsewhere; in float32 or better.
+    """Return ``x − target`` at positions whose weight is not 0, zero elsewhere; in float32 or better.
 
-    With ``scale`` it is divided by the target's deviation of each layer, over the batch or each example.
+    Args:
+        x: the student's side.
+        target: the teacher's side.
+        weight: of every position in every layer.
+        scale: divide by each layer's standard deviation of the target: over the whole batch, over each
+            example, or not at all.
     """
     where = live(weight)
     difference = select(widen(x) - widen(target), where)
@@ -65,7 +73,7 @@ def layer_std(
     *,
     per_example: bool,
 ) -> Float[Tensor, "_ layer 1 1 1"]:
-    """Detached standard deviation of each layer over the positions that count, heads and width.
+    """Return the standard deviation of each layer over the positions that count, heads and width, detached.
 
     1 where there are no positions or no spread, so that dividing by it is always safe.
     """

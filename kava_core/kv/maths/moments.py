@@ -1,4 +1,4 @@
-"""Sums over pairs of rows, streamed in float64: all a projection in closed form needs to know of the data."""
+"""Sum over pairs of rows, batch by batch in float64: all that a closed-form projection needs of the data."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Moments:
     def empty(
         cls, x: Float[Tensor, "layer head time t_dim"], like: Float[Tensor, "layer head time dim"]
     ) -> Moments:
-        """Nothing seen yet; the origins are the means of these rows."""
+        """Return moments of no rows yet, with the means of the given rows as origins."""
         origin, like_origin = x.mean(2), like.mean(2)
         return cls(
             positions=0,
@@ -54,7 +54,13 @@ class Moments:
         like: Float[Tensor, "layer head time dim"],
         positions: int,
     ) -> Moments:
-        """These rows as well."""
+        """Return these moments with more rows added.
+
+        Args:
+            x: rows of the side that is projected.
+            like: the other side's rows, paired with them.
+            positions: how many valid positions the rows are of.
+        """
         x, like = x - self.origin[:, :, None], like - self.like_origin[:, :, None]
         return replace(
             self,
@@ -68,23 +74,23 @@ class Moments:
 
     @property
     def mean(self) -> Float[Tensor, "layer head t_dim"]:
-        """Mean of ``x``."""
+        """Return the mean of ``x`` over all rows."""
         return self.origin + self.total / self.rows
 
     @property
     def like_mean(self) -> Float[Tensor, "layer head dim"]:
-        """Mean of ``like``."""
+        """Return the mean of ``like`` over all rows."""
         return self.like_origin + self.like_total / self.rows
 
     @property
     def covariance(self) -> Float[Tensor, "layer head t_dim t_dim"]:
-        """Mean of x xᵀ, means removed."""
+        """Return the covariance of ``x``: the mean of x xᵀ, means removed."""
         shift = self.total / self.rows
         return self.outer / self.rows - shift[..., :, None] * shift[..., None, :]
 
     @property
     def cross_covariance(self) -> Float[Tensor, "layer head dim t_dim"]:
-        """Mean of like xᵀ, means removed."""
+        """Return the covariance of ``like`` with ``x``: the mean of like xᵀ, means removed."""
         shift, like_shift = self.total / self.rows, self.like_total / self.rows
         return self.cross / self.rows - like_shift[..., :, None] * shift[..., None, :]
 
@@ -92,7 +98,13 @@ class Moments:
 def rows_of(
     x: Float[Tensor, "batch layer head time dim"], valid: Bool[Tensor, "batch time"], *, per_head: bool
 ) -> Float[Tensor, "layer _ _ dim"]:
-    """The valid positions of all examples in a row, in float64; of all heads too, unless ``per_head``."""
+    """Gather the valid positions of all examples one after another, in float64.
+
+    Args:
+        x: a cache's keys, values or queries.
+        valid: the positions that count.
+        per_head: keep heads apart; else the rows of all heads follow one another under a single head.
+    """
     rows = rearrange(x.detach(), "batch layer head time dim -> layer head batch time dim")[:, :, valid]
     if not per_head:
         rows = rearrange(rows, "layer head time dim -> layer 1 (head time) dim")

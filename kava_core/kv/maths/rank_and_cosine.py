@@ -1,6 +1,6 @@
-"""Signs that an aligner, and not the student, made the KV loss fall.
+"""Measure signs that an aligner, and not the student, made the KV loss fall.
 
-A projector that lives only inside the loss can absorb the mismatch: the target shrinks to what the student
+A projector that exists only inside the loss can absorb the mismatch: the target shrinks to what the student
 already is. Its effective rank and variance then fall, and so does the loss of a student that never moved.
 """
 
@@ -19,15 +19,17 @@ MOST_ROWS = 512
 def valid_rows(
     x: Float[Tensor, "batch layer head time dim"], valid: Bool[Tensor, "batch time"]
 ) -> Float[Tensor, "layer head _ dim"]:
-    """The valid positions of all examples, one after another, in float32 or better."""
+    """Gather the valid positions of all examples one after another, in float32 or better."""
     return widen(x.movedim(0, 2)[:, :, valid])
 
 
 def effective_rank(rows: Float[Tensor, "layer head time dim"]) -> Float[Tensor, "layer head"]:
-    """exp(entropy) of the normalised spectrum of the covariance: 1 to ``dim``; 0 without spread.
+    """Return exp(entropy) of the normalised spectrum of the covariance: from 1 to ``dim``; 0 without spread.
 
-    Roy & Vetterli, "The effective rank", EUSIPCO 2007, with eigenvalues of the covariance as the spectrum.
-    At most ``MOST_ROWS`` evenly chosen rows are used, which also bounds what it can reach.
+    At most ``MOST_ROWS`` evenly chosen rows are used, which also bounds what the result can reach.
+
+    Source: Roy & Vetterli, "The effective rank", EUSIPCO 2007, with eigenvalues of the covariance as the
+    spectrum.
     """
     step = -(-rows.shape[2] // MOST_ROWS) or 1
     rows = rows[:, :, ::step]
@@ -40,19 +42,19 @@ def effective_rank(rows: Float[Tensor, "layer head time dim"]) -> Float[Tensor, 
 
 
 def mean_variance(rows: Float[Tensor, "layer head time dim"]) -> Float[Tensor, ""]:
-    """Variance over positions, averaged over channels, heads and layers; 0 for a single position."""
+    """Return the variance over positions, averaged over channels, heads and layers; 0 for one position."""
     return rows.var(2, correction=0).mean()
 
 
 def mean_cosine(
     x: Float[Tensor, "layer head time dim"], y: Float[Tensor, "layer head time dim"]
 ) -> Float[Tensor, ""]:
-    """Cosine over the width, averaged over positions, heads and layers; a zero vector has cosine 0."""
+    """Return the cosine over the width, averaged over positions, heads and layers; 0 for a zero vector."""
     return torch.cosine_similarity(x, y, dim=-1, eps=torch.finfo(x.dtype).tiny).mean()
 
 
 def absorbed_share(before: Tensor, aligner_alone: Tensor, now: Tensor) -> Tensor:
-    """Share of the loss's fall that needs no change of the student.
+    """Return the share of the loss's fall that needs no change of the student.
 
     Args:
         before: loss of the first student with the first aligner.
@@ -60,7 +62,7 @@ def absorbed_share(before: Tensor, aligner_alone: Tensor, now: Tensor) -> Tensor
         now: loss of the present student with the present aligner.
 
     Returns:
-        ``(before − aligner_alone) / (before − now)``; NaN where the loss did not fall.
+        ``(before − aligner_alone) / (before − now)``; NaN if the loss did not fall.
     """
     fell = before - now
     return torch.where(fell > 0, (before - aligner_alone) / torch.where(fell > 0, fell, 1), torch.nan)

@@ -1,4 +1,4 @@
-"""Resampling of the time axis: of one tensor, and of blocks of positions between two timelines.
+"""Resample the time axis: of one tensor, and of blocks of positions between two timelines.
 
 Positions are computed with integers, so no rounding depends on the device or on the length.
 """
@@ -25,10 +25,15 @@ BlockMode = Mode | Literal["auto"]
 def safe_linear_indices(
     t_time: int, time: int, device: torch.device | str | None = None
 ) -> Int[Tensor, " time"]:
-    """The positions to read, evenly spaced from the first to the last, rounded half up.
+    """Return the positions to read, evenly spaced from the first to the last, rounded half up.
 
-    Long, within ``[0, t_time − 1]``; a single one reads the middle. With ``t_time = 0`` there is nothing to
-    read and all are 0. Earlier name: ``build_safe_linear_indices``.
+    The indices have dtype long and lie within ``[0, t_time − 1]``; a single one reads the middle. With
+    ``t_time = 0`` there is nothing to read and all are 0.
+
+    Args:
+        t_time: number of positions that can be read.
+        time: number of positions wanted.
+        device: of the result.
     """
     last = max(t_time - 1, 0)
     if time == 1:
@@ -40,12 +45,12 @@ def safe_linear_indices(
 def safe_time_resample(
     x: Float[Tensor, " ..."], time: int, *, axis: int = -2, mode: Mode = "interpolate"
 ) -> Float[Tensor, " ..."]:
-    """``x`` with ``time`` positions along ``axis``; other axes as they are.
+    """Resample ``x`` to ``time`` positions along ``axis``; other axes stay, of which there may be any number.
 
-    ``interpolate`` and ``nearest`` keep the first and the last position, and a single wanted one is the
-    middle. ``area``: position i is the mean over ``[i, i + 1) · t_time / time``. No positions give zeros,
-    one is repeated. Dtype and device stay; half precision is summed in float32. For any number of axes (the
-    earlier ``safe_time_resample`` took 3, 4 or 5). ``x`` itself is returned where nothing changes.
+    ``interpolate`` and ``nearest`` keep the first and the last position; if a single one is wanted, it is the
+    middle. ``area``: position i is the mean over ``[i, i + 1) · t_time / time``. No positions give zeros, one
+    is repeated. Dtype and device stay; half precision is summed in float32. ``x`` itself is returned if
+    nothing changes.
     """
     t_time = x.shape[axis]
     if t_time == 0:
@@ -99,14 +104,19 @@ class Places:
     """True where the student position is in a block and the teacher has that block."""
 
     def only(self, kept: Bool[Tensor, "batch time"]) -> Places:
-        """The same places, valid only where also ``kept``."""
+        """Return the same places, valid only where ``kept`` is True as well."""
         return replace(self, valid=self.valid & kept)
 
 
 def places(t_block: Int[Tensor, "batch t_time"], block: Int[Tensor, "batch time"], blocks: int) -> Places:
-    """Where each student position stands; block ids count from 0, −1 belongs to no block.
+    """Return each student position's place in its block, and the extent of the teacher's same block.
 
     The positions of a block are adjacent. Every example has its own borders.
+
+    Args:
+        t_block: block number of each teacher position, from 0; −1 belongs to no block.
+        block: block number of each student position, likewise.
+        blocks: how many blocks there are at most.
     """
     t_first, t_sizes = _extents(t_block, blocks)
     first, sizes = _extents(block, blocks)
@@ -123,13 +133,13 @@ def places(t_block: Int[Tensor, "batch t_time"], block: Int[Tensor, "batch time"
 
 
 def _extents(block: Int[Tensor, "batch time"], blocks: int) -> tuple[Tensor, Tensor]:
-    """First position and size of every block, each ``[batch, blocks]``; a missing one has size 0."""
+    """Return first position and size of every block, each ``[batch, blocks]``; a missing block has size 0."""
     inside = block[..., None] == torch.arange(blocks, device=block.device)
     return (inside.cumsum(1) == 0).sum(1), inside.sum(1)
 
 
 def block_map(at: Places, mode: BlockMode = "auto") -> TimeMap:
-    """Each student block resampled from the teacher's block, on half-pixel centres.
+    """Return the map that resamples each student block from the teacher's block, on half-pixel centres.
 
     ``interpolate``: student position u of n reads the teacher's place ``(u + ½) · t_count / n − ½``, as
     ``F.interpolate`` does with ``align_corners=False`` (``nearest``: as its ``nearest-exact``). ``area``: it
@@ -148,14 +158,14 @@ def block_map(at: Places, mode: BlockMode = "auto") -> TimeMap:
 
 
 def _neighbour(at: Places) -> tuple[Tensor, Tensor]:
-    """The teacher's place below the one to read, and the distance to it, times ``2 · count``."""
+    """Return the teacher's position below the place to read, and the distance to it, times ``2 · count``."""
     scaled = ((2 * at.offset + 1) * at.t_count - at.count).clamp_min(0)
     low = scaled // (2 * at.count)
     return low, scaled - low * 2 * at.count
 
 
 def _covered(at: Places, averaged: Tensor) -> TimeMap:
-    """Exact area averages where ``averaged``, interpolation elsewhere."""
+    """Return exact area averages where ``averaged`` is True, interpolation elsewhere."""
     low, part = _neighbour(at)
     first = torch.where(averaged, at.offset * at.t_count // at.count, low)
     stop = torch.where(averaged, -(-(at.offset + 1) * at.t_count // at.count), low + 2)
@@ -171,9 +181,11 @@ def _covered(at: Places, averaged: Tensor) -> TimeMap:
 
 
 def moving_average(at: Places, window: Int[Tensor, "batch time"]) -> TimeMap:
-    """Each position's mean over an odd ``window`` around it, truncated at the borders of its block.
+    """Return the map to each position's mean over a window around it, truncated at the borders of its block.
 
-    ``at`` is where the positions stand in their own blocks: ``places(block, block, blocks)``.
+    Args:
+        at: the positions' places in their own blocks, ``places(block, block, blocks)``.
+        window: odd number of positions that are averaged, for each position.
     """
     reach = window // 2
     first = (at.offset - reach).clamp_min(0)
@@ -183,10 +195,14 @@ def moving_average(at: Places, window: Int[Tensor, "batch time"]) -> TimeMap:
 
 
 def evenly_kept(at: Places, millionths: Int[Tensor, "batch time"]) -> Bool[Tensor, "batch time"]:
-    """Which positions of a block remain when a share of it, in millionths, is kept, evenly spaced.
+    """Return which positions of a block remain when a share of it is kept, evenly spaced.
 
-    Of n positions k = share·n, rounded half up and at least 1, remain: those that hold the centre of one of
-    k equal parts of the block.
+    Of n positions k = share·n, rounded half up and at least 1, remain: those that hold the centre of one of k
+    equal parts of the block.
+
+    Args:
+        at: the positions' places in their blocks.
+        millionths: the share to keep, in millionths.
     """
     kept = ((2 * at.count * millionths + 1_000_000) // 2_000_000).clamp_min(1)
 
