@@ -1,4 +1,4 @@
-"""kava: distil the key-value caches of teachers into a student.
+"""Distil the key-value caches of teachers into a student.
 
 Importing this package imports no torch. What a training loop of your own needs is here as well, and is
 imported when it is first asked for::

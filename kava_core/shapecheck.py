@@ -1,4 +1,4 @@
-"""Debug mode: every annotated tensor function is checked at run time, third-party plugins included.
+"""Check shapes in debug mode: every annotated tensor function is checked at run time, third-party plugins included.
 
 Off, nothing is hooked and nothing costs anything. On (``KAVA_SHAPE_CHECK=1``, ``kava --check-shapes``),
 jaxtyping's import hook decorates the tensor half and every installed plugin before they are imported.
@@ -22,19 +22,19 @@ CHECKER = "kava_core.shapecheck.checker"
 
 
 def checker(function: Any) -> Any:
-    """The run-time type checker jaxtyping applies: beartype, checking whole containers' first levels."""
+    """Return a function with the run-time type checker that jaxtyping applies: beartype, checking whole containers' first levels."""
     from beartype import BeartypeConf, beartype
 
     return beartype(conf=BeartypeConf(is_color=False))(function)
 
 
 def wanted() -> bool:
-    """Whether the environment asks for shape checking."""
+    """Return whether the environment asks for shape checking."""
     return os.environ.get(VARIABLE, "") not in ("", "0")
 
 
 def modules() -> list[str]:
-    """The tensor half and the packages of all installed plugins, by metadata: nothing is imported."""
+    """Return the tensor half and the packages of all installed plugins, by metadata: nothing is imported."""
     plugins = {point.module.partition(".")[0] for point in entry_points(group="kava")}
     return [*TENSOR_HALF, *sorted(plugins - {"kava_plugins"})]
 

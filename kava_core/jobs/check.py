@@ -1,4 +1,4 @@
-"""``kava check``: levels of proof that a spec is right, each more expensive than the one before."""
+"""Check a spec: ``kava check``, levels of proof that a spec is right, each more expensive than the one before."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def rule_lines() -> list[str]:
 
 
 def check_chains(variants: dict[str, PipelineSpec]) -> None:
-    """SpecError where fewer chains exist than the run, or a model to be pretrained, asks for."""
+    """Raise SpecError if fewer chains exist than the run, or a model to be pretrained, asks for."""
     from kava_core.data.chain import check_enough_chains
 
     for spec in variants.values():
