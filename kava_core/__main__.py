@@ -1,4 +1,4 @@
-"""Run the command line as ``python -m kava_core``, for launchers: ``torchrun -m kava_core train spec.yaml``."""
+"""Run kava as ``python -m kava_core``, for launchers: ``torchrun -m kava_core train spec.yaml``."""
 
 from kava_core.cli.app import main
 

@@ -1,4 +1,4 @@
-"""Check shapes in debug mode: every annotated tensor function is checked at run time, third-party plugins included.
+"""Check every annotated tensor function at run time, third-party plugins included: debug mode."""
 
 Off, nothing is hooked and nothing costs anything. On (``KAVA_SHAPE_CHECK=1``, ``kava --check-shapes``),
 jaxtyping's import hook decorates the tensor half and every installed plugin before they are imported.
@@ -22,7 +22,7 @@ CHECKER = "kava_core.shapecheck.checker"
 
 
 def checker(function: Any) -> Any:
-    """Return a function with the run-time type checker that jaxtyping applies: beartype, checking whole containers' first levels."""
+    """Return a function with jaxtyping's run-time type checker: beartype, over whole containers' first levels."""
     from beartype import BeartypeConf, beartype
 
     return beartype(conf=BeartypeConf(is_color=False))(function)

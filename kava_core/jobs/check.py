@@ -1,4 +1,4 @@
-"""Check a spec: ``kava check``, levels of proof that a spec is right, each more expensive than the one before."""
+"""Prove that a spec is right, level by level, each more expensive than the one before: ``kava check``."""
 
 from __future__ import annotations
 
