@@ -1,4 +1,4 @@
-"""Check every annotated tensor function at run time, third-party plugins included: debug mode."""
+"""Check shapes and types of tensors in debug mode, third-party plugins included.
 
 Off, nothing is hooked and nothing costs anything. On (``KAVA_SHAPE_CHECK=1``, ``kava --check-shapes``),
 jaxtyping's import hook decorates the tensor half and every installed plugin before they are imported.
@@ -22,7 +22,7 @@ CHECKER = "kava_core.shapecheck.checker"
 
 
 def checker(function: Any) -> Any:
-    """Return a function with jaxtyping's run-time type checker: beartype, over whole containers' first levels."""
+    """Return a function with jaxtyping's run-time type checker: beartype on whole containers' first levels."""
     from beartype import BeartypeConf, beartype
 
     return beartype(conf=BeartypeConf(is_color=False))(function)
