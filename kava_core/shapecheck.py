@@ -22,7 +22,7 @@ CHECKER = "kava_core.shapecheck.checker"
 
 
 def checker(function: Any) -> Any:
-    """Return a function with jaxtyping's run-time type checker: beartype on whole containers' first levels."""
+    """Return a function with jaxtyping's run-time type checker: beartype, on containers' first levels."""
     from beartype import BeartypeConf, beartype
 
     return beartype(conf=BeartypeConf(is_color=False))(function)

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kava_core.build import distiller as assemble
+from kava_core.build import teachers
 from kava_core.build.data import make_data
 from kava_core.build.stored import store_ingredients, unfinished_folder
 from kava_core.cli.app import app, explain_error
@@ -121,7 +122,7 @@ def test_no_teacher_is_loaded(kept: PipelineSpec, monkeypatch: pytest.MonkeyPatc
     def load(model: Any, *_: Any, where: str, **__: Any) -> None:
         raise AssertionError(f"{where} was loaded")
 
-    monkeypatch.setattr(assemble, "load_model", load)
+    monkeypatch.setattr(teachers, "load_model", load)
     assert curve(kept.model_copy(update={"name": "alone"}))
 
 
@@ -379,7 +380,7 @@ def test_going_on_runs_only_what_is_missing(
 ) -> None:
     from kava_core.jobs import cache as module
 
-    made, add, calls = spec(tmp_path, "bfloat16"), module._add, list[int]()
+    made, add, calls = spec(tmp_path, "bfloat16"), module._write_batch, list[int]()
 
     def dying(writer: Any, items: Any, aligned: Any) -> None:
         writer.limit = 1
@@ -388,7 +389,7 @@ def test_going_on_runs_only_what_is_missing(
         calls.append(len(items))
         add(writer, items, aligned)
 
-    monkeypatch.setattr(module, "_add", dying)
+    monkeypatch.setattr(module, "_write_batch", dying)
     with pytest.raises(Killed):
         write_store(made, seed=0)
     after = 10**6

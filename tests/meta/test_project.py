@@ -33,7 +33,9 @@ def canonical(name: str) -> str:
 def commands(text: str) -> list[str]:
     """Single commands of a shell line or script, without what may differ between two environments."""
     lines = [part.strip() for line in text.splitlines() for part in line.split("&&")]
-    lines = [line for line in lines if line and not line.startswith(("#", "set ", "cd ", ".ci/browser"))]
+    lines = [
+        line for line in lines if line and not line.startswith(("#", "set ", "cd ", "export ", ".ci/browser"))
+    ]
     lines = [re.sub(r"^exec | -q\b|^python -m (?=pip)", "", line) for line in lines]
     return [re.sub(r"\.venv[-\w]*", "VENV", line.replace("python3.11", "python")) for line in lines]
 

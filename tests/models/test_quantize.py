@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from kava_core.build import distiller as assemble
+from kava_core.build import teachers as assemble
 from kava_core.data.tokenizers import train_tokenizer
 from kava_core.errors import SpecError
 from kava_core.kv.capture.attention_layers import attention_layers

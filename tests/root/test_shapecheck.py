@@ -37,7 +37,7 @@ with warnings.catch_warnings(record=True) as caught:
     {after}
     from kava_core.kv.maths.masks import widen
     from kava_core.kv.align.boundaries import fuse_targets
-    from kava_core.train.weights import under
+    from kava_core.train.weights import entries_under
     from kava_plugins.kv_losses.mse import MSE
     from kava_plugins.kv_losses.mercator import one_minus_cosine
     from theirs.tensors import halve
@@ -50,7 +50,7 @@ with warnings.catch_warnings(record=True) as caught:
             return type(error).__module__.partition(".")[0] in ("jaxtyping", "beartype")
         return False
 
-    functions = (fuse_targets, widen, under, one_minus_cosine, MSE.forward, halve)
+    functions = (fuse_targets, widen, entries_under, one_minus_cosine, MSE.forward, halve)
     wrapped = [hasattr(f, "__wrapped__") for f in functions]
     hooks = [finder for finder in sys.meta_path if type(finder).__module__.startswith("jaxtyping")]
     print(json.dumps(dict(
