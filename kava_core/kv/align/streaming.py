@@ -42,8 +42,10 @@ class WaitingLayers:
             if all(read in self.kept for read in self.reads[row]):
                 self.waiting.remove(row)
                 yield row, _join_layers([self.kept[read] for read in self.reads[row]])
-        awaited = {read for row in self.waiting for read in self.reads[row]}
-        self.kept = {place: cache for place, cache in self.kept.items() if place in awaited}
+        awaited: set[int] = set()
+        for row in self.waiting:
+            awaited.update(self.reads[row])
+        self.kept = {layer: kept for layer, kept in self.kept.items() if layer in awaited}
 
 
 def most_layers_alive(reads: tuple[tuple[int, ...], ...]) -> int:
@@ -52,9 +54,14 @@ def most_layers_alive(reads: tuple[tuple[int, ...], ...]) -> int:
     Args:
         reads: for every student layer, indices of the teacher layers it reads.
     """
-    places = {place for row in reads for place in row}
-    ends = {place: max(max(row) for row in reads if place in row) for place in places}
-    return max(sum(place <= now <= end for place, end in ends.items()) for now in ends)
+    needed_until: dict[int, int] = {}
+    for row in reads:
+        for layer in row:
+            needed_until[layer] = max(needed_until.get(layer, 0), max(row))
+    alive = []
+    for now in needed_until:
+        alive.append(sum(layer <= now <= end for layer, end in needed_until.items()))
+    return max(alive)
 
 
 def _join_layers(caches: list[Cache]) -> Cache:

@@ -64,10 +64,10 @@ class Capture:
         self._rotation: Rotation | None = None
         self._checkpointed = find.is_checkpointed(model)
         last = max(self.layers) if stop and not find.with_hooks(model) else None
-        self._slots = [
-            Slot(self.name, i, parts if i in self.layers else (), tap, strip=self._strip, last=i == last)
-            for i, tap in enumerate(self._taps)
-        ]
+        self._slots = []
+        for layer, tap in enumerate(self._taps):
+            wanted = parts if layer in self.layers else ()
+            self._slots.append(Slot(self.name, layer, wanted, tap, strip=self._strip, last=layer == last))
         self._each = each
         if each is not None:
             for slot in self._slots:
@@ -153,7 +153,9 @@ class Capture:
         return self._rotation
 
     def _arm(self, step: int) -> None:
-        for tap in {id(tap): tap for tap in self._taps if tap is not None}.values():
+        # Layers of one modeling file share a tap.
+        taps = {id(tap): tap for tap in self._taps if tap is not None}
+        for tap in taps.values():
             tap.armed += step
             tap.last = None
 

@@ -69,20 +69,20 @@ def _average(x: Float[Tensor, " ..."], time: int, axis: int) -> Float[Tensor, " 
     t_time, *others = moved.shape
     block = torch.zeros(1, t_time, dtype=torch.long), torch.zeros(1, time, dtype=torch.long)
     rows = moved.reshape(1, 1, 1, t_time, math.prod(others))
-    found = block_map(places(*block, 1), "area").to(x.device).apply(rows)
-    return found.reshape(time, *others).movedim(0, axis)
+    averaged = block_map(places(*block, 1), "area").to(x.device).apply(rows)
+    return averaged.reshape(time, *others).movedim(0, axis)
 
 
 def _interpolate(x: Float[Tensor, " ..."], time: int, axis: int) -> Float[Tensor, " ..."]:
     last, steps = x.shape[axis] - 1, time - 1
-    moved = torch.arange(time, device=x.device)
+    step = torch.arange(time, device=x.device)
     if time == 1:
-        moved, steps = moved + 1, 2  # half of the way: the middle
-    low = moved * last // steps
+        step, steps = step + 1, 2  # half of the way: the middle
+    low = step * last // steps
     wide = torch.promote_types(x.dtype, torch.float32)
     shape = [1] * x.ndim
     shape[axis] = time
-    fraction = ((moved * last - low * steps).to(wide) / steps).view(shape)
+    fraction = ((step * last - low * steps).to(wide) / steps).view(shape)
     left = x.index_select(axis, low).to(wide)
     right = x.index_select(axis, (low + 1).clamp(max=last)).to(wide)
     return torch.lerp(left, right, fraction).to(x.dtype)
