@@ -24,20 +24,20 @@ class WaitingLayers:
         self.waiting = set(range(len(self.reads)))
         self.kept: dict[int, Cache] = {}
 
-    def take(self, place: int, cache: Cache) -> Iterator[tuple[int, Cache]]:
+    def take(self, t_layer: int, cache: Cache) -> Iterator[tuple[int, Cache]]:
         """Add a teacher layer, and yield every student layer for which it was the last one missing.
 
         Teacher layers that no student layer waits for any more are dropped at the end.
 
         Args:
-            place: the teacher layer's index among those the aligner reads.
+            t_layer: the teacher layer's index among those the aligner reads.
             cache: that layer, each part ``batch 1 t_head t_time t_dim``.
 
         Yields:
             The student layer's index among the compared ones, and the teacher layers it reads, along
                 ``layer``.
         """
-        self.kept[place] = cache.map(part_at_least_float32)
+        self.kept[t_layer] = cache.map(part_at_least_float32)
         for row in sorted(self.waiting):
             if all(read in self.kept for read in self.reads[row]):
                 self.waiting.remove(row)
@@ -82,9 +82,9 @@ def align_layer_by_layer(aligner: TeacherAligner, run: RunTeacher, time_map: Tim
     arrivals, targets = WaitingLayers(aligner), {}
     layers = len(arrivals.reads)
 
-    def take(place: int, cache: Cache) -> None:
+    def take(t_layer: int, cache: Cache) -> None:
         with torch.no_grad(), without_autocast(cache.any.device):
-            for row, sources in arrivals.take(place, cache):
+            for row, sources in arrivals.take(t_layer, cache):
                 for part, x in aligner.align_layer(sources, time_map, row).items():
                     if part not in targets:
                         targets[part] = x.new_empty(x.shape[0], layers, *x.shape[2:])

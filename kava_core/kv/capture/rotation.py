@@ -76,9 +76,9 @@ class Rotation:
         """Undo what ``apply`` does; raises as it does."""
         return self._each(x, unrotate)
 
-    def at(self, place: int) -> Rotation:
+    def at(self, layer: int) -> Rotation:
         """Return the rotation of a single layer, by its index along the axis ``layer``."""
-        paired_turn = next(turn for turn in self.turns if place in turn.layers)
+        paired_turn = next(turn for turn in self.turns if layer in turn.layers)
         return Rotation((paired_turn._replace(layers=(0,)),), self.dim)
 
     def _each(self, x: Tensor, turn: Callable[..., Tensor]) -> Tensor:

@@ -164,15 +164,15 @@ class _OneTeacher:
         """Return this teacher's aligner."""
         return self.job.pipeline.teachers[self.stream.teacher]
 
-    def take(self, place: int, cache: Cache) -> None:
+    def take(self, t_layer: int, cache: Cache) -> None:
         """Compare the student layers for which this teacher layer was the last one missing.
 
         Args:
-            place: the teacher layer's index among those the aligner reads.
+            t_layer: the teacher layer's index among those the aligner reads.
             cache: that layer.
         """
         with without_autocast(self.weights.device):
-            for row, sources in self.arrivals.take(place, cache):
+            for row, sources in self.arrivals.take(t_layer, cache):
                 self._compare(row, sources)
 
     def _compare(self, row: int, sources: Cache) -> None:
@@ -214,21 +214,26 @@ class _OneTeacher:
             if not weighted:
                 continue
             last = number == len(self.gradients) - 1
-            made = torch.autograd.grad(
+            new_gradients: Sequence[Tensor | None] = torch.autograd.grad(
                 torch.stack(weighted).sum(), wanted, retain_graph=not last, allow_unused=True
             )
-            self._add(row, dict(zip(map(id, wanted), made, strict=True)), leaves, gradients)
+            gradient_of = dict(zip(map(id, wanted), new_gradients, strict=True))
+            self._add(row, gradient_of, leaves, gradients)
 
     def _add(
-        self, row: int, made: dict[int, Tensor | None], leaves: list[Tensor], into: list[Tensor | None]
+        self,
+        row: int,
+        gradient_of: dict[int, Tensor | None],
+        leaves: list[Tensor],
+        totals: list[Tensor | None],
     ) -> None:
-        for place, x in enumerate([*leaves, *self.job.trained]):
-            gradient, total = made.get(id(x)), into[place]
+        for index, tensor in enumerate([*leaves, *self.job.trained]):
+            gradient, total = gradient_of.get(id(tensor)), totals[index]
             if gradient is None or total is None:
                 continue
-            if place == 0:
+            if index == 0:  # the teachers' weights
                 total[self.stream.teacher, :, row : row + 1] += gradient
-            elif place < len(leaves):
+            elif index < len(leaves):  # the student's keys, values or queries
                 total[:, row : row + 1] += gradient
             else:
                 total += gradient

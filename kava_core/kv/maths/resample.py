@@ -170,14 +170,15 @@ def _covered(at: Places, averaged: Tensor) -> TimeMap:
     first = torch.where(averaged, at.offset * at.t_count // at.count, low)
     stop = torch.where(averaged, -(-(at.offset + 1) * at.t_count // at.count), low + 2)
     count = torch.where(at.valid, torch.minimum(stop, at.t_count) - first, 0)
-    row, place = expand_ranges(first.flatten(), count.flatten())
-    fields = (at.offset, at.count, at.t_start, at.t_count, low, part, averaged)
-    u, n, t_start, t_n, low, part, averaged = (field.flatten()[row] for field in fields)
-    overlap = torch.minimum((place + 1) * n, (u + 1) * t_n) - torch.maximum(place * n, u * t_n)
-    between = torch.where(place == low, 2 * n - part, part)
-    return TimeMap.of_entries(
-        row, t_start + place, torch.where(averaged, overlap, between).double(), at.valid
-    )
+    # One entry for every pair of a student position (u of n) and a teacher position (t_u of t_n).
+    row, t_u = expand_ranges(first.flatten(), count.flatten())
+    u, n = at.offset.flatten()[row], at.count.flatten()[row]
+    t_start, t_n = at.t_start.flatten()[row], at.t_count.flatten()[row]
+    low, part = low.flatten()[row], part.flatten()[row]
+    overlap = torch.minimum((t_u + 1) * n, (u + 1) * t_n) - torch.maximum(t_u * n, u * t_n)
+    between = torch.where(t_u == low, 2 * n - part, part)
+    weight = torch.where(averaged.flatten()[row], overlap, between).double()
+    return TimeMap.of_entries(row, t_start + t_u, weight, at.valid)
 
 
 def moving_average(at: Places, window: Int[Tensor, "batch time"]) -> TimeMap:
@@ -206,7 +207,7 @@ def evenly_kept(at: Places, millionths: Int[Tensor, "batch time"]) -> Bool[Tenso
     """
     kept = ((2 * at.count * millionths + 1_000_000) // 2_000_000).clamp_min(1)
 
-    def centres_before(place: Tensor) -> Tensor:
-        return (2 * kept * place + at.count - 1) // (2 * at.count)
+    def centres_before(position: Tensor) -> Tensor:
+        return (2 * kept * position + at.count - 1) // (2 * at.count)
 
     return centres_before(at.offset + 1) > centres_before(at.offset)
