@@ -102,7 +102,7 @@ class TeacherReader:
 
 
 def without_cache(teacher_pass: TeacherPass) -> TeacherPass:
-    """Return a pass without its raw cache, so that the cache is freed as soon as it is aligned."""
+    """Return the same pass without its raw cache, so that its memory is freed once the cache is aligned."""
     cache = teacher_pass.cache.pick(())
     return TeacherPass(teacher_pass.teacher, cache, teacher_pass.logits, teacher_pass.hidden_states)
 

@@ -24,7 +24,7 @@ def step_of_tokens(spans: Int[Tensor, "time 2"], reasoning: str, separator: str)
     A separator between two steps belongs to the later one.
 
     Args:
-        spans: half-open character spans in ``reasoning``; what lies beyond it belongs to the last step.
+        spans: half-open character spans in ``reasoning``; what comes after it belongs to the last step.
         reasoning: the written steps.
         separator: the text between two steps.
     """

@@ -62,7 +62,7 @@ def _check_model_type(given: str, where: str) -> None:
 
 
 TYPO = 0.85
-"""How alike a config key must be to a field to be taken for a slip of the hand."""
+"""Similarity to a field, from 0 to 1, from which on a config key is taken for a misspelling of it."""
 
 
 def _check_keys(fields: dict[str, Any], where: str) -> None:
@@ -115,7 +115,7 @@ def config_geometry(config: PreTrainedConfig, *, where: str) -> Geometry:
 
 
 RELATIVE = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
-"""Relative positions have no end, whatever ``n_positions`` says."""
+"""Models with relative positions, which have no end; their ``n_positions`` is no limit."""
 
 
 AFTER_PADDING = (
@@ -126,7 +126,7 @@ AFTER_PADDING = (
     "camembert",
     "data2vec-text",
 )
-"""They count positions from the padding token's number on."""
+"""Models that count positions from the padding token's number on, and so have fewer than configured."""
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:

@@ -27,8 +27,8 @@ class LayerMap(nn.Module):
 
     Raises:
         PluginError: a wanted layer reads no teacher layer.
-        SpecError: layers are to stand side by side, and the mapper learns its weights or reads more of them
-            for one student layer than for another.
+        SpecError: layers are to be joined along the width, and the mapper learns its weights or reads more
+            of them for one student layer than for another.
     """
 
     rows: Tensor

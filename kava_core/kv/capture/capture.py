@@ -33,7 +33,7 @@ class Capture:
         layers: Which attention layers, counted over the model's attention layers from 0; None: all.
         parts: Which tensors.
         rotary: ``strip`` undoes the model's own rotation of keys and queries, in float32 at least; ``keep``
-            leaves them as they are cached; so does ``match``, where ``rotation`` tells how they were rotated.
+            leaves them as they are cached; so does ``match``, and ``rotation`` returns how they were rotated.
         stop: Leave the forward pass after the last of ``layers``: the with-block ends there, and nothing that
             stands in it after the model's call is run. Ignored for a model that is sharded, offloaded or
             compiled, whose own hooks must run to the end.

@@ -53,7 +53,7 @@ class Rotation:
     """
 
     turns: tuple[PairedTurn, ...]
-    """Every layer stands in one of them."""
+    """Every layer is in exactly one of them."""
     dim: int
     """Width of a head."""
 

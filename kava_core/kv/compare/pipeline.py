@@ -125,7 +125,7 @@ class KVPipeline(nn.Module):
 
     @torch.no_grad()
     def choose_teachers(self) -> tuple[bool, ...]:
-        """Return which teachers are to run in this forward pass."""
+        """Return for every teacher whether it runs in this forward pass."""
         if isinstance(self.fuser, Chooses) and (self.draws_teachers or self._fixed_choice is None):
             with self._errors_of_fuser():
                 self._ran = self._fixed_choice = tuple(self.fuser.choose().tolist())
@@ -285,7 +285,13 @@ class KVPipeline(nn.Module):
     def terms_with_weights(
         self, student: Cache, aligned: list[Aligned], weights: Float[Tensor, "teacher batch time"]
     ) -> dict[str, Float[Tensor, ""]]:
-        """Return the unweighted loss terms with given weights of the teachers, without the fuser."""
+        """Return the unweighted loss terms by name, with given weights of the teachers instead of the fuser's.
+
+        Args:
+            student: the student's cache of the compared layers.
+            aligned: every teacher's target, in the spec's order.
+            weights: of every teacher at every position; the same in all layers.
+        """
         views = [aligner.view_of(student) for aligner in self.teachers]
         layers = views[0].any.shape[1]
         return self._terms(views, aligned, weights[:, :, None].expand(-1, -1, layers, -1))
@@ -314,7 +320,7 @@ class KVPipeline(nn.Module):
     # from terms to one number
 
     def weighted_total(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """Return Σ λ · term, and what the fuser adds."""
+        """Return the sum over losses of λ · term, plus what the fuser adds."""
         addends = []
         for name, weight in zip(self.term_names, self.current_weights(), strict=True):
             addends.append(weight.to(terms[name].dtype) * terms[name])
