@@ -285,7 +285,7 @@ class KVPipeline(nn.Module):
     def terms_with_weights(
         self, student: Cache, aligned: list[Aligned], weights: Float[Tensor, "teacher batch time"]
     ) -> dict[str, Float[Tensor, ""]]:
-        """Return the unweighted loss terms by name, with given weights of the teachers instead of the fuser's.
+        """Return the unweighted loss terms by name, with given weights of the teachers, without the fuser.
 
         Args:
             student: the student's cache of the compared layers.
