@@ -113,12 +113,14 @@ def make_data(spec: PipelineSpec, idle: Sequence[TeacherSpec] = ()) -> Data:
     used = {teacher.name: teacher for teacher in used_teachers(spec)}
     declared = {teacher.name: teacher for teacher in idle} | used
     readings = {name: teacher_reading(spec, teacher) for name, teacher in declared.items()}
-    tokenizers = {
-        name: tokenizer
-        if teacher.itself is not None
-        else load_or_train_tokenizer(teacher, splits, readings[name].template, where=f"teacher {name!r}")
-        for name, teacher in declared.items()
-    }
+    tokenizers = {}
+    for name, teacher in declared.items():
+        if teacher.itself is not None:
+            tokenizers[name] = tokenizer
+        else:
+            tokenizers[name] = load_or_train_tokenizer(
+                teacher, splits, readings[name].template, where=f"teacher {name!r}"
+            )
     teachers = {name: tokenizers[name] for name in used}
     kind: Any = Collator
     if spec.trajectory == "latent":

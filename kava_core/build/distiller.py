@@ -91,7 +91,7 @@ def _make_run_pipeline(
 
 
 def make_latent(spec: PipelineSpec, student: Any, *, seed: int) -> LatentSetup:
-    """Build the latent tokens, whose own weights depend on the seed alone."""
+    """Build the latent tokens and the settings of their losses; own weights depend on the seed alone."""
     latent = spec.latent
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

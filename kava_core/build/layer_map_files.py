@@ -78,7 +78,9 @@ def assert_same_models(path: Path, models: Subject, *, teacher: str) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         return
     for side, now in json.loads(json.dumps(models)).items():
-        if differing := [key for key in now if measured.get(side, {}).get(key) != now[key]]:
+        recorded = measured.get(side, {})
+        differing = [key for key in now if recorded.get(key) != now[key]]
+        if differing:
             raise SpecError(
                 f"teacher {teacher!r}: layer_mapper.map: {path}: was measured with another {side} "
                 f"({', '.join(differing)} differ); measure again with kava calibrate, or leave 'map' out"
@@ -107,19 +109,27 @@ def write_map(
         "sha256": hashlib.sha256(raw).hexdigest(),
         "on": on,
         "examples": examples,
-        "layers": {
-            str(i): {str(j): round(w, 4) for j, w in row} for i, row in enumerate(choose_layers(weights))
-        },
+        "layers": _layers_for_reading(weights),
         "measured": subject,
-        "versions": {name: found for name, found in versions().items() if found},
+        "versions": {name: version for name, version in versions().items() if version},
     }
     write_json(path.with_suffix(".json"), record)
 
 
 def choose_layers(weights: Tensor) -> list[list[tuple[int, float]]]:
     """List, for every student layer, the teacher layers it reads with their weights, the heaviest first."""
-    rows = [[(j, w) for j, w in enumerate(row) if w > 0] for row in weights.tolist()]
-    return [sorted(row, key=lambda one: -one[1]) for row in rows]
+    chosen = []
+    for row in weights.tolist():
+        read = [(layer, weight) for layer, weight in enumerate(row) if weight > 0]
+        chosen.append(sorted(read, key=lambda layer_and_weight: -layer_and_weight[1]))
+    return chosen
+
+
+def _layers_for_reading(weights: Tensor) -> dict[str, dict[str, float]]:
+    layers = {}
+    for layer, chosen in enumerate(choose_layers(weights)):
+        layers[str(layer)] = {str(t_layer): round(weight, 4) for t_layer, weight in chosen}
+    return layers
 
 
 def _replace_file(path: Path, raw: bytes) -> None:

@@ -161,10 +161,8 @@ def _show_batch(
     """Show one batch to the mapper; in ``models`` and ``sides`` the teacher is first, the student second."""
     device = next(models[1].parameters()).device
     time_map = plan(*map(Timeline.from_batch, sides)).to(device)
-    teacher, student = (
-        layers_to_compare(model, send_to_device(side, device), mapper.on)
-        for model, side in zip(models, sides, strict=True)
-    )
+    teacher = layers_to_compare(models[0], send_to_device(sides[0], device), mapper.on)
+    student = layers_to_compare(models[1], send_to_device(sides[1], device), mapper.on)
     mapper.observe(warp_layers(time_map, teacher), student, time_map.valid)
 
 

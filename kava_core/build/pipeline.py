@@ -59,7 +59,7 @@ def build_pipeline(spec: PipelineSpec, *, teachers: Mapping[str, Geometry], stud
     """Build aligners, fuser and losses in the spec's order, and check that they fit together.
 
     Args:
-        spec: says which components, and how they are compared.
+        spec: names the components, and how caches are compared.
         teachers: geometry of every teacher, in the spec's order.
         student: the student's geometry.
 
@@ -149,7 +149,11 @@ def build_losses(compared: Sequence[ComparedLoss], aligner: TeacherAligner) -> l
 
 
 def assert_learns(spec: PipelineSpec, pipeline: KVPipeline) -> None:
-    """Raise SpecError if nothing would be trained."""
+    """Check that something is trained: the student, an aligner, a loss or the fuser.
+
+    Raises:
+        SpecError: nothing is.
+    """
     trains_beside_student = any(parameter.requires_grad for parameter in pipeline.parameters())
     if spec.student.frozen and not trains_beside_student:
         raise SpecError("student.frozen: no aligner or router is trained either, so nothing would learn")
@@ -172,7 +176,11 @@ def student_config_geometry(spec: PipelineSpec, data: Data) -> Geometry:
 
 
 def projector_state(pipeline: KVPipeline) -> dict[str, Tensor]:
-    """Return the state of calibrated projectors, which is computed before the first step."""
+    """Return the state of calibrated projectors, which is computed before the first step.
+
+    Returns:
+        Tensors on the CPU by ``teacher/name``.
+    """
     state = {}
     for aligner in pipeline.teachers:
         if aligner.wants_calibration:
@@ -182,13 +190,20 @@ def projector_state(pipeline: KVPipeline) -> dict[str, Tensor]:
 
 
 def load_projectors(pipeline: KVPipeline, file: Path) -> None:
-    """Load what ``projector_state`` returned; CheckpointError if it does not fit."""
+    """Load the state of calibrated projectors that ``projector_state`` returned, from a safetensors file.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or does not fit the projectors.
+    """
     try:
         saved = load_file(file)
         for aligner in pipeline.teachers:
             if aligner.wants_calibration:
                 prefix = f"{aligner.name}/"
-                own = {name.removeprefix(prefix): x for name, x in saved.items() if name.startswith(prefix)}
-                aligner.dim_projector.load_state_dict(own)
+                state = {}
+                for name, tensor in saved.items():
+                    if name.startswith(prefix):
+                        state[name.removeprefix(prefix)] = tensor
+                aligner.dim_projector.load_state_dict(state)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{file}: {str(error).splitlines()[0]}") from error

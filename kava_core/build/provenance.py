@@ -54,8 +54,12 @@ def _teacher_results(run: Folder) -> dict[str, Any]:
 
 def map_facts(spec: PipelineSpec) -> dict[str, str]:
     """Return the sha256 of every teacher's layer map, by the teacher's name."""
-    maps = {t.name: getattr(t.align.layer_mapper, "map", None) for t in spec.teachers}
-    return {name: file_hash(Path(file)) for name, file in maps.items() if file is not None}
+    hashes = {}
+    for teacher in spec.teachers:
+        file = getattr(teacher.align.layer_mapper, "map", None)
+        if file is not None:
+            hashes[teacher.name] = file_hash(Path(file))
+    return hashes
 
 
 def plugin_facts(spec: PipelineSpec) -> dict[str, str | None]:
@@ -89,8 +93,8 @@ def _identity(model: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> Subject:
     known = model.model_dump(mode="json", exclude=NAMES | HARMLESS) | {"tokenizer": tokenizer_hash(tokenizer)}
     if model.path is None:
         return known
-    found = model_facts(model)
-    return known | {"weights": found.get("sha256") or found.get("commit") or model.path}
+    facts = model_facts(model)
+    return known | {"weights": facts.get("sha256") or facts.get("commit") or model.path}
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -63,10 +63,11 @@ class StoredCollator(Collator):
 
     def __call__(self, batch: Sequence[Example | EncodedExample]) -> dict[str, Any]:
         """Return ``{"student": Side with labels, "teachers": {name: side of the store}, "labels": …}``."""
-        made = super().__call__(batch)
-        keys = [example_key(entry.example if isinstance(entry, EncodedExample) else entry) for entry in batch]
-        made["teachers"] = self.store.batch(keys, made["student"]["input_ids"].shape[1])
-        return made
+        collated = super().__call__(batch)
+        examples = [entry.example if isinstance(entry, EncodedExample) else entry for entry in batch]
+        keys = [example_key(example) for example in examples]
+        collated["teachers"] = self.store.batch(keys, collated["student"]["input_ids"].shape[1])
+        return collated
 
 
 def example_key(example: Example) -> str:
@@ -127,7 +128,8 @@ def open_store(store: StoreSpec, wanted: Ingredients) -> Store:
     if not folder.is_dir():
         raise SpecError(f"store: {_why_absent(folder, wanted)}")
     checkpoint.verify(folder, content=False)
-    if differing := ingredient_differences(wanted, read_index(folder).ingredients):
+    differing = ingredient_differences(wanted, read_index(folder).ingredients)
+    if differing:
         raise SpecError(f"store: {folder}: {'; '.join(differing)}; delete it and {AGAIN}")
     return Store(folder)
 
@@ -171,19 +173,19 @@ def store_ingredients(spec: PipelineSpec, data: Data, *, seed: int) -> Ingredien
         "compared parts": list(compared_parts(spec)),
         "rotary": "keep" if spec.rotary == "keep" else "strip",
     }
-    shared["plugins"] = {
-        f"{kind} {config.name}": distributor(type(config).__module__)
-        for kind, config in used_components(spec)
-        if kind not in ("fuser", "kv_loss")
-    }
-    each = [_teacher_ingredients(spec, teacher, data) for teacher in spec.teachers]
-    made = {name: value for found in (shared, *each) for name, value in found.items()}
+    plugins = {}
+    for kind, config in used_components(spec):
+        if kind not in ("fuser", "kv_loss"):
+            plugins[f"{kind} {config.name}"] = distributor(type(config).__module__)
+    ingredients = shared | {"plugins": plugins}
+    for teacher in spec.teachers:
+        ingredients |= _teacher_ingredients(spec, teacher, data)
     if looks_at_data(spec, pipeline):
-        made |= _calibration_ingredients(spec, data)
+        ingredients |= _calibration_ingredients(spec, data)
     if depends_on_student(spec, pipeline):
-        made |= _student_ingredients(spec, data, seed)
-    found: Ingredients = json.loads(json.dumps(made))
-    return found
+        ingredients |= _student_ingredients(spec, data, seed)
+    as_read_from_json: Ingredients = json.loads(json.dumps(ingredients))
+    return as_read_from_json
 
 
 def _geometry_text(geometry: Geometry) -> str:
@@ -199,13 +201,12 @@ def config_pipeline(spec: PipelineSpec, data: Data, *, seed: int) -> KVPipeline:
 def store_layout(spec: PipelineSpec, pipeline: KVPipeline) -> Layout:
     """Return what is stored for each position: of every teacher and part the extents ``layer head dim``."""
     assert spec.store is not None
-    return Layout(
-        spec.store.dtype,
-        {
-            a.name: {part: _position_extents(a.target, part) for part in compared_parts(spec)}
-            for a in pipeline.teachers
-        },
-    )
+    extents = {}
+    for aligner in pipeline.teachers:
+        extents[aligner.name] = {
+            part: _position_extents(aligner.target, part) for part in compared_parts(spec)
+        }
+    return Layout(spec.store.dtype, extents)
 
 
 def _position_extents(target: Geometry, part: Any) -> tuple[int, int, int]:
@@ -218,15 +219,17 @@ def _teacher_ingredients(spec: PipelineSpec, teacher: TeacherSpec, data: Data) -
     tokenizer = weights.pop("tokenizer")
     if teacher.path is None:
         weights["torch"] = torch.__version__  # draws them
-    found = {
+    ingredients = {
         f"weights {whose}": weights,
         f"tokenizer {whose}": tokenizer,
         f"text {whose}": [teacher.template and teacher.template.model_dump(mode="json"), teacher.rationale],
         f"alignment {whose}": teacher.align.model_dump(mode="json"),
     }
-    if given := getattr(teacher.align.layer_mapper, "map", None):
-        found[f"layer map {whose}"] = file_hash(Path(given)) if Path(given).is_file() else None
-    return found
+    map_given = getattr(teacher.align.layer_mapper, "map", None)
+    if map_given:
+        file = Path(map_given)
+        ingredients[f"layer map {whose}"] = file_hash(file) if file.is_file() else None
+    return ingredients
 
 
 def _calibration_ingredients(spec: PipelineSpec, data: Data) -> dict[str, Any]:
@@ -286,10 +289,14 @@ def assert_fixed(spec: PipelineSpec, pipeline: KVPipeline) -> None:
 def _target_components(aligner: TeacherAligner) -> dict[str, Any]:
     """Return the components that a target goes through, by their field in the spec; None if there is none."""
     plan = aligner.time_plan
-    made: dict[str, Any] = {"layer_mapper": aligner.layer_map, "token_warper": plan.token_warper}
-    made |= {"time_warper": plan.time_warper}
-    both = {"head_adapter": aligner.head_adapter, "dim_projector": aligner.dim_projector}
-    return made if aligner.lifts else made | both
+    components: dict[str, Any] = {
+        "layer_mapper": aligner.layer_map,
+        "token_warper": plan.token_warper,
+        "time_warper": plan.time_warper,
+    }
+    if not aligner.lifts:
+        components |= {"head_adapter": aligner.head_adapter, "dim_projector": aligner.dim_projector}
+    return components
 
 
 def _set_hash(examples: Sequence[Example]) -> str:

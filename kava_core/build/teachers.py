@@ -26,7 +26,14 @@ from kava_core.specfile.sections.pipeline import PipelineSpec
 
 
 def load_checked_teachers(spec: PipelineSpec, data: Data, student: Any) -> dict[str, Any]:
-    """Load the teachers' models, by name; SpecError if one cannot read, or be, what it is to."""
+    """Load the teachers' models and check them.
+
+    Returns:
+        Models by the teacher's name.
+
+    Raises:
+        SpecError: a model cannot read the data, or be what the spec asks of it.
+    """
     for name in logit_teachers(spec):
         assert_same_vocabulary(data.tokenizer, data.teacher_tokenizers[name], who=f"teacher {name!r}")
     _check_rationales(spec, data)
@@ -40,9 +47,15 @@ def load_checked_teachers(spec: PipelineSpec, data: Data, student: Any) -> dict[
 
 
 def load_teachers(spec: PipelineSpec, data: Data, student: Any = None) -> dict[str, Any]:
-    """Load every teacher's model, by name; teachers that differ only in what they read share one.
+    """Load every teacher's model; teachers that differ only in what they read share one.
 
-    ``student`` is the model of a teacher that is the student itself.
+    Args:
+        spec: with every model ready to load.
+        data: the run's; it has the tokenizers.
+        student: the model of a teacher that is the student itself.
+
+    Returns:
+        Models by the teacher's name.
     """
     models: dict[str, Any] = {}
     loaded: dict[Any, Any] = {}
@@ -64,7 +77,7 @@ def make_teachers(spec: PipelineSpec, models: Mapping[str, Any], pipeline: KVPip
     Args:
         spec: the run's.
         models: every teacher's, by name.
-        pipeline: its aligners say which layers are read.
+        pipeline: has an aligner for every teacher, which decides the layers that are read.
     """
     aligners = {aligner.name: aligner for aligner in pipeline.teachers}
     own_cross_entropy = {t.name: t.itself.cross_entropy for t in spec.teachers if t.itself is not None}
@@ -89,7 +102,10 @@ def make_teachers(spec: PipelineSpec, models: Mapping[str, Any], pipeline: KVPip
 
 
 def make_eviction(spec: PipelineSpec, aligner: TeacherAligner) -> Eviction | None:
-    """Build what cuts a teacher's reasoning down to the latent tokens; None if no time warper does."""
+    """Build what cuts a teacher's reasoning tokens down to the number of latent tokens.
+
+    None if the teacher's time warper does not evict.
+    """
     if aligner.evictor is None:
         return None
     who = f"the time warper of teacher {aligner.name!r}"
@@ -98,7 +114,11 @@ def make_eviction(spec: PipelineSpec, aligner: TeacherAligner) -> Eviction | Non
 
 
 def check_teachers_run(spec: PipelineSpec, pipeline: KVPipeline) -> None:
-    """Raise SpecError for a teacher that something beside the KV losses needs but that does not run."""
+    """Check that every teacher runs that something beside the KV losses needs.
+
+    Raises:
+        SpecError: the fuser may leave such a teacher out.
+    """
     if not pipeline.compared:
         return
     needed_always: dict[str, str] = {}

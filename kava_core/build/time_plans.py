@@ -23,11 +23,11 @@ class PlansTime:
 
     def __call__(self, batch: Sequence[Example | EncodedExample]) -> dict[str, Any]:
         """Return the collator's batch with time maps."""
-        made = self.collator(batch)
-        own = Timeline.from_batch(made["student"])
+        collated = self.collator(batch)
+        student = Timeline.from_batch(collated["student"])
         for name, plan in self.plans.items():
-            side = made["teachers"][name]
+            side = collated["teachers"][name]
             if "target" in side:
                 continue
-            side["time_map"] = plan(Timeline.from_batch(side), own)
-        return made
+            side["time_map"] = plan(Timeline.from_batch(side), student)
+        return collated

@@ -203,9 +203,9 @@ class TermsByLayer:
             passes.append(teacher.read_by_layer(side, take_layer, keep_outputs=keep_outputs))
 
         streams = []
-        for place, aligner in enumerate(pipeline.teachers):
-            if chosen[place]:
-                streams.append(TeacherStream(place, partial(run_teacher, aligner.name), time_maps[place]))
+        for index, aligner in enumerate(pipeline.teachers):
+            if chosen[index]:
+                streams.append(TeacherStream(index, partial(run_teacher, aligner.name), time_maps[index]))
         sums, values = terms_layer_by_layer(
             pipeline, student.cache, weights, streams, factors, student.rotation
         )

@@ -78,7 +78,8 @@ def student_cache_without_dropout(distiller: Distiller, side: Mapping[str, Tenso
     """
     student, home = distiller.student, side["segments"].device
     device = next(student.parameters()).device
-    side = {name: x.to(device) for name, x in side.items() if name != "tasks"}
+    tensors = {name: entry for name, entry in side.items() if name != "tasks"}
+    side = {name: tensor.to(device) for name, tensor in tensors.items()}
     capture = distiller.capture_student("keep" if distiller.rotary == "keep" else "strip")
     with evaluation_mode(student):
         if distiller.latents is None:

@@ -32,5 +32,5 @@ def loss_denominators(
 
 
 def _labelled(side: Mapping[str, Any]) -> Tensor:
-    found: Tensor = side["labels"][:, 1:].ne(NO_LABEL).sum()
-    return found
+    count: Tensor = side["labels"][:, 1:].ne(NO_LABEL).sum()
+    return count

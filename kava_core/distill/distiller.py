@@ -274,7 +274,7 @@ class Distiller(nn.Module):
 
     def _codi_value(self, boundary: Tensor, passes: Sequence[TeacherPass], batch: StepBatch) -> Tensor:
         # Its teacher runs in every step: a spec whose fuser might leave it out is refused.
-        theirs = next(one for one in passes if one.hidden_states is not None)
+        theirs = next(given for given in passes if given.hidden_states is not None)
         assert theirs.hidden_states is not None
         where = batch.teachers[theirs.teacher]["answer_boundary"].to(theirs.hidden_states[0].device)
         their_boundary = states_at_answer_boundary(theirs.hidden_states, where)

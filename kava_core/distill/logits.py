@@ -73,11 +73,12 @@ def same_tokens(
     """
     ids, labels = student["input_ids"], student["labels"]
     shift = _start(teacher) - _start(student)
-    places = torch.arange(ids.shape[1], device=ids.device) + shift[:, None]
+    shifted = torch.arange(ids.shape[1], device=ids.device) + shift[:, None]
     last = teacher["input_ids"].shape[1] - 1
-    there = places.clamp(0, last)
-    real = teacher["attention_mask"].gather(1, there).bool() & (places >= 0) & (places <= last)
-    differs = (teacher["input_ids"].gather(1, there) != ids) | ~real
+    positions = shifted.clamp(0, last)
+    exists = (shifted >= 0) & (shifted <= last)
+    real = teacher["attention_mask"].gather(1, positions).bool() & exists
+    differs = (teacher["input_ids"].gather(1, positions) != ids) | ~real
     in_prompt = student["segments"] == PROMPT
     agrees = torch.where(
         in_prompt,
@@ -86,7 +87,7 @@ def same_tokens(
     )
     counts = torch.zeros_like(agrees)
     counts[:, :-1] = (agrees & (labels != NO_LABEL))[:, 1:] & real[:, :-1]
-    return there, counts
+    return positions, counts
 
 
 def _start(side: Mapping[str, Tensor]) -> Int[Tensor, " batch"]:
@@ -112,7 +113,7 @@ def logit_term(
         denominators: of the whole batch.
         spec: temperature and kind of the divergence.
     """
-    with_logits = [one for one in passes if one.logits is not None]
+    with_logits = [teacher_pass for teacher_pass in passes if teacher_pass.logits is not None]
     labelled = denominators[LABELLED]
     addends = [torch.zeros_like(labelled)]
     for teacher_pass in with_logits:

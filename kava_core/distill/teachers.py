@@ -64,15 +64,16 @@ class TeacherReader:
             keep_outputs: as for ``Teacher.read``.
         """
         aligned, passes = [], []
-        for place, aligner in enumerate(pipeline.teachers):
-            if chosen is not None and not chosen[place]:
+        for index, aligner in enumerate(pipeline.teachers):
+            if chosen is not None and not chosen[index]:
                 aligned.append(pipeline.empty_target(aligner, timeline.mask))
                 continue
             target, teacher_pass = self._read_target(
                 sides[aligner.name], aligner, timeline, pipeline, keep_outputs
             )
             aligned.append(target)
-            passes += [] if teacher_pass is None else [teacher_pass]
+            if teacher_pass is not None:
+                passes.append(teacher_pass)
         return aligned, passes
 
     def _read_target(
@@ -101,11 +102,14 @@ class TeacherReader:
 
 
 def without_cache(teacher_pass: TeacherPass) -> TeacherPass:
-    """Return a pass without its raw cache, so that the cache is freed as soon as it is aligned."""
+    """Return the same pass without its raw cache, so that its memory is freed once the cache is aligned."""
     cache = teacher_pass.cache.pick(())
     return TeacherPass(teacher_pass.teacher, cache, teacher_pass.logits, teacher_pass.hidden_states)
 
 
 def tensors_of(aligned: Sequence[Aligned]) -> list[Tensor]:
     """Return every tensor of these targets."""
-    return [x for one in aligned for _, x in one.target.items()]
+    tensors = []
+    for teacher in aligned:
+        tensors += [tensor for _, tensor in teacher.target.items()]
+    return tensors

@@ -31,7 +31,7 @@ class KVTerms:
 
 
 def total_loss(cross_entropy: Tensor, kv_terms: KVTerms, others: Sequence[Term]) -> Float[Tensor, ""]:
-    """Return what is differentiated: cross-entropy + the KV losses + Σ weight · term of the others."""
+    """Return the loss that is differentiated: cross-entropy + the KV losses + Σ weight · other term."""
     total = kv_terms.total
     if others:
         total = total + sum(term.weight * term.value for term in others)
@@ -41,7 +41,10 @@ def total_loss(cross_entropy: Tensor, kv_terms: KVTerms, others: Sequence[Term])
 def metrics_of_step(
     loss: Tensor, cross_entropy: Tensor, kv_terms: KVTerms, others: Sequence[Term]
 ) -> dict[str, Tensor]:
-    """Return what is logged of a forward pass: ``loss`` with gradient; ``ce`` and every term without."""
+    """Return what is logged of a forward pass, by name.
+
+    ``loss`` has a gradient; ``ce`` (cross-entropy) and every unweighted term are detached.
+    """
     values = kv_terms.values | {term.name: term.value for term in others}
     detached = {name: torch.detach(value) for name, value in values.items()}
     return {"loss": loss, "ce": cross_entropy.detach(), **detached}

@@ -85,9 +85,12 @@ class LatentCollator(Collator):
             [text.text[slice(*text.bounds[1:3])] for text in texts], self.student_tokenizer
         )
         answers = encode_pieces([text.text[text.bounds[2] :] for text in texts], self.student_tokenizer)
-        sides = zip(examples, texts, befores, traces, answers, strict=True)
-        made = [self._encoded(*side) for side in sides]
-        return [one if self.max_length is None or len(one) <= self.max_length else None for one in made]
+        kept = []
+        for parts in zip(examples, texts, befores, traces, answers, strict=True):
+            encoded = self._encoded(*parts)
+            fits = self.max_length is None or len(encoded) <= self.max_length
+            kept.append(encoded if fits else None)
+        return kept
 
     def _encoded(
         self, example: Example, text: Text, before: Tensor, trace: EncodedPiece, answer: EncodedPiece
@@ -182,7 +185,7 @@ def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     Raises:
         SpecError: the tokenizer does not have it.
     """
-    found = tokenizer.get_vocab().get(token)
-    if found is None:
+    number = tokenizer.get_vocab().get(token)
+    if number is None:
         raise SpecError(f"the student's tokenizer has no token {token!r}; see with_thought_tokens")
-    return int(found)
+    return int(number)

@@ -24,15 +24,16 @@ def step_of_tokens(spans: Int[Tensor, "time 2"], reasoning: str, separator: str)
     A separator between two steps belongs to the later one.
 
     Args:
-        spans: half-open character spans in ``reasoning``; what lies beyond it belongs to the last step.
+        spans: half-open character spans in ``reasoning``; what comes after it belongs to the last step.
         reasoning: the written steps.
         separator: the text between two steps.
     """
-    ends, place = [], 0
+    ends, position = [], 0
     for piece in reasoning.split(separator):
-        place += len(piece)
-        ends += [place] if piece.strip() else []
-        place += len(separator)
+        position += len(piece)
+        if piece.strip():
+            ends.append(position)
+        position += len(separator)
     return torch.bucketize(spans[:, 1].contiguous(), torch.tensor(ends[:-1], dtype=torch.long))
 
 
@@ -63,4 +64,5 @@ def side_at_stage(side: Mapping[str, Tensor], latent: LatentSpec, active: int) -
         "labels": side["labels"].masked_fill(gone, NO_LABEL),
         "steps": side["steps"],
     }
-    return {**side, **{name: tensor.gather(1, order) for name, tensor in changed.items()}}
+    reordered = {name: tensor.gather(1, order) for name, tensor in changed.items()}
+    return {**side, **reordered}

@@ -29,9 +29,8 @@ WEIGHTS, SHAPE = "latent.safetensors", "latent.json"
 
 def save_latents(latents: LatentTokens, folder: Path) -> None:
     """Write two files beside the model's: the latent tokens' weights, and the settings that they are of."""
-    save_file(
-        {name: x.detach().cpu().contiguous() for name, x in latents.state_dict().items()}, folder / WEIGHTS
-    )
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in latents.state_dict().items()}
+    save_file(state, folder / WEIGHTS)
     hidden = latents.slots.shape[1]
     shape: dict[str, Any] = {"count": latents.count, "passes": latents.passes, "hidden": hidden}
     shape |= {"projection": latents.kind, "begin": latents.begin}
@@ -82,8 +81,15 @@ class LatentStudent(nn.Module):
         """
         end = token_id(self.tokenizer, END)
         rows = before_thought(prompts, self.tokenizer, begin=self.latents.begin)
-        here = self.latents.slots.device
-        before, mask = (x.to(here) for x in pad_left(rows, pad_id(self.tokenizer)))
-        tokens = write_answers(self.model, self.latents, before, mask, end=end, max_new_tokens=max_new_tokens)
+        device = self.latents.slots.device
+        before, mask = pad_left(rows, pad_id(self.tokenizer))
+        tokens = write_answers(
+            self.model,
+            self.latents,
+            before.to(device),
+            mask.to(device),
+            end=end,
+            max_new_tokens=max_new_tokens,
+        )
         texts: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return texts

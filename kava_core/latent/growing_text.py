@@ -48,8 +48,8 @@ class GrowingText:
         )
         if self._keeps:
             self._cache, self._known = _cropped(outputs.past_key_values, final), final
-        found: Tensor = outputs.last_hidden_state
-        return found
+        hidden: Tensor = outputs.last_hidden_state
+        return hidden
 
     def kept(self, length: int) -> DynamicCache | None:
         """Return keys and values of what is final among the first ``length`` inputs, to write on from them.
@@ -71,9 +71,9 @@ def _cropped(cache: DynamicCache, length: int) -> DynamicCache:
     layers: list[Any] = [copy.copy(layer) for layer in cache.layers]
     for layer in layers:
         layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
-    made = copy.copy(cache)
-    made.layers = layers
-    return made
+    cropped = copy.copy(cache)
+    cropped.layers = layers
+    return cropped
 
 
 def position_ids(mask: Bool[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:

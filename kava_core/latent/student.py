@@ -163,11 +163,11 @@ def write_answers(
     known = before.shape[1] + (latents.active if control is None else 0)
     thought = thought if control is None else thought.controlled(control)
     last = model.get_input_embeddings()(before.new_full((len(before), 1), end))
-    found: Tensor = model.generate(
+    answers: Tensor = model.generate(
         inputs_embeds=torch.cat([thought.inputs, last], 1),
         attention_mask=extend_mask(thought.mask, 1).long(),
         past_key_values=read.kept(known),
         max_new_tokens=max_new_tokens,
         do_sample=False,
     )
-    return found
+    return answers

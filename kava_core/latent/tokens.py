@@ -30,7 +30,7 @@ class LatentTokens(nn.Module):
             are the inputs, like pause tokens (arXiv 2310.02226).
         hidden: the model's width.
         projection: from hidden states to inputs. ``mlp``: two layers with GELU, twice as wide inside.
-        begin: whether a token that says so stands before them.
+        begin: whether the token BEGIN comes before them.
 
     A slot's input is its own embedding plus the projected hidden state; embeddings start small, so that the
     slots begin unlike one another. Only the first ``active`` slots are used: a curriculum begins with none.
@@ -62,7 +62,7 @@ class LatentTokens(nn.Module):
 
         Args:
             model: a causal language model of transformers, possibly with adapters.
-            prefix: input embeddings of what stands before the slots, padded on the left.
+            prefix: input embeddings of what comes before the slots, padded on the left.
             mask: its real positions.
             read: reads the text, and keeps what is final; None: a new reader.
         """

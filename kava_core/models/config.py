@@ -62,7 +62,7 @@ def _check_model_type(given: str, where: str) -> None:
 
 
 TYPO = 0.85
-"""How alike a config key must be to a field to be taken for a slip of the hand."""
+"""Similarity to a field, from 0 to 1, from which on a config key is taken for a misspelling of it."""
 
 
 def _check_keys(fields: dict[str, Any], where: str) -> None:
@@ -79,7 +79,8 @@ def _check_keys(fields: dict[str, Any], where: str) -> None:
     for key in fields:
         if key in possible or hasattr(default, key):
             continue
-        if near := difflib.get_close_matches(key, possible, n=1, cutoff=TYPO):
+        near = difflib.get_close_matches(key, possible, n=1, cutoff=TYPO)
+        if near:
             raise SpecError(
                 f"{where}: config.{key}: not a field of {model_type!r}; did you mean {near[0]!r}?"
             )
@@ -88,7 +89,8 @@ def _check_keys(fields: dict[str, Any], where: str) -> None:
 def _check_heads(config: PreTrainedConfig, where: str) -> None:
     """Check the head counts; transformers finds a mistake in them only in the first forward pass."""
     text = config.get_text_config()
-    query, key = (getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    query = getattr(text, "num_attention_heads", None)
+    key = getattr(text, "num_key_value_heads", None)
     if not isinstance(query, int) or not isinstance(key, int):
         return
     if key < 1 or query % key:
@@ -107,12 +109,13 @@ def config_geometry(config: PreTrainedConfig, *, where: str) -> Geometry:
     try:
         return probe_geometry(config)
     except (ValueError, TypeError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise SpecError(f"{where}: {(lines or [type(error).__name__])[-1]}") from error
+        lines = _lines_of(error)
+        reason = lines[-1] if lines else type(error).__name__
+        raise SpecError(f"{where}: {reason}") from error
 
 
 RELATIVE = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
-"""Relative positions have no end, whatever ``n_positions`` says."""
+"""Models with relative positions, which have no end; their ``n_positions`` is no limit."""
 
 
 AFTER_PADDING = (
@@ -123,7 +126,7 @@ AFTER_PADDING = (
     "camembert",
     "data2vec-text",
 )
-"""They count positions from the padding token's number on."""
+"""Models that count positions from the padding token's number on, and so have fewer than configured."""
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
@@ -131,19 +134,26 @@ def max_positions(config: PreTrainedConfig) -> int | None:
     text = config.get_text_config()
     if text.model_type in RELATIVE:
         return None
-    found = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions"))
-    most = next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
-    return most if most is None or text.model_type not in AFTER_PADDING else most - text.pad_token_id - 1
+    for name in ("max_position_embeddings", "n_positions"):
+        limit = getattr(text, name, None)
+        if isinstance(limit, int) and limit > 0:
+            return limit - text.pad_token_id - 1 if text.model_type in AFTER_PADDING else limit
+    return None
 
 
 def reason_of(error: Exception) -> str:
     """Return one line of an error's text: the first, or the last if the first only announces the others."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = _lines_of(error)
     if not lines:
         return type(error).__name__
     if lines[0].endswith(":"):
         return lines[-1]
     return lines[0] if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {lines[0]}"
+
+
+def _lines_of(error: Exception) -> list[str]:
+    lines = (line.strip() for line in str(error).splitlines())
+    return [line for line in lines if line]
 
 
 def _from_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -37,7 +37,8 @@ class Denoiser(nn.Module):
     def __init__(self, encoder: Any, vocabulary: int, mask: int | None) -> None:
         super().__init__()
         self.encoder, self.config = encoder, encoder.config
-        if (pooler := getattr(encoder, "pooler", None)) is not None:
+        pooler = getattr(encoder, "pooler", None)
+        if pooler is not None:
             pooler.requires_grad_(False)  # nothing here reads it
         self.head = nn.Linear(encoder.config.hidden_size, vocabulary)
         self.vocabulary, self.mask = vocabulary, mask

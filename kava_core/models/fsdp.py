@@ -76,15 +76,21 @@ def check_precision(launched: str | None, precision: str) -> None:
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """List the decoder layers in order: the entries of module lists that hold the attention layers."""
-    held = {id(attention) for attention in attention_layers(model)}
+    attention_ids = {id(attention) for attention in attention_layers(model)}
+    layers = []
+    for entries in _outermost_lists(model):
+        for block in entries:
+            if any(id(module) in attention_ids for module in block.modules()):
+                layers.append(block)
+    return layers
+
+
+def _outermost_lists(model: nn.Module) -> list[nn.ModuleList]:
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    outermost = [x for x in lists if not any(x is not y and x in set(y.modules()) for y in lists)]
-    return [
-        block
-        for entries in outermost
-        for block in entries
-        if any(id(module) in held for module in block.modules())
-    ]
+    inside: set[nn.Module] = set()
+    for outer in lists:
+        inside.update(module for module in outer.modules() if module is not outer)
+    return [entries for entries in lists if entries not in inside]
 
 
 def prepare_for_sharding(
@@ -179,13 +185,13 @@ def fill_with_weights(bones: nn.Module, state: Mapping[str, Tensor]) -> nn.Modul
         state: weights and buffers by name; of tied weights one name is enough.
     """
     shared = {name: bones.get_parameter(name) for name, _ in bones.named_parameters(remove_duplicate=False)}
-    made: dict[int, nn.Parameter] = {}
+    filled: dict[int, nn.Parameter] = {}
     for name, empty in shared.items():
-        if id(empty) not in made and name in state:
-            made[id(empty)] = nn.Parameter(state[name], empty.requires_grad)
+        if id(empty) not in filled and name in state:
+            filled[id(empty)] = nn.Parameter(state[name], empty.requires_grad)
     for name, empty in shared.items():
         owner, _, leaf = name.rpartition(".")
-        setattr(bones.get_submodule(owner), leaf, made[id(empty)])
+        setattr(bones.get_submodule(owner), leaf, filled[id(empty)])
     for name, buffer in bones.named_buffers():
         if name in state:
             buffer.copy_(state[name])

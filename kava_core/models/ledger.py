@@ -82,10 +82,10 @@ class Ledger:
             times: forward passes that this one is worth.
         """
         if self.on:
-            found = self.read.setdefault(name, ModelCounts())
-            found.passes += 1
-            found.positions += rows * queries * times
-            found.pairs += rows * queries * keys * times
+            counts = self.read.setdefault(name, ModelCounts())
+            counts.passes += 1
+            counts.positions += rows * queries * times
+            counts.pairs += rows * queries * keys * times
 
     def add_text(self, name: str, mask: Tensor, times: float = 1.0, *, head: bool = False) -> None:
         """Count a pass over a whole padded batch.
@@ -115,7 +115,8 @@ class Ledger:
         return self.backward if torch.is_grad_enabled() else 1.0
 
     def _decoder_called(self, _: nn.Module, args: tuple[Any, ...], given: Mapping[str, Any]) -> None:
-        text = next(x for x in (*args, given.get("inputs_embeds"), given.get("input_ids")) if x is not None)
+        candidates = (*args, given.get("inputs_embeds"), given.get("input_ids"))
+        text = next(candidate for candidate in candidates if candidate is not None)
         mask = given.get("attention_mask")
         rows, queries = text.shape[:2]
         self.add(STUDENT, rows, queries, queries if mask is None else mask.shape[-1], self._times())
@@ -126,7 +127,7 @@ class Ledger:
     def save(self, file: Path) -> None:
         """Write all counts to a JSON file."""
         tokens = {name: int(count) for name, count in self.tokens.items()}
-        read = {name: asdict(found) for name, found in self.read.items()}
+        read = {name: asdict(counts) for name, counts in self.read.items()}
         record = {"passes": self.passes, "read": read, "tokens": tokens, "memory": self.peak()}
         file.write_text(json.dumps(record), encoding="utf-8")
 
@@ -140,7 +141,7 @@ class Ledger:
             saved = json.loads(file.read_text(encoding="utf-8"))
             self.passes, self.before = saved["passes"], saved["memory"]
             self.tokens = dict(saved["tokens"])
-            self.read = {name: ModelCounts(**found) for name, found in saved["read"].items()}
+            self.read = {name: ModelCounts(**counts) for name, counts in saved["read"].items()}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{file}: unreadable: {error}") from error
 
@@ -150,8 +151,13 @@ class Ledger:
 
     def state(self) -> dict[str, Any]:
         """Return all counts by name, to be added up over processes."""
-        read = {f"{field} {name}": x for name, r in self.read.items() for field, x in asdict(r).items()}
-        return {**read, **{f"tokens {name}": int(count) for name, count in self.tokens.items()}}
+        state: dict[str, Any] = {}
+        for name, counts in self.read.items():
+            for field, value in asdict(counts).items():
+                state[f"{field} {name}"] = value
+        for name, count in self.tokens.items():
+            state[f"tokens {name}"] = int(count)
+        return state
 
 
 def peak_memory() -> int:
@@ -160,7 +166,7 @@ def peak_memory() -> int:
     The process's own memory counts only if there is no GPU.
     """
     if torch.cuda.is_available():
-        return sum(torch.cuda.max_memory_allocated(place) for place in range(torch.cuda.device_count()))
+        return sum(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
     with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
@@ -169,7 +175,7 @@ def peak_memory() -> int:
 
 def reset_peak_memory() -> None:
     """Forget the peak of what this process did before (a pretraining, another run)."""
-    for place in range(torch.cuda.device_count()):
-        torch.cuda.reset_peak_memory_stats(place)
+    for device in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):  # Linux: sets the high-water mark back to what is held now
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")

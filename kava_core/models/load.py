@@ -82,7 +82,7 @@ def _load_quantised(spec: Any, where: str) -> nn.Module:
 def _load_stored(spec: ModelSpec, where: str, **more: Any) -> nn.Module:
     """Load weights from safetensors only; transformers would fill missing ones with random numbers."""
     config = model_config(spec, where=where)
-    model, found = auto_class(config).from_pretrained(
+    model, loading_info = auto_class(config).from_pretrained(
         spec.path,
         config=config,
         revision=spec.revision,
@@ -92,8 +92,10 @@ def _load_stored(spec: ModelSpec, where: str, **more: Any) -> nn.Module:
         **_loading_options(spec),
         **more,
     )
-    wanted = (name for name in found["missing_keys"] if not (spec.encoder and "pooler" in name))
-    if missing := sorted(wanted):
+    missing = sorted(loading_info["missing_keys"])
+    if spec.encoder:  # nothing reads its pooler
+        missing = [name for name in missing if "pooler" not in name]
+    if missing:
         raise SpecError(f"{where}: {spec.path}: {len(missing)} weights are missing, such as {missing[0]}")
     return model
 

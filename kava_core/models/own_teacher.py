@@ -27,13 +27,13 @@ class OwnTeacher(Teacher):
         return model
 
     def to(self, device: torch.device, placement: str = REPLICATED) -> None:
-        """Do nothing: the student is moved as what it is."""
+        """Do nothing: the model is moved as the student."""
 
     def _as_target(self, cache: Cache) -> Cache:
         return cache.map(lambda x, _: x.detach())
 
     def count_pass(self, ledger: Ledger, mask: Tensor, *, head: bool) -> None:
-        """Enter its tokens as the student's; the pass itself is counted where the student's are."""
+        """Count the batch's tokens as the student's; the pass itself is counted with the student's passes."""
         ledger.add_tokens(STUDENT, mask)
 
     def _run(self, side: Mapping[str, Any], keep_outputs: bool) -> dict[str, Any]:

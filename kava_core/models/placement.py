@@ -43,9 +43,9 @@ class CaptureElsewhere(Capture):
         self._each_here = each
         super().__init__(*args, **kwargs, each=None if each is None else self._bring)
 
-    def _bring(self, place: int, cache: Cache) -> None:
+    def _bring(self, index: int, cache: Cache) -> None:
         assert self._each_here is not None
-        self._each_here(place, cache.map(self._home))
+        self._each_here(index, cache.map(self._home))
 
     def take(self) -> Cache:
         """Return the captured parts, as ``Capture.take`` does, moved to ``home``."""
@@ -112,17 +112,17 @@ def _own_device(placement: str, who: str) -> torch.device:
 
 
 def _place_elsewhere(
-    model: nn.Module, make: partial[Any], there: torch.device, home: torch.device
+    model: nn.Module, make: partial[Any], device: torch.device, home: torch.device
 ) -> partial[Any]:
-    model.to(there)
-    if there == home or make.func is CaptureElsewhere:
+    model.to(device)
+    if device == home or make.func is CaptureElsewhere:
         return make
-    model.base_model.register_forward_pre_hook(partial(_send_inputs, there), with_kwargs=True)
+    model.base_model.register_forward_pre_hook(partial(_send_inputs, device), with_kwargs=True)
     return partial(CaptureElsewhere, *make.args, **make.keywords, home=home)
 
 
-def _send_inputs(there: torch.device, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    return send_to_device(args, there), send_to_device(kwargs, there)
+def _send_inputs(device: torch.device, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    return send_to_device(args, device), send_to_device(kwargs, device)
 
 
 def check_even_evaluation(distiller: Any, evaluator: Any, count: int) -> None:

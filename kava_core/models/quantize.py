@@ -50,13 +50,13 @@ def check_quantised(model: nn.Module, *, where: str) -> None:
     Raises:
         SpecError: no weight was quantised, or one is of a size that is computed wrongly.
     """
-    made = [name for name, parameter in model.named_parameters() if is_quantised(parameter)]
-    if not made:
+    quantised = [name for name, parameter in model.named_parameters() if is_quantised(parameter)]
+    if not quantised:
         raise SpecError(
             f"{where}.quantize: {type(model).__name__} has no linear layer that could be quantised "
             "(GPT-2's are convolutions: nf4 takes them)"
         )
-    for name in made:
+    for name in quantised:
         _check_blocks(model.get_submodule(name.rpartition(".")[0]), name, where)
 
 

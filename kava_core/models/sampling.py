@@ -58,16 +58,17 @@ def sample_tokens(
 @contextmanager
 def _plain_generation_config(model: Any) -> Iterator[None]:
     """Keep only the special tokens of the model's generation settings; PEFT hands its own copy on."""
-    places = list({id(one): one for one in (model, without_adapters(model))}.values())
-    before = [one.generation_config for one in places]
+    inner = without_adapters(model)
+    models = [model] if inner is model else [model, inner]
+    before = [owner.generation_config for owner in models]
     tokens = {name: getattr(before[0], name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
-        for one in places:
-            one.generation_config = GenerationConfig(**tokens)
+        for owner in models:
+            owner.generation_config = GenerationConfig(**tokens)
         yield
     finally:
-        for one, settings in zip(places, before, strict=True):
-            one.generation_config = settings
+        for owner, settings in zip(models, before, strict=True):
+            owner.generation_config = settings
 
 
 def decode_new_tokens(tokenizer: Any, tokens: Tensor, length: int) -> list[str]:
@@ -80,14 +81,13 @@ def decode_new_tokens(tokenizer: Any, tokens: Tensor, length: int) -> list[str]:
         tokens: ``batch time``, prompts included.
         length: tokens of a prompt, padding included.
     """
-    whole, prompts = (
-        tokenizer.batch_decode(one, skip_special_tokens=True) for one in (tokens, tokens[:, :length])
-    )
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    prompts = tokenizer.batch_decode(tokens[:, :length], skip_special_tokens=True)
     alone = tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True)
-    return [
-        text[len(prompt) :] if text.startswith(prompt) else rest
-        for text, prompt, rest in zip(whole, prompts, alone, strict=True)
-    ]
+    written = []
+    for text, prompt, rest in zip(texts, prompts, alone, strict=True):
+        written.append(text[len(prompt) :] if text.startswith(prompt) else rest)
+    return written
 
 
 def real_tokens(tokens: Tensor, eos: int | None) -> Tensor:

@@ -37,10 +37,10 @@ class SideStream:
         """
         if self._stream is None:
             return
-        here = torch.cuda.current_stream(self._stream.device)
-        here.wait_stream(self._stream)
+        current = torch.cuda.current_stream(self._stream.device)
+        current.wait_stream(self._stream)
         for tensor in made:
-            tensor.record_stream(here)
+            tensor.record_stream(current)
 
 
 def on_other_gpu(placement: str, device: torch.device) -> bool:

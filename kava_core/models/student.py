@@ -54,10 +54,11 @@ def _first_logits(model: nn.Module, where: str) -> tuple[Tensor, Tensor]:
         embedded.append(output.detach().requires_grad_())
         return embedded[-1]
 
-    some = int(getattr(model.config.get_text_config(), "pad_token_id", None) == 0)  # nothing like padding
+    # No token may look like padding.
+    token = int(getattr(model.config.get_text_config(), "pad_token_id", None) == 0)
     handle, training = model.get_input_embeddings().register_forward_hook(follow), model.training
     try:
-        ids = torch.full((1, PROBE_LENGTH), some, device=next(model.parameters()).device)
+        ids = torch.full((1, PROBE_LENGTH), token, device=next(model.parameters()).device)
         with torch.enable_grad():
             return model.eval()(input_ids=ids, use_cache=False).logits[0, 0], embedded[0]
     except Exception as error:

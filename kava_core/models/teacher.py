@@ -176,6 +176,12 @@ class Teacher:
         return kept
 
     def count_pass(self, ledger: Ledger, mask: Tensor, *, head: bool) -> None:
-        """Enter a pass over this batch into the ledger; ``head``: the language-model head ran as well."""
+        """Count a pass over a batch in the ledger.
+
+        Args:
+            ledger: of the run.
+            mask: the batch's real positions, ``batch time``.
+            head: whether the language-model head ran as well.
+        """
         ledger.add_tokens(self.name, mask)
         ledger.add_text(self.name, mask, self.depth, head=head)

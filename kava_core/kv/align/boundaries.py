@@ -48,8 +48,8 @@ def _distributor_note(config: ComponentConfig | None) -> str:
     """``" (distribution version)"``; empty where no installed distribution holds the declaration."""
     if config is None:
         return ""
-    found = distributor(type(config).__module__)
-    return f" ({found})" if found else ""
+    distribution = distributor(type(config).__module__)
+    return f" ({distribution})" if distribution else ""
 
 
 def layer_matrix(
@@ -168,10 +168,9 @@ def teacher_weights(
     weights = raw_fuser_weights(fuser, context, teacher=valid.shape[0], layer=layer)
     teacher, batch, time = valid.shape
     require_shape(weights, (teacher, batch, layer, time), "teacher batch layer time")
-    looked = weights.device.type == "cpu" or (
-        shapecheck.wanted() and not weights.is_meta
-    )  # no waiting for a GPU
-    if looked and bool((weights < 0).any()):
+    # The values of a GPU's tensor are waited for in debug mode alone.
+    has_values_at_hand = weights.device.type == "cpu" or (shapecheck.wanted() and not weights.is_meta)
+    if has_values_at_hand and bool((weights < 0).any()):
         raise PluginError(f"weights must be at least 0, not {float(weights.min()):.3g}")
     weights = weights.masked_fill(~valid[:, :, None], 0)
     total = weights.sum(0, keepdim=True)

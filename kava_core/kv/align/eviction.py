@@ -62,17 +62,17 @@ class Eviction:
         """
         timeline = Timeline.from_batch(side)
         with without_autocast(cache.any.device):
-            place = self._chosen(cache, timeline)
+            positions = self._choose_positions(cache, timeline)
             kept = cache.pick(self.parts)
-            if rotation is not None:  # before the tokens are moved: the angles are of their old places
+            if rotation is not None:  # before the tokens are moved: the angles are of their old positions
                 kept = kept.map(lambda x, part: x if part == "values" else rotation.undo(widen(x)))
-            return evicted_cache(kept, place, filled_slots(timeline, self.slots))
+            return evicted_cache(kept, positions, filled_slots(timeline, self.slots))
 
-    def _chosen(self, cache: Cache, timeline: Timeline) -> Int[Tensor, "batch t_layer t_head _"]:
+    def _choose_positions(self, cache: Cache, timeline: Timeline) -> Int[Tensor, "batch t_layer t_head _"]:
         heads = cache.pick(tuple(part for part in self.seen if part != "queries")).any.shape[:3]
         with attribute_errors_to(self.who):
-            place = self.evictor.choose(cache, timeline, self.slots)
-            return require_shape(place, (*heads, self.slots), "batch t_layer t_head slot")
+            positions = self.evictor.choose(cache, timeline, self.slots)
+            return require_shape(positions, (*heads, self.slots), "batch t_layer t_head slot")
 
     @torch.no_grad()
     def scores(self, cache: Cache, side: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -93,13 +93,13 @@ class Eviction:
 
 
 def evicted_cache(
-    cache: Cache, place: Int[Tensor, "batch t_layer t_head _"], filled: Bool[Tensor, "batch _"]
+    cache: Cache, positions: Int[Tensor, "batch t_layer t_head _"], filled: Bool[Tensor, "batch _"]
 ) -> Cache:
     """Gather keys and values at the chosen positions; slots that hold no token are zero.
 
     Args:
         cache: each part ``batch t_layer t_head t_time dim``.
-        place: for each slot the position it is read from.
+        positions: for each slot the position it is read from.
         filled: True for slots that hold a token.
 
     Raises:
@@ -107,12 +107,13 @@ def evicted_cache(
     """
     if cache.queries is not None:
         raise SpecError("queries of an evicted teacher cannot be compared")
-    kept = filled[:, None, None, :, None]
+    is_filled = filled[:, None, None, :, None]
 
     def gather(x: Tensor, _: Part) -> Tensor:
         if not x.shape[3]:
-            return x.new_zeros(*place.shape, x.shape[4])
-        return torch.where(kept, x.gather(3, place[..., None].expand(*place.shape, x.shape[4])), 0)
+            return x.new_zeros(*positions.shape, x.shape[4])
+        index = positions[..., None].expand(*positions.shape, x.shape[4])
+        return torch.where(is_filled, x.gather(3, index), 0)
 
     return cache.map(gather)
 

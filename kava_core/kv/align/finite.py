@@ -25,9 +25,10 @@ def assert_finite(cache: Cache, valid: Bool[Tensor, "batch time"], where: str) -
     for part, x in cache.items():
         if x.is_meta:
             continue
-        bad = (~torch.isfinite(x) & valid[:, None, None, :, None]).any(dim=(0, 2, 3, 4))
-        if bad.any():
-            layers = bad.nonzero().flatten().tolist()
+        bad_values = ~torch.isfinite(x) & valid[:, None, None, :, None]
+        bad_layers = bad_values.any(dim=(0, 2, 3, 4))
+        if bad_layers.any():
+            layers = bad_layers.nonzero().flatten().tolist()
             raise NonFiniteError(
                 f"{where}: {part} of layers {layers} hold NaN or infinity at valid positions"
             )

@@ -27,8 +27,8 @@ class LayerMap(nn.Module):
 
     Raises:
         PluginError: a wanted layer reads no teacher layer.
-        SpecError: layers are to stand side by side, and the mapper learns its weights or reads more of them
-            for one student layer than for another.
+        SpecError: layers are to be joined along the width, and the mapper learns its weights or reads more
+            of them for one student layer than for another.
     """
 
     rows: Tensor
@@ -56,9 +56,8 @@ class LayerMap(nn.Module):
         self.register_buffer("columns", torch.tensor(self.sources, dtype=torch.long), persistent=False)
         matrix = matrix[:, list(self.sources)]
         self.joined = self._read_by_each(matrix) if combine == "concat" else 1
-        self.single = combine == "concat" or (
-            not self.learned and bool((matrix.ne(0).sum(1) == 1).all() and (matrix.amax(1) == 1).all())
-        )
+        picks_one_layer = bool((matrix.ne(0).sum(1) == 1).all() and (matrix.amax(1) == 1).all())
+        self.single = combine == "concat" or (not self.learned and picks_one_layer)
         order = matrix.ne(0).nonzero()[:, 1] if self.single else matrix.argmax(1)
         self.register_buffer("pick", order, persistent=False)
         self.whole = self.single and self.pick.tolist() == list(range(len(self.sources)))
@@ -67,7 +66,8 @@ class LayerMap(nn.Module):
     def _sources(self, matrix: Float[Tensor, "layer t_layer"], layers: tuple[int, ...]) -> tuple[int, ...]:
         if self.learned:
             return tuple(range(matrix.shape[1]))
-        empty = [layer for layer, row in zip(layers, matrix.ne(0).any(1).tolist(), strict=True) if not row]
+        has_source = matrix.ne(0).any(1).tolist()
+        empty = [layer for layer, reads in zip(layers, has_source, strict=True) if not reads]
         if empty:
             raise PluginError(f"student layers {empty} read no teacher layer; choose others with 'layers'")
         return tuple(matrix.ne(0).any(0).nonzero().flatten().tolist())

@@ -31,7 +31,10 @@ class _ComponentAtLayer:
     def __init__(self, component: nn.Module, names: tuple[str, ...], row: int) -> None:
         self._component = component
         tensors: dict[str, Tensor] = dict(component.named_parameters()) | dict(component.named_buffers())
-        self._state = {name: x[row : row + 1] for name, x in tensors.items() if name in names}
+        self._state = {}
+        for name, tensor in tensors.items():
+            if name in names:
+                self._state[name] = tensor[row : row + 1]
 
     def __call__(self, *arguments: Any) -> Any:
         return functional_call(self._component, self._state, arguments)

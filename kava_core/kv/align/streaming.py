@@ -24,26 +24,28 @@ class WaitingLayers:
         self.waiting = set(range(len(self.reads)))
         self.kept: dict[int, Cache] = {}
 
-    def take(self, place: int, cache: Cache) -> Iterator[tuple[int, Cache]]:
+    def take(self, t_layer: int, cache: Cache) -> Iterator[tuple[int, Cache]]:
         """Add a teacher layer, and yield every student layer for which it was the last one missing.
 
         Teacher layers that no student layer waits for any more are dropped at the end.
 
         Args:
-            place: the teacher layer's index among those the aligner reads.
+            t_layer: the teacher layer's index among those the aligner reads.
             cache: that layer, each part ``batch 1 t_head t_time t_dim``.
 
         Yields:
             The student layer's index among the compared ones, and the teacher layers it reads, along
                 ``layer``.
         """
-        self.kept[place] = cache.map(part_at_least_float32)
+        self.kept[t_layer] = cache.map(part_at_least_float32)
         for row in sorted(self.waiting):
             if all(read in self.kept for read in self.reads[row]):
                 self.waiting.remove(row)
                 yield row, _join_layers([self.kept[read] for read in self.reads[row]])
-        awaited = {read for row in self.waiting for read in self.reads[row]}
-        self.kept = {place: cache for place, cache in self.kept.items() if place in awaited}
+        awaited: set[int] = set()
+        for row in self.waiting:
+            awaited.update(self.reads[row])
+        self.kept = {layer: kept for layer, kept in self.kept.items() if layer in awaited}
 
 
 def most_layers_alive(reads: tuple[tuple[int, ...], ...]) -> int:
@@ -52,9 +54,14 @@ def most_layers_alive(reads: tuple[tuple[int, ...], ...]) -> int:
     Args:
         reads: for every student layer, indices of the teacher layers it reads.
     """
-    places = {place for row in reads for place in row}
-    ends = {place: max(max(row) for row in reads if place in row) for place in places}
-    return max(sum(place <= now <= end for place, end in ends.items()) for now in ends)
+    needed_until: dict[int, int] = {}
+    for row in reads:
+        for layer in row:
+            needed_until[layer] = max(needed_until.get(layer, 0), max(row))
+    alive = []
+    for now in needed_until:
+        alive.append(sum(layer <= now <= end for layer, end in needed_until.items()))
+    return max(alive)
 
 
 def _join_layers(caches: list[Cache]) -> Cache:
@@ -75,9 +82,9 @@ def align_layer_by_layer(aligner: TeacherAligner, run: RunTeacher, time_map: Tim
     arrivals, targets = WaitingLayers(aligner), {}
     layers = len(arrivals.reads)
 
-    def take(place: int, cache: Cache) -> None:
+    def take(t_layer: int, cache: Cache) -> None:
         with torch.no_grad(), without_autocast(cache.any.device):
-            for row, sources in arrivals.take(place, cache):
+            for row, sources in arrivals.take(t_layer, cache):
                 for part, x in aligner.align_layer(sources, time_map, row).items():
                     if part not in targets:
                         targets[part] = x.new_empty(x.shape[0], layers, *x.shape[2:])

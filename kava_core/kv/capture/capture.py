@@ -33,7 +33,7 @@ class Capture:
         layers: Which attention layers, counted over the model's attention layers from 0; None: all.
         parts: Which tensors.
         rotary: ``strip`` undoes the model's own rotation of keys and queries, in float32 at least; ``keep``
-            leaves them as they are cached; so does ``match``, where ``rotation`` tells how they were rotated.
+            leaves them as they are cached; so does ``match``, and ``rotation`` returns how they were rotated.
         stop: Leave the forward pass after the last of ``layers``: the with-block ends there, and nothing that
             stands in it after the model's call is run. Ignored for a model that is sharded, offloaded or
             compiled, whose own hooks must run to the end.
@@ -64,10 +64,10 @@ class Capture:
         self._rotation: Rotation | None = None
         self._checkpointed = find.is_checkpointed(model)
         last = max(self.layers) if stop and not find.with_hooks(model) else None
-        self._slots = [
-            Slot(self.name, i, parts if i in self.layers else (), tap, strip=self._strip, last=i == last)
-            for i, tap in enumerate(self._taps)
-        ]
+        self._slots = []
+        for layer, tap in enumerate(self._taps):
+            wanted = parts if layer in self.layers else ()
+            self._slots.append(Slot(self.name, layer, wanted, tap, strip=self._strip, last=layer == last))
         self._each = each
         if each is not None:
             for slot in self._slots:
@@ -153,7 +153,9 @@ class Capture:
         return self._rotation
 
     def _arm(self, step: int) -> None:
-        for tap in {id(tap): tap for tap in self._taps if tap is not None}.values():
+        # Layers of one modeling file share a tap.
+        taps = {id(tap): tap for tap in self._taps if tap is not None}
+        for tap in taps.values():
             tap.armed += step
             tap.last = None
 

@@ -67,10 +67,9 @@ def model_geometry(model: nn.Module) -> Geometry:
         UnsupportedModelError: No attention layer can be captured, or the layers are not alike.
     """
     device = next(model.parameters()).device
-    real = int(
-        getattr(model.config.get_text_config(), "pad_token_id", None) == 0
-    )  # no token looks like padding
-    ids = torch.full((1, PROBE_LENGTH), real, dtype=torch.long, device=device)
+    # No token may look like padding.
+    token = int(getattr(model.config.get_text_config(), "pad_token_id", None) == 0)
+    ids = torch.full((1, PROBE_LENGTH), token, dtype=torch.long, device=device)
     capture = Capture(model, parts=PARTS, rotary="keep")
     with torch.no_grad(), evaluation_mode(model), capture:
         model(input_ids=ids, use_cache=False)

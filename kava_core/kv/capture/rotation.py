@@ -53,7 +53,7 @@ class Rotation:
     """
 
     turns: tuple[PairedTurn, ...]
-    """Every layer stands in one of them."""
+    """Every layer is in exactly one of them."""
     dim: int
     """Width of a head."""
 
@@ -76,24 +76,23 @@ class Rotation:
         """Undo what ``apply`` does; raises as it does."""
         return self._each(x, unrotate)
 
-    def at(self, place: int) -> Rotation:
+    def at(self, layer: int) -> Rotation:
         """Return the rotation of a single layer, by its index along the axis ``layer``."""
-        one = next(turn for turn in self.turns if place in turn.layers)
-        return Rotation((one._replace(layers=(0,)),), self.dim)
+        paired_turn = next(turn for turn in self.turns if layer in turn.layers)
+        return Rotation((paired_turn._replace(layers=(0,)),), self.dim)
 
     def _each(self, x: Tensor, turn: Callable[..., Tensor]) -> Tensor:
         self._check(x)
         if len(self.turns) == 1:
             return _turned(x, self.turns[0], turn)
-        places = [torch.tensor(one.layers, device=x.device) for one in self.turns]
-        parts = [
-            _turned(x.index_select(1, place), one, turn)
-            for place, one in zip(places, self.turns, strict=True)
-        ]
-        return torch.cat(parts, dim=1).index_select(1, torch.cat(places).argsort())
+        layers = [torch.tensor(paired_turn.layers, device=x.device) for paired_turn in self.turns]
+        parts = []
+        for layers_of_turn, paired_turn in zip(layers, self.turns, strict=True):
+            parts.append(_turned(x.index_select(1, layers_of_turn), paired_turn, turn))
+        return torch.cat(parts, dim=1).index_select(1, torch.cat(layers).argsort())
 
     def _check(self, x: Tensor) -> None:
-        layers = sum(len(one.layers) for one in self.turns)
+        layers = sum(len(paired_turn.layers) for paired_turn in self.turns)
         if (x.shape[1], x.shape[-1]) != (layers, self.dim):
             raise KavaError(
                 f"this rotation is of {layers} layers and heads {self.dim} wide, "
@@ -151,11 +150,11 @@ def rerotate(
     return rearrange(whole, "batch (layer head) time dim -> batch layer head time dim", layer=x.shape[1])
 
 
-def _turned(x: Tensor, one: PairedTurn, turn: Callable[..., Tensor]) -> Tensor:
-    if one.angles is None or one.function is None:
+def _turned(x: Tensor, paired_turn: PairedTurn, turn: Callable[..., Tensor]) -> Tensor:
+    angles, function = paired_turn.angles, paired_turn.function
+    if angles is None or function is None:
         return x
-    cos, sin = one.angles.cos.to(x.device), one.angles.sin.to(x.device)
-    return turn(x, cos, sin, one.function, one.angles.width)
+    return turn(x, angles.cos.to(x.device), angles.sin.to(x.device), function, angles.width)
 
 
 def _in_wide_precision(x: Tensor) -> torch.dtype:

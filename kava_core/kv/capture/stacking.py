@@ -89,8 +89,8 @@ def _by_angles(slots: list[Slot]) -> list[list[int]]:
 def _stacked(slots: list[Slot], part: Part) -> Float[Tensor, "batch layer head time dim"]:
     """Stack the layers on the first one's device; they may come from several."""
     tensors = [getattr(slot, part) for slot in slots]
-    here = [tensor.to(tensors[0].device) for tensor in tensors]
-    whole: Tensor = rearrange(here, "layer batch head time dim -> batch layer head time dim")
+    on_one_device = [tensor.to(tensors[0].device) for tensor in tensors]
+    whole: Tensor = rearrange(on_one_device, "layer batch head time dim -> batch layer head time dim")
     return whole
 
 
@@ -99,9 +99,9 @@ def _check_equal(slots: list[Slot], part: Part) -> None:
     first = shapes[slots[0].layer]
     others = [layer for layer, shape in shapes.items() if shape != first]
     if others:
-        odd = shapes[others[0]]
+        other = shapes[others[0]]
         raise UnsupportedModelError(
             f"{slots[0].model}: {part} of attention layers {list_layers(others)} differ from "
-            f"layer {slots[0].layer}: {odd[1]} heads × {odd[3]} at {odd[2]} positions, "
+            f"layer {slots[0].layer}: {other[1]} heads × {other[3]} at {other[2]} positions, "
             f"not {first[1]} × {first[3]} at {first[2]}"
         )

@@ -39,12 +39,13 @@ def freeze_unused(pipeline: KVPipeline, *, parts: tuple[Part, ...], student: Geo
     time_map = TimeMap.same(torch.ones(BATCH, TIME, dtype=torch.bool, device="meta"))
     cache = partial(meta_cache, parts=parts, batch=BATCH, time=TIME)
     run = (True,) * len(probe.names) if probe.draws_teachers else pipeline.choose_teachers()
-    aligned = [
-        Aligned(aligner.align(cache(aligner.teacher, layer=len(aligner.sources)), time_map), time_map.valid)
-        if runs
-        else probe.empty_target(aligner, time_map.valid)
-        for aligner, runs in zip(probe.teachers, run, strict=True)
-    ]
+    aligned = []
+    for aligner, runs in zip(probe.teachers, run, strict=True):
+        if runs:
+            teacher = cache(aligner.teacher, layer=len(aligner.sources))
+            aligned.append(Aligned(aligner.align(teacher, time_map), time_map.valid))
+        else:
+            aligned.append(probe.empty_target(aligner, time_map.valid))
     terms = probe.compare(cache(student, layer=len(probe.layers)), aligned, torch.ones((), device="meta"))
     _check_router(probe, terms)
     probe.weighted_total(terms).backward()
@@ -59,10 +60,10 @@ def _check_router(probe: KVPipeline, terms: dict[str, Tensor]) -> None:
     if not trained or isinstance(probe.fuser, Rewarded):
         return
     losses = probe.weighted_total({name: term for name, term in terms.items() if name != ROUTER})
-    found: Sequence[Tensor | None] = [None]
+    gradients: Sequence[Tensor | None] = [None]
     if losses.requires_grad:
-        found = torch.autograd.grad(losses, trained, retain_graph=True, allow_unused=True)
-    if all(gradient is None for gradient in found):
+        gradients = torch.autograd.grad(losses, trained, retain_graph=True, allow_unused=True)
+    if all(gradient is None for gradient in gradients):
         names = ", ".join(config.name for config in probe.configs)
         raise SpecError(
             f"fuser {probe.fuser_config.name!r} is trained, but no loss ({names}) gives it a gradient"

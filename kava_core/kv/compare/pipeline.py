@@ -105,12 +105,12 @@ class KVPipeline(nn.Module):
     @property
     def trains_aligners(self) -> bool:
         """Return whether some component between a teacher's cache and the losses is trained."""
-        return any(p.requires_grad for aligner in self.teachers for p in aligner.parameters())
+        return any(parameter.requires_grad for parameter in self.aligners.parameters())
 
     @property
     def trains_without_student(self) -> bool:
         """Return whether a KV loss can fall without the student: an aligner or a loss is trained."""
-        return self.trains_aligners or any(p.requires_grad for p in self.losses.parameters())
+        return self.trains_aligners or any(parameter.requires_grad for parameter in self.losses.parameters())
 
     @property
     def draws_teachers(self) -> bool:
@@ -125,7 +125,7 @@ class KVPipeline(nn.Module):
 
     @torch.no_grad()
     def choose_teachers(self) -> tuple[bool, ...]:
-        """Return which teachers are to run in this forward pass."""
+        """Return for every teacher whether it runs in this forward pass."""
         if isinstance(self.fuser, Chooses) and (self.draws_teachers or self._fixed_choice is None):
             with self._errors_of_fuser():
                 self._ran = self._fixed_choice = tuple(self.fuser.choose().tolist())
@@ -191,7 +191,9 @@ class KVPipeline(nn.Module):
         """
         student = student.map(part_at_least_float32)
         if self.rotates_targets and rotation is not None:
-            aligned = [replace(one, target=rotate_target(one.target, rotation)) for one in aligned]
+            aligned = [
+                replace(teacher, target=rotate_target(teacher.target, rotation)) for teacher in aligned
+            ]
         if shapecheck.wanted():
             self._check_values(student, timeline, aligned)
         return self.compare(student, aligned, items, fuser_inputs)
@@ -233,8 +235,8 @@ class KVPipeline(nn.Module):
         if hidden is None and view.any.is_meta:  # A dry run has no student that could give them.
             hidden = view.any.new_empty(view.any.shape[0], view.any.shape[3], self.hidden)
         return FusionContext(
-            valid=torch.stack([one.valid for one in aligned]),
-            targets=tuple(one.target for one in aligned),
+            valid=torch.stack([teacher.valid for teacher in aligned]),
+            targets=tuple(teacher.target for teacher in aligned),
             student=view,
             hidden=hidden,
             tasks=fuser_inputs.tasks,
@@ -244,26 +246,28 @@ class KVPipeline(nn.Module):
         self, weights: Float[Tensor, "teacher batch"], tasks: tuple[str, ...] | None
     ) -> dict[str, Float[Tensor, ""]]:
         """Return each teacher's weight; in evaluation that of each task apart as well."""
-        metrics = {f"weight/{name}": weights[place].sum() for place, name in enumerate(self.names)}
+        metrics = {f"weight/{name}": weights[index].sum() for index, name in enumerate(self.names)}
         if self.training or tasks is None or len(set(tasks)) < 2:
             return metrics
-        examples_of = {task: [i for i, other in enumerate(tasks) if other == task] for task in tasks}
-        for place, name in enumerate(self.names):
-            for task, examples in examples_of.items():
-                metrics[f"weight/{name}@{task}"] = weights[place, examples].sum()
+        examples_of_task: dict[str, list[int]] = {}
+        for example, task in enumerate(tasks):
+            examples_of_task.setdefault(task, []).append(example)
+        for index, name in enumerate(self.names):
+            for task, examples in examples_of_task.items():
+                metrics[f"weight/{name}@{task}"] = weights[index, examples].sum()
         return metrics
 
     def _terms(
         self, views: list[Cache], aligned: list[Aligned], weights: Float[Tensor, "teacher batch layer time"]
     ) -> dict[str, Tensor]:
-        targets, losses = [one.target for one in aligned], list(self.losses)
+        targets, losses = [teacher.target for teacher in aligned], list(self.losses)
         if not self.separate:
             targets, weights = [fuse_caches(targets, weights)], weights.sum(0, keepdim=True)
-        elif any(one.ran for one in aligned):
-            ran = [place for place, one in enumerate(aligned) if one.ran]
-            views = [views[place] for place in ran]
-            targets = [targets[place] for place in ran]
-            losses = [losses[place] for place in ran]
+        elif any(teacher.ran for teacher in aligned):
+            ran = [index for index, teacher in enumerate(aligned) if teacher.ran]
+            views = [views[index] for index in ran]
+            targets = [targets[index] for index in ran]
+            losses = [losses[index] for index in ran]
             weights = weights[ran] if len(ran) < len(aligned) else weights
         terms = {}
         for index, loss in enumerate(self.compared):
@@ -281,7 +285,13 @@ class KVPipeline(nn.Module):
     def terms_with_weights(
         self, student: Cache, aligned: list[Aligned], weights: Float[Tensor, "teacher batch time"]
     ) -> dict[str, Float[Tensor, ""]]:
-        """Return the unweighted loss terms with given weights of the teachers, without the fuser."""
+        """Return the unweighted loss terms by name, with given weights of the teachers, without the fuser.
+
+        Args:
+            student: the student's cache of the compared layers.
+            aligned: every teacher's target, in the spec's order.
+            weights: of every teacher at every position; the same in all layers.
+        """
         views = [aligner.view_of(student) for aligner in self.teachers]
         layers = views[0].any.shape[1]
         return self._terms(views, aligned, weights[:, :, None].expand(-1, -1, layers, -1))
@@ -310,7 +320,7 @@ class KVPipeline(nn.Module):
     # from terms to one number
 
     def weighted_total(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """Return Σ λ · term, and what the fuser adds."""
+        """Return the sum over losses of λ · term, plus what the fuser adds."""
         addends = []
         for name, weight in zip(self.term_names, self.current_weights(), strict=True):
             addends.append(weight.to(terms[name].dtype) * terms[name])
@@ -331,13 +341,14 @@ class KVPipeline(nn.Module):
 
         Distributed training waits for a gradient of every parameter, of these too.
         """
-        idle: list[nn.Module] = []
-        for place, ran in enumerate(self._ran):
+        unused: list[nn.Parameter] = []
+        for index, ran in enumerate(self._ran):
             if not ran:
-                idle.append(self.aligners[place])
-                idle.extend([self.losses[place]] if self.separate else [])
-        trained = [p for module in idle for p in module.parameters() if p.requires_grad]
-        return torch.stack([0 * p.sum() for p in trained]).sum() if trained else 0.0
+                unused.extend(self.aligners[index].parameters())
+                if self.separate:
+                    unused.extend(self.losses[index].parameters())
+        zeros = [0 * parameter.sum() for parameter in unused if parameter.requires_grad]
+        return torch.stack(zeros).sum() if zeros else 0.0
 
     # before training
 
@@ -362,7 +373,8 @@ class KVPipeline(nn.Module):
             aligned: every teacher's target, in the spec's order.
         """
         views = [aligner.view_of(student) for aligner in self.teachers]
-        targets, valid = [one.target for one in aligned], [one.valid for one in aligned]
+        targets = [teacher.target for teacher in aligned]
+        valid = [teacher.valid for teacher in aligned]
         if not self.separate:
             runs = (True,) * len(aligned) if self.draws_teachers else self.choose_teachers()
             runs_here = torch.tensor(runs, device=valid[0].device)[:, None, None]
@@ -390,5 +402,5 @@ class KVPipeline(nn.Module):
 
     def _check_values(self, student: Cache, timeline: Timeline, aligned: list[Aligned]) -> None:
         assert_finite(student, timeline.mask, "the student's cache")
-        for aligner, one in zip(self.teachers, aligned, strict=True):
-            assert_finite(one.target, one.valid, f"the aligned cache of teacher {aligner.name!r}")
+        for aligner, teacher in zip(self.teachers, aligned, strict=True):
+            assert_finite(teacher.target, teacher.valid, f"the aligned cache of teacher {aligner.name!r}")

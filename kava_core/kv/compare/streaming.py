@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ class _LayerByLayerTerms(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         needed = ctx.needs_input_grad[2:] if wanted else (False,) * (1 + len(tensors))
         sums, terms, gradients = job(weights, tensors, needed)
-        ctx.save_for_backward(*(g for one in gradients for g in one))
+        ctx.save_for_backward(*chain.from_iterable(gradients))
         ctx.sums = len(gradients)
         ctx.mark_non_differentiable(terms)
         return sums, terms
@@ -88,13 +89,16 @@ class _LayerByLayerTerms(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        each = len(saved) // ctx.sums
-        found: list[Tensor | None] = []
-        for place in range(each):
-            parts = saved[place::each]
-            made = [g * one for g, one in zip(gradient, parts, strict=True) if one is not None]
-            found.append(sum(made[1:], made[0]) if made else None)
-        return None, None, *found
+        inputs = len(saved) // ctx.sums
+        gradients: list[Tensor | None] = []
+        for index in range(inputs):
+            gradients_of_sums = saved[index::inputs]
+            scaled = []
+            for outer, inner in zip(gradient, gradients_of_sums, strict=True):
+                if inner is not None:
+                    scaled.append(outer * inner)
+            gradients.append(sum(scaled[1:], scaled[0]) if scaled else None)
+        return None, None, *gradients
 
 
 @dataclass(frozen=True)
@@ -133,8 +137,11 @@ class _AllTeachers:
 
 
 def _gradient_buffers(tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
-    pairs = zip(tensors, needed, strict=True)
-    return [torch.zeros_like(x, memory_format=torch.contiguous_format) if one else None for x, one in pairs]
+    buffers = []
+    for tensor, is_needed in zip(tensors, needed, strict=True):
+        zeros = torch.zeros_like(tensor, memory_format=torch.contiguous_format) if is_needed else None
+        buffers.append(zeros)
+    return buffers
 
 
 @dataclass
@@ -157,29 +164,29 @@ class _OneTeacher:
         """Return this teacher's aligner."""
         return self.job.pipeline.teachers[self.stream.teacher]
 
-    def take(self, place: int, cache: Cache) -> None:
+    def take(self, t_layer: int, cache: Cache) -> None:
         """Compare the student layers for which this teacher layer was the last one missing.
 
         Args:
-            place: the teacher layer's index among those the aligner reads.
+            t_layer: the teacher layer's index among those the aligner reads.
             cache: that layer.
         """
         with without_autocast(self.weights.device):
-            for row, sources in self.arrivals.take(place, cache):
+            for row, sources in self.arrivals.take(t_layer, cache):
                 self._compare(row, sources)
 
     def _compare(self, row: int, sources: Cache) -> None:
         wanted = any(self.needed)
         weight = self.weights[self.stream.teacher, :, row : row + 1]
         leaves = [weight, *(x[:, row : row + 1] for _, x in self.student.items())]
-        for leaf, one in zip(leaves, self.needed, strict=False):
-            leaf.requires_grad_(wanted and one)
+        for leaf, is_needed in zip(leaves, self.needed, strict=False):
+            leaf.requires_grad_(wanted and is_needed)
         with torch.set_grad_enabled(wanted):
-            found = list(self._terms(row, sources, leaves[0], leaves[1:]))
-            for index, value in found:
+            shares = list(self._terms(row, sources, leaves[0], leaves[1:]))
+            for index, value in shares:
                 self.terms[index] += value.detach()
             if wanted:
-                self._collect(row, found, leaves)
+                self._collect(row, shares, leaves)
 
     def _terms(
         self, row: int, sources: Cache, weight: Tensor, own: list[Tensor]
@@ -196,30 +203,37 @@ class _OneTeacher:
             assert_finite(target, valid, f"the aligned cache of teacher {aligner.name!r} (layer {row})")
         yield from pipeline.losses_at_layer(self.stream.teacher, row, view, target, weight)
 
-    def _collect(self, row: int, found: list[tuple[int, Tensor]], leaves: list[Tensor]) -> None:
+    def _collect(self, row: int, shares: list[tuple[int, Tensor]], leaves: list[Tensor]) -> None:
         """Add this layer's gradients; losses that need none of it have none."""
-        wanted = [*leaves, *self.job.trained]
-        wanted = [x for x in wanted if x.requires_grad]
+        wanted = [tensor for tensor in (*leaves, *self.job.trained) if tensor.requires_grad]
         for number, (factors, gradients) in enumerate(zip(self.job.factors, self.gradients, strict=True)):
-            parts = [value * factors[index].to(value.dtype) for index, value in found if value.requires_grad]
-            if not parts:
+            weighted = []
+            for index, value in shares:
+                if value.requires_grad:
+                    weighted.append(value * factors[index].to(value.dtype))
+            if not weighted:
                 continue
             last = number == len(self.gradients) - 1
-            made = torch.autograd.grad(
-                torch.stack(parts).sum(), wanted, retain_graph=not last, allow_unused=True
+            new_gradients: Sequence[Tensor | None] = torch.autograd.grad(
+                torch.stack(weighted).sum(), wanted, retain_graph=not last, allow_unused=True
             )
-            self._add(row, dict(zip(map(id, wanted), made, strict=True)), leaves, gradients)
+            gradient_of = dict(zip(map(id, wanted), new_gradients, strict=True))
+            self._add(row, gradient_of, leaves, gradients)
 
     def _add(
-        self, row: int, made: dict[int, Tensor | None], leaves: list[Tensor], into: list[Tensor | None]
+        self,
+        row: int,
+        gradient_of: dict[int, Tensor | None],
+        leaves: list[Tensor],
+        totals: list[Tensor | None],
     ) -> None:
-        for place, x in enumerate([*leaves, *self.job.trained]):
-            gradient, total = made.get(id(x)), into[place]
+        for index, tensor in enumerate([*leaves, *self.job.trained]):
+            gradient, total = gradient_of.get(id(tensor)), totals[index]
             if gradient is None or total is None:
                 continue
-            if place == 0:
+            if index == 0:  # the teachers' weights
                 total[self.stream.teacher, :, row : row + 1] += gradient
-            elif place < len(leaves):
+            elif index < len(leaves):  # the student's keys, values or queries
                 total[:, row : row + 1] += gradient
             else:
                 total += gradient

@@ -53,12 +53,12 @@ class ComparedLoss:
 
 
 def rotate_target(target: Cache, rotation: Rotation) -> Cache:
-    """Return a target with keys and queries rotated as in the forward pass that ``rotation`` is of."""
+    """Return a target whose keys and queries are rotated as in a forward pass of the student."""
     return target.map(lambda x, part: x if part == "values" else rotation.apply(x))
 
 
 def fuse_caches(targets: list[Cache], weights: Float[Tensor, "teacher batch layer time"]) -> Cache:
-    """Return the mean of all teachers' targets, with weights that need not sum to 1."""
+    """Return the weighted mean of all teachers' targets; the weights need not sum to 1."""
     if len(targets) == 1:
         return targets[0]
     total = weights.sum(0, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
@@ -71,7 +71,7 @@ def fuse_caches(targets: list[Cache], weights: Float[Tensor, "teacher batch laye
 
 
 def select_layers(cache: Cache, rows: Int[Tensor, " _"], parts: tuple[Part, ...]) -> Cache:
-    """Return some layers and parts of a cache."""
+    """Return some layers and parts of a cache; ``rows`` are indices along the axis ``layer``."""
     return cache.pick(parts).map(lambda x, _: x.index_select(1, rows))
 
 
@@ -84,7 +84,14 @@ def inputs_of_loss(
 ) -> tuple[Cache, Cache, Tensor]:
     """Return student, target and weight of the layers that a loss looks at.
 
-    The mean over these layers is in the weight, so that a loss need only sum.
+    The weight is divided by the number of these layers, so that a loss's sum is their mean.
+
+    Args:
+        view: the student's cache where the losses compare, each part ``batch layer head time dim``.
+        target: the teacher's, likewise.
+        weight: of every position in every layer.
+        rows: indices of the loss's layers among the compared ones.
+        parts: which of keys, values and queries the loss compares.
     """
     if len(rows) < weight.shape[1]:
         view = view.map(lambda x, _: x.index_select(1, rows))

@@ -92,7 +92,8 @@ class StreamedCKA:
             raise KavaError(f"CKA: {self.seen} rows were added, at least {FEWEST} are needed")
         both, own, theirs = self._with_rest()
         for side, each in (("student", own), ("teacher", theirs)):
-            if bad := (~each.isfinite()).nonzero().flatten().tolist():
+            bad = (~each.isfinite()).nonzero().flatten().tolist()
+            if bad:
                 raise NonFiniteError(f"CKA: {side} layers {bad} hold NaN or infinity")
         scale = (own[:, None] * theirs).sqrt()
         return torch.where(scale > 0, both / scale.masked_fill(scale <= 0, 1), 0).clamp(-1, 1).cpu()

@@ -69,20 +69,20 @@ def _average(x: Float[Tensor, " ..."], time: int, axis: int) -> Float[Tensor, " 
     t_time, *others = moved.shape
     block = torch.zeros(1, t_time, dtype=torch.long), torch.zeros(1, time, dtype=torch.long)
     rows = moved.reshape(1, 1, 1, t_time, math.prod(others))
-    found = block_map(places(*block, 1), "area").to(x.device).apply(rows)
-    return found.reshape(time, *others).movedim(0, axis)
+    averaged = block_map(places(*block, 1), "area").to(x.device).apply(rows)
+    return averaged.reshape(time, *others).movedim(0, axis)
 
 
 def _interpolate(x: Float[Tensor, " ..."], time: int, axis: int) -> Float[Tensor, " ..."]:
     last, steps = x.shape[axis] - 1, time - 1
-    moved = torch.arange(time, device=x.device)
+    step = torch.arange(time, device=x.device)
     if time == 1:
-        moved, steps = moved + 1, 2  # half of the way: the middle
-    low = moved * last // steps
+        step, steps = step + 1, 2  # half of the way: the middle
+    low = step * last // steps
     wide = torch.promote_types(x.dtype, torch.float32)
     shape = [1] * x.ndim
     shape[axis] = time
-    fraction = ((moved * last - low * steps).to(wide) / steps).view(shape)
+    fraction = ((step * last - low * steps).to(wide) / steps).view(shape)
     left = x.index_select(axis, low).to(wide)
     right = x.index_select(axis, (low + 1).clamp(max=last)).to(wide)
     return torch.lerp(left, right, fraction).to(x.dtype)
@@ -170,14 +170,15 @@ def _covered(at: Places, averaged: Tensor) -> TimeMap:
     first = torch.where(averaged, at.offset * at.t_count // at.count, low)
     stop = torch.where(averaged, -(-(at.offset + 1) * at.t_count // at.count), low + 2)
     count = torch.where(at.valid, torch.minimum(stop, at.t_count) - first, 0)
-    row, place = expand_ranges(first.flatten(), count.flatten())
-    fields = (at.offset, at.count, at.t_start, at.t_count, low, part, averaged)
-    u, n, t_start, t_n, low, part, averaged = (field.flatten()[row] for field in fields)
-    overlap = torch.minimum((place + 1) * n, (u + 1) * t_n) - torch.maximum(place * n, u * t_n)
-    between = torch.where(place == low, 2 * n - part, part)
-    return TimeMap.of_entries(
-        row, t_start + place, torch.where(averaged, overlap, between).double(), at.valid
-    )
+    # One entry for every pair of a student position (u of n) and a teacher position (t_u of t_n).
+    row, t_u = expand_ranges(first.flatten(), count.flatten())
+    u, n = at.offset.flatten()[row], at.count.flatten()[row]
+    t_start, t_n = at.t_start.flatten()[row], at.t_count.flatten()[row]
+    low, part = low.flatten()[row], part.flatten()[row]
+    overlap = torch.minimum((t_u + 1) * n, (u + 1) * t_n) - torch.maximum(t_u * n, u * t_n)
+    between = torch.where(t_u == low, 2 * n - part, part)
+    weight = torch.where(averaged.flatten()[row], overlap, between).double()
+    return TimeMap.of_entries(row, t_start + t_u, weight, at.valid)
 
 
 def moving_average(at: Places, window: Int[Tensor, "batch time"]) -> TimeMap:
@@ -206,7 +207,7 @@ def evenly_kept(at: Places, millionths: Int[Tensor, "batch time"]) -> Bool[Tenso
     """
     kept = ((2 * at.count * millionths + 1_000_000) // 2_000_000).clamp_min(1)
 
-    def centres_before(place: Tensor) -> Tensor:
-        return (2 * kept * place + at.count - 1) // (2 * at.count)
+    def centres_before(position: Tensor) -> Tensor:
+        return (2 * kept * position + at.count - 1) // (2 * at.count)
 
     return centres_before(at.offset + 1) > centres_before(at.offset)
