@@ -70,6 +70,8 @@ def split_nearly_equal(entries: Sequence[Entry], most: int) -> list[Sequence[Ent
 
     A last batch of a single example would have no other to be exchanged with.
     """
+    if not entries:
+        return []
     count = -(-len(entries) // most)
     borders = [len(entries) * index // count for index in range(count + 1)]
     return [entries[start:end] for start, end in pairwise(borders)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ class PanelRow:
         """Return the most columns of a map."""
         return max(cosines.shape[1] for _, cosines in self.panels)
 
-    def draw(self, figure: Any, axes: Sequence[Any]) -> None:
+    def draw(self, figure: Any, axes: Iterable[Any]) -> None:
         """Draw every map into its axis."""
         low, high = self._colour_range()
         row_ticks = _sparse_ticks(len(self.row_names))

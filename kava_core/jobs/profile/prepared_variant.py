@@ -34,7 +34,8 @@ from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.timeline import Timeline
 from kava_core.specfile.questions import active_losses
 from kava_core.specfile.sections.pipeline import PipelineSpec
-from kava_core.train import run
+from kava_core.train.before_training import calibrate_components
+from kava_core.train.run import run
 
 KEYS_AND_VALUES: tuple[Part, ...] = ("keys", "values")
 """What attention needs of a teacher, whatever the losses compare."""
@@ -228,5 +229,5 @@ def prepare_variant(spec: PipelineSpec, maps: Path) -> PreparedVariant:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     distiller.to(device)
     distiller.place_teachers(device)
-    run.calibrate(distiller, data, spec, device)
+    calibrate_components(distiller, data, spec, device)
     return PreparedVariant(spec, data, distiller.eval(), seed, device)
