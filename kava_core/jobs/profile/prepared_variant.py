@@ -35,7 +35,7 @@ from kava_core.protocols.timeline import Timeline
 from kava_core.specfile.questions import active_losses
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.train.before_training import calibrate_components
-from kava_core.train.run import run
+from kava_core.train.run import with_pretrained_models
 
 KEYS_AND_VALUES: tuple[Part, ...] = ("keys", "values")
 """What attention needs of a teacher, whatever the losses compare."""
@@ -222,7 +222,7 @@ def prepare_variant(spec: PipelineSpec, maps: Path) -> PreparedVariant:
     """
     check_can_profile(spec)
     seed = spec.seeds[0]
-    spec = run.with_pretrained_models(spec)
+    spec = with_pretrained_models(spec)
     data = make_data(spec)
     spec = with_measured_maps(spec, maps, data, seed=seed)
     distiller = make_distiller(spec, data, seed=seed)
