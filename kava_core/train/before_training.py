@@ -14,6 +14,7 @@ from kava_core.build.data import Data
 from kava_core.build.time_plans import PlansTime
 from kava_core.distill.calibration import calibrate_projectors, finish_projectors, show_fuser, show_losses
 from kava_core.distill.distiller import Distiller
+from kava_core.kv.capture.evaluation_mode import evaluation_mode
 from kava_core.protocols.fuser import ObservesTeachers
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.train.validation.gradient_shares import set_weights_by_share
@@ -48,10 +49,9 @@ def set_loss_weights(distiller: Distiller, data: Data, spec: PipelineSpec, devic
     """Set λ of the losses that give a share of the gradient, from the first training batches."""
     if all(config.share is None for config in distiller.pipeline.configs):
         return
-    distiller.eval()
     batches = islice(_calibration_batches(distiller, data, spec, device), WEIGHING_BATCHES)
-    set_weights_by_share(distiller, list(batches))
-    distiller.train()
+    with evaluation_mode(distiller):
+        set_weights_by_share(distiller, list(batches))
 
 
 def _calibration_batches(

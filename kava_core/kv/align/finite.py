@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kava_core.config import Part
 from kava_core.errors import NonFiniteError
+from kava_core.kv.maths.masks import widen
 from kava_core.protocols.axes import Cache
 
 
@@ -36,4 +37,4 @@ def assert_finite(cache: Cache, valid: Bool[Tensor, "batch time"], where: str) -
 
 def part_at_least_float32(x: Tensor, _: Part) -> Tensor:
     """Cast half precision to float32, in which caches are aligned and compared; leave wider dtypes alone."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return widen(x)
