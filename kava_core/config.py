@@ -81,8 +81,8 @@ class ComponentConfig(Strict):
         return str(cls.model_fields["name"].default)
 
 
-class KVLossConfig(ComponentConfig):
-    """Base of every KV loss's declaration: its weight and what it looks at."""
+class WeightedTerm(Strict):
+    """Base of every term's declaration: how much it counts beside the student's cross-entropy."""
 
     weight: float = Field(1.0, ge=0)
     """λ: the loss is multiplied by this and added to the student's cross-entropy. 0 switches it off."""
@@ -97,17 +97,21 @@ class KVLossConfig(ComponentConfig):
     end: float = Field(0.0, ge=0)
     """With another schedule than constant: the factor of λ at the last step."""
 
-    parts: tuple[Part, ...] = Field(("keys", "values"), min_length=1)
-    """Which tensors are compared."""
-
-    layers: Annotated[tuple[int, ...], Field(min_length=1)] | Literal["all"] = "all"
-    """Student layers the loss looks at, counted from 0 (negative: from the last)."""
-
     @model_validator(mode="after")
     def _check_one_weight(self) -> Self:
         if self.share is not None and self.weight != 1.0:
             raise ValueError("'share' sets the weight; leave 'weight' out")
         return self
+
+
+class KVLossConfig(WeightedTerm, ComponentConfig):
+    """Base of every KV loss's declaration: its weight and what it looks at."""
+
+    parts: tuple[Part, ...] = Field(("keys", "values"), min_length=1)
+    """Which tensors are compared."""
+
+    layers: Annotated[tuple[int, ...], Field(min_length=1)] | Literal["all"] = "all"
+    """Student layers the loss looks at, counted from 0 (negative: from the last)."""
 
     basis_free: ClassVar[bool] = False
     """True if head counts and widths of student and target may differ."""

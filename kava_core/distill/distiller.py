@@ -15,13 +15,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from kava_core.config import Part
+from kava_core.config import Part, WeightedTerm
 from kava_core.data.encode import NO_LABEL
 from kava_core.distill.alignment import Step, StepBatch, choose_alignment
 from kava_core.distill.denominators import LABELLED, READ, loss_denominators
 from kava_core.distill.hidden_states import CODI, READING, STEPS, codi_term, step_cross_entropy
 from kava_core.distill.logits import LOGITS, logit_term
 from kava_core.distill.student_pass import LatentSetup, StudentPass, cross_entropy
+from kava_core.distill.term_weights import TermWeights
 from kava_core.distill.terms import Term, metrics_of_step, total_loss
 from kava_core.errors import SpecError
 from kava_core.kv.capture.capture import Capture
@@ -92,6 +93,7 @@ class Distiller(nn.Module):
         self.latent = latent
         self.teachers = tuple(teachers)
         self.parts, self.rotary, self.logits = parts, rotary, logits
+        self.term_weights = TermWeights(_weighted_terms(logits, latent))
         self.dropout_seed: int | None = None
         self.capture = self.capture_student(rotary) if self.pipeline.compared else None
         self._side_stream = SideStream(torch.device("cpu"))
@@ -143,10 +145,35 @@ class Distiller(nn.Module):
     def terms(
         self, student: Mapping[str, Any], teachers: Mapping[str, Mapping[str, Any]], items: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return cross-entropy and every unweighted KV term, with gradient; arguments as for ``forward``."""
+        """Return cross-entropy and every unweighted term, with gradient; arguments as for ``forward``."""
         batch = StepBatch(student, teachers, items)
-        step = self.alignment.compare_apart(batch, self.student_pass)
-        return step.student.cross_entropy, step.kv_terms.values
+        step = self.alignment.compare_apart(batch, self.student_pass, keep_outputs=True)
+        others = {term.name: term.value for term in self.other_terms(step, batch)}
+        return step.student.cross_entropy, step.kv_terms.values | others
+
+    # weights of terms
+
+    def weighted_terms(self) -> dict[str, WeightedTerm]:
+        """Return the declaration of every term that has one, by the term's name."""
+        kv_losses = dict(zip(self.pipeline.term_names, self.pipeline.configs, strict=True))
+        return kv_losses | self.term_weights.declared
+
+    def current_weights(self) -> dict[str, Tensor]:
+        """Return λ of every one of these terms at this point of the run."""
+        of_kv_losses = self.pipeline.current_weights().unbind()
+        return dict(zip(self.pipeline.term_names, of_kv_losses, strict=True)) | self.term_weights.current()
+
+    def set_first_weight(self, name: str, weight: Tensor) -> None:
+        """Set λ of a term at the first step; its schedule goes on from there."""
+        names_of_others = list(self.term_weights.declared)
+        if name in names_of_others:
+            self.term_weights.weights[names_of_others.index(name)] = weight
+        else:
+            self.pipeline.weights[self.pipeline.term_names.index(name)] = weight
+
+    def set_progress(self, progress: float) -> None:
+        """Say how far the run is, from 0 to 1; schedules of weights go by it."""
+        self.pipeline.progress = self.term_weights.progress = progress
 
     def at_curriculum_stage(self, student: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the student's side at the present stage of a curriculum; the same if there is none."""
@@ -249,7 +276,7 @@ class Distiller(nn.Module):
                 batch.denominators,
                 self.logits,
             )
-            terms.append(Term(LOGITS, self.logits.weight, value))
+            terms.append(self.term_weights.weigh(LOGITS, value))
         if self.latent is not None:
             terms += self._latent_terms(self.latent, step, batch)
         return terms
@@ -258,7 +285,7 @@ class Distiller(nn.Module):
         terms = []
         if step.student.answer_boundary is not None and latent.codi is not None:
             value = self._codi_value(step.student.answer_boundary, step.teachers, batch)
-            terms.append(Term(CODI, latent.codi.weight, value))
+            terms.append(self.term_weights.weigh(CODI, value))
         if step.student.latent_writer_logits is not None:
             value = step_cross_entropy(
                 step.student.latent_writer_logits, batch.student["trace"], batch.denominators
@@ -351,3 +378,13 @@ class Distiller(nn.Module):
             if not isinstance(teacher, OwnTeacher):
                 configs[teacher.name] = teacher.model.config
         return configs
+
+
+def _weighted_terms(logits: LogitsSpec | None, latent: LatentSetup | None) -> dict[str, WeightedTerm]:
+    """Return the declarations of the terms beside KV losses, by name."""
+    terms: dict[str, WeightedTerm] = {}
+    if logits is not None:
+        terms[LOGITS] = logits
+    if latent is not None and latent.codi is not None:
+        terms[CODI] = latent.codi
+    return terms

@@ -15,7 +15,7 @@ class Term:
     """One addend of the loss beside cross-entropy: weight × value."""
 
     name: str
-    weight: float
+    weight: float | Float[Tensor, ""]
     value: Float[Tensor, ""]
     """A mean over what the term is about, in the whole batch; without the weight."""
 

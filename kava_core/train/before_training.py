@@ -46,8 +46,8 @@ def calibrate_components(distiller: Distiller, data: Data, spec: PipelineSpec, d
 
 
 def set_loss_weights(distiller: Distiller, data: Data, spec: PipelineSpec, device: torch.device) -> None:
-    """Set λ of the losses that give a share of the gradient, from the first training batches."""
-    if all(config.share is None for config in distiller.pipeline.configs):
+    """Set λ of the terms that give a share of the gradient, from the first training batches."""
+    if all(term.share is None for term in distiller.weighted_terms().values()):
         return
     batches = islice(_calibration_batches(distiller, data, spec, device), WEIGHING_BATCHES)
     with evaluation_mode(distiller):

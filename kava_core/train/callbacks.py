@@ -14,7 +14,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from kava_core.kv.compare.pipeline import KVPipeline
+from kava_core.distill.distiller import Distiller
 from kava_core.runs.metrics import read_metrics
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -68,16 +68,16 @@ class EvaluateAtEnd(TrainerCallback):
 
 
 class ScheduleWeights(TrainerCallback):
-    """Keeps the pipeline's progress through the run: 0 at the first step, 1 at the last."""
+    """Tells the distiller how far the run is: 0 at the first step, 1 at the last."""
 
-    def __init__(self, pipeline: KVPipeline) -> None:
-        self.pipeline = pipeline
+    def __init__(self, distiller: Distiller) -> None:
+        self.distiller = distiller
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Set the progress before the forward pass, after a resume as well."""
-        self.pipeline.progress = state.global_step / max(state.max_steps - 1, 1)
+        self.distiller.set_progress(state.global_step / max(state.max_steps - 1, 1))
 
 
 class MetricsFile(TrainerCallback):

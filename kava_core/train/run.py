@@ -244,7 +244,7 @@ def _make_trainer(
         data_collator=collate,
         callbacks=[
             EvaluateAtEnd(),
-            ScheduleWeights(distiller.pipeline),
+            ScheduleWeights(distiller),
             MetricsFile(folder.metrics),
             stop,
             ShowProgress(f"{spec.name}/{folder.variant} seed {folder.seed}"),

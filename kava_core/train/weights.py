@@ -16,11 +16,13 @@ from kava_core.models.fsdp import is_sharded, local_part
 
 STUDENT = "student"
 ALIGNER_FILE = "aligner.safetensors"
+TERM_WEIGHTS = "term_weights."
 
 
 def aligner_state(distiller: Distiller) -> dict[str, Tensor]:
-    """Return parameters and buffers of aligners, fuser and losses."""
-    return {name: tensor.contiguous() for name, tensor in distiller.pipeline.state_dict().items()}
+    """Return parameters and buffers of aligners, fuser and losses, and weights that were measured."""
+    state = distiller.pipeline.state_dict() | distiller.term_weights.state_dict(prefix=TERM_WEIGHTS)
+    return {name: tensor.contiguous() for name, tensor in state.items()}
 
 
 def save_weights(distiller: Distiller, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -72,12 +74,19 @@ def load_weights(distiller: Distiller, folder: Path) -> None:
     """
     try:
         _load_student(distiller.student, folder / STUDENT)
-        if distiller.pipeline.compared:
-            distiller.pipeline.load_state_dict(load_file(folder / ALIGNER_FILE))
+        if distiller.weighted_terms():
+            _load_aligner_state(distiller, load_file(folder / ALIGNER_FILE))
         if distiller.latents is not None:
             distiller.latents.load_state_dict(load_latents(folder).state_dict())
     except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: {str(error).splitlines()[0]}") from error
+
+
+def _load_aligner_state(distiller: Distiller, state: dict[str, Tensor]) -> None:
+    weights = entries_under(state, TERM_WEIGHTS)
+    rest = {name: tensor for name, tensor in state.items() if not name.startswith(TERM_WEIGHTS)}
+    distiller.pipeline.load_state_dict(rest)
+    distiller.term_weights.load_state_dict(weights)
 
 
 def _load_student(student: nn.Module, folder: Path) -> None:

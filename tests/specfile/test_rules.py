@@ -147,7 +147,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     ),
     "all-online-share": (
         ["online.share=1", "losses.0.share=0.1"],
-        "'online.share': 1 leaves no labels for losses with 'share'",
+        "'online.share': 1 leaves no labels for terms with 'share'",
     ),
     "online-text": (
         ["online={}", "teachers.0.last_step=false"],

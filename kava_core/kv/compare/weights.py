@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 
-from kava_core.config import KVLossConfig
+from kava_core.config import WeightedTerm
 
 
-def schedule_factor(config: KVLossConfig, progress: float) -> float:
-    """Return the factor by which the schedule multiplies a loss's weight λ: 1 at first, ``end`` at last.
+def schedule_factor(config: WeightedTerm, progress: float) -> float:
+    """Return the factor by which the schedule multiplies a term's weight λ: 1 at first, ``end`` at last.
 
     Args:
-        config: the loss.
+        config: the term.
         progress: how far the run is, from 0 to 1.
     """
     if config.schedule == "constant":

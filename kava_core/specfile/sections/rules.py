@@ -178,7 +178,8 @@ def _without_latent_tokens(spec: PipelineSpec) -> bool:
 
 
 def _trains_by_share(spec: PipelineSpec) -> bool:
-    return any(loss.share is not None for loss in spec.losses)
+    terms = (*spec.losses, spec.logits, spec.codi)
+    return any(term is not None and term.share is not None for term in terms)
 
 
 def _online_share_of_no_example(spec: PipelineSpec) -> str:
@@ -467,7 +468,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "frozen-share",
         when="`student.frozen: true`",
-        what="no loss has a `share`: there are no gradients to weigh",
+        what="no term has a `share`: there are no gradients to weigh",
         broken=lambda spec: spec.student.frozen and _trains_by_share(spec),
         message="'share' weighs gradients of the student's weights; with 'frozen' there are none",
     ),
@@ -515,8 +516,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "all-online-share",
         when="`online.share: 1`",
-        what="no loss has a `share`: there is no cross-entropy to be a share of",
-        broken=lambda spec: _words_if(_is_all_online(spec) and _trains_by_share(spec), "losses with 'share'"),
+        what="no term has a `share`: there is no cross-entropy to be a share of",
+        broken=lambda spec: _words_if(_is_all_online(spec) and _trains_by_share(spec), "terms with 'share'"),
         message=_NO_LABELS,
     ),
     Rule(

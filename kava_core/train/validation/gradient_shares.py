@@ -1,4 +1,4 @@
-"""Measure how strongly each KV loss pulls at the student, beside cross-entropy."""
+"""Measure how strongly each term pulls at the student, beside cross-entropy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PREFIX = "share"
 
 
 def gradient_norms(distiller: Distiller, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the norms of the gradients of ``ce`` and of every unweighted KV term.
+    """Return the norms of the gradients of ``ce`` and of every term that has a declaration, unweighted.
 
     Gradients are those of the student's trained weights; each term is a mean over its own positions of this
     batch. Gradients that are being collected stay as they are.
@@ -26,7 +26,7 @@ def gradient_norms(distiller: Distiller, batch: Mapping[str, Any]) -> dict[str, 
         ce, terms = distiller.terms(batch["student"], batch["teachers"], items)
         trained = [weight for weight in distiller.student.parameters() if weight.requires_grad]
         norms = {"ce": _gradient_norm(ce, trained)}
-        for name in distiller.pipeline.term_names:
+        for name in distiller.weighted_terms():
             norms[name] = _gradient_norm(terms[name], trained)
         return norms
 
@@ -42,34 +42,32 @@ def _gradient_norm(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 def gradient_shares(distiller: Distiller, batch: Mapping[str, Any]) -> dict[str, float]:
     """Return ``share/TERM``: the norm of λ · gradient of the term over that of cross-entropy.
 
-    There are none for a student that is sharded or compiled, or without KV losses.
+    There are none for a student that is sharded or compiled, or without such terms.
     """
-    pipeline = distiller.pipeline
-    if not pipeline.compared or with_hooks(distiller.student):
+    if not distiller.weighted_terms() or with_hooks(distiller.student):
         return {}
     norms = gradient_norms(distiller, batch)
     if not norms["ce"] > 0:
         return {}
     shares = {}
-    for name, weight in zip(pipeline.term_names, pipeline.current_weights(), strict=True):
+    for name, weight in distiller.current_weights().items():
         shares[f"{PREFIX}/{name}"] = float(weight * norms[name] / norms["ce"])
     return shares
 
 
 def set_weights_by_share(distiller: Distiller, batches: Sequence[Mapping[str, Any]]) -> None:
-    """Set λ of every loss with a ``share``, from the mean norms over some batches before the first step.
+    """Set λ of every term with a ``share``, from the mean norms over some batches before the first step.
 
     Raises:
         SpecError: a gradient is 0, so that no λ gives the share.
     """
-    pipeline = distiller.pipeline
     norms_of_batches = [gradient_norms(distiller, batch) for batch in batches]
     means = {}
     for name in norms_of_batches[0]:
         means[name] = torch.stack([norms[name] for norms in norms_of_batches]).mean()
-    for index, (name, config) in enumerate(zip(pipeline.term_names, pipeline.configs, strict=True)):
-        if config.share is None:
+    for name, term in distiller.weighted_terms().items():
+        if term.share is None:
             continue
         if not (means[name] > 0 and means["ce"] > 0):
             raise SpecError(f"loss {name!r}: share: a gradient is 0 before the first step; give a weight")
-        pipeline.weights[index] = config.share * means["ce"] / means[name]
+        distiller.set_first_weight(name, term.share * means["ce"] / means[name])
