@@ -13,12 +13,12 @@ imported when it is first asked for::
 
 from __future__ import annotations
 
-import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
+from kava_core import shapecheck
 from kava_core.moved import find_moved_modules
 
 if TYPE_CHECKING:
@@ -65,10 +65,8 @@ FRONT_DOOR = {
 
 find_moved_modules()
 
-if os.environ.get("KAVA_SHAPE_CHECK", "") not in ("", "0"):
-    from kava_core.shapecheck import enable
-
-    enable()
+if shapecheck.wanted():
+    shapecheck.enable()
 
 
 def __getattr__(name: str) -> Any:

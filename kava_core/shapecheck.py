@@ -20,6 +20,8 @@ TENSOR_HALF = (
 )
 CHECKER = "kava_core.shapecheck.checker"
 
+_hooked = False
+
 
 def checker(function: Any) -> Any:
     """Return a function with jaxtyping's run-time type checker: beartype, on containers' first levels."""
@@ -31,6 +33,11 @@ def checker(function: Any) -> Any:
 def wanted() -> bool:
     """Return whether the environment asks for shape checking."""
     return os.environ.get(VARIABLE, "") not in ("", "0")
+
+
+def active() -> bool:
+    """Return whether shapes are checked in this process."""
+    return _hooked
 
 
 def modules() -> list[str]:
@@ -50,3 +57,5 @@ def enable() -> None:
     from jaxtyping import install_import_hook
 
     install_import_hook(names, CHECKER)
+    global _hooked
+    _hooked = True

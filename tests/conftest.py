@@ -22,8 +22,16 @@ from tests.support.repository import MINIMAL_SPEC, SHARED_DATA
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trained tokenizers and teachers are shared by the tests of one session, and by nobody else."""
-    cache = tmp_path_factory.getbasetemp() / "cache"
-    monkeypatch.setenv("KAVA_CACHE", str(cache))
+    of_session = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        of_session = of_session.parent
+    monkeypatch.setenv("KAVA_CACHE", str(of_session / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _processes_begin_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes are checked in the tests' own process; another one would take three times as long to begin."""
+    monkeypatch.setenv("KAVA_SHAPE_CHECK", "0")
 
 
 @pytest.fixture

@@ -98,7 +98,7 @@ def compile_forward(model: nn.Module, backend: str) -> None:
     Raises:
         SpecError: shape checking is on, whose checks cannot be compiled.
     """
-    if shapecheck.wanted():
+    if shapecheck.active():
         raise SpecError("train.compile: not together with shape checking (--check-shapes, KAVA_SHAPE_CHECK)")
     # Else a layer under gradient checkpointing runs uncompiled, as it leaves tensors in a capture's slot.
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True

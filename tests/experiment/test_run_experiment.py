@@ -329,7 +329,6 @@ def test_the_newest_step_of_a_run_at_work(tmp_path: Path) -> None:
 
 def test_from_a_spec_to_a_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real processes: three variants, of which one diverges; then once more, when only that one is left."""
-    monkeypatch.setenv("KAVA_SHAPE_CHECK", "0")  # six processes that would each be slow to start
     fields = tiny.fields(
         name="small",
         seeds=[0],

@@ -169,7 +169,7 @@ def teacher_weights(
     teacher, batch, time = valid.shape
     require_shape(weights, (teacher, batch, layer, time), "teacher batch layer time")
     # The values of a GPU's tensor are waited for in debug mode alone.
-    has_values_at_hand = weights.device.type == "cpu" or (shapecheck.wanted() and not weights.is_meta)
+    has_values_at_hand = weights.device.type == "cpu" or (shapecheck.active() and not weights.is_meta)
     if has_values_at_hand and bool((weights < 0).any()):
         raise PluginError(f"weights must be at least 0, not {float(weights.min()):.3g}")
     weights = weights.masked_fill(~valid[:, :, None], 0)

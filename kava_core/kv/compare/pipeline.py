@@ -194,7 +194,7 @@ class KVPipeline(nn.Module):
             aligned = [
                 replace(teacher, target=rotate_target(teacher.target, rotation)) for teacher in aligned
             ]
-        if shapecheck.wanted():
+        if shapecheck.active():
             self._check_values(student, timeline, aligned)
         return self.compare(student, aligned, items, fuser_inputs)
 

@@ -197,7 +197,7 @@ class _OneTeacher:
         if self.job.rotation is not None:
             target = rotate_target(target, self.job.rotation.at(row))
         view = aligner.view_of(Cache(**dict(zip(self.job.parts, own, strict=True))), row)
-        if shapecheck.wanted():
+        if shapecheck.active():
             valid = self.stream.time_map.valid
             assert_finite(view, valid, f"the student's cache (compared layer {row})")
             assert_finite(target, valid, f"the aligned cache of teacher {aligner.name!r} (layer {row})")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -11,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kava_core import shapecheck
 from kava_core.kv.align import boundaries as stages
 from kava_core.protocols.axes import Cache
 from kava_core.protocols.fuser import FusionContext
 from kava_core.protocols.time_map import TimeMap
 from tests.support.pipeline_helpers import DEEP, STUDENT, Module, timeline
 
-checked = pytest.mark.skipif(os.environ.get("KAVA_SHAPE_CHECK") == "0", reason="shape checking is off")
+checked = pytest.mark.skipif(not shapecheck.active(), reason="shape checking is off")
 
 
 def context(valid: Tensor) -> FusionContext:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from itertools import permutations
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kava_core import shapecheck
 from kava_core.build.pipeline import build_pipeline
 from kava_core.errors import NonFiniteError, PluginError, SpecError
 from kava_core.kv.align import aligner as aligner_module
@@ -32,7 +32,7 @@ from tests.support.pipeline_helpers import (
     timeline,
 )
 
-checked = pytest.mark.skipif(os.environ.get("KAVA_SHAPE_CHECK") == "0", reason="shape checking is off")
+checked = pytest.mark.skipif(not shapecheck.active(), reason="shape checking is off")
 SIZES = [(2, 3, 1), (1, 2, 2)]
 T_SIZES = [(3, 4, 2), (1, 1, 1)]
 ALL_LOSSES: list[Any] = [
