@@ -21,8 +21,12 @@ from tests.support.hook_examples import add_distribution
 from tests.support.repository import ROOT
 
 THEIRS = """\
+from importlib.util import cache_from_source
+
 from jaxtyping import Float
 from torch import Tensor
+
+BYTE_CODE = cache_from_source("imported.py")
 
 def halve(x: Float[Tensor, "batch 4"]) -> Float[Tensor, "batch 2"]:
     return x[:, :2]
@@ -40,7 +44,7 @@ with warnings.catch_warnings(record=True) as caught:
     from kava_core.train.weights import entries_under
     from kava_plugins.kv_losses.mse import MSE
     from kava_plugins.kv_losses.mercator import one_minus_cosine
-    from theirs.tensors import halve
+    from theirs.tensors import BYTE_CODE, halve
     import torch
 
     def refuses(call, *arguments):
@@ -52,15 +56,26 @@ with warnings.catch_warnings(record=True) as caught:
 
     functions = (fuse_targets, widen, entries_under, one_minus_cosine, MSE.forward, halve)
     wrapped = [hasattr(f, "__wrapped__") for f in functions]
-    hooks = [finder for finder in sys.meta_path if type(finder).__module__.startswith("jaxtyping")]
+    hooking = ("jaxtyping._import_hook", "kava_core.shapecheck")
+    hooks = [finder for finder in sys.meta_path if type(finder).__module__ in hooking]
     print(json.dumps(dict(
         wrapped=wrapped,
         hooks=len(hooks),
         ours=refuses(one_minus_cosine, *[torch.zeros(1, 2, 3, 4, 5)] * 2, torch.ones(1, 2, 3, 4, 5)),
         theirs=refuses(halve, torch.zeros(3, 5)),
+        compiles_imports_anew="jaxtyping" in BYTE_CODE,
         warned=[str(one.message) for one in caught if "shape checking" in str(one.message)],
     )))
 """
+
+CHECKED = {
+    "wrapped": [True] * 6,
+    "hooks": 1,
+    "ours": True,
+    "theirs": True,
+    "compiles_imports_anew": False,
+    "warned": [],
+}
 
 
 @pytest.fixture
@@ -87,20 +102,20 @@ def look(site: Path, *, variable: str, before: str = "pass", after: str = "pass"
 
 def test_the_variable_hooks_ours_and_theirs(site: Path) -> None:
     found = look(site, variable="1")
-    assert found == {"wrapped": [True] * 6, "hooks": 1, "ours": True, "theirs": True, "warned": []}
+    assert found == CHECKED
 
 
 @pytest.mark.parametrize("variable", ["", "0"])
 def test_off_nothing_is_hooked(site: Path, variable: str) -> None:
     found = look(site, variable=variable)
-    assert found == {"wrapped": [False] * 6, "hooks": 0, "ours": False, "theirs": False, "warned": []}
+    assert found == CHECKED | {"wrapped": [False] * 6, "hooks": 0, "ours": False, "theirs": False}
 
 
 def test_enabled_by_the_command_line_after_the_registry(site: Path) -> None:
     """``--check-shapes`` comes when kava is imported but no tensor half."""
     after = "from kava_core.cli.app import options; options(check_shapes=True, traceback=False)"
     found = look(site, variable="0", after=after)
-    assert found == {"wrapped": [True] * 6, "hooks": 1, "ours": True, "theirs": True, "warned": []}
+    assert found == CHECKED
 
 
 def test_late_enabling_warns_and_names_what_is_missed(site: Path) -> None:
