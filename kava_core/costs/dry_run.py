@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -39,13 +39,14 @@ class StageShape:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a forward pass of the pipeline would do."""
+    """A pipeline on the meta device, and what a forward pass of it reads."""
 
     student: Geometry
     teachers: dict[str, Geometry]
     pipeline: KVPipeline | None
     """None if no loss compares caches."""
-    shapes: list[StageShape]
+    shapes: list[StageShape] = field(default_factory=list)
+    """Of every stage, if the pass was run."""
     student_cache: Cache = field(default_factory=Cache)
     """The student's cache of the compared layers, without values."""
     teacher_caches: dict[str, Cache] = field(default_factory=dict)
@@ -97,10 +98,31 @@ def dry_run(spec: PipelineSpec, *, batch: int, time: int, t_time: int) -> DryRun
     Raises:
         SpecError, PluginError, UnsupportedModelError: what training would meet in its first step.
     """
+    dry = dry_pipeline(spec, batch=batch, time=time, t_time=t_time)
+    if dry.pipeline is None:
+        return dry
+    shapes: list[StageShape] = []
+    targets: list[Aligned] = []
+    for aligner in dry.pipeline.teachers:
+        time_map, cache = dry.time_maps[aligner.name], dry.teacher_caches[aligner.name]
+        stages = [("captured", cache), *aligner.steps(cache, time_map)]
+        shapes += _stage_shapes(aligner.name, stages)
+        _, target = stages[-1]
+        targets.append(Aligned(target, time_map.valid))
+    dry.pipeline.compare(dry.student_cache, targets, torch.ones((), device="meta"))
+    return replace(dry, shapes=shapes)
+
+
+def dry_pipeline(spec: PipelineSpec, *, batch: int, time: int, t_time: int) -> DryRun:
+    """Make the pipeline, and caches and time maps of these extents, on the meta device; nothing is run.
+
+    Raises:
+        SpecError, PluginError, UnsupportedModelError: what training would meet before its first step.
+    """
     student = config_geometry(sized_config(spec.student, where="student"), where="student")
     teachers = _teacher_geometries(spec)
     if not active_losses(spec):
-        return DryRun(student, teachers, None, [])
+        return DryRun(student, teachers, None)
     pipeline = make_pipeline(spec, teachers, student, seed=0)
     if spec.train.stream:
         assert_can_stream(pipeline)
@@ -120,17 +142,14 @@ def dry_run(spec: PipelineSpec, *, batch: int, time: int, t_time: int) -> DryRun
     pipeline.to("meta")
     compared_time = student_timeline.mask.shape[1]
     student_cache = meta_cache(student, parts, batch=batch, layer=len(pipeline.layers), time=compared_time)
-    shapes: list[StageShape] = []
-    targets: list[Aligned] = []
-    for aligner in pipeline.teachers:
-        time_map = time_maps[aligner.name]
-        stages = [("captured", teacher_caches[aligner.name])]
-        stages += aligner.steps(teacher_caches[aligner.name], time_map)
-        shapes += _stage_shapes(aligner.name, stages)
-        _, target = stages[-1]
-        targets.append(Aligned(target, time_map.valid))
-    pipeline.compare(student_cache, targets, torch.ones((), device="meta"))
-    return DryRun(student, teachers, pipeline, shapes, student_cache, teacher_caches, time_maps)
+    return DryRun(
+        student,
+        teachers,
+        pipeline,
+        student_cache=student_cache,
+        teacher_caches=teacher_caches,
+        time_maps=time_maps,
+    )
 
 
 def _teacher_geometries(spec: PipelineSpec) -> dict[str, Geometry]:

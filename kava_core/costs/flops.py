@@ -15,7 +15,7 @@ from kava_core.config import Part
 from kava_core.costs.dry_run import DryRun
 from kava_core.kv.align.aligner import TeacherAligner
 from kava_core.kv.align.stage_order import Stage
-from kava_core.kv.capture.geometry import fake_model
+from kava_core.kv.capture.geometry import config_key, fake_model
 from kava_core.protocols.axes import Cache
 from kava_core.protocols.time_map import TimeMap
 from kava_core.specfile.sections.models import ModelSpec, StudentSpec
@@ -66,11 +66,23 @@ def step_passes(spec: ModelSpec) -> int:
 def forward_flops(config: PreTrainedConfig, time: int, *, head: bool) -> float:
     """Count a forward pass over one example of ``time`` tokens, attention's matrix products included.
 
+    A process counts each once.
+
     Args:
         config: the model's.
         time: tokens.
         head: whether the language-model head runs; a teacher's does only if its logits are distilled.
     """
+    key = config_key(config), time, head
+    if key not in _COUNTED:
+        _COUNTED[key] = _count_forward_pass(config, time, head)
+    return _COUNTED[key]
+
+
+_COUNTED: dict[tuple[str, int, bool], float] = {}
+
+
+def _count_forward_pass(config: PreTrainedConfig, time: int, head: bool) -> float:
     with FakeTensorMode(), torch.no_grad(), FlopCounterMode(display=False) as counter:
         # Eager attention is made of products that the counter sees.
         model: Any = fake_model(config, attn_implementation="eager")

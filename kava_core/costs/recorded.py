@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from kava_core.build.data import Data
 from kava_core.build.pipeline import config_geometries
 from kava_core.build.stored import example_key
-from kava_core.costs.dry_run import dry_run, sized_config
+from kava_core.costs.dry_run import dry_pipeline, sized_config
 from kava_core.costs.flops import alignment_flops, forward_flops
 from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.models.ledger import HEAD, STUDENT
@@ -142,7 +142,7 @@ def _alignment_flops(spec: PipelineSpec, teacher: str, counts: Counts) -> float:
     if not passes:
         return 0.0
     time, t_time = _mean_length(counts, STUDENT), _mean_length(counts, teacher)
-    dry = dry_run(spec, batch=spec.train.batch_size, time=time, t_time=t_time)
+    dry = dry_pipeline(spec, batch=spec.train.batch_size, time=time, t_time=t_time)
     return alignment_flops(dry, teacher) * passes
 
 

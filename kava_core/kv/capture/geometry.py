@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import torch
@@ -30,16 +31,32 @@ def auto_class(config: PretrainedConfig) -> Any:
 def probe_geometry(config: PretrainedConfig) -> Geometry:
     """Return the geometry of the model that a configuration describes; no weights are allocated.
 
-    The model is made of fake tensors and runs with plain rotary angles: some frequency schemes look at
-    position values, which fake tensors do not have, and none changes an extent. Bare meta tensors do not
-    serve, as transformers looks for packed sequences in the values of the positions. Experts run as batched
-    products, since grouped ones exist for bfloat16 alone.
+    A process measures a configuration once. The model is made of fake tensors and runs with plain rotary
+    angles: some frequency schemes look at position values, which fake tensors do not have, and none changes
+    an extent. Bare meta tensors do not serve, as transformers looks for packed sequences in the values of the
+    positions. Experts run as batched products, since grouped ones exist for bfloat16 alone.
 
     Raises:
         UnsupportedModelError: No attention layer can be captured, or the layers are not alike.
     """
-    with FakeTensorMode():
-        return model_geometry(fake_model(config))
+    key = config_key(config)
+    if key not in _PROBED:
+        with FakeTensorMode():
+            _PROBED[key] = model_geometry(fake_model(config))
+    return _PROBED[key]
+
+
+_PROBED: dict[str, Geometry] = {}
+
+
+def config_key(config: PretrainedConfig) -> str:
+    """Return a text that is equal for configurations of equal models, and only for them."""
+    fields = config.to_dict() | {
+        "class": type(config).__qualname__,
+        "attention": config._attn_implementation,
+        "encoder": auto_class(config).__name__,
+    }
+    return json.dumps(fields, sort_keys=True, default=str)
 
 
 def fake_model(config: PretrainedConfig, **options: Any) -> nn.Module:
