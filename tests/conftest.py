@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("KAVA_CACHE", str(of_session / "cache"))
 
 
-@pytest.fixture(autouse=True)
-def _processes_begin_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shapes are checked in the tests' own process; another one would take three times as long to begin."""
-    monkeypatch.setenv("KAVA_SHAPE_CHECK", "0")
+@pytest.fixture(autouse=True, scope="session")
+def _processes_begin_unchecked() -> Iterator[None]:
+    """Shapes are checked in the tests' own process; another one would take longer to begin."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KAVA_SHAPE_CHECK", "0")
+        yield
 
 
 @pytest.fixture

@@ -12,15 +12,15 @@ import pytest
 
 from kava_core.train.run import RunResult
 from kava_core.train.summary import plot_curves, results_table
-from tests.support import tiny
+from tests.support import quick_python, tiny
 
 VARIANTS = {"cross-entropy": {"losses": []}, "kv": {}}
 
 
 def kava(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own, without shape checking (imports are faster)."""
-    settings = {"KAVA_SHAPE_CHECK": "0", "COLUMNS": "160"} | environment
-    command = [sys.executable, "-m", "kava_core", *words]
+    """Run the command line in a process of its own."""
+    settings = {"COLUMNS": "160"} | environment
+    command = [quick_python.executable(), "-m", "kava_core", *words]
     return subprocess.run(
         command, cwd=cwd, env=os.environ | settings, text=True, capture_output=True, timeout=300
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from kava_core.build.data import Data, make_data
 from kava_core.build.distiller import make_distiller
 from kava_core.data.encode import NO_LABEL
 from kava_core.distill.distiller import Distiller
-from tests.support import tiny
+from tests.support import quick_python, tiny
 from tests.support.repository import ROOT
 
 SAME_WIDTH = {
@@ -155,7 +154,13 @@ def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
     expected = gradients(distiller)
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    torchrun = [
+        quick_python.executable(),
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run(
         [*torchrun, str(script), str(tmp_path / "grads.pt")], env=environment, check=True, timeout=300

@@ -25,7 +25,7 @@ from kava_core.experiment.run_processes import run_processes
 from kava_core.runs.folder import Folder
 from kava_core.runs.planned import planned_runs
 from kava_core.specfile.sections.compare import CompareSpec
-from tests.support import tiny
+from tests.support import quick_python, tiny
 
 RECORD = {
     "name": "x",
@@ -337,7 +337,7 @@ def test_from_a_spec_to_a_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         compare={"metric": "ce", "controls": ["no_kv"], "pairs": [["kv", "wild"]]},
     )
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(fields))))
-    command = [sys.executable, "-m", "kava_core", "experiment", "s.yaml", "--jobs", "2"]
+    command = [quick_python.executable(), "-m", "kava_core", "experiment", "s.yaml", "--jobs", "2"]
     for _ in range(2):
         ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
         assert ended.returncode == 1, ended.stderr

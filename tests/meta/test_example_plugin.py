@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import quick_python
 from tests.support.repository import ROOT
 
 EXAMPLE = ROOT / "examples" / "kava-last-layers"
@@ -81,13 +82,13 @@ def spec(tmp_path: Path) -> Path:
     return file
 
 
-def python(site: Path, code: str, *arguments: object, shapes: bool = True) -> str:
-    """What a fresh interpreter with the plugin installed prints."""
+def python(site: Path, code: str, *arguments: object, shapes: bool = False) -> str:
+    """What a process with the plugin installed prints."""
     environment = os.environ | {
         "PYTHONPATH": f"{site}{os.pathsep}{ROOT}",
         "KAVA_SHAPE_CHECK": str(int(shapes)),
     }
-    command = [sys.executable, "-c", code, *map(str, arguments)]
+    command = [quick_python.executable(), "-c", code, *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -113,13 +114,13 @@ def test_registry_knows_the_distribution(installed: Path) -> None:
 
 
 def test_wrong_shape_is_caught_at_the_border(broken: Path, spec: Path) -> None:
-    error, *notes = python(broken, BUILD, spec).split("|")
+    error, *notes = python(broken, BUILD, spec, shapes=True).split("|")
     assert error in ("TypeCheckError", "BeartypeCallHintReturnViolation")
     assert any("layer_mapper 'last_layers', teacher 'big'" in note for note in notes)
 
 
 def test_wrong_shape_is_an_error_without_debug_mode_too(broken: Path, spec: Path) -> None:
-    error, *notes = python(broken, BUILD, spec, shapes=False).split("|")
+    error, *notes = python(broken, BUILD, spec).split("|")
     assert error == "PluginError"
     assert any("layer_mapper 'last_layers', teacher 'big' (kava-last-layers 0.1.0)" in note for note in notes)
 

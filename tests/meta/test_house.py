@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kava_core import moved
-from tests.support import measures
+from tests.support import measures, quick_python
 from tests.support.source import ROOT, imports, python_files, tree
 
 BELOW_BUILD = ("distill", "latent", "models", "data", "testing", "kv", "protocols")
@@ -77,7 +77,7 @@ def test_names_and_comprehensions_stay_readable() -> None:
 
 @pytest.mark.parametrize(("old", "new"), sorted(moved.MODULES.items()))
 def test_an_old_module_path_warns_and_gives_the_same_objects(old: str, new: str) -> None:
-    """In a process of its own: a module is found once."""
+    """In processes of their own: a module is found once."""
     code = (
         "import importlib, sys, warnings\n"
         "with warnings.catch_warnings(record=True) as caught:\n"
@@ -88,7 +88,9 @@ def test_an_old_module_path_warns_and_gives_the_same_objects(old: str, new: str)
         "assert public and all(getattr(old, name) is getattr(new, name) for name in public)\n"
         "print([(w.category.__name__, str(w.message)) for w in caught if 'kava_core' in str(w.message)])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [quick_python.executable(), "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     said = f"{old} is now {new}; the old path will be gone in kava 0.2"
     assert done.stdout.strip() == str([("DeprecationWarning", said)]), done.stderr
 

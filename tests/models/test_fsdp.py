@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +26,7 @@ from kava_core.runs import checkpoint
 from kava_core.runs.metrics import read_metrics
 from kava_core.train.run import run
 from kava_core.train.weights import ALIGNER_FILE, assert_finite_weights
-from tests.support import tiny
+from tests.support import quick_python, tiny
 from tests.support.repository import ROOT
 
 slow = pytest.mark.slow
@@ -43,9 +42,9 @@ def launch(
     """Train ``fields`` in two processes, into ``folder``."""
     folder.mkdir(exist_ok=True)
     (folder / "spec.yaml").write_text(json.dumps(fields | {"output": str(folder / "runs")}))
-    more = {"KAVA_SHAPE_CHECK": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CI": "1"}
+    more = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CI": "1"}
     more |= {"KAVA_CACHE": str(folder.parent / "cache"), "HF_HUB_OFFLINE": "1"}
-    begin = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    begin = [quick_python.executable(), "-m", "accelerate.commands.accelerate_cli", "launch"]
     options = ["--config_file", str(config), "--num_processes", "2", "--main_process_port", "0"]
     return subprocess.run(
         [*begin, *options, *program, "train", str(folder / "spec.yaml")],

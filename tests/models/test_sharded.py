@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kava_core.kv.capture.capture import Capture
+from tests.support import quick_python
 from tests.support.repository import ROOT
 from tests.support.tiny_models import WORKS
 
@@ -71,10 +72,10 @@ def worker(folder: str, checkpointed: str) -> None:
 
 
 def torchrun(folder: Path, *arguments: str) -> list[dict[str, dict[str, Tensor]]]:
-    more = {"KAVA_SHAPE_CHECK": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    more = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
     done = subprocess.run(
-        [sys.executable, *launcher, str(folder), *arguments],
+        [quick_python.executable(), *launcher, str(folder), *arguments],
         env=os.environ | more,
         capture_output=True,
         text=True,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from kava_core.runs.metrics import read_metrics
 from kava_core.train.pretrain import pretraining_name, pretraining_spec
 from kava_core.train.run import run
 from kava_core.train.weights import ALIGNER_FILE
-from tests.support import tiny
+from tests.support import quick_python, tiny
 from tests.support.repository import ROOT
 
 pytestmark = pytest.mark.slow
@@ -73,13 +72,13 @@ def torchrun(
     """Run in two processes, of which ``ranks`` get SIGTERM in step 3; what each wrote, and its exit code."""
     script = folder / "worker.py"
     script.write_text(WORKER)
-    more = {"KAVA_SHAPE_CHECK": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    more = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     more |= {"KAVA_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
     arguments = [
         json.dumps(value) for value in (str(folder / name), str(folder / f"{name}-log"), changes, list(ranks))
     ]
     launcher = [
-        sys.executable,
+        quick_python.executable(),
         "-m",
         "torch.distributed.run",
         "--standalone",

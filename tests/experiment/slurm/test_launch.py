@@ -6,30 +6,34 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.experiment.slurm.fake_slurm import Slurm, wait_for
-from tests.support import tiny
+from tests.support import quick_python, tiny
 from tests.support.repository import ROOT
 
-KAVA = [sys.executable, "-m", "kava_core"]
+KAVA = ("-m", "kava_core")
 
 HOSTILE = "out $(touch escaped) 'q\" \n`x`"
 """A folder's name."""
 
 
 def environment(slurm: Slurm) -> dict[str, str]:
-    more = {"KAVA_SHAPE_CHECK": "0", "OMP_NUM_THREADS": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+    more = {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
     return os.environ | more | slurm.environment | {"PYTHONPATH": str(ROOT)}
 
 
 def kava(slurm: Slurm, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*KAVA, *words], cwd=folder, env=environment(slurm), text=True, capture_output=True, timeout=240
+        [quick_python.executable(), *KAVA, *words],
+        cwd=folder,
+        env=environment(slurm),
+        text=True,
+        capture_output=True,
+        timeout=240,
     )
 
 
@@ -63,7 +67,7 @@ def test_preempted_runs_go_on_bit_for_bit_and_failures_are_told(tmp_path: Path) 
     one = {"teachers": tiny.fields()["teachers"][:1], "losses": [{"name": "relation"}]}
     write_spec(tmp_path, variants=variants, train=train, evaluate={"every": 40}, **one)
     whole = subprocess.Popen(
-        [*KAVA, "train", "spec.yaml", "--variant", "kv", "output=whole"],
+        [quick_python.executable(), *KAVA, "train", "spec.yaml", "--variant", "kv", "output=whole"],
         cwd=tmp_path,
         env=environment(slurm),
         stderr=subprocess.DEVNULL,
