@@ -191,11 +191,12 @@ def test_changed_comparisons_are_told() -> None:
 
 @pytest.mark.parametrize("family", [1, 4])
 @pytest.mark.parametrize("n", [5, 10])
-def test_verdicts_are_wrong_in_at_most_six_of_a_hundred_families(n: int, family: int) -> None:
+@pytest.mark.parametrize("draws", [150, pytest.param(800, marks=pytest.mark.release)])
+def test_verdicts_are_wrong_in_at_most_six_of_a_hundred_families(n: int, family: int, draws: int) -> None:
     """Seeds share a difficulty, variants differ by nothing: any verdict of better or worse is false."""
     drawn = np.random.default_rng(n * family)
     names = [f"v{place}" for place in range(family)]
-    draws, false = 800, 0
+    false = 0
     for _ in range(draws):
         base = drawn.normal(size=n)
         values = {name: (base + 0.5 * drawn.normal(size=n)).tolist() for name in ("kv", *names)}
@@ -203,7 +204,7 @@ def test_verdicts_are_wrong_in_at_most_six_of_a_hundred_families(n: int, family:
         false += any(verdict.outcome in ("better", "worse") for verdict in found)
     allowed = 0.06 + 1.645 * math.sqrt(0.05 * 0.95 / draws)
     assert false / draws <= allowed
-    assert family > 1 or false / draws >= 0.03
+    assert family > 1 or false / draws >= 0.02
 
 
 def test_other_examples_are_no_comparison() -> None:

@@ -17,6 +17,7 @@ from kava_core import shapecheck
 from kava_core.errors import NonFiniteError
 from kava_core.kv.align.finite import assert_finite
 from kava_core.protocols.axes import Cache
+from tests.support import quick_python
 from tests.support.hook_examples import add_distribution
 from tests.support.repository import ROOT
 
@@ -89,13 +90,13 @@ def site(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def look(site: Path, *, variable: str, before: str = "pass", after: str = "pass") -> dict[str, Any]:
-    """What a fresh interpreter finds hooked."""
+def look(
+    site: Path, *, variable: str, before: str = "pass", after: str = "pass", python: str = sys.executable
+) -> dict[str, Any]:
+    """What an interpreter finds hooked; a fresh one, if it is to hook anything."""
     environment = os.environ | {"PYTHONPATH": f"{site}{os.pathsep}{ROOT}", "KAVA_SHAPE_CHECK": variable}
     code = LOOK.format(before=before, after=after)
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([python, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -107,7 +108,7 @@ def test_the_variable_hooks_ours_and_theirs(site: Path) -> None:
 
 @pytest.mark.parametrize("variable", ["", "0"])
 def test_off_nothing_is_hooked(site: Path, variable: str) -> None:
-    found = look(site, variable=variable)
+    found = look(site, variable=variable, python=quick_python.executable())
     assert found == CHECKED | {"wrapped": [False] * 6, "hooks": 0, "ours": False, "theirs": False}
 
 

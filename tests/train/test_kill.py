@@ -22,7 +22,7 @@ import pytest
 
 from kava_core.runs import checkpoint
 from kava_core.runs.metrics import read_metrics
-from tests.support import tiny
+from tests.support import quick_python, tiny
 from tests.support.repository import ROOT
 
 pytestmark = pytest.mark.slow
@@ -72,7 +72,9 @@ class Server:
 
     def __init__(self, cache: Path) -> None:
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen([sys.executable, "-c", SERVER], env=environment(cache), **pipes)
+        self.process = subprocess.Popen(
+            [quick_python.executable(), "-c", SERVER], env=environment(cache), **pipes
+        )
 
     def start(self, output: Path) -> int:
         """The process id of a run in ``output``."""

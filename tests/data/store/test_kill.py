@@ -1,19 +1,16 @@
-"""kill -9 at every border of writing a store: it never looks complete, and going on completes it.
-
-The writers are forked from one process that has imported everything.
-"""
+"""kill -9 at every border of writing a store: it never looks complete, and going on completes it."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from kava_core.data.store.index import INDEX_FILE
 from kava_core.runs import checkpoint
+from tests.support import quick_python
 from tests.support.repository import ROOT
 
 pytestmark = pytest.mark.slow
@@ -27,11 +24,9 @@ BORDERS = {
     "sealed in all but name": "checkpoint.discard = die",
 }
 
-SERVER = """
+WRITER = """
 import os, signal, sys
 from pathlib import Path
-import torch
-torch.set_num_threads(1)
 from kava_core.data.store import writer
 from kava_core.jobs import cache
 from kava_core.runs import checkpoint
@@ -57,37 +52,28 @@ def attempt(folder, border):
     made = tiny.spec(store={"folder": folder, "dtype": "bfloat16"}, data={"train": 24})
     cache.write_store(made, seed=0)
 
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        sys.stderr = open(os.devnull, "w")
-        attempt(*line.rstrip("\\n").split("\\t"))
-        os._exit(0)
-    print(os.waitpid(pid, 0)[1], flush=True)
+attempt(*sys.argv[1:])
 """
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[int], Path, bool]]:
     """For every border: how both attempts ended, the folder, and whether the first left a complete store."""
-    more = {"KAVA_SHAPE_CHECK": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    more = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     more["KAVA_CACHE"] = str(tmp_path_factory.mktemp("tokenizers"))
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", SERVER], env=os.environ | more, **pipes) as server:  # type: ignore[call-overload]
 
-        def attempt(folder: Path, border: str) -> int:
-            print(f"{folder}\t{border}", file=server.stdin, flush=True)
-            return int(server.stdout.readline())
+    def attempt(folder: Path, border: str) -> int:
+        command = [quick_python.executable(), "-c", WRITER, str(folder), border]
+        return subprocess.run(command, env=os.environ | more, capture_output=True).returncode
 
-        found = {}
-        for name, border in BORDERS.items():
-            folder = tmp_path_factory.mktemp("stores")
-            killed = attempt(folder, border)
-            complete = bool(sealed(folder))
-            found[name] = ([killed, attempt(folder, "pass")], folder, complete)
-        whole = tmp_path_factory.mktemp("stores")
-        found["never"] = ([attempt(whole, "pass")], whole, False)
-        server.stdin.close()
+    found = {}
+    for name, border in BORDERS.items():
+        folder = tmp_path_factory.mktemp("stores")
+        killed = attempt(folder, border)
+        complete = bool(sealed(folder))
+        found[name] = ([killed, attempt(folder, "pass")], folder, complete)
+    whole = tmp_path_factory.mktemp("stores")
+    found["never"] = ([attempt(whole, "pass")], whole, False)
     return found
 
 
@@ -103,7 +89,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("border", BORDERS)
 def test_a_killed_writer_leaves_no_complete_store(outcomes: dict, border: str) -> None:
     [killed, _], _, complete = outcomes[border]
-    assert os.WTERMSIG(killed) == 9
+    assert killed == -9
     assert not complete
 
 
