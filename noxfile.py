@@ -14,7 +14,7 @@ import nox
 nox.options.default_venv_backend = "virtualenv"
 nox.options.error_on_missing_interpreters = "KAVA_ALL_PYTHONS" in os.environ
 nox.options.reuse_venv = "yes"
-nox.options.sessions = ["lint", "types", "tests-3.11(shapes=True)", "declarative-3.12", "declarative-3.13"]
+nox.options.sessions = ["everything", "declarative-3.12", "declarative-3.13"]
 
 CONSTRAINTS = ("-c", "constraints.txt")
 PYTHONS = ("3.11", "3.12", "3.13")
@@ -45,12 +45,32 @@ def install(session: nox.Session, *what: str) -> None:
     session.install(*CONSTRAINTS, *what)
 
 
+def run_suite(session: nox.Session, *, shapes: bool) -> None:
+    """All tests but those of a release."""
+    session.run("pytest", "-n", "2", *session.posargs, env={"KAVA_SHAPE_CHECK": "1" if shapes else "0"})
+
+
+def run_ruff(session: nox.Session) -> None:
+    """Style, and the format of every file."""
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session(python="3.11")
+def everything(session: nox.Session) -> None:
+    """ruff, mypy and the whole suite with shape checking, in one environment: torch is installed once."""
+    install(session, "-e", ".[dev]")
+    run_ruff(session)
+    session.run("mypy")
+    run_suite(session, shapes=True)
+
+
 @nox.session(python=PYTHONS)
 @nox.parametrize("shapes", [True, False])
 def tests(session: nox.Session, shapes: bool) -> None:
     """The whole suite; with and without run-time shape checking."""
     install(session, "-e", ".[dev]")
-    session.run("pytest", "-n", "2", *session.posargs, env={"KAVA_SHAPE_CHECK": "1" if shapes else "0"})
+    run_suite(session, shapes=shapes)
 
 
 @nox.session(python=PYTHONS)
@@ -116,8 +136,7 @@ def plugin_example(session: nox.Session) -> None:
 def lint(session: nox.Session) -> None:
     """ruff."""
     session.install(*CONSTRAINTS, "ruff")
-    session.run("ruff", "check", ".")
-    session.run("ruff", "format", "--check", ".")
+    run_ruff(session)
 
 
 @nox.session(python="3.11")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,12 @@ from kava_core.errors import SpecError
 from kava_core.specfile.load import load_spec
 from kava_core.specfile.variants import resolve_variants
 from tests.support.repository import MINIMAL_SPEC, SHARED_DATA
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from looking at every import again: each run calls it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

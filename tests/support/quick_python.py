@@ -47,7 +47,7 @@ os._exit(code)
 """
 
 SERVER = """
-import array, atexit, json, os, runpy, select, signal, socket, struct, sys, threading, traceback
+import array, atexit, gc, json, os, runpy, select, signal, socket, struct, sys, threading, traceback
 import accelerate.commands.accelerate_cli, torch.distributed.run, kava_core.cli.app
 import kava_core.train.run, kava_core.jobs.export, kava_core.costs.plan, tests.support.tiny
 address, client = sys.argv[1:]
@@ -56,6 +56,8 @@ def serve():
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
+    gc.collect()
+    gc.freeze()
     print("ready", flush=True)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:

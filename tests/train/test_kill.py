@@ -27,8 +27,6 @@ from tests.support.repository import ROOT
 
 pytestmark = pytest.mark.slow
 
-KILLS = 10
-
 SERVER = """
 import json, os, sys, time
 import torch
@@ -156,18 +154,19 @@ def test_the_uninterrupted_run_is_what_it_should_be(whole: tuple[Path, float, fl
     assert lines[-1]["epoch"] > 2
 
 
-def test_ten_random_kills_change_nothing(
-    server: Server, whole: tuple[Path, float, float], tmp_path: Path
+@pytest.mark.parametrize("count", [5, pytest.param(20, marks=pytest.mark.release)])
+def test_random_kills_change_nothing(
+    server: Server, whole: tuple[Path, float, float], count: int, tmp_path: Path
 ) -> None:
     """Uniformly over the time from the first metrics line to the end; a new run whenever one completes."""
     reference, first, end = whole
     draw, kills, runs = random.Random(7), 0, 0
     resumed = set()
-    while kills < KILLS:
+    while kills < count:
         output, runs = tmp_path / str(runs), runs + 1
         while True:
             pid = server.start(output)
-            if kills < KILLS:
+            if kills < count:
                 time.sleep(draw.uniform(first, end))
                 with suppress(ProcessLookupError):  # it was faster than the reference
                     os.kill(pid, signal.SIGKILL)
@@ -181,12 +180,13 @@ def test_ten_random_kills_change_nothing(
     assert True in resumed, "no kill came after a checkpoint: nothing was tested"
 
 
+@pytest.mark.parametrize("count", [1, pytest.param(5, marks=pytest.mark.release)])
 def test_kills_during_import_change_nothing(
-    server: Server, whole: tuple[Path, float, float], cache: Path, tmp_path: Path
+    server: Server, whole: tuple[Path, float, float], cache: Path, count: int, tmp_path: Path
 ) -> None:
     code = SERVER.partition("for line")[0] + f"attempt({str(tmp_path)!r}, {bumpy()!r})"
     draw = random.Random(1)
-    for _ in range(3):
+    for _ in range(count):
         process = subprocess.Popen([sys.executable, "-c", code], env=environment(cache))
         time.sleep(draw.uniform(0.2, 4))
         process.kill()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -57,8 +58,8 @@ attempt(*sys.argv[1:])
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[int], Path, bool]]:
-    """For every border: how both attempts ended, the folder, and whether the first left a complete store."""
+def attempt(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str], int]:
+    """Write a store into a folder, dying at a border; the exit code."""
     more = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     more["KAVA_CACHE"] = str(tmp_path_factory.mktemp("tokenizers"))
 
@@ -66,15 +67,15 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[i
         command = [quick_python.executable(), "-c", WRITER, str(folder), border]
         return subprocess.run(command, env=os.environ | more, capture_output=True).returncode
 
-    found = {}
-    for name, border in BORDERS.items():
-        folder = tmp_path_factory.mktemp("stores")
-        killed = attempt(folder, border)
-        complete = bool(sealed(folder))
-        found[name] = ([killed, attempt(folder, "pass")], folder, complete)
-    whole = tmp_path_factory.mktemp("stores")
-    found["never"] = ([attempt(whole, "pass")], whole, False)
-    return found
+    return attempt
+
+
+@pytest.fixture(scope="module")
+def whole(attempt: Callable[[Path, str], int], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert attempt(folder, "pass") == 0
+    return folder
 
 
 def sealed(folder: Path) -> list[Path]:
@@ -87,20 +88,16 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("border", BORDERS)
-def test_a_killed_writer_leaves_no_complete_store(outcomes: dict, border: str) -> None:
-    [killed, _], _, complete = outcomes[border]
-    assert killed == -9
-    assert not complete
-
-
-@pytest.mark.parametrize("border", BORDERS)
-def test_going_on_ends_in_the_very_same_store(outcomes: dict, border: str) -> None:
-    [_, again], folder, _ = outcomes[border]
-    assert again == 0
-    [store] = sealed(folder)
+def test_a_killed_writer_leaves_no_complete_store_and_going_on_makes_the_same(
+    attempt: Callable[[Path, str], int], whole: Path, border: str, tmp_path: Path
+) -> None:
+    assert attempt(tmp_path, BORDERS[border]) == -9
+    assert not sealed(tmp_path)
+    assert attempt(tmp_path, "pass") == 0
+    [store] = sealed(tmp_path)
     checkpoint.verify(store)
-    found, expected = contents(folder), contents(outcomes["never"][1])
+    found, expected = contents(tmp_path), contents(whole)
     assert found.keys() == expected.keys()
     assert {INDEX_FILE, "shard-00001.safetensors"} <= found.keys()
     assert [name for name in expected if found[name] != expected[name]] == []
-    assert not list(folder.glob("*.partial"))
+    assert not list(tmp_path.glob("*.partial"))
