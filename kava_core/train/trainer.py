@@ -20,7 +20,7 @@ from accelerate.utils import save_fsdp_optimizer
 from numpy.random import SeedSequence
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerControl
 from transformers.trainer import SCHEDULER_NAME
 
 from kava_core.distill.distiller import Distiller
@@ -58,6 +58,8 @@ class KavaTrainer(Trainer):
         keep: complete checkpoints kept.
         Everything else as in ``transformers.Trainer``.
     """
+
+    control: TrainerControl
 
     def __init__(
         self,
