@@ -33,9 +33,12 @@ TORCH_FREE_TESTS = (
     *("tests/specfile", "tests/root/test_registry.py", "tests/cli/test_explained.py"),
     *("tests/data/test_chain.py", "tests/data/test_splits.py", "tests/meta/test_imports.py"),
 )
+WHOLE_RUNS = "tests/data/test_changes.py"
+"""These train, with components of ``kava_plugins``."""
 CORE_TESTS = (
     *("tests/kv/capture", "tests/kv/align/test_stage_order.py", "tests/kv/maths/test_resample.py"),
     *("tests/protocols", *sorted(map(str, Path("tests/data").glob("test_*.py")))),
+    *("--deselect", WHOLE_RUNS),
 )
 
 
