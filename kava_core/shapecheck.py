@@ -70,7 +70,8 @@ class _QuickFinder(MetaPathFinder):
     """Finds modules as jaxtyping's hook does, whose loader makes what they import slow to import.
 
     While it executes a module, jaxtyping's loader makes Python look for byte code under another name. So all
-    of torch and transformers would be compiled again: three times the time of a start.
+    of torch and transformers would be compiled again, at every start where Python keeps no byte code. The
+    price: checked modules, which are few, are compiled at each start.
 
     Args:
         finder: jaxtyping's.

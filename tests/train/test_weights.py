@@ -89,14 +89,21 @@ def test_a_share_sets_the_weight() -> None:
     assert distiller.pipeline.weights[1] == 3.0
 
 
-def test_a_share_is_set_before_the_first_step_and_resumed(tmp_path: Path) -> None:
-    spec = tiny.spec(tmp_path, losses=[{"name": "mercator", "share": 0.5}], train={"steps": 3})
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("mercator", {"losses": [{"name": "mercator", "share": 0.5}]}),
+        ("logits", OTHER_TERMS["logits"] | {"losses": [], "logits": {"share": 0.5}}),
+    ],
+)
+def test_a_share_is_set_before_the_first_step(tmp_path: Path, name: str, fields: dict[str, Any]) -> None:
+    spec = tiny.spec(tmp_path, **fields, train={"steps": 3, "log_every": 1})
     result = run(spec, variant="main", seed=0)
     lines = [line for line in read_metrics(result.folder / "metrics.jsonl") if "loss" in line]
-    weights = [(line["loss"] - line["ce"]) / line["mercator"] for line in lines]
+    weights = [(line["loss"] - line["ce"]) / line[name] for line in lines]
     assert weights == pytest.approx([weights[0]] * 3, rel=1e-3)
     assert weights[0] != pytest.approx(1.0, rel=0.05)
-    assert "share/mercator" in result.results
+    assert f"share/{name}" in result.results
 
 
 def test_share_and_weight_exclude_one_another() -> None:
@@ -141,19 +148,3 @@ def test_logits_and_hidden_states_are_given_a_share_of_the_gradient(name: str, t
     assert float(other.current_weights()[name]) == 1.0
     load_weights(other, tmp_path)
     assert float(other.current_weights()[name]) == weight
-
-
-def test_a_share_of_logits_is_set_before_the_first_step(tmp_path: Path) -> None:
-    spec = tiny.spec(
-        tmp_path,
-        losses=[],
-        **OTHER_TERMS["logits"],
-        logits={"share": 0.5},
-        train={"steps": 3, "log_every": 1},
-    )
-    result = run(spec, variant="main", seed=0)
-    lines = [line for line in read_metrics(result.folder / "metrics.jsonl") if "loss" in line]
-    weights = [(line["loss"] - line["ce"]) / line["logits"] for line in lines]
-    assert weights == pytest.approx([weights[0]] * 3, rel=1e-3)
-    assert weights[0] != pytest.approx(1.0, rel=0.05)
-    assert "share/logits" in result.results
