@@ -26,6 +26,7 @@ TORCH_FREE = (
     "rich",
     "pytest",
     "pytest-timeout",
+    "pytest-xdist",
     "hypothesis",
     "packaging",
 )
@@ -33,6 +34,12 @@ TORCH_FREE_TESTS = (
     *("tests/specfile", "tests/root/test_registry.py", "tests/cli/test_explained.py"),
     *("tests/data/test_chain.py", "tests/data/test_splits.py", "tests/meta/test_imports.py"),
 )
+SHAPED_ROOMS = (
+    *("tests/distill", "tests/kv", "tests/latent", "tests/plugins", "tests/protocols"),
+    "tests/train/test_run.py",
+)
+"""Where tensors pass from one component to another."""
+
 TRAINS = "test_changes.py"
 """A file of tests/data whose tests train, with components of ``kava_plugins``."""
 CORE_TESTS = (
@@ -48,9 +55,10 @@ def install(session: nox.Session, *what: str) -> None:
     session.install(*CONSTRAINTS, *what)
 
 
-def run_suite(session: nox.Session, *, shapes: bool) -> None:
-    """Run all tests but those of a release."""
-    session.run("pytest", "-n", "2", *session.posargs, env={"KAVA_SHAPE_CHECK": "1" if shapes else "0"})
+def run_tests(session: nox.Session, *which: str, shapes: bool) -> None:
+    """Run tests, all of them by default, but those of a release."""
+    switch = {"KAVA_SHAPE_CHECK": "1" if shapes else "0"}
+    session.run("pytest", "-n", "2", *which, *session.posargs, env=switch)
 
 
 def run_ruff(session: nox.Session) -> None:
@@ -61,11 +69,15 @@ def run_ruff(session: nox.Session) -> None:
 
 @nox.session(python="3.11")
 def everything(session: nox.Session) -> None:
-    """ruff, mypy and the whole suite with shape checking, in one environment: torch is installed once."""
+    """ruff, mypy and every test once, in one environment: torch is installed once.
+
+    The rooms of tensors are tested with shape checking, all others without: whole runs take 40 % longer with.
+    """
     install(session, "-e", ".[dev]")
     run_ruff(session)
     session.run("mypy")
-    run_suite(session, shapes=True)
+    run_tests(session, *SHAPED_ROOMS, shapes=True)
+    run_tests(session, *(f"--ignore={room}" for room in SHAPED_ROOMS), shapes=False)
 
 
 @nox.session(python=PYTHONS)
@@ -73,7 +85,7 @@ def everything(session: nox.Session) -> None:
 def tests(session: nox.Session, shapes: bool) -> None:
     """The whole suite; with and without run-time shape checking."""
     install(session, "-e", ".[dev]")
-    run_suite(session, shapes=shapes)
+    run_tests(session, shapes=shapes)
 
 
 @nox.session(python=PYTHONS)
@@ -81,7 +93,7 @@ def declarative(session: nox.Session) -> None:
     """Specs, registry and imports without torch installed."""
     session.install(*CONSTRAINTS, *TORCH_FREE)
     session.install("--no-deps", "-e", ".")
-    session.run("pytest", *TORCH_FREE_TESTS, *session.posargs, env={"KAVA_SHAPE_CHECK": "0"})
+    run_tests(session, *TORCH_FREE_TESTS, shapes=False)
 
 
 @nox.session(python="3.11")

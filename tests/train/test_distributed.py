@@ -149,7 +149,7 @@ def test_both_processes_pretrain_the_teacher_together_and_once(
     assert json.loads(record.read_text())["world_size"] == 2
 
 
-@pytest.mark.parametrize("ranks", [(0, 1), (1,)])
+@pytest.mark.parametrize("ranks", [pytest.param((0, 1), marks=pytest.mark.release), (1,)])
 def test_a_signal_to_any_process_saves_once_and_resuming_is_bit_exact(
     whole: tuple[Path, list[dict[str, Any]]], ranks: tuple[int, ...]
 ) -> None:

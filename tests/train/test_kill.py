@@ -154,7 +154,7 @@ def test_the_uninterrupted_run_is_what_it_should_be(whole: tuple[Path, float, fl
     assert lines[-1]["epoch"] > 2
 
 
-@pytest.mark.parametrize("count", [5, pytest.param(20, marks=pytest.mark.release)])
+@pytest.mark.parametrize("count", [3, pytest.param(20, marks=pytest.mark.release)])
 def test_random_kills_change_nothing(
     server: Server, whole: tuple[Path, float, float], count: int, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kava_core import shapecheck
 from kava_core.build.data import make_data
 from kava_core.build.distiller import make_distiller
 from kava_core.distill.distiller import Distiller
@@ -258,6 +259,7 @@ def test_under_autocast_sums_are_exact(tmp_path: Path) -> None:
     torch.testing.assert_close(found[True]["loss"], found[False]["loss"], rtol=1e-6, atol=0)
 
 
+@pytest.mark.skipif(not shapecheck.active(), reason="shape checking is off")
 def test_debug_mode_sees_what_is_streamed(tmp_path: Path) -> None:
     distiller, batch, items = made(tmp_path, student=STUDENT, teachers=[TRAINED], losses=LOSSES[:1])
     distiller.choose_alignment(stream=True)
