@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kava_core.build.distiller import make_latent
 from kava_core.build.pipeline import make_pipeline
 from kava_core.build.teachers import make_teachers
-from kava_core.data.encode import NO_LABEL
+from kava_core.data.encoding.encode import NO_LABEL
 from kava_core.distill.calibration import calibrate_projectors, finish_projectors
 from kava_core.distill.distiller import Distiller
 from kava_core.kv.capture.geometry import model_geometry

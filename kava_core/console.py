@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -34,6 +35,12 @@ def print_whole(table: Table, console: Console) -> None:
     needed = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
     console.width = max(console.width, needed)
     console.print(table)
+
+
+@cache
+def tell_once(line: str) -> None:
+    """Print a line on stderr, unless this process has printed the same line before."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def size_text(size: float) -> str:

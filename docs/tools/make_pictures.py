@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from kava_core.data.encode import encode_text
+from kava_core.data.encoding.encode import encode_text
 from kava_core.data.examples import Example, render_example
 from kava_core.data.tokenizers import train_tokenizer
 from kava_core.kv.align.boundaries import teacher_weights

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from kava_core.data.collate import Collator, Reading
 from kava_core.data.dataset import EncodedDataset
-from kava_core.data.encode import count_prefix_mismatches
+from kava_core.data.encoding.answer_judge import AnswerJudge
+from kava_core.data.encoding.encode import count_prefix_mismatches
+from kava_core.data.encoding.first_texts import alteration, notices_on_texts
 from kava_core.data.examples import render_example
 from kava_core.data.splits import Splits, load_splits, split_hash
 from kava_core.data.store.reader import Store
@@ -39,6 +41,10 @@ class Data:
     """For calibration and evaluation."""
     train_items: EncodedDataset
     validation_items: EncodedDataset
+    judge: AnswerJudge
+    """Judges what the student writes."""
+    notices: tuple[str, ...] = ()
+    """What a user should know of data and tokenizers, a line each."""
     store: Store | None = None
     """Where the collators read the teachers' targets; None runs the teachers."""
 
@@ -137,6 +143,8 @@ def make_data(spec: PipelineSpec, idle: Sequence[TeacherSpec] = ()) -> Data:
     )
     plain, every = make(teacher_tokenizers=teachers), make(teacher_tokenizers=tokenizers)
     encoded = partial(EncodedDataset, collator=every, teachers=teachers)
+    judge = AnswerJudge.of_examples(tokenizer, template, splits.validation)
+    _refuse_altered_texts(spec, judge)
     return Data(
         splits,
         tokenizer,
@@ -145,4 +153,29 @@ def make_data(spec: PipelineSpec, idle: Sequence[TeacherSpec] = ()) -> Data:
         plain_collator=plain,
         train_items=encoded(splits.train),
         validation_items=encoded(splits.validation[: spec.evaluate.examples]),
+        judge=judge,
+        notices=tuple(_notices(spec, splits, judge, teachers, readings)),
     )
+
+
+def _refuse_altered_texts(spec: PipelineSpec, judge: AnswerJudge) -> None:
+    """Raise SpecError if teachers are to read what the student wrote, and its tokenizer alters texts."""
+    if spec.online is not None and judge.altered is not None:
+        raise SpecError(f"online: teachers read the student's texts, but {alteration(judge.altered)}")
+
+
+def _notices(
+    spec: PipelineSpec,
+    splits: Splits,
+    judge: AnswerJudge,
+    teachers: Mapping[str, PreTrainedTokenizerBase],
+    readings: Mapping[str, Reading],
+) -> Iterator[str]:
+    """Yield what a user should know of the data as the models read it."""
+    examples = [*splits.train, *splits.validation]
+    yield from notices_on_texts(judge.tokenizer, examples, spec.data.template, who="student")
+    if judge.altered is not None and spec.evaluate.generate:
+        yield f"student: {alteration(judge.altered)}; answers are compared token by token"
+    for name, tokenizer in teachers.items():
+        template = readings[name].template
+        yield from notices_on_texts(tokenizer, examples, template, who=f"teacher {name!r}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from kava_core.data.encode import NO_LABEL, EncodedText, LossOn, encode_texts, prompt_ids
+from kava_core.data.encoding.encode import NO_LABEL, EncodedText, LossOn, encode_texts, prompt_ids
 from kava_core.data.examples import Example, Text, drop_last_step, render_example
 from kava_core.errors import SpecError
 from kava_core.protocols.timeline import NOWHERE
@@ -147,7 +147,7 @@ class Collator:
         """Return ``input_ids`` and ``attention_mask`` of the prompts, padded left for generation, and the
         answers.
 
-        The prompt is tokenized by itself: see ``kava_core.data.encode.count_prefix_mismatches``.
+        The prompt is tokenized by itself: see ``kava_core.data.encoding.encode.count_prefix_mismatches``.
 
         Raises:
             SpecError: a prompt has no tokens.

@@ -1,13 +1,12 @@
-"""Define an example, the text it becomes, and how a written answer is judged. No torch here."""
+"""Define an example, the text it becomes, and what of a written text is its answer. No torch here."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from decimal import Decimal
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from kava_core.data.answers import is_right_answer
 from kava_core.errors import SpecError, did_you_mean, one_of
 from kava_core.specfile.sections.data import Template
 
@@ -15,8 +14,6 @@ ExampleField = Literal["prompt", "reasoning", "answer"]
 
 FIELDS: tuple[ExampleField, ...] = ("prompt", "reasoning", "answer")
 """The fields of an example that become text, in the order of the text."""
-
-_NUMBER = re.compile(r"([-+]?)\$?([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\.?")
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,14 @@ class Example:
         return replace(self, reasoning=rationales[rationale % len(rationales)])
 
 
+class Part(NamedTuple):
+    """A part of a text, or a text without its segments."""
+
+    text: str
+    from_data: tuple[tuple[int, int], ...] = ()
+    """As in ``Text``."""
+
+
 @dataclass(frozen=True)
 class Text:
     """An example as one string."""
@@ -49,11 +54,18 @@ class Text:
     ``text[r:a]``."""
     answer_start: int
     """The character with which the example's own answer begins, after the template's marker."""
+    from_data: tuple[tuple[int, int], ...] = ()
+    """Ranges of characters that are the data's own: special tokens in them are read as any other text."""
 
     @property
-    def prompt(self) -> str:
+    def prompt(self) -> Part:
         """Return the part that is given."""
-        return self.text[: self.bounds[1]]
+        return self.part(0, self.bounds[1])
+
+    def part(self, begin: int, end: int) -> Part:
+        """Return a range of characters, with what of it is the data's own."""
+        ranges = [(max(first, begin) - begin, min(last, end) - begin) for first, last in self.from_data]
+        return Part(self.text[begin:end], tuple(one for one in ranges if one[0] < one[1]))
 
 
 def render_example(example: Example, template: Template) -> Text:
@@ -63,20 +75,29 @@ def render_example(example: Example, template: Template) -> Text:
     answer = template.answer.replace("{answer}", example.answer)
     text = prompt + reasoning + answer
     reasoning_end = len(prompt) + len(reasoning)
+    prompt_start = template.prompt.index("{prompt}")
+    reasoning_start = len(prompt) + template.reasoning.index("{reasoning}")
     answer_start = reasoning_end + template.answer.index("{answer}")
-    return Text(text, (0, len(prompt), reasoning_end, len(text)), answer_start)
+    from_data = (
+        (prompt_start, prompt_start + len(example.prompt)),
+        (reasoning_start, reasoning_start + len(example.reasoning)),
+        (answer_start, answer_start + len(example.answer)),
+    )
+    return Text(text, (0, len(prompt), reasoning_end, len(text)), answer_start, from_data)
 
 
 def split_completion(example: Example, written: str, template: Template) -> Text:
     """Return the text of a completion that was written for an example; its answer is found by the marker.
 
-    Without a marker all of it is reasoning.
+    Without a marker all of it is reasoning. Special tokens in it were written as such.
     """
     prompt = template.prompt.replace("{prompt}", example.prompt)
     marker_start, marker_end = find_answer_marker(written, template) or (len(written), len(written))
     text = prompt + written
     bounds = (0, len(prompt), len(prompt) + marker_start, len(text))
-    return Text(text, bounds, len(prompt) + marker_end)
+    prompt_start = template.prompt.index("{prompt}")
+    from_data = ((prompt_start, prompt_start + len(example.prompt)),)
+    return Text(text, bounds, len(prompt) + marker_end, from_data)
 
 
 def find_answer_marker(written: str, template: Template) -> tuple[int, int] | None:
@@ -194,45 +215,25 @@ def read_text_field(record: Mapping[str, Any], key: str, where: str, *, empty: b
     return value
 
 
-def extract_answer(generated: str, template: Template, lines: int = 1) -> str | None:
-    """Return what follows the first marker, up to the end of the line (or of ``lines`` lines), stripped.
-
-    The marker is the template's text before ``{answer}``, without the white space around it, because many
-    tokenizers do not give that back. None if the marker is missing.
+def answer_frame(template: Template) -> tuple[str, str]:
+    """Return the texts that a template has before and behind an answer; the first is its marker.
 
     Raises:
-        SpecError: the template has no marker, so that an answer cannot be distinguished from the reasoning.
+        SpecError: there is no marker, so that an answer cannot be distinguished from the reasoning.
     """
-    before, _, after = template.answer.partition("{answer}")
-    marker = before.strip()
-    if not marker:
+    marker, _, behind = template.answer.partition("{answer}")
+    if not marker.strip():
         raise SpecError(
             f"data.template.answer: {template.answer!r} has no marker before {{answer}} to look for"
         )
-    _, found, rest = generated.partition(marker)
-    if not found:
-        return None
-    kept = "\n".join(rest.strip().splitlines()[:lines])
-    return kept.strip().removesuffix(after.strip()).strip()
+    return marker, behind
 
 
-def is_correct(generated: str, example: Example, template: Template) -> bool:
+def is_correct(written: str, example: Example, template: Template) -> bool:
     """Return whether the written answer is the example's: the same text, or the same number.
 
-    Numbers are compared without thousands commas, a leading ``$`` and a trailing period, as is usual for
-    GSM8K (arXiv 2110.14168).
+    Raises:
+        SpecError: the template has no marker.
     """
-    right_answer = example.answer.strip()
-    lines = max(1, len(right_answer.splitlines()))
-    given = extract_answer(generated, template, lines=lines)
-    if given is None:
-        return False
-    if given == right_answer:
-        return True
-    number = _parse_number(given)
-    return number is not None and number == _parse_number(right_answer)
-
-
-def _parse_number(text: str) -> Decimal | None:
-    match = _NUMBER.fullmatch(text.strip().replace(",", ""))
-    return Decimal(match[1] + match[2]) if match else None
+    marker, behind = answer_frame(template)
+    return is_right_answer(written, example.answer, marker, behind)

@@ -49,6 +49,14 @@ def load_tokenizer(
     return _load_from_path(source, revision)
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many rows an embedding of a tokenizer's tokens needs: its highest number and one.
+
+    More than it has tokens where numbers are left out, as after tokens were removed from a vocabulary.
+    """
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
 def train_tokenizer(spec: TrainTokenizer, texts: Iterable[str], cache: Path) -> PreTrainedTokenizerFast:
     """Train a tokenizer on texts, or load the one that was trained on them before.
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kava_core.data.encode import NO_LABEL
+from kava_core.data.encoding.encode import NO_LABEL
 
 LABELLED, TOKENS, EXAMPLES, READ = range(4)
 """Places in the counts: the student's labelled tokens, its real positions, examples, and the labelled tokens

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from kava_core.config import Part, WeightedTerm
-from kava_core.data.encode import NO_LABEL
+from kava_core.data.encoding.encode import NO_LABEL
 from kava_core.distill.alignment import Step, StepBatch, choose_alignment
 from kava_core.distill.denominators import LABELLED, READ, loss_denominators
 from kava_core.distill.hidden_states import CODI, READING, STEPS, codi_term, step_cross_entropy

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kava_core.data.encode import NO_LABEL
+from kava_core.data.encoding.encode import NO_LABEL
 from kava_core.distill.denominators import EXAMPLES
 
 CODI, STEPS, READING = "codi", "step_ce", "reading_ce"

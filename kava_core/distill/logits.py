@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedTokenizerBase
 
-from kava_core.data.encode import NO_LABEL
+from kava_core.data.encoding.encode import NO_LABEL
 from kava_core.distill.denominators import LABELLED
 from kava_core.errors import SpecError
 from kava_core.models.teacher import TeacherPass

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kava_core.data.encode import NO_LABEL
+from kava_core.data.encoding.encode import NO_LABEL
 from kava_core.kv.capture.rotation import Rotation
 from kava_core.kv.compare.values import NO_FUSER_INPUTS, FuserInputs
 from kava_core.latent.tokens import LatentTokens

@@ -16,11 +16,13 @@ from accelerate.utils import send_to_device
 from kava_core.build.data import make_data, teacher_reading
 from kava_core.console import progress, quiet
 from kava_core.data.collate import Collator
+from kava_core.data.encoding.answer_judge import first_altered_text
+from kava_core.data.encoding.first_texts import alteration
 from kava_core.data.examples import Example, find_answer_marker, is_correct
 from kava_core.errors import KavaError, SpecError, did_you_mean
 from kava_core.models.config import check_answer_fits
 from kava_core.models.load import load_model
-from kava_core.models.sampling import decode_new_tokens, sample_tokens
+from kava_core.models.writing import Sampling, TextWriter, decode_behind, end_tokens, rows_before_end
 from kava_core.specfile.sections.data import Template
 from kava_core.specfile.sections.losses import LogitsSpec
 from kava_core.specfile.sections.models import TeacherSpec
@@ -134,10 +136,16 @@ class _RationaleWriter:
         self.examples: Sequence[Example] = splits.train if options.split == "train" else splits.validation
         self.template: Template = teacher_reading(spec, teacher).template
         self.tokenizer = data.teacher_tokenizers[teacher.name]
+        altered = first_altered_text(self.tokenizer, self.examples, self.template)
+        if altered is not None:
+            raise SpecError(
+                f"teacher {teacher.name!r}: {alteration(altered)}, so its rationales would be others"
+            )
         self.collator = Collator(self.tokenizer, {}, self.template)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         where = f"teacher {teacher.name!r}"
         self.model: Any = load_model(teacher, self.tokenizer, seed=0, where=where).to(self.device).eval()
+        self.writer = TextWriter(self.tokenizer, where)
         self.options = options
 
     def line_batches(self, start: int) -> Iterator[list[str]]:
@@ -153,18 +161,19 @@ class _RationaleWriter:
     def _sample_texts(self, examples: list[Example], begin: int) -> list[list[str]]:
         """Let the teacher write ``options.count`` texts for each example; ``begin`` is the first's number."""
         options = self.options
-        prompts = send_to_device(self.collator.prompts(examples)[0], self.device)
-        length = prompts["input_ids"].shape[1]
-        check_answer_fits(self.model.config, length, options.max_new_tokens)
-        tokens = sample_tokens(
+        on_cpu = self.collator.prompts(examples)[0]
+        check_answer_fits(self.model.config, on_cpu["input_ids"].shape[1], options.max_new_tokens)
+        tokens = self.writer.write(
             self.model,
-            prompts,
-            seed=options.seed * 1_000_003 + begin,
-            count=options.count,
-            temperature=options.temperature,
+            send_to_device(on_cpu, self.device),
             max_new_tokens=options.max_new_tokens,
+            sampling=Sampling(options.temperature, options.seed * 1_000_003 + begin, options.count),
         )
-        texts = decode_new_tokens(self.tokenizer, tokens, length)
+        given = []
+        for ids, mask in zip(*on_cpu.values(), strict=True):
+            given += [ids[mask.bool()]] * options.count
+        ends = end_tokens(self.tokenizer, self.model.generation_config)
+        texts = decode_behind(self.tokenizer, given, rows_before_end(tokens, ends))
         return [texts[row * options.count : (row + 1) * options.count] for row in range(len(examples))]
 
     def _kept_rationales(self, example: Example, texts: list[str]) -> list[str]:

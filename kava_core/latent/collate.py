@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kava_core.data.collate import Collator, Side, pad_id, pad_left
-from kava_core.data.encode import (
+from kava_core.data.encoding.encode import (
     NO_LABEL,
     EncodedPiece,
     EncodedText,
@@ -21,7 +21,7 @@ from kava_core.data.encode import (
     find_answer_boundary,
     prompt_ids,
 )
-from kava_core.data.examples import Example, Text, render_example
+from kava_core.data.examples import Example, Part, Text, render_example, shorten_to_end
 from kava_core.errors import SpecError
 from kava_core.latent.curriculum import ALWAYS, step_of_tokens
 from kava_core.protocols.timeline import REASONING
@@ -81,10 +81,8 @@ class LatentCollator(Collator):
         """Encode every example for the student; None for one that is longer than ``max_length`` tokens."""
         texts = [render_example(example, self.template) for example in examples]
         befores = self._prompts([text.prompt for text in texts])
-        traces = encode_pieces(
-            [text.text[slice(*text.bounds[1:3])] for text in texts], self.student_tokenizer
-        )
-        answers = encode_pieces([text.text[text.bounds[2] :] for text in texts], self.student_tokenizer)
+        traces = encode_pieces([text.part(*text.bounds[1:3]) for text in texts], self.student_tokenizer)
+        answers = encode_pieces([text.part(*text.bounds[2:]) for text in texts], self.student_tokenizer)
         kept = []
         for parts in zip(examples, texts, befores, traces, answers, strict=True):
             encoded = self._encoded(*parts)
@@ -101,7 +99,9 @@ class LatentCollator(Collator):
         inside = self.template.reasoning.index("{reasoning}")
         steps = step_of_tokens(trace.spans - inside, example.reasoning, self.separator)[: len(written)]
         answer_boundary = find_answer_boundary(
-            F.pad(answer.spans, (0, 0, 1, 0)), text.answer_start - text.bounds[2]
+            F.pad(answer.spans, (0, 0, 1, 0)),
+            text.answer_start - text.bounds[2],
+            where=f"the student's tokenizer, text {shorten_to_end(text.text)!r}",
         )
         kept = trace.spans[:, 1] <= inside + len(example.reasoning)
         return LatentEncoded(
@@ -118,7 +118,7 @@ class LatentCollator(Collator):
         eos = self.student_tokenizer.eos_token_id
         return torch.tensor([] if eos is None else [eos], dtype=torch.long)
 
-    def _prompts(self, prompts: Sequence[str]) -> list[Tensor]:
+    def _prompts(self, prompts: Sequence[Part]) -> list[Tensor]:
         return before_thought(prompts, self.student_tokenizer, begin=self.latent.begin)
 
     def student_side(self, rows: Sequence[LatentEncoded]) -> Side:
@@ -166,7 +166,7 @@ def thin_evenly(trace: Int[Tensor, " time"], count: int) -> Int[Tensor, " {count
 
 
 def before_thought(
-    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, begin: bool
+    prompts: Sequence[Part], tokenizer: PreTrainedTokenizerBase, *, begin: bool
 ) -> list[Int[Tensor, " _"]]:
     """Return the tokens of each prompt, followed by BEGIN if ``begin`` is True."""
     last = [token_id(tokenizer, BEGIN)] if begin else []
@@ -174,8 +174,19 @@ def before_thought(
 
 
 def with_thought_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Add BEGIN and END to a tokenizer that lacks them, in place, and return it."""
+    """Add BEGIN and END to a tokenizer that lacks them, in place, and return it.
+
+    Raises:
+        SpecError: a new token has the number of another one, as where a vocabulary leaves numbers out.
+    """
     tokenizer.add_tokens([BEGIN, END], special_tokens=True)  # add_special_tokens would forget its others
+    numbers = list(tokenizer.get_vocab().values())
+    for token in (BEGIN, END):
+        if numbers.count(token_id(tokenizer, token)) > 1:
+            raise SpecError(
+                f"the student's tokenizer: a new token {token!r} would get the number "
+                f"{token_id(tokenizer, token)}, which another token has; its vocabulary leaves numbers out"
+            )
     return tokenizer
 
 

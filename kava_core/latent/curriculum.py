@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from kava_core.data.encode import NO_LABEL
+from kava_core.data.encoding.encode import NO_LABEL
 from kava_core.specfile.sections.latent import LatentSpec
 
 ALWAYS = -1

@@ -19,10 +19,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kava_core.data.collate import pad_id, pad_left
+from kava_core.data.encoding.answer_judge import decode_tokens
+from kava_core.data.examples import Part
 from kava_core.errors import CheckpointError
 from kava_core.latent.collate import END, before_thought, token_id
 from kava_core.latent.student import write_answers
 from kava_core.latent.tokens import LatentTokens
+from kava_core.models.writing import end_tokens, rows_before_end, write_plainly
 
 WEIGHTS, SHAPE = "latent.safetensors", "latent.json"
 
@@ -70,7 +73,9 @@ class LatentStudent(nn.Module):
         """
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
         latents = load_latents(Path(folder)).to(model.device)
-        return cls(model, latents, AutoTokenizer.from_pretrained(folder)).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        write_plainly(model, tokenizer)
+        return cls(model, latents, tokenizer).eval()
 
     def answer(self, prompts: Sequence[str], *, max_new_tokens: int = 32) -> list[str]:
         """Return the greedy answer to every prompt.
@@ -80,9 +85,10 @@ class LatentStudent(nn.Module):
             max_new_tokens: most tokens of an answer.
         """
         end = token_id(self.tokenizer, END)
-        rows = before_thought(prompts, self.tokenizer, begin=self.latents.begin)
+        parts = [Part(prompt) for prompt in prompts]
+        thought = before_thought(parts, self.tokenizer, begin=self.latents.begin)
         device = self.latents.slots.device
-        before, mask = pad_left(rows, pad_id(self.tokenizer))
+        before, mask = pad_left(thought, pad_id(self.tokenizer))
         tokens = write_answers(
             self.model,
             self.latents,
@@ -91,5 +97,5 @@ class LatentStudent(nn.Module):
             end=end,
             max_new_tokens=max_new_tokens,
         )
-        texts: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return texts
+        rows = rows_before_end(tokens, end_tokens(self.tokenizer, self.model.generation_config))
+        return [decode_tokens(self.tokenizer, row) for row in rows]

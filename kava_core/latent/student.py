@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from kava_core.errors import UnsupportedModelError
 from kava_core.kv.capture.attention_layers import without_adapters
 from kava_core.latent.growing_text import GrowingText, position_ids
 from kava_core.latent.tokens import LatentTokens, extend_mask
+from kava_core.models.writing import CHECKED_TOKENS, agrees, largest_difference
 
 Control = Literal["zeroed", "shuffled"]
 """Latent tokens that know nothing: zeros, or those of the next example of the batch."""
@@ -158,16 +161,65 @@ def write_answers(
         max_new_tokens: most tokens of an answer.
         control: latent tokens that do not depend on the example, for comparison; None: the refined ones.
     """
+    start = _start_of_answers(model, latents, before, before_mask, end=end, control=control)
+    answers: Tensor = model.generate(**start, max_new_tokens=max_new_tokens, do_sample=False)
+    return answers
+
+
+def _start_of_answers(
+    model: Any,
+    latents: LatentTokens,
+    before: Tensor,
+    before_mask: Tensor,
+    *,
+    end: int,
+    control: Control | None = None,
+) -> dict[str, Any]:
+    """Return what ``generate`` starts from: prompt, latent tokens and END, and the cache of what was read."""
     read = GrowingText(model)
     thought = refine_latents(model, latents, before, before_mask, read)
     known = before.shape[1] + (latents.active if control is None else 0)
     thought = thought if control is None else thought.controlled(control)
     last = model.get_input_embeddings()(before.new_full((len(before), 1), end))
-    answers: Tensor = model.generate(
-        inputs_embeds=torch.cat([thought.inputs, last], 1),
-        attention_mask=extend_mask(thought.mask, 1).long(),
-        past_key_values=read.kept(known),
-        max_new_tokens=max_new_tokens,
+    return {
+        "inputs_embeds": torch.cat([thought.inputs, last], 1),
+        "attention_mask": extend_mask(thought.mask, 1).long(),
+        "past_key_values": read.kept(known),
+    }
+
+
+@torch.no_grad()
+def check_writing(
+    model: Any, latents: LatentTokens, before: Tensor, before_mask: Tensor, *, end: int
+) -> None:
+    """Check on a few tokens that answers are written from the logits that the final pass has in training.
+
+    Args:
+        model: as in ``write_answers``.
+        latents: likewise.
+        before: likewise.
+        before_mask: likewise.
+        end: likewise.
+
+    Raises:
+        UnsupportedModelError: the logits differ, as where a model counts its positions in another way.
+    """
+    output = model.generate(
+        **_start_of_answers(model, latents, before, before_mask, end=end),
         do_sample=False,
+        max_new_tokens=CHECKED_TOKENS,
+        min_new_tokens=CHECKED_TOKENS,
+        output_logits=True,
+        return_dict_in_generate=True,
     )
-    return answers
+    after = F.pad(output.sequences[:, :-1], (1, 0), value=end)
+    thought = refine_latents(model, latents, before, before_mask)
+    outputs = final_pass(model, thought, {"after": after, "after_mask": torch.ones_like(after)})
+    plain = outputs.logits[:, -CHECKED_TOKENS:]
+    difference = largest_difference(torch.stack(output.logits, 1), plain)
+    if not agrees(difference, model):
+        raise UnsupportedModelError(
+            f"student: generate() of {type(without_adapters(model)).__name__} has other logits behind latent "
+            f"tokens than a plain pass (by {difference:.2g} of their standard deviation): its answers cannot "
+            "be judged"
+        )

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from kava_core.data.tokenizers import vocabulary_size
 from kava_core.errors import SpecError, did_you_mean
 from kava_core.kv.capture.geometry import ENCODER, probe_geometry
 from kava_core.protocols.axes import Geometry
@@ -158,7 +159,7 @@ def _lines_of(error: Exception) -> list[str]:
 
 def _from_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {
-        "vocab_size": len(tokenizer),
+        "vocab_size": vocabulary_size(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

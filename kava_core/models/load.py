@@ -12,10 +12,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from kava_core.data.tokenizers import vocabulary_size
 from kava_core.errors import SpecError
 from kava_core.kv.capture.geometry import auto_class
 from kava_core.models.config import model_config, reason_of
 from kava_core.models.quantize import check_quantised, explain_loading_error, loading_options
+from kava_core.models.writing import write_plainly
 from kava_core.specfile.sections.models import ModelSpec, TeacherSpec
 
 
@@ -40,12 +42,12 @@ def load_model(
         raise
     except Exception as error:  # transformers, safetensors and torch each raise their own
         raise SpecError(f"{where}: cannot load the model: {reason_of(error)}") from error
-    if grow and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    if grow and vocabulary_size(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         torch.manual_seed(seed)
-        model.resize_token_embeddings(len(tokenizer))
+        model.resize_token_embeddings(vocabulary_size(tokenizer))
     _check_vocabulary(model, tokenizer, where)
     if not spec.encoder:
-        model.generation_config.pad_token_id = _pad_id(tokenizer)
+        write_plainly(model, tokenizer)
     return model
 
 
@@ -104,11 +106,10 @@ def _loading_options(spec: ModelSpec) -> dict[str, Any]:
     return {"dtype": getattr(torch, spec.dtype), "attn_implementation": spec.attention}
 
 
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-
-
 def _check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise SpecError(f"{where}: the tokenizer has {len(tokenizer)} tokens but the model only {rows}")
+    size = vocabulary_size(tokenizer)
+    if size > rows:
+        raise SpecError(
+            f"{where}: the tokenizer numbers its tokens up to {size - 1} but the model has only {rows}"
+        )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from kava_core import shapecheck
+from kava_core.data.tokenizers import vocabulary_size
 from kava_core.errors import SpecError, did_you_mean
 from kava_core.models.config import reason_of
 from kava_core.models.denoiser import Denoiser
@@ -32,7 +33,7 @@ def load_student(
     """
     student = load_model(spec, tokenizer, seed=seed, where="student", grow=grow)
     if spec.encoder:
-        return Denoiser(student, len(tokenizer), tokenizer.mask_token_id)
+        return Denoiser(student, vocabulary_size(tokenizer), tokenizer.mask_token_id)
     _check_causal(student)
     if spec.gradient_checkpointing:
         checkpoint_activations(student)

@@ -21,7 +21,14 @@ from kava_core.data.examples import Example, Text, split_completion
 from kava_core.distill.distiller import Distiller
 from kava_core.kv.capture.evaluation_mode import evaluation_mode
 from kava_core.models.ledger import HEAD, STUDENT, Ledger
-from kava_core.models.sampling import decode_new_tokens, real_tokens, sample_tokens
+from kava_core.models.writing import (
+    Sampling,
+    TextWriter,
+    decode_behind,
+    end_tokens,
+    rows_before_end,
+    written_tokens,
+)
 from kava_core.specfile.sections.training import OnlineSpec
 
 EXAMPLES = "examples"
@@ -67,6 +74,7 @@ class OwnTexts:
     ) -> None:
         self.spec, self.collator, self.collate, self.seed = spec, collator, collate, seed
         self.position_limits = position_limits
+        self._writer = TextWriter(collator.student_tokenizer, "student")
 
     def __call__(
         self,
@@ -120,24 +128,25 @@ class OwnTexts:
         autocast: torch.dtype | None,
     ) -> list[Text]:
         """Let the student write a text for every example's prompt."""
-        prompts = send_to_device(self.collator.prompts(examples)[0], device)
+        on_cpu = self.collator.prompts(examples)[0]
+        prompts = send_to_device(on_cpu, device)
         seed = int(SeedSequence((self.seed, SALT, *place)).generate_state(1)[0])
         with (
             evaluation_mode(distiller.student),
             torch.autocast(device.type, autocast, enabled=autocast is not None),
-            torch.compiler.set_stance("force_eager"),
         ):
-            tokens = sample_tokens(
+            tokens = self._writer.write(
                 distiller.student,
                 prompts,
-                seed=seed,
-                temperature=self.spec.temperature,
                 max_new_tokens=self.spec.max_new_tokens,
+                sampling=Sampling(self.spec.temperature, seed),
             )
-        length, tokenizer = prompts["input_ids"].shape[1], self.collator.student_tokenizer
-        real = real_tokens(tokens[:, length:], tokenizer.eos_token_id)
-        self._count_writing(ledger, prompts["attention_mask"], real)
-        texts, template = decode_new_tokens(tokenizer, tokens, length), self.collator.template
+        student: Any = distiller.student
+        tokenizer, template = self.collator.student_tokenizer, self.collator.template
+        ends = end_tokens(tokenizer, student.generation_config)
+        self._count_writing(ledger, prompts["attention_mask"], written_tokens(tokens, ends))
+        given = [ids[mask.bool()] for ids, mask in zip(*on_cpu.values(), strict=True)]
+        texts = decode_behind(tokenizer, given, rows_before_end(tokens, ends))
         return [
             split_completion(example, text, template) for example, text in zip(examples, texts, strict=True)
         ]

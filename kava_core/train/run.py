@@ -23,7 +23,7 @@ from kava_core.build.layer_maps import with_measured_maps
 from kava_core.build.provenance import run_provenance
 from kava_core.build.stored import with_store
 from kava_core.build.time_plans import PlansTime
-from kava_core.console import quiet
+from kava_core.console import quiet, tell_once
 from kava_core.costs.flops import step_passes
 from kava_core.costs.recorded import recorded_compute, store_counts
 from kava_core.data.collate import Collator
@@ -57,6 +57,12 @@ from kava_core.train.validation.collapse_monitor import CollapseMonitor
 from kava_core.train.validation.evaluator import Evaluator
 from kava_core.train.validation.save_attention_maps import save_attention_maps
 from kava_core.train.weights import load_weights
+
+OVERLAPS = {
+    "duplicates_across": "have a prompt that is also a training prompt",
+    "contaminated": "share 13 words in a row of their prompt with a training prompt",
+}
+"""How the counts of validation examples that training has seen are told."""
 
 M = TypeVar("M", bound=ModelSpec)
 
@@ -149,6 +155,7 @@ def _train(spec: PipelineSpec, folder: Folder) -> None:
     with StopOnSignal() as stop:
         spec, data = with_store(spec, make_data(spec, folder.spec.teachers), seed=folder.seed)
         if is_main():
+            _tell_notices(data)
             folder.check_data(data.report())
         spec = with_measured_maps(spec, folder.layer_maps, data, seed=folder.seed)
         if is_main():
@@ -167,6 +174,16 @@ def _train(spec: PipelineSpec, folder: Folder) -> None:
         _finish_run(trainer, folder, data, spec)
     if stop.received:
         raise Preempted(f"{folder.path}: finished; {stop.received.name} stops what comes after it")
+
+
+def _tell_notices(data: Data) -> None:
+    """Print what a user should know of the data on stderr."""
+    for line in data.notices:
+        tell_once(line)
+    report = data.splits.report()
+    for name, what in OVERLAPS.items():
+        if report[name]:
+            tell_once(f"data: {report[name]} of {len(data.splits.validation)} validation examples {what}")
 
 
 def _beginning_record(spec: PipelineSpec, folder: Folder, data: Data) -> dict[str, Any]:
@@ -220,7 +237,7 @@ def _make_trainer(
         data.validation_items,
         data.plain_collator,
         data.tokenizer,
-        spec.data.template,
+        data.judge,
         spec.evaluate,
         folder,
         CollapseMonitor(folder.before_training),

@@ -9,7 +9,7 @@ from kava_core.data import tokenizer_training
 from kava_core.data.chain import chain_examples
 from kava_core.data.collate import Collator, EncodedExample
 from kava_core.data.dataset import EncodedDataset
-from kava_core.data.encode import encode_text
+from kava_core.data.encoding.encode import encode_text
 from kava_core.data.examples import Example, render_example
 from kava_core.data.tokenizers import train_tokenizer
 from kava_core.errors import SpecError

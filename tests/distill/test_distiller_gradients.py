@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kava_core.build.data import Data, make_data
 from kava_core.build.distiller import make_distiller
-from kava_core.data.encode import NO_LABEL
+from kava_core.data.encoding.encode import NO_LABEL
 from kava_core.distill.distiller import Distiller
 from tests.support import quick_python, tiny
 from tests.support.repository import ROOT

@@ -16,12 +16,12 @@ from transformers import PreTrainedTokenizerFast
 from kava_core.build.data import Data, make_data
 from kava_core.build.distiller import make_distiller
 from kava_core.build.time_plans import PlansTime
-from kava_core.data.encode import NO_LABEL
+from kava_core.data.encoding.encode import NO_LABEL
 from kava_core.data.examples import Example, split_completion
 from kava_core.distill.distiller import Distiller
 from kava_core.errors import Preempted, SpecError
 from kava_core.models.ledger import Ledger
-from kava_core.models.sampling import decode_new_tokens, real_tokens, sample_tokens
+from kava_core.models.writing import TextWriter, decode_behind, written_tokens
 from kava_core.runs.metrics import read_metrics
 from kava_core.specfile.sections.data import Template
 from kava_core.specfile.sections.pipeline import PipelineSpec
@@ -126,11 +126,10 @@ def test_writing_is_entered_in_the_ledger_up_to_eos(tmp_path: Path, monkeypatch:
     items: list[Any] = data.collator.encode([EXAMPLE] * 4)
     batch = CollatorWithExamples(data.collator)(items)
 
-    def fixed(model: Any, prompts: Any, **_: Any) -> torch.Tensor:
-        new = torch.tensor([[5, eos, 0, 0, 0], [5, 6, 5, 6, 5]])
-        return torch.cat([prompts["input_ids"], new], 1)
+    def fixed(*_: Any, **__: Any) -> torch.Tensor:
+        return torch.tensor([[5, eos, 0, 0, 0], [5, 6, 5, 6, 5]])
 
-    monkeypatch.setattr("kava_core.train.own_texts.sample_tokens", fixed)
+    monkeypatch.setattr(TextWriter, "write", fixed)
     ledger = Ledger(3)
     own_texts(spec, data, distiller)(batch, distiller, ledger, (0, 0, 0))
     read, prompt = ledger.read["student"], data.collator.prompts([EXAMPLE])[0]["input_ids"].shape[1]
@@ -184,31 +183,6 @@ def test_a_batch_brings_no_tensors_of_its_examples(tmp_path: Path) -> None:
     )
 
 
-def test_a_model_s_own_generation_settings_do_not_reach_the_sampling(tmp_path: Path) -> None:
-    _spec, data, distiller, batch = prepared(tmp_path)
-    student: Any = distiller.student
-    prompts = data.collator.prompts(batch["examples"])[0]
-    how: dict[str, Any] = {"seed": 3, "temperature": 1.0, "max_new_tokens": 7}
-    plain = sample_tokens(student, prompts, **how)
-    before = student.generation_config
-    settings = {"repetition_penalty": 5.0, "min_p": 0.5, "num_beams": 3, "no_repeat_ngram_size": 1}
-    student.generation_config.update(**settings, return_dict_in_generate=True)
-    assert torch.equal(sample_tokens(student, prompts, **how), plain)
-    assert student.generation_config is before
-    assert before.num_beams == 3
-
-
-def test_tokens_are_drawn_from_the_model_s_own_probabilities(tmp_path: Path) -> None:
-    *_, distiller, _batch = prepared(tmp_path)
-    student: Any = distiller.student.eval()
-    prompt = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3).long()}
-    drawn = sample_tokens(student, prompt, seed=0, temperature=2.0, max_new_tokens=1, count=20_000)[:, -1]
-    with torch.no_grad():
-        wanted = (student(**prompt).logits[0, -1] / 2).softmax(-1)
-    found = torch.bincount(drawn, minlength=len(wanted)) / len(drawn)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=0.01)
-
-
 def test_the_space_after_the_prompt_is_kept() -> None:
     """SentencePiece's tokenizers drop it from the first word of what they decode."""
     tokenizer = Tokenizer(
@@ -217,13 +191,13 @@ def test_the_space_after_the_prompt_is_kept() -> None:
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     assert fast.decode([2]) == "b"
-    assert decode_new_tokens(fast, torch.tensor([[1, 2, 1], [1, 4, 1]]), 1) == [" b a", "b a"]
+    assert decode_behind(fast, [torch.tensor([1])] * 2, [[2, 1], [4, 1]]) == [" b a", "b a"]
 
 
 def test_what_stands_after_eos_is_padding() -> None:
     tokens = torch.tensor([[4, 9, 9, 4], [4, 4, 4, 4], [9, 4, 4, 4]])
-    assert real_tokens(tokens, 9).sum(1).tolist() == [2, 4, 1]
-    assert real_tokens(tokens, None).all()
+    assert written_tokens(tokens, [9]).sum(1).tolist() == [2, 4, 1]
+    assert written_tokens(tokens, []).all()
 
 
 def test_a_router_that_learns_from_cross_entropy_needs_labels(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from kava_core.data.dataset import split_nearly_equal
-from kava_core.data.examples import Example, is_correct, render_example
+from kava_core.data.encoding.answer_judge import AnswerJudge
+from kava_core.data.examples import Example, render_example
 from kava_core.data.jsonl import read_examples
 from kava_core.data.splits import Splits, load_splits, split_hash
 from kava_core.errors import SpecError
@@ -51,18 +52,19 @@ def score_answers(
     ``sha256`` names the prompt as the student read it, so that lines of two evaluations can be paired.
     """
     template = student.spec.data.template
-    answers = AnswerWriter(student.collator, student.tokenizer, max_new_tokens)
+    judge = AnswerJudge.of_examples(student.tokenizer, template, examples)
+    write_answers = AnswerWriter(student.collator, student.tokenizer, judge, max_new_tokens)
     device = next(student.distiller.parameters()).device
     for batch in split_nearly_equal(examples, batch_size):
-        texts, _ = answers(student.distiller, batch, device)
-        for example, text in zip(batch, texts, strict=True):
-            prompt = render_example(example, template).prompt
+        answers, _ = write_answers(student.distiller, batch, device)
+        for example, (text, correct) in zip(batch, answers, strict=True):
+            prompt = render_example(example, template).prompt.text
             yield {
                 "sha256": hashlib.sha256(prompt.encode("utf-8")).hexdigest(),
                 "prompt": prompt,
                 "gold": example.answer,
                 "wrote": text,
-                "correct": is_correct(text, example, template),
+                "correct": correct,
             }
 
 

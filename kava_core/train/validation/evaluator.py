@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Subset
 from kava_core.build.time_plans import PlansTime
 from kava_core.data.collate import Collator
 from kava_core.data.dataset import EncodedDataset, split_nearly_equal
-from kava_core.data.examples import is_correct
+from kava_core.data.encoding.answer_judge import AnswerJudge
 from kava_core.distill.denominators import EXAMPLES, LABELLED, READ, TOKENS
 from kava_core.distill.distiller import LOGITS, Distiller
 from kava_core.distill.hidden_states import CODI, READING, STEPS
@@ -25,7 +25,6 @@ from kava_core.files import write_json
 from kava_core.kv.capture.evaluation_mode import evaluation_mode
 from kava_core.latent.student import Control
 from kava_core.runs.folder import Folder
-from kava_core.specfile.sections.data import Template
 from kava_core.specfile.sections.training import EvaluateSpec
 from kava_core.train.validation.answer_writer import AnswerWriter
 from kava_core.train.validation.collapse_monitor import EXAMPLES as MONITORED
@@ -50,7 +49,7 @@ class Evaluator:
         items: the validation examples, encoded for every side.
         collator: makes batches and prompts.
         tokenizer: the student's.
-        template: finds the answer in what the student wrote.
+        judge: decides which written answers are right.
         spec: sizes.
         folder: keeps some written answers of the newest evaluation, and which were right.
         monitor: watches the aligners on the first validation examples.
@@ -61,19 +60,22 @@ class Evaluator:
         items: EncodedDataset,
         collator: Collator,
         tokenizer: Any,
-        template: Template,
+        judge: AnswerJudge,
         spec: EvaluateSpec,
         folder: Folder,
         monitor: CollapseMonitor,
     ) -> None:
         self.items, self.examples, self.collator = items, items.examples, collator
-        self.tokenizer, self.template, self.spec, self.folder = tokenizer, template, spec, folder
+        self.spec, self.folder = spec, folder
         self.monitor = monitor
-        self.write_answers = AnswerWriter(collator, tokenizer, spec.max_new_tokens)
+        self.write_answers = AnswerWriter(collator, tokenizer, judge, spec.max_new_tokens)
 
     def begin(self, distiller: Distiller, device: torch.device) -> None:
-        """Let the monitor keep the state before the first step."""
+        """Let the monitor keep the state before the first step, and check that the student can write."""
         self.monitor.begin(distiller, self._monitored_batch(distiller, device))
+        if self.spec.generate:
+            with evaluation_mode(distiller), _own_random_numbers(), torch.no_grad():
+                self.write_answers.check(distiller, self.examples, device)
 
     def _monitored_batch(self, distiller: Distiller, device: torch.device) -> dict[str, Any]:
         count = min(MONITORED, self.spec.batch_size, len(self.items))
@@ -136,10 +138,9 @@ class Evaluator:
         written: list[dict[str, Any]] = []
         for indices_of_batch in split_nearly_equal(indices, self.spec.batch_size):
             examples = [self.examples[index] for index in indices_of_batch]
-            texts, passes_of_batch = self.write_answers(distiller, examples, accelerator.device, control)
+            answers, passes_of_batch = self.write_answers(distiller, examples, accelerator.device, control)
             passes += passes_of_batch
-            for example, text in zip(examples, texts, strict=True):
-                correct = is_correct(text, example, self.template)
+            for example, (text, correct) in zip(examples, answers, strict=True):
                 marks.append(correct)
                 written.append(
                     {"prompt": example.prompt, "gold": example.answer, "wrote": text, "correct": correct}

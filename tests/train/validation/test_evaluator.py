@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kava_core.build.data import Data, make_data
 from kava_core.build.distiller import make_distiller
-from kava_core.data.encode import NO_LABEL
+from kava_core.data.encoding.encode import NO_LABEL
 from kava_core.data.examples import render_example
 from kava_core.distill.distiller import Distiller
 from kava_core.runs import checkpoint
@@ -33,7 +33,7 @@ def setup(folder: Path, **changes: Any) -> tuple[Evaluator, Distiller, Data]:
     spec = tiny.spec(folder, evaluate=evaluate, teachers=teachers, **changes)
     data = make_data(spec)
     distiller = make_distiller(spec, data, seed=0)
-    parts = (data.plain_collator, data.tokenizer, spec.data.template, spec.evaluate)
+    parts = (data.plain_collator, data.tokenizer, data.judge, spec.evaluate)
     files = (Folder(folder), monitor(folder))
     return Evaluator(data.validation_items, *parts, *files), distiller, data
 
@@ -87,8 +87,8 @@ def test_shuffled_teachers_are_a_control_of_training_only(tmp_path: Path) -> Non
     wrong = Evaluator(
         data.validation_items,
         other.collator,
-        plain.tokenizer,
-        plain.template,
+        data.tokenizer,
+        data.judge,
         _without_rest(plain),
         Folder(tmp_path / "s"),
         monitor(tmp_path),

@@ -8,7 +8,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from kava_core.data import tokenizer_training
-from kava_core.data.encode import count_prefix_mismatches, encode_text, encode_texts, prompt_ids
+from kava_core.data.encoding.encode import count_prefix_mismatches, encode_text, encode_texts, prompt_ids
 from kava_core.data.examples import Example, render_example
 from kava_core.data.tokenizers import load_tokenizer
 from kava_core.errors import SpecError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -11,7 +11,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kava_core.data.examples import Example, Text, render_example
+from kava_core.data.encoding.tokenize import TokenizedPart, tokenize_parts
+from kava_core.data.examples import Example, Part, Text, render_example, shorten_to_end
 from kava_core.errors import SpecError
 from kava_core.protocols.timeline import ANSWER, PROMPT
 from kava_core.specfile.sections.data import Template
@@ -43,30 +44,6 @@ class EncodedText:
     def prompt_length(self) -> int:
         """Return the number of tokens of the prompt."""
         return int((self.segments == PROMPT).sum())
-
-
-@dataclass(frozen=True)
-class _TokenizedText:
-    """What a tokenizer makes of one text."""
-
-    ids: list[int]
-    offsets: list[tuple[int, int]]
-    is_added: list[int]
-    """1 if the token is not from the text: the tokenizer added it."""
-
-    def count_leading(self) -> int:
-        """Count the added tokens before the text; all tokens if there is no text at all."""
-        for index, added in enumerate(self.is_added):
-            if not added:
-                return index
-        return len(self.ids)
-
-    def count_trailing(self) -> int:
-        """Count the added tokens after the text; 0 if there is no text at all."""
-        for index, added in enumerate(reversed(self.is_added)):
-            if not added:
-                return index
-        return 0
 
 
 class EncodedPiece(NamedTuple):
@@ -106,7 +83,7 @@ def encode_texts(
         SpecError: the tokenizer's offsets run backwards.
     """
     encoded: list[EncodedText | None] = []
-    tokenized = _tokenize_texts([text.text for text in texts], tokenizer)
+    tokenized = tokenize_parts([Part(text.text, text.from_data) for text in texts], tokenizer)
     for text, without_eos in zip(texts, tokenized, strict=True):
         tokens = _append_eos(without_eos, tokenizer.eos_token_id)
         fits = max_length is None or len(tokens.ids) <= max_length
@@ -114,32 +91,22 @@ def encode_texts(
     return encoded
 
 
-def encode_pieces(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[EncodedPiece]:
+def encode_pieces(parts: Sequence[Part], tokenizer: PreTrainedTokenizerBase) -> list[EncodedPiece]:
     """Encode texts that follow others."""
-    if not texts:
-        return []
-    output = tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        padding=False,
-        truncation=False,
-        return_offsets_mapping=True,
-        verbose=False,
-    )
     pieces = []
-    for ids, spans in zip(output["input_ids"], output["offset_mapping"], strict=True):
-        pieces.append(EncodedPiece(torch.tensor(ids, dtype=torch.long), _span_tensor(spans)))
+    for tokens in tokenize_parts(parts, tokenizer, add_special_tokens=False):
+        pieces.append(EncodedPiece(torch.tensor(tokens.ids, dtype=torch.long), _span_tensor(tokens.offsets)))
     return pieces
 
 
-def prompt_ids(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Int[Tensor, " time"]]:
+def prompt_ids(prompts: Sequence[Part], tokenizer: PreTrainedTokenizerBase) -> list[Int[Tensor, " time"]]:
     """Return the tokens of prompts as generation starts from them: without what a tokenizer adds at the end.
 
     They are the first tokens of the whole text's, except if the tokenizer merges the prompt's last
     characters with the first of the completion; ``count_prefix_mismatches`` counts that.
     """
     prompt_tokens = []
-    for tokens in _tokenize_texts(prompts, tokenizer):
+    for tokens in tokenize_parts(prompts, tokenizer):
         end = len(tokens.ids) - tokens.count_trailing()
         prompt_tokens.append(torch.tensor(tokens.ids[:end], dtype=torch.long))
     return prompt_tokens
@@ -155,45 +122,41 @@ def count_prefix_mismatches(
     """
     texts = [render_example(example, template) for example in examples]
     prompts = prompt_ids([text.prompt for text in texts], tokenizer)
-    whole_texts = _tokenize_texts([text.text for text in texts], tokenizer)
+    whole_texts = tokenize_parts([Part(text.text, text.from_data) for text in texts], tokenizer)
     mismatches = 0
     for prompt, whole in zip(prompts, whole_texts, strict=True):
         mismatches += prompt.tolist() != whole.ids[: len(prompt)]
     return mismatches
 
 
-def find_answer_boundary(spans: Int[Tensor, "time 2"], answer_start: int) -> int:
-    """Return the index of the token before the first that covers characters from ``answer_start`` on, or
-    0."""
+def find_answer_boundary(spans: Int[Tensor, "time 2"], answer_start: int, *, where: str) -> int:
+    """Return the index of the token before the first that covers characters from ``answer_start`` on.
+
+    0 where that is the first token.
+
+    Args:
+        spans: of the text's tokens.
+        answer_start: the answer's first character.
+        where: names the text in the error.
+
+    Raises:
+        SpecError: no token covers the answer.
+    """
     reaches_answer = (spans[:, 1] > answer_start) & (spans[:, 1] > spans[:, 0])
+    if not reaches_answer.any():
+        raise SpecError(f"{where}: no token covers the answer, so nothing would be learnt or judged there")
     return max(int(reaches_answer.int().argmax()) - 1, 0)
 
 
-def _tokenize_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[_TokenizedText]:
-    if not texts:
-        return
-    output = tokenizer(
-        list(texts),
-        padding=False,
-        truncation=False,
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
-        verbose=False,
-    )
-    yield from map(
-        _TokenizedText, output["input_ids"], output["offset_mapping"], output["special_tokens_mask"]
-    )
-
-
-def _append_eos(tokens: _TokenizedText, eos: int | None) -> _TokenizedText:
-    """Append EOS to the tokens, unless the tokenizer added it or has none."""
-    if eos is None or (tokens.ids and tokens.is_added[-1] and tokens.ids[-1] == eos):
+def _append_eos(tokens: TokenizedPart, eos: int | None) -> TokenizedPart:
+    """Append EOS to the tokens, unless the text ends with it already or the tokenizer has none."""
+    if eos is None or tokens.ids[-1:] == [eos]:
         return tokens
-    return _TokenizedText([*tokens.ids, eos], [*tokens.offsets, (0, 0)], [*tokens.is_added, 1])
+    return TokenizedPart([*tokens.ids, eos], [*tokens.offsets, (0, 0)], [*tokens.is_added, 1])
 
 
 def _encode_tokens(
-    text: Text, tokens: _TokenizedText, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn
+    text: Text, tokens: TokenizedPart, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn
 ) -> EncodedText:
     input_ids = torch.tensor(tokens.ids, dtype=torch.long)
     text_start = tokens.count_leading()
@@ -208,7 +171,9 @@ def _encode_tokens(
         raise SpecError(f"tokenizer {tokenizer.name_or_path!r}: its character offsets run backwards")
     has_label = segments.ge(PROMPT) if loss_on == "all" else segments.ne(PROMPT)
     labels = torch.where(has_label, input_ids, NO_LABEL)
-    return EncodedText(input_ids, segments, spans, labels, find_answer_boundary(spans, text.answer_start))
+    where = f"tokenizer {tokenizer.name_or_path!r}, text {shorten_to_end(text.text)!r}"
+    boundary = find_answer_boundary(spans[:text_end], text.answer_start, where=where)
+    return EncodedText(input_ids, segments, spans, labels, boundary)
 
 
 def _span_tensor(offsets: Sequence[tuple[int, int]]) -> Int[Tensor, "time 2"]:

@@ -1,0 +1,1 @@
+"""Encode texts, and look at what a tokenizer makes of the data."""
