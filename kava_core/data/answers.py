@@ -12,7 +12,7 @@ from decimal import Decimal
 _CURRENCY = "[$€£¥]"
 _NUMBER = re.compile(
     rf"(?P<sign>[-+]?){_CURRENCY}?(?P<sign_behind_currency>[-+]?)"
-    r"(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
+    r"(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
     rf"(?:[ ]?(?:%|{_CURRENCY}))?\.?"
 )
 _MINUS = "\N{MINUS SIGN}"

@@ -160,7 +160,7 @@ class Collator:
         rows = prompt_ids(texts, self.student_tokenizer)
         for text, row in zip(texts, rows, strict=True):
             if not len(row):
-                raise SpecError(f"data: the student's tokenizer makes no tokens of the prompt {text!r}")
+                raise SpecError(f"data: the student's tokenizer makes no tokens of the prompt {text.text!r}")
         padded, mask = pad_left(rows, pad_id(self.student_tokenizer))
         return {"input_ids": padded, "attention_mask": mask}, answers
 

@@ -21,7 +21,7 @@ from kava_core.data.encoding.encode import (
     find_answer_boundary,
     prompt_ids,
 )
-from kava_core.data.examples import Example, Part, Text, render_example, shorten_to_end
+from kava_core.data.examples import Example, Part, Text, render_example
 from kava_core.errors import SpecError
 from kava_core.latent.curriculum import ALWAYS, step_of_tokens
 from kava_core.protocols.timeline import REASONING
@@ -100,8 +100,9 @@ class LatentCollator(Collator):
         steps = step_of_tokens(trace.spans - inside, example.reasoning, self.separator)[: len(written)]
         answer_boundary = find_answer_boundary(
             F.pad(answer.spans, (0, 0, 1, 0)),
+            text.text[text.bounds[2] :],
             text.answer_start - text.bounds[2],
-            where=f"the student's tokenizer, text {shorten_to_end(text.text)!r}",
+            where="the student's tokenizer",
         )
         kept = trace.spans[:, 1] <= inside + len(example.reasoning)
         return LatentEncoded(

@@ -162,17 +162,20 @@ class TextWriter:
             model: as in ``write``.
             prompts: as in ``write``.
         """
-        if self._generates is not None:
-            return
+        if self._generates is None:
+            self._generates = self._check(model, prompts)
+
+    def _check(self, model: Any, prompts: Mapping[str, Tensor]) -> bool:
         with torch.compiler.set_stance("force_eager"):
             difference = generate_difference(model, prompts, pad=pad_or_end(self.tokenizer) or 0)
-        self._generates = agrees(difference, model)
-        if not self._generates:
+        agreed = agrees(difference, model)
+        if not agreed:
             tell_once(
                 f"{self.who}: generate() of {type(without_adapters(model)).__name__} has other logits than a "
                 f"plain pass over the same tokens (by {difference:.2g} of their standard deviation), so "
                 "every written token takes a whole pass: slower, and right"
             )
+        return agreed
 
     def _write_by_whole_passes(
         self, model: Any, prompts: Mapping[str, Tensor], max_new_tokens: int, sampling: Sampling | None
@@ -288,9 +291,10 @@ def rows_before_end(tokens: Tensor, ends: Sequence[int]) -> list[list[int]]:
 def decode_behind(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Tensor], rows: Sequence[list[int]]
 ) -> list[str]:
-    """Return the text of tokens that follow prompts, with special tokens as text.
+    """Return the text of tokens that follow prompts, with special tokens such as a marker, for other models.
 
-    Decoded together with the prompt: many tokenizers drop the space before the first word they decode.
+    Padding and unknown characters, which are no text, are left out. Decoded together with the prompt: many
+    tokenizers drop the space before the first word they decode.
 
     Args:
         tokenizer: of the model.
@@ -298,7 +302,9 @@ def decode_behind(
         rows: the tokens that follow.
     """
     written = []
-    for prompt, row in zip(prompts, rows, strict=True):
+    no_text = {tokenizer.pad_token_id, tokenizer.unk_token_id}
+    for prompt, tokens in zip(prompts, rows, strict=True):
+        row = [token for token in tokens if token not in no_text]
         before = decode_tokens(tokenizer, prompt.tolist())
         text = decode_tokens(tokenizer, [*prompt.tolist(), *row])
         written.append(text[len(before) :] if text.startswith(before) else decode_tokens(tokenizer, row))

@@ -443,7 +443,7 @@ def test_forward_passes_of_an_answer_are_counted(tmp_path: Path, passes: int, mo
     data = make_data(one)
     distiller = make_distiller(one, data, seed=0).eval()
     examples = [item.example for item in data.validation_items.items[:1]]
-    answers = AnswerWriter(data.plain_collator, data.tokenizer, one.evaluate.max_new_tokens)
+    answers = AnswerWriter(data.plain_collator, data.tokenizer, data.judge, one.evaluate.max_new_tokens)
     calls: list[int] = []
     plain = LlamaModel.forward
     monkeypatch.setattr(LlamaModel, "forward", lambda *a, **k: calls.append(1) or plain(*a, **k))

@@ -129,22 +129,28 @@ def count_prefix_mismatches(
     return mismatches
 
 
-def find_answer_boundary(spans: Int[Tensor, "time 2"], answer_start: int, *, where: str) -> int:
+def find_answer_boundary(spans: Int[Tensor, "time 2"], text: str, answer_start: int, *, where: str) -> int:
     """Return the index of the token before the first that covers characters from ``answer_start`` on.
 
-    0 where that is the first token.
+    0 where that is the first token, and the last token where there is nothing but white space from there on.
 
     Args:
         spans: of the text's tokens.
+        text: what they are tokens of.
         answer_start: the answer's first character.
-        where: names the text in the error.
+        where: names the tokenizer in the error.
 
     Raises:
-        SpecError: no token covers the answer.
+        SpecError: there is an answer, and no token covers it.
     """
     reaches_answer = (spans[:, 1] > answer_start) & (spans[:, 1] > spans[:, 0])
     if not reaches_answer.any():
-        raise SpecError(f"{where}: no token covers the answer, so nothing would be learnt or judged there")
+        if text[answer_start:].strip():
+            raise SpecError(
+                f"{where}: no token covers the answer of the text {shorten_to_end(text)!r}: nothing would be "
+                "learnt or judged there"
+            )
+        return max(len(spans) - 1, 0)
     return max(int(reaches_answer.int().argmax()) - 1, 0)
 
 
@@ -171,8 +177,8 @@ def _encode_tokens(
         raise SpecError(f"tokenizer {tokenizer.name_or_path!r}: its character offsets run backwards")
     has_label = segments.ge(PROMPT) if loss_on == "all" else segments.ne(PROMPT)
     labels = torch.where(has_label, input_ids, NO_LABEL)
-    where = f"tokenizer {tokenizer.name_or_path!r}, text {shorten_to_end(text.text)!r}"
-    boundary = find_answer_boundary(spans[:text_end], text.answer_start, where=where)
+    where = f"tokenizer {tokenizer.name_or_path!r}"
+    boundary = find_answer_boundary(spans[:text_end], text.text, text.answer_start, where=where)
     return EncodedText(input_ids, segments, spans, labels, boundary)
 
 

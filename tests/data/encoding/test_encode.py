@@ -1,10 +1,12 @@
 """Segments, spans and labels of every kind of tokenizer, recomputed character by character."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
+from tokenizers import Tokenizer, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from kava_core.data import tokenizer_training
@@ -149,12 +151,50 @@ def test_one_character_in_several_tokens_has_one_span():
     assert found.spans[:4].tolist() == [[0, 1]] * 4
 
 
-def test_a_written_special_token_is_no_added_one():
-    text = render_example(Example("q", "r", "end<eos>"), GSM)
+def test_a_special_token_of_the_template_is_one() -> None:
+    """EOS at its end is not followed by another."""
+    template = Template(answer="#### {answer}<eos>")
+    text = render_example(Example("q", "r", "end"), template)
     found = encode_text(text, TOKENIZERS["bpe"])
     eos, end = TOKENIZERS["bpe"].eos_token_id, len(text.text)
-    assert found.input_ids[-2:].tolist() == [eos, eos]
-    assert found.spans[-2:].tolist() == [[end - 5, end], [end, end]]
+    assert found.input_ids.tolist().count(eos) == 1
+    assert found.input_ids[-1] == eos
+    assert found.spans[-1].tolist() == [end - 5, end]
+
+
+def without_added_tokens(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """The same vocabulary and rules, but no token is special."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    return Tokenizer.from_str(json.dumps(state | {"added_tokens": [], "post_processor": None}))
+
+
+@pytest.mark.parametrize("name", ["bpe", "chars", "bos"])
+def test_special_tokens_in_the_data_are_text(name: str) -> None:
+    """The template's stay; what is between them has the tokens of a tokenizer that knows no special ones."""
+    tokenizer, mark = TOKENIZERS[name], {"bos": "<bos>", "bpe": "<pad>", "chars": "<unk>"}[name]
+    template = Template(prompt="{prompt}\n", reasoning="{reasoning}" + mark, answer="#### {answer}")
+    text = render_example(Example(f"q{mark}?", f"a {mark} b", f"7{mark}"), template)
+    found = encode_text(text, tokenizer)
+    plain = without_added_tokens(tokenizer)
+    expected = [
+        *([tokenizer.bos_token_id] if name == "bos" else []),
+        *plain.encode(f"q{mark}?\na {mark} b").ids,
+        tokenizer.convert_tokens_to_ids(mark),
+        *plain.encode(f"#### 7{mark}").ids,
+        *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]),
+    ]
+    assert found.input_ids.tolist() == expected
+    covered = {place for start, end in found.spans.tolist() for place in range(start, end)}
+    assert covered == set(range(len(text.text)))
+
+
+def test_an_answer_that_no_token_covers_is_refused() -> None:
+    """WordPiece's cleaning drops control characters: an answer of them has no tokens."""
+    cleaning = fast("wordpiece", pad_token="<pad>", eos_token="<eos>")
+    cleaning.backend_tokenizer.normalizer = normalizers.BertNormalizer(clean_text=True)
+    text = render_example(Example("q", "r", "\x02\x03"), GSM)
+    with pytest.raises(SpecError, match=r"no token covers the answer of the text"):
+        encode_text(text, cleaning)
 
 
 def test_loss_on_all_labels_everything():

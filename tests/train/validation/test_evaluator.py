@@ -17,6 +17,7 @@ from kava_core.build.distiller import make_distiller
 from kava_core.data.encoding.encode import NO_LABEL
 from kava_core.data.examples import render_example
 from kava_core.distill.distiller import Distiller
+from kava_core.models.writing import TextWriter
 from kava_core.runs import checkpoint
 from kava_core.runs.folder import Folder
 from kava_core.train.run import run
@@ -120,14 +121,13 @@ def test_exact_match_counts_right_answers(tmp_path: Path, monkeypatch: pytest.Mo
     """Every third answer is wrong, and one has no marker: 3 of 7 are right."""
     evaluator, distiller, data = setup(tmp_path, evaluate={"generate": True, "max_new_tokens": 9})
     examples = data.validation_items.examples
-    right = [
-        render_example(e, evaluator.template).text[len(render_example(e, evaluator.template).prompt) :]
-        for e in examples
-    ]
+    rendered = [render_example(example, data.judge.template) for example in examples]
+    right = [text.text[text.bounds[1] :] for text in rendered]
     texts = [f" #{(int(e.answer) + 1) % 10}" if i % 3 == 0 else right[i] for i, e in enumerate(examples)]
     texts[1] = examples[1].answer
     script = Script(data.tokenizer, texts)
     monkeypatch.setattr(distiller.student, "generate", script.generate)
+    monkeypatch.setattr(TextWriter, "_check", lambda *_: True)
     assert evaluator(distiller)["exact_match"] == pytest.approx(3 / 7)
     assert script.options == [{"max_new_tokens": 9, "do_sample": False}] * 3
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
