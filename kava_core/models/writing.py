@@ -23,22 +23,24 @@ from kava_core.kv.capture.attention_layers import without_adapters
 def end_tokens(tokenizer: PreTrainedTokenizerBase, config: Any = None) -> tuple[int, ...]:
     """Return the numbers of the tokens that end a text.
 
-    The first is the tokenizer's EOS or, if it has none, what it adds behind a text by itself. Further ones
-    that a model's generation settings name count if they are special tokens of the tokenizer, such as the end
-    of a turn. Any other number there is taken for a mistake: the same weights would stop at an ordinary
-    token.
+    The first is the tokenizer's EOS or, if it has none, what it adds behind a text by itself. A model's
+    generation settings may name further ends beside it, such as the end of a turn; those that are special
+    tokens of the tokenizer count. Settings that do not name the tokenizer's own end are of another tokenizer,
+    and do not: with the same weights a text would end at an ordinary token.
 
     Args:
         tokenizer: of the model.
         config: the model's generation settings, or its config; None: the tokenizer alone decides.
     """
-    ends = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else _added_behind(tokenizer)
+    own = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else _added_behind(tokenizer)
     named = getattr(config, "eos_token_id", None)
     named = [named] if isinstance(named, int) else list(named or ())
+    if not set(own) & set(named):
+        return tuple(own)
     added = tokenizer.added_tokens_decoder
-    never = {tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
+    never = {tokenizer.unk_token_id, tokenizer.bos_token_id}
     more = [number for number in named if number in added and added[number].special and number not in never]
-    return tuple(dict.fromkeys([*ends, *more]))
+    return tuple(dict.fromkeys([*own, *more]))
 
 
 def _added_behind(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -116,6 +116,8 @@ def test_the_end_of_a_turn_is_an_end_where_the_model_says_so(tokenizer: Any) -> 
     assert end_tokens(chat, model.generation_config) == (chat.eos_token_id,)
     model.generation_config.eos_token_id = [chat.eos_token_id, turn, think, chat.unk_token_id]
     assert end_tokens(chat, model.generation_config) == (chat.eos_token_id, turn)
+    model.generation_config.eos_token_id = turn  # training ends texts with the tokenizer's
+    assert end_tokens(chat, model.generation_config) == (chat.eos_token_id,)
 
 
 ROBERTA = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Sequence
@@ -10,34 +11,44 @@ from typing import Any
 
 import yaml
 
-from kava_core.data.examples import Example, render_example
+from kava_core.data import answers
+from kava_core.data.encoding.answer_judge import first_altered_text
+from kava_core.data.encoding.first_texts import alteration
+from kava_core.data.examples import Example, answer_frame, render_example
 from kava_core.errors import SpecError
 from kava_core.files import make_folder
 from kava_core.jobs.evaluate.answering_student import AnsweringStudent
+from kava_core.specfile.sections.data import Template
 
-NUMBER = r"([-+]?\$?[0-9][0-9,]*(?:\.[0-9]+)?)"
-IGNORED = [",", r"\$", r"^\+", r"\.0+$"]
-"""What two equal numbers may differ in."""
+JUDGE = "judge.py"
+"""File of the rules that answers are judged by, beside the task."""
+
+PROCESS_RESULTS = '''
+
+MARKER, BEHIND = {marker!r}, {behind!r}
+"""What the template has before and behind an answer."""
+
+
+def process_results(doc, results):
+    """Return 1 for a right answer, as ``kava eval`` does."""
+    return {{"exact_match": float(is_right_answer(results[0], doc["answer"], MARKER, BEHIND))}}
+'''
 
 
 def write_harness_task(
     folder: Path, student: AnsweringStudent, examples: Sequence[Example], max_new_tokens: int
 ) -> str:
-    """Write ``items.jsonl`` and ``task.yaml``; return the task's name.
+    """Write ``items.jsonl``, ``task.yaml`` and ``judge.py``; return the task's name.
 
-    Prompts are written as the student reads them; an answer is the number behind the template's marker.
+    Prompts are written as the student reads them. ``judge.py`` is a copy of ``kava_core.data.answers``, so
+    that the harness judges by the same rules.
 
     Raises:
-        SpecError: the student thinks in latent tokens, which the harness would leave out; or an answer is no
-            number.
+        SpecError: the student thinks in latent tokens, which the harness would leave out; its marker is a
+        special
+            token, which the harness does not show; or its tokenizer alters texts.
     """
-    if student.spec.trajectory == "latent":
-        raise SpecError(f"{student.run}: thinks in latent tokens, which lm-evaluation-harness leaves out")
-    for example in examples:
-        if not re.fullmatch(NUMBER, example.answer):
-            raise SpecError(
-                f"--lm-eval: the answer {example.answer!r} is no number, and the task looks for numbers"
-            )
+    _refuse_what_the_harness_cannot_see(student, examples)
     make_folder(folder)
     template = student.spec.data.template
     lines = []
@@ -47,20 +58,36 @@ def write_harness_task(
     file = folder / "items.jsonl"
     file.write_text("".join(lines), encoding="utf-8")
     name = "kava_" + re.sub(r"\W", "_", student.spec.name)
-    fields = _task_fields(name, file.resolve(), template.answer, max_new_tokens)
+    (folder / JUDGE).write_text(_judge_source(template), encoding="utf-8")
+    fields = _task_fields(name, file.resolve(), max_new_tokens)
     (folder / "task.yaml").write_text(yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
     return name
 
 
-def _task_fields(name: str, file: Path, answer_template: str, max_new_tokens: int) -> dict[str, Any]:
-    marker = answer_template.partition("{answer}")[0].strip()
-    find_number = {"function": "regex", "regex_pattern": re.escape(marker) + r"\s*" + NUMBER}
-    exact_match = {
-        "metric": "exact_match",
-        "aggregation": "mean",
-        "higher_is_better": True,
-        "regexes_to_ignore": IGNORED,
-    }
+def _refuse_what_the_harness_cannot_see(student: AnsweringStudent, examples: Sequence[Example]) -> None:
+    template = student.spec.data.template
+    if student.spec.trajectory == "latent":
+        raise SpecError(f"{student.run}: thinks in latent tokens, which lm-evaluation-harness leaves out")
+    marker, _ = answer_frame(template)
+    for token in student.tokenizer.all_special_tokens:
+        if token in marker:
+            raise SpecError(
+                f"--lm-eval: the marker {marker!r} holds the special token {token!r}, which "
+                "lm-evaluation-harness removes from what a student wrote"
+            )
+    altered = first_altered_text(student.tokenizer, examples, template)
+    if altered is not None:
+        raise SpecError(f"--lm-eval: {alteration(altered)}: only kava compares such answers, token by token")
+
+
+def _judge_source(template: Template) -> str:
+    """Return the rules' own file, and the function that the harness calls."""
+    marker, behind = answer_frame(template)
+    return inspect.getsource(answers) + PROCESS_RESULTS.format(marker=marker, behind=behind)
+
+
+def _task_fields(name: str, file: Path, max_new_tokens: int) -> dict[str, Any]:
+    exact_match = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
     return {
         "task": name,
         "dataset_path": "json",
@@ -70,9 +97,20 @@ def _task_fields(name: str, file: Path, answer_template: str, max_new_tokens: in
         "doc_to_text": "{{prompt}}",
         "doc_to_target": "{{answer}}",
         "target_delimiter": "",
+        "process_results": Function(f"{JUDGE.removesuffix('.py')}.process_results"),
         "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": max_new_tokens},
-        "filter_list": [{"name": "marker", "filter": [find_number, {"function": "take_first"}]}],
         "metric_list": [exact_match],
         "num_fewshot": 0,
-        "metadata": {"version": 1.0},
+        "metadata": {"version": 2.0},
     }
+
+
+class Function(str):
+    """Names a function of a file beside the task, which YAML writes with the tag of the harness."""
+
+
+def _write_function(dumper: yaml.SafeDumper, function: Function) -> yaml.Node:
+    return dumper.represent_scalar("!function", str(function))
+
+
+yaml.SafeDumper.add_representer(Function, _write_function)
