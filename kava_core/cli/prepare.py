@@ -33,6 +33,19 @@ def check(
 
     for level, finding in check_levels(spec, overrides or ()):
         typer.echo(f"{level:<8} ok   {finding}")
+    _tell_advice(spec, overrides)
+
+
+def _tell_advice(spec: Spec, overrides: Overrides) -> None:
+    """Print on stderr what is allowed in a spec, or one of its variants, and probably a mistake."""
+    from kava_core.console import tell_once
+    from kava_core.specfile.advice import advice_on
+    from kava_core.specfile.load import load_spec
+    from kava_core.specfile.variants import resolve_variants
+
+    for variant in resolve_variants(load_spec(spec, overrides or ())).values():
+        for line in advice_on(variant):
+            tell_once(line)
 
 
 def cache(
@@ -104,6 +117,7 @@ def plan(
     from kava_core.costs.plan_tables import print_plan
 
     length = time or default_time(loaded.spec)
+    _tell_advice(spec, overrides)
     found = make_plan(loaded.spec, time=length, t_time=teacher_time or length, processes=processes)
     print_plan(found, loaded)
 

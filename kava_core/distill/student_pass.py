@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
+from kava_core.console import tell_once
 from kava_core.data.encoding.encode import NO_LABEL
+from kava_core.kv.capture.attention_layers import without_adapters
 from kava_core.kv.capture.rotation import Rotation
 from kava_core.kv.compare.values import NO_FUSER_INPUTS, FuserInputs
 from kava_core.latent.tokens import LatentTokens
@@ -30,6 +33,49 @@ def cross_entropy(
     return total / items
 
 
+ROUTER = "router"
+"""Name of the router's term."""
+
+
+def router_loss(outputs: Any, labels: Int[Tensor, "batch time"], items: Tensor) -> Float[Tensor, ""] | None:
+    """Return the load-balancing loss that a mixture of experts adds to its own loss; None if it has none.
+
+    It is a mean over a forward pass; passes of one step are weighted by their labelled tokens, as
+    cross-entropy is.
+
+    Args:
+        outputs: transformers' outputs; ``aux_loss`` is there where ``output_router_logits`` is set.
+        labels: of this forward pass.
+        items: labelled tokens of the whole batch.
+
+    Source: Switch Transformers (arXiv 2101.03961), equation 4, as transformers computes it.
+    """
+    loss = getattr(outputs, "aux_loss", None)
+    if not isinstance(loss, Tensor):
+        return None
+    return loss.float() * labels[:, 1:].ne(NO_LABEL).sum() / items
+
+
+def router_weight(model: nn.Module) -> float:
+    """Return by what transformers multiplies a model's router loss in its own loss.
+
+    0 if neither model nor config names it, which is told once.
+
+    Args:
+        model: possibly with adapters.
+    """
+    causal: Any = without_adapters(model)
+    for owner in (causal, causal.config.get_text_config()):
+        for name in ("router_aux_loss_coef", "moe_loss_weight"):
+            if isinstance(getattr(owner, name, None), float | int):
+                return float(getattr(owner, name))
+    tell_once(
+        f"student: {type(causal).__name__} has a router loss whose weight its config does not name: it is "
+        "measured ('router') and not trained on"
+    )
+    return 0.0
+
+
 @dataclass(frozen=True)
 class StudentPass:
     """What one forward pass of the student gave."""
@@ -46,6 +92,8 @@ class StudentPass:
     """With CODI's term: all layers' states at the token before the answer."""
     latent_writer_logits: Float[Tensor, "batch _ vocab"] | None = None
     """With a cross-entropy on the written steps: the logits where latent tokens are written."""
+    router_loss: Float[Tensor, ""] | None = None
+    """Of a mixture of experts whose config asks for it: see ``router_loss``."""
 
 
 @dataclass(frozen=True)

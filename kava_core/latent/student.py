@@ -15,7 +15,7 @@ from kava_core.errors import UnsupportedModelError
 from kava_core.kv.capture.attention_layers import without_adapters
 from kava_core.latent.growing_text import GrowingText, position_ids
 from kava_core.latent.tokens import LatentTokens, extend_mask
-from kava_core.models.writing import CHECKED_TOKENS, agrees, largest_difference
+from kava_core.models.writing import CHECKED_TOKENS, agrees, largest_difference, options_of_writing
 
 Control = Literal["zeroed", "shuffled"]
 """Latent tokens that know nothing: zeros, or those of the next example of the batch."""
@@ -181,7 +181,7 @@ def _start_of_answers(
     known = before.shape[1] + (latents.active if control is None else 0)
     thought = thought if control is None else thought.controlled(control)
     last = model.get_input_embeddings()(before.new_full((len(before), 1), end))
-    return {
+    return options_of_writing(model) | {
         "inputs_embeds": torch.cat([thought.inputs, last], 1),
         "attention_mask": extend_mask(thought.mask, 1).long(),
         "past_key_values": read.kept(known),

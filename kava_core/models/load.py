@@ -12,6 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from kava_core.console import tell_once
 from kava_core.data.tokenizers import vocabulary_size
 from kava_core.errors import SpecError
 from kava_core.kv.capture.geometry import auto_class
@@ -99,6 +100,11 @@ def _load_stored(spec: ModelSpec, where: str, **more: Any) -> nn.Module:
         missing = [name for name in missing if "pooler" not in name]
     if missing:
         raise SpecError(f"{where}: {spec.path}: {len(missing)} weights are missing, such as {missing[0]}")
+    unused = sorted(loading_info["unexpected_keys"])
+    if unused:
+        tell_once(
+            f"{where}: {spec.path}: {len(unused)} weights of the checkpoint are not used, such as {unused[0]}"
+        )
     return model
 
 

@@ -210,8 +210,17 @@ def _generate(
     options: dict[str, Any] = {"do_sample": False}
     if sampling is not None:
         options = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
+    options |= options_of_writing(model)
     tokens: Tensor = model.generate(**prompts, max_new_tokens=max_new_tokens, **options)
     return tokens[:, prompts["input_ids"].shape[1] :]
+
+
+def options_of_writing(model: Any) -> dict[str, Any]:
+    """Return options for ``generate``: a mixture of experts is not asked for its router's loss, which needs
+    all
+    positions."""
+    config = model.config.get_text_config()
+    return {"output_router_logits": False} if getattr(config, "output_router_logits", False) else {}
 
 
 def _chosen(logits: Tensor, sampling: Sampling | None) -> Tensor:
@@ -253,6 +262,7 @@ def generate_difference(model: Any, prompts: Mapping[str, Tensor], *, pad: int) 
     output = model.generate(
         input_ids=ids,
         attention_mask=mask,
+        **options_of_writing(model),
         do_sample=False,
         max_new_tokens=CHECKED_TOKENS,
         min_new_tokens=CHECKED_TOKENS,

@@ -68,6 +68,8 @@ class Folder:
         """The layers and tokens of the attention maps."""
         self.before_training = path / "before_training.safetensors"
         """What the collapse monitor saw before the first step."""
+        self.first_weights = path / "first_weights.safetensors"
+        """Some of the student's weights before the first step."""
         self.evaluations = path / "evals"
         """What ``kava eval`` wrote of the run."""
         self.latents = path / "latents"

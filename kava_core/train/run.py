@@ -37,6 +37,7 @@ from kava_core.models.student import compile_forward
 from kava_core.processes import is_main, world_size
 from kava_core.runs import checkpoint
 from kava_core.runs.folder import Folder
+from kava_core.specfile.advice import advice_on
 from kava_core.specfile.questions import used_teachers
 from kava_core.specfile.sections.models import ModelSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
@@ -55,7 +56,9 @@ from kava_core.train.trainer import KavaTrainer
 from kava_core.train.training_arguments import training_arguments
 from kava_core.train.validation.collapse_monitor import CollapseMonitor
 from kava_core.train.validation.evaluator import Evaluator
+from kava_core.train.validation.moved_weights import keep_first_weights, share_of_moved_weights
 from kava_core.train.validation.save_attention_maps import save_attention_maps
+from kava_core.train.validation.saved_student import check_saved_student, outputs_of_student
 from kava_core.train.weights import load_weights
 
 OVERLAPS = {
@@ -155,7 +158,7 @@ def _train(spec: PipelineSpec, folder: Folder) -> None:
     with StopOnSignal() as stop:
         spec, data = with_store(spec, make_data(spec, folder.spec.teachers), seed=folder.seed)
         if is_main():
-            _tell_notices(data)
+            _tell_notices(spec, data)
             folder.check_data(data.report())
         spec = with_measured_maps(spec, folder.layer_maps, data, seed=folder.seed)
         if is_main():
@@ -176,9 +179,9 @@ def _train(spec: PipelineSpec, folder: Folder) -> None:
         raise Preempted(f"{folder.path}: finished; {stop.received.name} stops what comes after it")
 
 
-def _tell_notices(data: Data) -> None:
-    """Print what a user should know of the data on stderr."""
-    for line in data.notices:
+def _tell_notices(spec: PipelineSpec, data: Data) -> None:
+    """Print what a user should know of spec and data on stderr."""
+    for line in (*advice_on(spec), *data.notices):
         tell_once(line)
     report = data.splits.report()
     for name, what in OVERLAPS.items():
@@ -210,6 +213,8 @@ def _train_to_the_end(
         calibrate_components(distiller, data, spec, trainer.args.device)
         set_loss_weights(distiller, data, spec, trainer.args.device)
         trainer.evaluator.begin(distiller, trainer.args.device)
+        if is_main():
+            keep_first_weights(distiller.student, folder.first_weights)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
 
 
@@ -280,8 +285,12 @@ def _finish_run(trainer: KavaTrainer, folder: Folder, data: Data, spec: Pipeline
     distiller = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     peak_of_each_process = gather_object([trainer.ledger.peak()])
     counts = gather_object([trainer.ledger.state()])
+    with trainer.whole_student():
+        outputs = outputs_of_student(distiller, data, trainer.args.device)
     if is_main():
+        moved = share_of_moved_weights(distiller.student, folder.first_weights)
         save_student(distiller.student, data.tokenizer, folder.student, distiller.latents)
+        check_saved_student(folder.student, outputs, distiller, data)
         _save_attention(distiller, folder, data, spec)
         compute = recorded_compute(
             spec,
@@ -292,7 +301,7 @@ def _finish_run(trainer: KavaTrainer, folder: Folder, data: Data, spec: Pipeline
             memory=max(peak_of_each_process),
         )
         results = {"steps": trainer.state.global_step, **_last_evaluation(trainer.state)}
-        folder.finish(results, {"compute": compute})
+        folder.finish(results, {"compute": compute, "moved_weights": moved})
     trainer.accelerator.wait_for_everyone()
 
 

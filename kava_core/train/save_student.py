@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -44,6 +45,7 @@ def save_student(
         latents: latent tokens, whose weights are written as well; ``LatentStudent`` then reads the folder.
     """
     if hasattr(student, "merge_and_unload"):
+        _untie_adapted_embeddings(student)
         student = student.merge_and_unload()
     student = student.encoder if isinstance(student, Denoiser) else student
     staging = folder.with_name(folder.name + ".staging")
@@ -53,6 +55,24 @@ def save_student(
     if latents is not None:
         save_latents(latents, staging)
     checkpoint.seal(staging, folder)
+
+
+def _untie_adapted_embeddings(student: Any) -> None:
+    """Give the head weights of its own where embedding and head are one tensor and adapters change one of
+    them.
+
+    Merged into the shared tensor, what was trained for one of the two would change the other as well.
+    """
+    model = student.get_base_model()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None:
+        return
+    own_embedding, own_head = (getattr(layer, "base_layer", layer) for layer in (embedding, head))
+    is_adapted = own_embedding is not embedding or own_head is not head
+    if is_adapted and own_head.weight is own_embedding.weight:
+        own_head.weight = nn.Parameter(own_head.weight.detach().clone(), requires_grad=False)
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
 
 
 def copy_error_text(error: OSError) -> str:

@@ -14,6 +14,7 @@ import yaml
 from kava_core.data import answers
 from kava_core.data.encoding.answer_judge import first_altered_text
 from kava_core.data.encoding.first_texts import alteration
+from kava_core.data.encoding.tokenize import special_numbers
 from kava_core.data.examples import Example, answer_frame, render_example
 from kava_core.errors import SpecError
 from kava_core.files import make_folder
@@ -69,7 +70,8 @@ def _refuse_what_the_harness_cannot_see(student: AnsweringStudent, examples: Seq
     if student.spec.trajectory == "latent":
         raise SpecError(f"{student.run}: thinks in latent tokens, which lm-evaluation-harness leaves out")
     marker, _ = answer_frame(template)
-    for token in student.tokenizer.all_special_tokens:
+    special = special_numbers(student.tokenizer)
+    for token in student.tokenizer.convert_ids_to_tokens(sorted(special)):
         if token in marker:
             raise SpecError(
                 f"--lm-eval: the marker {marker!r} holds the special token {token!r}, which "

@@ -21,6 +21,7 @@ from kava_core.data.encoding.answer_judge import AnswerJudge
 from kava_core.distill.denominators import EXAMPLES, LABELLED, READ, TOKENS
 from kava_core.distill.distiller import LOGITS, Distiller
 from kava_core.distill.hidden_states import CODI, READING, STEPS
+from kava_core.distill.student_pass import ROUTER
 from kava_core.files import write_json
 from kava_core.kv.capture.evaluation_mode import evaluation_mode
 from kava_core.latent.student import Control
@@ -35,7 +36,14 @@ from kava_core.train.validation.score_spreads import eviction_score_spreads
 COUNTS = ("labelled", "tokens", "examples", "read")
 """Names of ``Distiller.loss_denominators``."""
 
-DIVISORS = {"ce": LABELLED, LOGITS: LABELLED, CODI: EXAMPLES, STEPS: EXAMPLES, READING: READ}
+DIVISORS = {
+    "ce": LABELLED,
+    ROUTER: LABELLED,
+    LOGITS: LABELLED,
+    CODI: EXAMPLES,
+    STEPS: EXAMPLES,
+    READING: READ,
+}
 """Which count a term's sum is divided by; all others by the student's positions."""
 
 SAMPLES = 8
