@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from kava_core.data.tokenizers import train_tokenizer
+from kava_core.data.tokenizers import train_tokenizer, vocabulary_size
 from kava_core.errors import Preempted, SpecError
 from kava_core.jobs.export import export_student
 from kava_core.models.config import model_config
@@ -119,7 +120,8 @@ def test_a_model_type_without_a_language_model(tokenizer: PreTrainedTokenizerBas
 
 def test_a_tokenizer_larger_than_the_embedding(tokenizer: PreTrainedTokenizerBase) -> None:
     spec = ModelSpec(config=tiny.llama(vocab_size=5), tokenizer="x")
-    expected = f"teacher 'wide': the tokenizer has {len(tokenizer)} tokens but the model only 5"
+    highest = len(tokenizer) - 1
+    expected = f"teacher 'wide': the tokenizer numbers its tokens up to {highest} but the model has only 5"
     assert refused(spec, tokenizer) == expected
 
 
@@ -217,3 +219,32 @@ def test_tied_embeddings_survive_saving_resuming_and_export(
     export_student(resumed.folder, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_vocabulary_that_leaves_numbers_out_gets_a_row_for_the_highest(tmp_path: Path) -> None:
+    """46 tokens, of which the digits are numbered from 100 on: training works, and no token shares a row."""
+    letters = [*"abcdefghijklmnopqrstuvwxyz", *" #\n?+.-"]
+    numbers = {name: number for number, name in enumerate(["<pad>", "<eos>", "<unk>", *letters])}
+    numbers |= {str(digit): 100 + digit for digit in range(10)}
+    made = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    tokenizer.save_pretrained(tmp_path / "gap")
+    assert (len(tokenizer), vocabulary_size(tokenizer)) == (46, 110)
+    student = {"config": tiny.llama(), "tokenizer": str(tmp_path / "gap")}
+    spec = tiny.spec(tmp_path, student=student, teachers=[], losses=[], train={"steps": 1})
+    saved = AutoModelForCausalLM.from_pretrained(run(spec, variant="main", seed=1).folder / "student")
+    assert saved.lm_head.weight.shape == (110, 32)
+
+
+def test_unused_weights_of_a_checkpoint_are_told(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"model.layers.9.mlp.up_proj.weight": torch.zeros(2)}, file, {"format": "pt"})
+    load_model(ModelSpec(path=str(folder)), tokenizer, seed=0, where="student")
+    told = "1 weights of the checkpoint are not used, such as model.layers.9.mlp.up_proj.weight"
+    assert f"student: {folder}: {told}" in capsys.readouterr().err
