@@ -28,6 +28,7 @@ METRIC_NAMES = (
     "seconds",
     "epoch",
     "router",
+    "aux_loss",
 )
 """Names of metrics, which no loss may have: its values would replace theirs."""
 

@@ -22,12 +22,12 @@ from kava_core.distill.denominators import LABELLED, READ, loss_denominators
 from kava_core.distill.hidden_states import CODI, READING, STEPS, codi_term, step_cross_entropy
 from kava_core.distill.logits import LOGITS, logit_term
 from kava_core.distill.student_pass import (
-    ROUTER,
+    AUX_LOSS,
     LatentSetup,
     StudentPass,
+    aux_loss,
+    aux_loss_weight,
     cross_entropy,
-    router_loss,
-    router_weight,
 )
 from kava_core.distill.term_weights import TermWeights
 from kava_core.distill.terms import Term, metrics_of_step, total_loss
@@ -200,14 +200,14 @@ class Distiller(nn.Module):
         ce = cross_entropy(logits, side["labels"], batch.denominators[LABELLED])
         boundary = self._answer_boundary(outputs, side)
         latent_logits = self._latent_writer_logits(outputs, side)
-        router = router_loss(outputs, side["labels"], batch.denominators[LABELLED])
+        router = aux_loss(outputs, side["labels"], batch.denominators[LABELLED])
         if self.capture is None:
             return StudentPass(
                 logits,
                 ce,
                 answer_boundary=boundary,
                 latent_writer_logits=latent_logits,
-                router_loss=router,
+                aux_loss=router,
             )
         with without_autocast(ce.device):
             cache = self.compared_positions(self.capture.take(), side)
@@ -282,8 +282,8 @@ class Distiller(nn.Module):
     def other_terms(self, step: Step, batch: StepBatch) -> list[Term]:
         """Return the terms of logits, hidden states and latent tokens."""
         terms = []
-        if step.student.router_loss is not None:
-            terms.append(Term(ROUTER, router_weight(self.student), step.student.router_loss))
+        if step.student.aux_loss is not None:
+            terms.append(Term(AUX_LOSS, aux_loss_weight(self.student), step.student.aux_loss))
         if self.logits is not None:
             value = logit_term(
                 step.student.logits,

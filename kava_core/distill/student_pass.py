@@ -33,11 +33,11 @@ def cross_entropy(
     return total / items
 
 
-ROUTER = "router"
-"""Name of the router's term."""
+AUX_LOSS = "aux_loss"
+"""Name of the term that a mixture of experts balances its experts by, as in transformers."""
 
 
-def router_loss(outputs: Any, labels: Int[Tensor, "batch time"], items: Tensor) -> Float[Tensor, ""] | None:
+def aux_loss(outputs: Any, labels: Int[Tensor, "batch time"], items: Tensor) -> Float[Tensor, ""] | None:
     """Return the load-balancing loss that a mixture of experts adds to its own loss; None if it has none.
 
     It is a mean over a forward pass; passes of one step are weighted by their labelled tokens, as
@@ -56,7 +56,7 @@ def router_loss(outputs: Any, labels: Int[Tensor, "batch time"], items: Tensor) 
     return loss.float() * labels[:, 1:].ne(NO_LABEL).sum() / items
 
 
-def router_weight(model: nn.Module) -> float:
+def aux_loss_weight(model: nn.Module) -> float:
     """Return by what transformers multiplies a model's router loss in its own loss.
 
     0 if neither model nor config names it, which is told once.
@@ -71,7 +71,7 @@ def router_weight(model: nn.Module) -> float:
                 return float(getattr(owner, name))
     tell_once(
         f"student: {type(causal).__name__} has a router loss whose weight its config does not name: it is "
-        "measured ('router') and not trained on"
+        "measured ('aux_loss') and not trained on"
     )
     return 0.0
 
@@ -92,8 +92,8 @@ class StudentPass:
     """With CODI's term: all layers' states at the token before the answer."""
     latent_writer_logits: Float[Tensor, "batch _ vocab"] | None = None
     """With a cross-entropy on the written steps: the logits where latent tokens are written."""
-    router_loss: Float[Tensor, ""] | None = None
-    """Of a mixture of experts whose config asks for it: see ``router_loss``."""
+    aux_loss: Float[Tensor, ""] | None = None
+    """Of a mixture of experts whose config asks for it: see ``aux_loss``."""
 
 
 @dataclass(frozen=True)

@@ -285,9 +285,9 @@ def _finish_run(trainer: KavaTrainer, folder: Folder, data: Data, spec: Pipeline
     distiller = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     peak_of_each_process = gather_object([trainer.ledger.peak()])
     counts = gather_object([trainer.ledger.state()])
-    with trainer.whole_student():
-        outputs = outputs_of_student(distiller, data, trainer.args.device)
     if is_main():
+        # Here the student is whole, sharded or not.
+        outputs = outputs_of_student(distiller, data)
         moved = share_of_moved_weights(distiller.student, folder.first_weights)
         save_student(distiller.student, data.tokenizer, folder.student, distiller.latents)
         check_saved_student(folder.student, outputs, distiller, data)

@@ -260,7 +260,7 @@ class KavaTrainer(Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure validation metrics; see ``kava_core.train.validation.evaluator``."""
-        with self.whole_student():
+        with self._whole_student():
             measured = self.evaluator(self.distiller)
         metrics = {f"eval_{name}": value for name, value in measured.items()}
         self.log(dict(metrics))
@@ -268,7 +268,7 @@ class KavaTrainer(Trainer):
         return metrics
 
     @contextmanager
-    def whole_student(self) -> Iterator[None]:
+    def _whole_student(self) -> Iterator[None]:
         """Make the student run without a call to other processes; a sharded one is gathered for that.
 
         It is gathered in autocast's precision.

@@ -21,7 +21,7 @@ from kava_core.data.encoding.answer_judge import AnswerJudge
 from kava_core.distill.denominators import EXAMPLES, LABELLED, READ, TOKENS
 from kava_core.distill.distiller import LOGITS, Distiller
 from kava_core.distill.hidden_states import CODI, READING, STEPS
-from kava_core.distill.student_pass import ROUTER
+from kava_core.distill.student_pass import AUX_LOSS
 from kava_core.files import write_json
 from kava_core.kv.capture.evaluation_mode import evaluation_mode
 from kava_core.latent.student import Control
@@ -38,7 +38,7 @@ COUNTS = ("labelled", "tokens", "examples", "read")
 
 DIVISORS = {
     "ce": LABELLED,
-    ROUTER: LABELLED,
+    AUX_LOSS: LABELLED,
     LOGITS: LABELLED,
     CODI: EXAMPLES,
     STEPS: EXAMPLES,

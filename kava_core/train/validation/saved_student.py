@@ -29,13 +29,12 @@ ROUNDING_OF_HALF = 0.1
 
 
 @torch.no_grad()
-def outputs_of_student(distiller: Distiller, data: Data, device: torch.device) -> Tensor:
+def outputs_of_student(distiller: Distiller, data: Data) -> Tensor:
     """Return what the trained student computes for the first validation examples, at real positions.
 
     Args:
-        distiller: has the student; any process may call this alone once its weights are whole.
+        distiller: has the student, whole in this process.
         data: the run's.
-        device: the student's.
 
     Returns:
         Logits, or an encoder's hidden states: ``position vocab`` or ``position hidden``, float32, on the CPU.
@@ -43,7 +42,7 @@ def outputs_of_student(distiller: Distiller, data: Data, device: torch.device) -
     student = distiller.student
     model = student.encoder if isinstance(student, Denoiser) else student
     with evaluation_mode(distiller), torch.compiler.set_stance("force_eager"):
-        return _outputs(model, distiller.latents, data, device)
+        return _outputs(model, distiller.latents, data, next(model.parameters()).device)
 
 
 def check_saved_student(folder: Path, trained: Tensor, distiller: Distiller, data: Data) -> None:

@@ -45,7 +45,7 @@ def test_the_loss_is_that_of_transformers(tmp_path: Path, labels: str) -> None:
     student: Any = distiller.student
     own = student(**{name: side[name] for name in ("input_ids", "attention_mask", "labels")}, use_cache=False)
     torch.testing.assert_close(found["loss"], own.loss, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found["router"], own.aux_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found["aux_loss"], own.aux_loss, rtol=1e-5, atol=1e-6)
     assert found["loss"] - found["ce"] > 0.4
 
 
@@ -55,7 +55,7 @@ def test_a_step_of_several_passes_weighs_them_by_their_tokens(tmp_path: Path) ->
     total, expected = 0.0, 0.0
     for rows in (slice(0, 2), slice(2, 6)):
         part = {name: value[rows] for name, value in side.items() if isinstance(value, torch.Tensor)}
-        total += float(distiller(part, {}, items)["router"])
+        total += float(distiller(part, {}, items)["aux_loss"])
         student: Any = distiller.student
         loss = student(part["input_ids"], attention_mask=part["attention_mask"], use_cache=False).aux_loss
         expected += float(loss) * int(part["labels"][:, 1:].ne(-100).sum()) / float(items[0])
@@ -64,10 +64,10 @@ def test_a_step_of_several_passes_weighs_them_by_their_tokens(tmp_path: Path) ->
 
 def test_without_router_logits_there_is_no_term(tmp_path: Path) -> None:
     distiller, batch = mixture(tmp_path)
-    assert "router" not in distiller(batch["student"], {}, distiller.loss_denominators(batch))
+    assert "aux_loss" not in distiller(batch["student"], {}, distiller.loss_denominators(batch))
 
 
 def test_it_is_logged_and_evaluated(tmp_path: Path) -> None:
     student = {"config": MIXTURE | {"output_router_logits": True}, "tokenizer": tiny.CHARS}
     result = run(tiny.spec(tmp_path, student=student, teachers=[], losses=[]), variant="main", seed=1)
-    assert 1.9 < result.results["router"] < 4  # two of four experts a token: 2 where they are used evenly
+    assert 1.9 < result.results["aux_loss"] < 4  # two of four experts a token: 2 where they are used evenly
