@@ -32,7 +32,7 @@ def test_the_share_of_unknown_tokens() -> None:
         "student: its tokenizer does not know everything in the data: 0.051 of the tokens, in 2 of the first"
     )
     assert pytest.approx(0.051, abs=5e-4) == 2 / 39
-    assert told(letters(), examples) == [f"{line} first 3 examples, are '<unk>'"]
+    assert told(letters(), examples) == [f"{line}in 2 of the first 3 examples, are '<unk>'"]
 
 
 def test_special_tokens_in_the_data() -> None:
