@@ -11,11 +11,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kava_core.build.data import Data
-from kava_core.build.provenance import Subject, models_of
+from kava_core.build.provenance import Subject, models_of, plugin_code
 from kava_core.config import ComponentConfig
 from kava_core.data.splits import split_hash
 from kava_core.errors import KavaError, SpecError
 from kava_core.files import write_json
+from kava_core.runs.folder import PLUGIN_CODE
 from kava_core.specfile.sections.models import TeacherSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.versions import versions
@@ -34,7 +35,7 @@ def measured_from(
         seed: the run's; it counts only if the student has random weights.
     """
     count = min(spec.train.calibration_examples, len(data.train_items))
-    settings = {
+    settings: Subject = {
         "layer_mapper": config.model_dump(mode="json", exclude={"map"}),
         "token_warper": teacher.align.token_warper and teacher.align.token_warper.model_dump(mode="json"),
         "time_warper": teacher.align.time_warper.model_dump(mode="json"),
@@ -43,6 +44,10 @@ def measured_from(
         "batch_size": spec.train.batch_size,
         "seed": seed if spec.student.path is None else None,
     }
+    warpers = (teacher.align.token_warper, teacher.align.time_warper)
+    code = plugin_code([config, *(warper for warper in warpers if warper is not None)])
+    if code:  # Maps of kava's own components are named as before.
+        settings[PLUGIN_CODE] = code
     return {
         **models_of(spec, teacher, data),
         "data": {"examples": count, "sha256": split_hash(data.train_items.examples[:count])},
@@ -84,6 +89,32 @@ def assert_same_models(path: Path, models: Subject, *, teacher: str) -> None:
             raise SpecError(
                 f"teacher {teacher!r}: layer_mapper.map: {path}: was measured with another {side} "
                 f"({', '.join(differing)} differ); measure again with kava calibrate, or leave 'map' out"
+            )
+
+
+def assert_same_code(path: Path, config: ComponentConfig, *, teacher: str) -> None:
+    """Check that a map named in the spec was measured by the layer mapper's plugin as it is now.
+
+    Nothing is known of maps that an earlier kava measured.
+
+    Args:
+        path: of the ``.safetensors`` file.
+        config: the layer mapper that reads it.
+        teacher: the teacher's name, for the error.
+
+    Raises:
+        SpecError: the plugin's code was another.
+    """
+    try:
+        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        measured_by = dict(record["measured"]["settings"][PLUGIN_CODE])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for name, digest in plugin_code([config]).items():
+        if measured_by.get(name, digest) != digest:
+            raise SpecError(
+                f"teacher {teacher!r}: layer_mapper.map: {path}: the code of plugin {name} changed since it "
+                "was measured; measure again with kava calibrate, or leave 'map' out"
             )
 
 

@@ -21,7 +21,13 @@ from torch.utils.data import DataLoader, Subset
 
 from kava_core.build.aligner import build_time_plan
 from kava_core.build.data import Data
-from kava_core.build.layer_map_files import assert_same_models, is_current, measured_from, write_map
+from kava_core.build.layer_map_files import (
+    assert_same_code,
+    assert_same_models,
+    is_current,
+    measured_from,
+    write_map,
+)
 from kava_core.build.provenance import models_of
 from kava_core.config import ComponentConfig
 from kava_core.errors import PluginError, SpecError, UnsupportedModelError
@@ -76,6 +82,7 @@ def with_measured_maps(spec: PipelineSpec, folder: Path, data: Data, *, seed: in
         config: Any = teacher.align.layer_mapper
         if can_measure(config) and config.map is not None:
             assert_same_models(Path(config.map), models_of(spec, teacher, data), teacher=teacher.name)
+            assert_same_code(Path(config.map), config, teacher=teacher.name)
     if not any(wants_measuring(teacher.align.layer_mapper) for teacher in used_teachers(spec)):
         return spec
     assert_measures_text(spec)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
@@ -30,6 +30,9 @@ from kava_core.specfile.sections.pipeline import PipelineSpec
 RECORD = "run.json"
 LAYER_MAPS = "layer_maps"
 """Folder of measured layer maps; in the record, their hashes."""
+
+PLUGIN_CODE = "plugin_code"
+"""In the record: the sha256 of every third-party plugin's code, by its distribution."""
 
 LOCK_ATTEMPTS = 4
 LOCK_PAUSE = 0.05
@@ -243,6 +246,7 @@ class Folder:
                 f"{self.path}: holds a run of spec {earlier['spec_digest']}, not {spec_digest(self.spec)}"
             )
         self.check_data(facts["data"])
+        self.check_plugin_code(facts.get(PLUGIN_CODE, {}))
         if earlier.get(LAYER_MAPS, {}) != facts.get(LAYER_MAPS, {}):
             raise SpecError(
                 f"{self.path}: a layer map changed since this run began; give the run another name, or bring "
@@ -264,6 +268,24 @@ class Folder:
         earlier = self.record()
         if earlier and earlier["data"] != data:
             raise SpecError(f"{self.path}: the data changed since this run began; give the run another name")
+
+    def check_plugin_code(self, code: Mapping[str, str]) -> None:
+        """Compare the code of third-party plugins with that which the run began with.
+
+        Args:
+            code: sha256 by distribution.
+
+        Raises:
+            SpecError: it is another; what a run of an earlier kava began with is not known.
+        """
+        earlier = self.record().get(PLUGIN_CODE, code)
+        changed = sorted(name for name in {*earlier, *code} if earlier.get(name) != code.get(name))
+        if changed:
+            plugins = f"plugin{'s' if len(changed) > 1 else ''} {', '.join(changed)}"
+            raise SpecError(
+                f"{self.path}: the code of {plugins} changed since this run began; give the run another "
+                "name, or bring the old code back"
+            )
 
     def stop(self) -> None:
         """Record that the run was asked to stop, and can go on."""

@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from kava_core.build.data import Data, make_data
 from kava_core.build.distiller import make_distiller
 from kava_core.build.layer_maps import with_measured_maps
-from kava_core.build.provenance import run_provenance
+from kava_core.build.provenance import plugin_code, run_provenance, used_configs
 from kava_core.build.stored import with_store
 from kava_core.build.time_plans import PlansTime
 from kava_core.console import quiet
@@ -91,6 +91,7 @@ def run(spec: PipelineSpec, *, variant: str, seed: int, wait: bool = False) -> R
         _wait_for_all_processes()
         if folder.complete:
             _check_same_data(spec, folder)
+            folder.check_plugin_code(plugin_code(used_configs(spec)))
         else:
             with _recording_failure(folder):
                 spec = with_pretrained_models(spec)
@@ -150,6 +151,7 @@ def _train(spec: PipelineSpec, folder: Folder) -> None:
         spec, data = with_store(spec, make_data(spec, folder.spec.teachers), seed=folder.seed)
         if is_main():
             folder.check_data(data.report())
+            folder.check_plugin_code(plugin_code(used_configs(spec)))
         spec = with_measured_maps(spec, folder.layer_maps, data, seed=folder.seed)
         if is_main():
             folder.begin(_beginning_record(spec, folder, data))
