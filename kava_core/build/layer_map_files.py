@@ -61,7 +61,7 @@ def is_current(path: Path, subject: Subject) -> bool:
         record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         whole = record["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
         return bool(whole and record["measured"] == json.loads(json.dumps(subject)))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -80,7 +80,7 @@ def assert_same_models(path: Path, models: Subject, *, teacher: str) -> None:
     """
     try:
         measured = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["measured"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     for side, now in json.loads(json.dumps(models)).items():
         recorded = measured.get(side, {})
@@ -108,7 +108,7 @@ def assert_same_code(path: Path, config: ComponentConfig, *, teacher: str) -> No
     try:
         record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         measured_by = dict(record["measured"]["settings"][PLUGIN_CODE])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     for name, digest in plugin_code([config]).items():
         if measured_by.get(name, digest) != digest:

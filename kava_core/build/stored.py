@@ -118,7 +118,9 @@ def store_folder(store: StoreSpec, wanted: Ingredients) -> Path:
 
 
 def open_store(store: StoreSpec, wanted: Ingredients) -> Store:
-    """Open the store with exactly these ingredients; every file's size is checked, not its content.
+    """Open the store with exactly these ingredients; every file's size is checked.
+
+    Its shards' content is checked when they are first read.
 
     Raises:
         SpecError: there is none; the error names what differs from the nearest one.

@@ -70,6 +70,8 @@ class RunResult:
     folder: Path
     results: dict[str, Any]
     """Metrics of the last evaluation, and ``steps``."""
+    trained: bool = True
+    """Whether anything was trained now; else the run was complete already."""
 
 
 def run(spec: PipelineSpec, *, variant: str, seed: int, wait: bool = False) -> RunResult:
@@ -87,9 +89,11 @@ def run(spec: PipelineSpec, *, variant: str, seed: int, wait: bool = False) -> R
         Preempted: stopped by a signal; everything is saved (exit code 75).
     """
     folder = Folder.planned(spec, variant, seed)
+    trained = True
     with folder.lock(wait=wait) if is_main() else nullcontext():
         _wait_for_all_processes()
         if folder.complete:
+            trained = False
             _check_same_data(spec, folder)
             folder.check_plugin_code(plugin_code(used_configs(spec)))
         else:
@@ -97,7 +101,7 @@ def run(spec: PipelineSpec, *, variant: str, seed: int, wait: bool = False) -> R
                 spec = with_pretrained_models(spec)
                 with quiet():
                     _train(spec, folder)
-    return RunResult(variant, seed, folder.path, folder.record()["results"])
+    return RunResult(variant, seed, folder.path, folder.record()["results"], trained)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A plugin whose code was edited: runs, stores and layer maps made with the old code are not taken for new."""
+"""A plugin whose code was edited: what was made with the old code is told, and not used again."""
 
 from __future__ import annotations
 
