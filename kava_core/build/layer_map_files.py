@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from safetensors.torch import save
@@ -14,8 +13,8 @@ from kava_core.build.data import Data
 from kava_core.build.provenance import Subject, models_of, plugin_code
 from kava_core.config import ComponentConfig
 from kava_core.data.splits import split_hash
-from kava_core.errors import KavaError, SpecError
-from kava_core.files import write_json
+from kava_core.errors import SpecError
+from kava_core.files import replace_file, write_json
 from kava_core.runs.folder import PLUGIN_CODE
 from kava_core.specfile.sections.models import TeacherSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
@@ -135,7 +134,7 @@ def write_map(
         KavaError: the folder cannot be written.
     """
     raw = save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
-    _replace_file(path, raw)
+    replace_file(path, raw)
     record = {
         "sha256": hashlib.sha256(raw).hexdigest(),
         "on": on,
@@ -161,16 +160,3 @@ def _layers_for_reading(weights: Tensor) -> dict[str, dict[str, float]]:
     for layer, chosen in enumerate(choose_layers(weights)):
         layers[str(layer)] = {str(t_layer): round(weight, 4) for t_layer, weight in chosen}
     return layers
-
-
-def _replace_file(path: Path, raw: bytes) -> None:
-    temporary = path.with_suffix(".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
-            stream.write(raw)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise KavaError(f"{path}: cannot be written: {error.strerror}") from error

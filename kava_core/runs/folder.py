@@ -174,7 +174,7 @@ class Folder:
         """Return ``exit_code``, ``error`` and ``when`` of a failure; None if none is noted."""
         try:
             failure: dict[str, Any] = json.loads(self.failure_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         return failure
 
@@ -339,8 +339,49 @@ class Folder:
 
 
 def runs_in(experiment: Path) -> list[Folder]:
-    """Return the runs in a folder such as ``runs/NAME`` that have begun, by name."""
-    return [Folder(file.parent) for file in sorted(experiment.glob(f"*/{RECORD}"))]
+    """Return the runs in a folder such as ``runs/NAME`` that have begun, by name.
+
+    Raises:
+        SpecError: one is a link to somewhere outside, as for ``assert_inside``.
+    """
+    runs = [Folder(file.parent) for file in sorted(experiment.glob(f"*/{RECORD}"))]
+    for run in runs:
+        assert_inside(run.path, experiment)
+    return runs
+
+
+def assert_inside(path: Path, experiment: Path) -> None:
+    """Refuse a run's folder that a link, or a path with ``..``, leads out of the folder of all experiments.
+
+    Args:
+        path: of the run.
+        experiment: a folder such as ``runs/NAME``; that it is a link itself does not matter.
+
+    Raises:
+        SpecError: the run is elsewhere.
+    """
+    root = experiment.resolve().parent
+    if not path.resolve().is_relative_to(root):
+        raise SpecError(f"{path}: leads to {path.resolve()}, outside of {root}; move the run there")
+
+
+def enclosing_run(path: Path) -> Path | None:
+    """Return the run's folder that a path is, or is inside of; None if it is in none."""
+    resolved = path.resolve()
+    return next((place for place in (resolved, *resolved.parents) if (place / RECORD).is_file()), None)
+
+
+def refuse_inside_run(target: Path) -> None:
+    """Refuse to write into a run's folder, whose files belong to the run alone.
+
+    Raises:
+        SpecError: the target is a run's folder or inside of one.
+    """
+    run = enclosing_run(target)
+    if run is not None:
+        raise SpecError(
+            f"{target}: is inside the run {run}, which keeps its own files; give a folder outside"
+        )
 
 
 def _first_error(error: ValidationError) -> str:

@@ -6,6 +6,7 @@ to restore corrupted texts.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from kava_core.data.examples import Example, render_example
 from kava_core.data.splits import Splits, load_splits, split_hash, text_fingerprint
 from kava_core.files import cache_folder
 from kava_core.models.config import max_positions, model_config
+from kava_core.specfile.questions import used_teachers
 from kava_core.specfile.sections.data import DataSpec, change_data
 from kava_core.specfile.sections.models import ModelSpec, Pretrain, StudentSpec, TrainTokenizer
 from kava_core.specfile.sections.pipeline import PipelineSpec
@@ -63,6 +65,21 @@ def pretraining_report(spec: PipelineSpec) -> dict[str, dict[str, Any]]:
         if model.pretrain is not None:
             report[name] = _describe_examples(_pretraining_examples(spec, model), splits)
     return report
+
+
+_told: set[str] = set()
+"""Lines that were printed in this process."""
+
+
+def tell_random_teachers(spec: PipelineSpec) -> None:
+    """Say on stderr, once in a process, which teachers have random weights and are not trained first."""
+    for teacher in used_teachers(spec):
+        if teacher.itself is not None or teacher.path is not None or teacher.pretrain is not None:
+            continue
+        line = f"teacher {teacher.name!r}: random weights ('config' without 'pretrain'): it knows nothing"
+        if line not in _told:
+            print(line, file=sys.stderr, flush=True)
+            _told.add(line)
 
 
 def _describe_examples(learnt: Sequence[Example], splits: Splits) -> dict[str, Any]:

@@ -49,7 +49,12 @@ from kava_core.train.callbacks import (
     StopOnSignal,
 )
 from kava_core.train.own_texts import CollatorWithExamples, OwnTexts
-from kava_core.train.pretrain import pretraining_name, pretraining_report, pretraining_spec
+from kava_core.train.pretrain import (
+    pretraining_name,
+    pretraining_report,
+    pretraining_spec,
+    tell_random_teachers,
+)
 from kava_core.train.save_student import save_student
 from kava_core.train.trainer import KavaTrainer
 from kava_core.train.training_arguments import training_arguments
@@ -159,6 +164,7 @@ def _train(spec: PipelineSpec, folder: Folder) -> None:
         spec = with_measured_maps(spec, folder.layer_maps, data, seed=folder.seed)
         if is_main():
             folder.begin(_beginning_record(spec, folder, data))
+            tell_random_teachers(folder.spec)
         distiller = make_distiller(spec, data, seed=folder.seed)
         if spec.train.compile is not None:
             compile_forward(distiller.student, spec.train.compile)
