@@ -164,8 +164,9 @@ def _train(spec: PipelineSpec, folder: Folder) -> None:
         spec = with_measured_maps(spec, folder.layer_maps, data, seed=folder.seed)
         if is_main():
             folder.begin(_beginning_record(spec, folder, data))
-            tell_random_teachers(folder.spec)
         distiller = make_distiller(spec, data, seed=folder.seed)
+        if is_main():
+            tell_random_teachers(folder.spec)
         if spec.train.compile is not None:
             compile_forward(distiller.student, spec.train.compile)
         trainer = _make_trainer(spec, folder, data, distiller, stop)
