@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kava_core.errors import CheckpointError, KavaError
+from kava_core.errors import CheckpointError, KavaError, SpecError
 
 
 def cache_folder() -> Path:
@@ -21,6 +21,26 @@ def cache_folder() -> Path:
     given = os.environ.get("KAVA_CACHE")
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(given) if given else base / "kava"
+
+
+def assert_folder_or_hub_name(path: str, where: str) -> None:
+    """Refuse a path that is no folder, and can be no name on the hub either.
+
+    Args:
+        path: a folder, or a name such as ``organisation/model``.
+        where: how the error names the field.
+
+    Raises:
+        SpecError: there is no such folder.
+    """
+    if Path(path).is_dir():
+        return
+    if Path(path).exists():
+        raise SpecError(f"{where}: {path}: is a file; give the folder that holds it")
+    looks_like_path = path.startswith(("/", ".", "~")) or path.count("/") > 1 or path.endswith("/")
+    if looks_like_path:
+        hint = "; '~' is not expanded here" if path.startswith("~") else ""
+        raise SpecError(f"{where}: {path}: no such folder{hint}")
 
 
 def make_folder(folder: Path) -> None:
@@ -39,6 +59,27 @@ def file_hash(file: Path) -> str:
     """Return the sha256 of a file, which is read piece by piece."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def replace_file(path: Path, raw: bytes) -> None:
+    """Replace a file in one step, readable for whom the umask allows; its folder is made if need be.
+
+    ``safetensors.torch.save_file`` would write files that only their owner can read.
+
+    Raises:
+        KavaError: it cannot be written.
+    """
+    temporary = path.with_suffix(".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as stream:
+            stream.write(raw)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise KavaError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -66,7 +107,7 @@ def read_json(file: Path) -> Any:
     """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: unreadable: {error}") from error
 
 

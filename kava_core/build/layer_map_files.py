@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from safetensors.torch import save
 from torch import Tensor
 
 from kava_core.build.data import Data
-from kava_core.build.provenance import Subject, models_of
+from kava_core.build.provenance import Subject, models_of, plugin_code
 from kava_core.config import ComponentConfig
 from kava_core.data.splits import split_hash
-from kava_core.errors import KavaError, SpecError
-from kava_core.files import write_json
+from kava_core.errors import SpecError
+from kava_core.files import replace_file, write_json
+from kava_core.runs.folder import PLUGIN_CODE
 from kava_core.specfile.sections.models import TeacherSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
 from kava_core.versions import versions
@@ -34,7 +34,7 @@ def measured_from(
         seed: the run's; it counts only if the student has random weights.
     """
     count = min(spec.train.calibration_examples, len(data.train_items))
-    settings = {
+    settings: Subject = {
         "layer_mapper": config.model_dump(mode="json", exclude={"map"}),
         "token_warper": teacher.align.token_warper and teacher.align.token_warper.model_dump(mode="json"),
         "time_warper": teacher.align.time_warper.model_dump(mode="json"),
@@ -43,6 +43,10 @@ def measured_from(
         "batch_size": spec.train.batch_size,
         "seed": seed if spec.student.path is None else None,
     }
+    warpers = (teacher.align.token_warper, teacher.align.time_warper)
+    code = plugin_code([config, *(warper for warper in warpers if warper is not None)])
+    if code:  # Maps of kava's own components are named as before.
+        settings[PLUGIN_CODE] = code
     return {
         **models_of(spec, teacher, data),
         "data": {"examples": count, "sha256": split_hash(data.train_items.examples[:count])},
@@ -56,7 +60,7 @@ def is_current(path: Path, subject: Subject) -> bool:
         record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         whole = record["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
         return bool(whole and record["measured"] == json.loads(json.dumps(subject)))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -75,7 +79,7 @@ def assert_same_models(path: Path, models: Subject, *, teacher: str) -> None:
     """
     try:
         measured = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["measured"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     for side, now in json.loads(json.dumps(models)).items():
         recorded = measured.get(side, {})
@@ -84,6 +88,32 @@ def assert_same_models(path: Path, models: Subject, *, teacher: str) -> None:
             raise SpecError(
                 f"teacher {teacher!r}: layer_mapper.map: {path}: was measured with another {side} "
                 f"({', '.join(differing)} differ); measure again with kava calibrate, or leave 'map' out"
+            )
+
+
+def assert_same_code(path: Path, config: ComponentConfig, *, teacher: str) -> None:
+    """Check that a map named in the spec was measured by the layer mapper's plugin as it is now.
+
+    Nothing is known of maps that an earlier kava measured.
+
+    Args:
+        path: of the ``.safetensors`` file.
+        config: the layer mapper that reads it.
+        teacher: the teacher's name, for the error.
+
+    Raises:
+        SpecError: the plugin's code was another.
+    """
+    try:
+        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        measured_by = dict(record["measured"]["settings"][PLUGIN_CODE])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return
+    for name, digest in plugin_code([config]).items():
+        if measured_by.get(name, digest) != digest:
+            raise SpecError(
+                f"teacher {teacher!r}: layer_mapper.map: {path}: the code of plugin {name} changed since it "
+                "was measured; measure again with kava calibrate, or leave 'map' out"
             )
 
 
@@ -104,7 +134,7 @@ def write_map(
         KavaError: the folder cannot be written.
     """
     raw = save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
-    _replace_file(path, raw)
+    replace_file(path, raw)
     record = {
         "sha256": hashlib.sha256(raw).hexdigest(),
         "on": on,
@@ -130,16 +160,3 @@ def _layers_for_reading(weights: Tensor) -> dict[str, dict[str, float]]:
     for layer, chosen in enumerate(choose_layers(weights)):
         layers[str(layer)] = {str(t_layer): round(weight, 4) for t_layer, weight in chosen}
     return layers
-
-
-def _replace_file(path: Path, raw: bytes) -> None:
-    temporary = path.with_suffix(".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
-            stream.write(raw)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise KavaError(f"{path}: cannot be written: {error.strerror}") from error

@@ -21,10 +21,16 @@ from torch.utils.data import DataLoader, Subset
 
 from kava_core.build.aligner import build_time_plan
 from kava_core.build.data import Data
-from kava_core.build.layer_map_files import assert_same_models, is_current, measured_from, write_map
+from kava_core.build.layer_map_files import (
+    assert_same_code,
+    assert_same_models,
+    is_current,
+    measured_from,
+    write_map,
+)
 from kava_core.build.provenance import models_of
 from kava_core.config import ComponentConfig
-from kava_core.errors import PluginError, SpecError, UnsupportedModelError
+from kava_core.errors import NonFiniteError, PluginError, SpecError, UnsupportedModelError
 from kava_core.kv.align.boundaries import attribute_errors_to, layer_matrix
 from kava_core.kv.align.time_plan import TimePlan
 from kava_core.kv.capture.attention_layers import attention_layers, model_name
@@ -76,6 +82,7 @@ def with_measured_maps(spec: PipelineSpec, folder: Path, data: Data, *, seed: in
         config: Any = teacher.align.layer_mapper
         if can_measure(config) and config.map is not None:
             assert_same_models(Path(config.map), models_of(spec, teacher, data), teacher=teacher.name)
+            assert_same_code(Path(config.map), config, teacher=teacher.name)
     if not any(wants_measuring(teacher.align.layer_mapper) for teacher in used_teachers(spec)):
         return spec
     assert_measures_text(spec)
@@ -163,7 +170,22 @@ def _show_batch(
     time_map = plan(*map(Timeline.from_batch, sides)).to(device)
     teacher = layers_to_compare(models[0], send_to_device(sides[0], device), mapper.on)
     student = layers_to_compare(models[1], send_to_device(sides[1], device), mapper.on)
+    _assert_finite_layers(teacher, sides[0], f"the teacher's {mapper.on}")
+    _assert_finite_layers(student, sides[1], f"the student's {mapper.on}")
     mapper.observe(warp_layers(time_map, teacher), student, time_map.valid)
+
+
+def _assert_finite_layers(x: Float[Tensor, "batch layer time dim"], side: dict[str, Any], whose: str) -> None:
+    """Refuse to compare layers with NaN or infinity at real tokens.
+
+    Raises:
+        NonFiniteError: names the layers.
+    """
+    real = side["attention_mask"].bool().to(x.device)[:, None, :, None]
+    bad_layers = (~torch.isfinite(x) & real).any(dim=(0, 2, 3))
+    if bad_layers.any():
+        layers = bad_layers.nonzero().flatten().tolist()
+        raise NonFiniteError(f"{whose} of layers {layers} hold NaN or infinity; layers cannot be compared")
 
 
 def _build_mapper(config: ComponentConfig, extents: dict[str, Any]) -> Any:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
+from importlib.metadata import Distribution
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from kava_core.build.data import Data
+from kava_core.config import ComponentConfig
 from kava_core.files import file_hash
 from kava_core.models.config import model_config
-from kava_core.runs.folder import LAYER_MAPS, Folder
+from kava_core.registry import BUILT_IN
+from kava_core.runs.folder import LAYER_MAPS, PLUGIN_CODE, Folder
 from kava_core.specfile.questions import used_components
 from kava_core.specfile.sections.models import ModelSpec, TeacherSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
-from kava_core.versions import distributor
+from kava_core.versions import distribution_of, distributor, plugin_code_hash
 
 
 def run_provenance(spec: PipelineSpec) -> dict[str, Any]:
@@ -25,6 +29,7 @@ def run_provenance(spec: PipelineSpec) -> dict[str, Any]:
     return {
         "models": {"student": model_facts(spec.student)} | teachers,
         "plugins": plugin_facts(spec),
+        PLUGIN_CODE: plugin_code(used_configs(spec)),
         LAYER_MAPS: map_facts(spec),
     }
 
@@ -68,6 +73,47 @@ def plugin_facts(spec: PipelineSpec) -> dict[str, str | None]:
         f"{kind} {config.name}": distributor(type(config).__module__)
         for kind, config in used_components(spec)
     }
+
+
+def used_configs(spec: PipelineSpec) -> list[ComponentConfig]:
+    """Return the declaration of every component that a run of this spec builds."""
+    fusers = [spec.fuser] if spec.teachers else []
+    return [*aligning_configs(spec), *fusers, *spec.losses]
+
+
+def aligning_configs(spec: PipelineSpec) -> list[ComponentConfig]:
+    """Return the declarations of the components that bring teachers' caches to their targets."""
+    configs = []
+    for teacher in spec.teachers:
+        fields = [getattr(teacher.align, name) for name in type(teacher.align).model_fields]
+        configs += [field for field in fields if isinstance(field, ComponentConfig)]
+    return configs
+
+
+def plugin_code(configs: Iterable[ComponentConfig]) -> dict[str, str]:
+    """Return the sha256 of the code of every third-party plugin behind these declarations.
+
+    Releases of kava itself are told apart by their version.
+
+    Args:
+        configs: declarations of components.
+
+    Returns:
+        By the distribution's name; by the package's, if no distribution brought it.
+
+    Raises:
+        PluginError: a file of a plugin cannot be read.
+    """
+    modules: dict[str, set[str]] = {}
+    owners: dict[str, Distribution | None] = {}
+    for config in configs:
+        declared_in, implemented_in = type(config).__module__, type(config).component.partition(":")[0]
+        owner = distribution_of(declared_in)
+        name = declared_in.partition(".")[0] if owner is None else owner.name
+        if name != BUILT_IN:
+            owners[name] = owner
+            modules.setdefault(name, set()).update((declared_in, implemented_in))
+    return {name: plugin_code_hash(owners[name], found) for name, found in sorted(modules.items())}
 
 
 Subject = dict[str, Any]

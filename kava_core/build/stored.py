@@ -14,7 +14,7 @@ import torch
 from kava_core.build.data import Data
 from kava_core.build.layer_maps import wants_measuring
 from kava_core.build.pipeline import config_geometries, make_pipeline, student_config_geometry
-from kava_core.build.provenance import models_of, tokenizer_hash
+from kava_core.build.provenance import aligning_configs, models_of, plugin_code, tokenizer_hash
 from kava_core.data.collate import Collator, EncodedExample
 from kava_core.data.examples import Example
 from kava_core.data.splits import split_hash
@@ -118,7 +118,9 @@ def store_folder(store: StoreSpec, wanted: Ingredients) -> Path:
 
 
 def open_store(store: StoreSpec, wanted: Ingredients) -> Store:
-    """Open the store with exactly these ingredients; every file's size is checked, not its content.
+    """Open the store with exactly these ingredients; every file's size is checked.
+
+    Its shards' content is checked when they are first read.
 
     Raises:
         SpecError: there is none; the error names what differs from the nearest one.
@@ -178,6 +180,8 @@ def store_ingredients(spec: PipelineSpec, data: Data, *, seed: int) -> Ingredien
         if kind not in ("fuser", "kv_loss"):
             plugins[f"{kind} {config.name}"] = distributor(type(config).__module__)
     ingredients = shared | {"plugins": plugins}
+    for name, digest in plugin_code(aligning_configs(spec)).items():
+        ingredients[f"code of plugin {name}"] = digest
     for teacher in spec.teachers:
         ingredients |= _teacher_ingredients(spec, teacher, data)
     if looks_at_data(spec, pipeline):

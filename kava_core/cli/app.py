@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from kava_core.cli import installed, prepare, results, runs
-from kava_core.errors import KavaError, PluginError
+from kava_core.errors import KavaError, PluginError, SpecError
 from kava_core.processes import leave, let_waiting_threads_sleep, world_size
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: an error kava can explain goes to stderr without a traceback."""
     let_waiting_threads_sleep()
     try:
+        _refuse_nul(sys.argv[1:] if arguments is None else arguments)
         app(args=arguments)
     except Exception as error:
         explained = explain_error(error)
@@ -38,6 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(explained, file=sys.stderr)
         _exit_with_code(explained.exit_code)
+
+
+def _refuse_nul(arguments: Sequence[str]) -> None:
+    """Raise a SpecError at an argument with a NUL, which the system takes in no path."""
+    for argument in arguments:
+        if "\0" in argument:
+            raise SpecError(f"argument {argument!r}: a NUL character is not allowed")
 
 
 def _exit_with_code(code: int) -> NoReturn:

@@ -33,6 +33,9 @@ def train(
 
     results = [run(resolved, variant=name, seed=number) for name, number, resolved in runs]
     if is_main():
+        for result in results:
+            if not result.trained:
+                typer.echo(f"{result.folder}: already complete, nothing trained", err=True)
         print_summary(results)
     if world_size() > 1:
         leave(0)

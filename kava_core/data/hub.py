@@ -43,4 +43,12 @@ def _load_split(data: HubData, split: str) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """Return the first line of an error, and of the first cause in its chain, which says more."""
+    first = next(iter(str(error).splitlines()), type(error).__name__)
+    cause: BaseException = error
+    while (earlier := cause.__cause__) is not None:
+        cause = earlier
+    if cause is error:
+        return first
+    reason = next(iter(str(cause).splitlines()), "no message")
+    return f"{first}; the cause: {type(cause).__name__}: {reason}"

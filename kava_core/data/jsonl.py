@@ -79,13 +79,30 @@ def _read_records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
                     yield _parse_record(line, where), where
     except OSError as error:
         raise SpecError(f"{path}: cannot read the examples: {error.strerror}") from error
+    except ValueError as error:  # a NUL in the name
+        raise SpecError(f"{str(path)!r}: cannot read the examples: {error}") from error
+
+
+class _RepeatedKeyError(Exception):
+    """An object has a key twice, of which json would keep the last."""
+
+
+def _object_of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of these keys and values."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _RepeatedKeyError(next(key for key in keys if keys.count(key) > 1))
+    return record
 
 
 def _parse_record(line: bytes, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(line.rstrip().decode("utf-8-sig"))
+        record = json.loads(line.rstrip().decode("utf-8-sig"), object_pairs_hook=_object_of_pairs)
     except UnicodeDecodeError as error:
         raise SpecError(f"{where}: not UTF-8 at byte {error.start + 1}") from error
+    except _RepeatedKeyError as error:
+        raise SpecError(f"{where}: key {error.args[0]!r} is given twice in one object") from error
     except json.JSONDecodeError as error:
         raise SpecError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
     except (ValueError, RecursionError) as error:

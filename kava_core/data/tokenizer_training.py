@@ -9,8 +9,10 @@ space between any two.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -27,13 +29,31 @@ def train_on_texts(spec: TrainTokenizer, texts: Sequence[str]) -> Tokenizer:
         SpecError: so few tokens cannot spell the texts.
     """
     try:
-        tokenizer = TRAINERS[spec.kind](texts, spec.vocab_size)
+        tokenizer = TRAINERS[spec.kind](_without_endless_words(texts), spec.vocab_size)
     except Exception as error:  # the Rust library raises bare Exception
         raise _training_error(spec, str(error)) from error
     size = tokenizer.get_vocab_size()
     if size > spec.vocab_size:
         raise _training_error(spec, f"its characters and special tokens alone need {size}")
     return tokenizer
+
+
+LONGEST_WORD = 1000
+"""Characters in a row, all space or none of them, after which a text is cut for training."""
+_ENDLESS = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
+
+
+def _without_endless_words(texts: Sequence[str]) -> list[str]:
+    """Return the texts, cut where a word is endless; texts of ordinary words are left as they are.
+
+    The time that the trainers take grows with the square of a word's length: a word of a million letters
+    would take them hours.
+    """
+    pieces = []
+    for text in texts:
+        cuts = [0, *(match.end() for match in _ENDLESS.finditer(text)), len(text)]
+        pieces += [text[start:end] for start, end in pairwise(cuts) if start < end]
+    return pieces
 
 
 def _training_error(spec: TrainTokenizer, why: str) -> SpecError:

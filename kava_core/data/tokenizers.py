@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from kava_core.data import tokenizer_training
 from kava_core.errors import KavaError, SpecError
+from kava_core.files import assert_folder_or_hub_name
 from kava_core.specfile.sections.models import ModelSpec, TrainTokenizer
 
 
@@ -118,11 +119,13 @@ def _lock_folder(folder: Path) -> Iterator[None]:
 
 
 def _load_from_path(path: str, revision: str | None) -> PreTrainedTokenizerBase:
+    assert_folder_or_hub_name(path, "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except Exception as error:  # transformers, tokenizers and the hub each raise their own
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise SpecError(f"tokenizer {path!r}: cannot be loaded: {reason}") from error
+        no_folder = "" if Path(path).is_dir() else "no such folder here, and "
+        raise SpecError(f"tokenizer {path!r}: {no_folder}cannot be loaded: {reason}") from error
     if not tokenizer.is_fast:
         raise SpecError(
             f"tokenizer {path!r}: {type(tokenizer).__name__} is a slow tokenizer, which knows no character "

@@ -11,6 +11,9 @@ from torch import Tensor
 from kava_core.config import Part
 from kava_core.distill.distiller import Distiller
 from kava_core.distill.teachers import time_map_of
+from kava_core.errors import NonFiniteError
+from kava_core.kv.align.aligner import TeacherAligner
+from kava_core.kv.align.finite import assert_finite
 from kava_core.kv.capture.evaluation_mode import evaluation_mode
 from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.kv.compare.values import NO_FUSER_INPUTS, Aligned
@@ -27,7 +30,40 @@ def calibrate_projectors(distiller: Distiller, batch: Mapping[str, Any]) -> None
         if aligner.wants_calibration:
             side = batch["teachers"][teacher.name]
             cache = teacher.cache(side).map(_as_float32)
+            _assert_finite_cache(cache, aligner, side)
             aligner.observe(cache, student, time_map_of(aligner, side, timeline))
+
+
+def _assert_finite_cache(cache: Cache, aligner: TeacherAligner, side: Mapping[str, Any]) -> None:
+    """Refuse to calibrate on a teacher's cache with NaN or infinity at real tokens.
+
+    Raises:
+        NonFiniteError: names the teacher and the layers.
+    """
+    if aligner.evictor is None:
+        valid = Timeline.from_batch(side).mask
+    else:  # Slots that hold no token are zero.
+        valid = torch.ones_like(cache.any[:, 0, 0, :, 0], dtype=torch.bool)
+    for part, x in cache.items():
+        bad_layers = (~torch.isfinite(x) & valid[:, None, None, :, None]).any(dim=(0, 2, 3, 4))
+        if bad_layers.any():
+            layers = [aligner.sources[row] for row in bad_layers.nonzero().flatten().tolist()]
+            raise NonFiniteError(
+                f"teacher {aligner.name!r}: its {part} of layers {layers} hold NaN or infinity; nothing "
+                "can be calibrated on them"
+            )
+
+
+def _finite_targets(distiller: Distiller, batch: Mapping[str, Any]) -> list[Aligned]:
+    """Return every teacher's target of a batch, which components are shown before training.
+
+    Raises:
+        NonFiniteError: one holds NaN or infinity; names the teacher and the student's layers.
+    """
+    targets = aligned_targets(distiller, batch)
+    for aligner, aligned in zip(distiller.pipeline.teachers, targets, strict=True):
+        assert_finite(aligned.target, aligned.valid, f"teacher {aligner.name!r}, aligned before training")
+    return targets
 
 
 def finish_projectors(pipeline: KVPipeline) -> None:
@@ -43,7 +79,7 @@ def show_fuser(distiller: Distiller, batch: Mapping[str, Any]) -> None:
     pipeline = distiller.pipeline
     student = student_cache_without_dropout(distiller, batch["student"])
     view = pipeline.teachers[0].view_of(student)
-    context = pipeline.fusion_context(view, aligned_targets(distiller, batch), NO_FUSER_INPUTS)
+    context = pipeline.fusion_context(view, _finite_targets(distiller, batch), NO_FUSER_INPUTS)
     pipeline.fuser.observe(context)
 
 
@@ -51,7 +87,7 @@ def show_fuser(distiller: Distiller, batch: Mapping[str, Any]) -> None:
 def show_losses(distiller: Distiller, batch: Mapping[str, Any]) -> None:
     """Show one batch to the losses that must see data before training."""
     student = student_cache_without_dropout(distiller, batch["student"])
-    distiller.pipeline.show_losses(student, aligned_targets(distiller, batch))
+    distiller.pipeline.show_losses(student, _finite_targets(distiller, batch))
 
 
 def aligned_targets(

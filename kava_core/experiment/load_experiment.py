@@ -11,7 +11,7 @@ from typing import Any
 from kava_core.errors import SpecError
 from kava_core.experiment.recorded_plan import PLAN_FILE, read_plan
 from kava_core.files import read_json
-from kava_core.runs.folder import Folder, State, runs_in
+from kava_core.runs.folder import Folder, State, assert_inside, runs_in
 from kava_core.runs.metrics import read_metrics
 from kava_core.specfile.sections.compare import CompareSpec
 
@@ -105,7 +105,7 @@ def load_experiment(folder: Path) -> Experiment:
     """Load all runs of an experiment's folder (``runs/NAME``), planned ones that are missing too.
 
     Raises:
-        SpecError: there is no run.
+        SpecError: there is no run, or one is a link to somewhere outside.
         CheckpointError: a file of a run is damaged.
     """
     if not folder.is_dir():
@@ -124,6 +124,7 @@ def _load_planned(folder: Path) -> Experiment:
     runs = []
     for entry in plan["runs"]:
         run = Folder(folder / entry["folder"])
+        assert_inside(run.path, folder)
         runs.append(_load_results(run, entry["variant"], entry["seed"]))
     compare = CompareSpec.model_validate(plan["compare"])
     return Experiment(folder.name, folder, runs, compare, plan["treatment"], plan["earlier"])

@@ -62,7 +62,7 @@ def read_plan(folder: Path) -> dict[str, Any]:
         for run in plan["runs"]:
             _ = (run["variant"], run["seed"], run["folder"])
         _ = (plan["treatment"], plan["declared"], plan["earlier"])
-    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, ValidationError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise CheckpointError(f"{file}: unreadable: {reason}; kava experiment writes it") from error
     return dict(plan)

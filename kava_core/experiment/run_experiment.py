@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from kava_core.build.provenance import plugin_code, used_configs
 from kava_core.data.splits import Splits, load_splits
 from kava_core.errors import SpecError
 from kava_core.experiment.experiment_progress import ExperimentProgress
@@ -48,6 +49,7 @@ def run_experiment(
     runs = planned_runs(variants)
     folder = runs[0].path.parent
     _check_data_unchanged(runs)
+    _check_plugins_unchanged(runs)
     record_plan(folder, loaded.spec.compare or CompareSpec(), treatment_variant(loaded.spec), runs)
     devices = _count_gpus()
     progress = ExperimentProgress(loaded.spec.name)
@@ -73,6 +75,13 @@ def _check_data_unchanged(runs: Sequence[Folder]) -> None:
             splits_of_data[key] = load_splits(run.spec.data, root=Path.cwd())
         if not splits_of_data[key].same_as(run.record()["data"]):
             raise SpecError(f"{run}: the data changed since this run ended; give the spec another name")
+
+
+def _check_plugins_unchanged(runs: Sequence[Folder]) -> None:
+    """Raise a SpecError if a complete run was trained with another code of a plugin than there is now."""
+    for run in runs:
+        if run.state() == "complete":
+            run.check_plugin_code(plugin_code(used_configs(run.spec)))
 
 
 def _count_gpus() -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from kava_core.errors import CheckpointError, KavaError
 from kava_core.runs import checkpoint
-from kava_core.runs.folder import Folder
+from kava_core.runs.folder import Folder, refuse_inside_run
 from kava_core.train.save_student import LOADING_NOTES, copy_error_text, loading_class
 
 CARD = """---
@@ -40,7 +40,7 @@ def export_student(path: Path, target: Path) -> None:
     """Copy a finished run's student to ``target`` with a model card.
 
     Raises:
-        SpecError: ``path`` is no finished run.
+        SpecError: ``path`` is no finished run, or ``target`` is inside a run.
         CheckpointError: the run directory is damaged, its student missing or altered.
         KavaError: ``target`` exists and is not an empty folder, or cannot be written.
     """
@@ -48,6 +48,7 @@ def export_student(path: Path, target: Path) -> None:
     record = run.finished_record()
     run.verify_student()
     card = _model_card(run, record)
+    refuse_inside_run(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise KavaError(f"{target}: exists already; give a new folder")
     staging = target.with_name(f"{target.name}.{os.getpid()}.staging")
@@ -85,6 +86,6 @@ def _read_spec_text(file: Path) -> str:
     try:
         text = file.read_text(encoding="utf-8")
         json.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: unreadable: {error}") from error
     return text

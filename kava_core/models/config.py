@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from kava_core.data.tokenizers import vocabulary_size
 from kava_core.errors import SpecError, did_you_mean
+from kava_core.files import assert_folder_or_hub_name
 from kava_core.kv.capture.geometry import ENCODER, probe_geometry
 from kava_core.protocols.axes import Geometry
 from kava_core.specfile.sections.models import ModelSpec
@@ -31,6 +33,7 @@ def model_config(
     """
     try:
         if spec.path is not None:
+            assert_folder_or_hub_name(spec.path, where)
             return auto_classes(
                 spec, AutoConfig.from_pretrained(spec.path, revision=spec.revision, trust_remote_code=False)
             )
@@ -43,7 +46,10 @@ def model_config(
     except SpecError:
         raise
     except Exception as error:
-        raise SpecError(f"{where}: cannot make a model config: {reason_of(error)}") from error
+        no_folder = (
+            f"no folder {spec.path!r} here, and " if spec.path and not Path(spec.path).is_dir() else ""
+        )
+        raise SpecError(f"{where}: {no_folder}cannot make a model config: {reason_of(error)}") from error
     _check_heads(config, where)
     return config
 
@@ -88,8 +94,11 @@ def _check_keys(fields: dict[str, Any], where: str) -> None:
 
 
 def _check_heads(config: PreTrainedConfig, where: str) -> None:
-    """Check the head counts; transformers finds a mistake in them only in the first forward pass."""
+    """Check width and head counts; transformers finds a mistake in them only in the first forward pass."""
     text = config.get_text_config()
+    width = getattr(text, "hidden_size", None)
+    if isinstance(width, int) and width < 1:
+        raise SpecError(f"{where}: hidden_size={width} must be at least 1")
     query = getattr(text, "num_attention_heads", None)
     key = getattr(text, "num_key_value_heads", None)
     if not isinstance(query, int) or not isinstance(key, int):

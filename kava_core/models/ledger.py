@@ -142,7 +142,7 @@ class Ledger:
             self.passes, self.before = saved["passes"], saved["memory"]
             self.tokens = dict(saved["tokens"])
             self.read = {name: ModelCounts(**counts) for name, counts in saved["read"].items()}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{file}: unreadable: {error}") from error
 
     def peak(self) -> int:

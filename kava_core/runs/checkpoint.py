@@ -101,6 +101,31 @@ def verify(folder: Path, *, content: bool = True) -> None:
             raise CheckpointError(f"{file}: not in the manifest, so not saved by kava; it is never loaded")
 
 
+def verify_file(folder: Path, name: str) -> None:
+    """Check the content of one file of a sealed folder against its manifest.
+
+    Raises:
+        CheckpointError: it is missing, altered, or not in the manifest.
+    """
+    entries = _read_manifest(folder)
+    file = folder / name
+    if name not in entries:
+        raise CheckpointError(f"{file}: not in the manifest, so not saved by kava; it is never loaded")
+    if not file.is_file():
+        raise CheckpointError(f"{file}: missing, though the manifest lists it")
+    if file_hash(file) != entries[name][0]:
+        raise CheckpointError(f"{file}: altered since it was saved: not what the manifest says")
+
+
+def files_of(folder: Path) -> list[str]:
+    """Return the names of the files of a sealed folder, as its manifest lists them.
+
+    Raises:
+        CheckpointError: the manifest is missing or damaged.
+    """
+    return list(_read_manifest(folder))
+
+
 def _read_manifest(folder: Path) -> dict[str, tuple[str, int]]:
     """Return sha256 and size of every file, by its name."""
     manifest = folder / MANIFEST
@@ -109,7 +134,7 @@ def _read_manifest(folder: Path) -> dict[str, tuple[str, int]]:
     try:
         listed = json.loads(manifest.read_text(encoding="utf-8"))
         entries = {name: (entry["sha256"], entry["size"]) for name, entry in listed.items()}
-    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{manifest}: unreadable: {type(error).__name__}: {error}") from error
     if not entries:
         raise CheckpointError(f"{manifest}: lists no files")

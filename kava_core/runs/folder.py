@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
@@ -30,6 +30,9 @@ from kava_core.specfile.sections.pipeline import PipelineSpec
 RECORD = "run.json"
 LAYER_MAPS = "layer_maps"
 """Folder of measured layer maps; in the record, their hashes."""
+
+PLUGIN_CODE = "plugin_code"
+"""In the record: the sha256 of every third-party plugin's code, by its distribution."""
 
 LOCK_ATTEMPTS = 4
 LOCK_PAUSE = 0.05
@@ -173,7 +176,7 @@ class Folder:
         """Return ``exit_code``, ``error`` and ``when`` of a failure; None if none is noted."""
         try:
             failure: dict[str, Any] = json.loads(self.failure_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         return failure
 
@@ -245,6 +248,7 @@ class Folder:
                 f"{self.path}: holds a run of spec {earlier['spec_digest']}, not {spec_digest(self.spec)}"
             )
         self.check_data(facts["data"])
+        self.check_plugin_code(facts.get(PLUGIN_CODE, {}))
         if earlier.get(LAYER_MAPS, {}) != facts.get(LAYER_MAPS, {}):
             raise SpecError(
                 f"{self.path}: a layer map changed since this run began; give the run another name, or bring "
@@ -266,6 +270,24 @@ class Folder:
         earlier = self.record()
         if earlier and earlier["data"] != data:
             raise SpecError(f"{self.path}: the data changed since this run began; give the run another name")
+
+    def check_plugin_code(self, code: Mapping[str, str]) -> None:
+        """Compare the code of third-party plugins with that which the run began with.
+
+        Args:
+            code: sha256 by distribution.
+
+        Raises:
+            SpecError: it is another; what a run of an earlier kava began with is not known.
+        """
+        earlier = self.record().get(PLUGIN_CODE, code)
+        changed = sorted(name for name in {*earlier, *code} if earlier.get(name) != code.get(name))
+        if changed:
+            plugins = f"plugin{'s' if len(changed) > 1 else ''} {', '.join(changed)}"
+            raise SpecError(
+                f"{self.path}: the code of {plugins} changed since this run began; give the run another "
+                "name, or bring the old code back"
+            )
 
     def stop(self) -> None:
         """Record that the run was asked to stop, and can go on."""
@@ -319,8 +341,49 @@ class Folder:
 
 
 def runs_in(experiment: Path) -> list[Folder]:
-    """Return the runs in a folder such as ``runs/NAME`` that have begun, by name."""
-    return [Folder(file.parent) for file in sorted(experiment.glob(f"*/{RECORD}"))]
+    """Return the runs in a folder such as ``runs/NAME`` that have begun, by name.
+
+    Raises:
+        SpecError: one is a link to somewhere outside, as for ``assert_inside``.
+    """
+    runs = [Folder(file.parent) for file in sorted(experiment.glob(f"*/{RECORD}"))]
+    for run in runs:
+        assert_inside(run.path, experiment)
+    return runs
+
+
+def assert_inside(path: Path, experiment: Path) -> None:
+    """Refuse a run's folder that a link, or a path with ``..``, leads out of the folder of all experiments.
+
+    Args:
+        path: of the run.
+        experiment: a folder such as ``runs/NAME``; that it is a link itself does not matter.
+
+    Raises:
+        SpecError: the run is elsewhere.
+    """
+    root = experiment.resolve().parent
+    if not path.resolve().is_relative_to(root):
+        raise SpecError(f"{path}: leads to {path.resolve()}, outside of {root}; move the run there")
+
+
+def enclosing_run(path: Path) -> Path | None:
+    """Return the run's folder that a path is, or is inside of; None if it is in none."""
+    resolved = path.resolve()
+    return next((place for place in (resolved, *resolved.parents) if (place / RECORD).is_file()), None)
+
+
+def refuse_inside_run(target: Path) -> None:
+    """Refuse to write into a run's folder, whose files belong to the run alone.
+
+    Raises:
+        SpecError: the target is a run's folder or inside of one.
+    """
+    run = enclosing_run(target)
+    if run is not None:
+        raise SpecError(
+            f"{target}: is inside the run {run}, which keeps its own files; give a folder outside"
+        )
 
 
 def _first_error(error: ValidationError) -> str:

@@ -30,7 +30,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _parse_line(raw: bytes, where: str) -> dict[str, Any]:
     try:
         line = json.loads(raw.decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: unreadable: {error}; restore or delete the file") from error
     if not isinstance(line, dict) or not isinstance(line.get("step"), int):
         raise CheckpointError(f"{where}: not an object with a 'step'; restore or delete the file")

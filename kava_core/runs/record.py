@@ -27,7 +27,7 @@ def read_record(file: Path) -> dict[str, Any]:
     """
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(file, f"unreadable: {error}") from error
     if not isinstance(record, dict):
         raise _damaged(file, f"holds a {type(record).__name__}, not an object")

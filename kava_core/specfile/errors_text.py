@@ -39,12 +39,16 @@ class Finding:
     """Whether the path is not in the document."""
 
 
+MOST_FINDINGS = 200
+"""Errors of pydantic that are explained; to explain one takes long, and nobody reads more."""
+
+
 def explain_errors(error: ValidationError, model: type[BaseModel], registry: Registry) -> list[Finding]:
-    """Return everything that is wrong, in the order of the spec's fields.
+    """Return what is wrong, in the order of the spec's fields; of very many errors the first.
 
     pydantic reports every alternative of a union by itself; here they become one finding.
     """
-    details = error.errors(include_url=False)
+    details = error.errors(include_url=False)[:MOST_FINDINGS]
     types = [follow_location(model, detail["loc"]) for detail in details]
     groups: dict[tuple[SpecPath, bool], list[tuple[ErrorDetail, TypeAtLocation]]] = {}
     for detail, here in zip(details, types, strict=True):

@@ -14,7 +14,7 @@ from kava_core.errors import SpecError
 from kava_core.registry import Registry
 from kava_core.specfile.bind import bind_spec_model
 from kava_core.specfile.digest import spec_digest
-from kava_core.specfile.errors_text import Finding, explain_errors, quote_value
+from kava_core.specfile.errors_text import MOST_FINDINGS, Finding, explain_errors, quote_value
 from kava_core.specfile.reading.document import Document
 from kava_core.specfile.reading.overrides import apply_overrides
 from kava_core.specfile.reading.source_map import InvalidSpecError, SourceLocation, SpecPath, dotted_path
@@ -97,12 +97,14 @@ def validate_document(document: Document, model: type[PipelineSpec], registry: R
         # As JSON, strict mode takes lists for tuples and still no text for numbers.
         return model.model_validate_json(json.dumps(document.data), strict=True)
     except ValidationError as error:
-        findings = explain_errors(error, model, registry)
+        findings, count = explain_errors(error, model, registry), error.error_count()
     located = [(_location_of_finding(finding, document), finding) for finding in findings]
     located.sort(key=lambda pair: (pair[0].line or 0, pair[0].column or 0))
-    raise InvalidSpecError(
-        document.error_text(location, finding.message, finding.path) for location, finding in located
-    )
+    lines = [document.error_text(location, finding.message, finding.path) for location, finding in located]
+    if count > MOST_FINDINGS:
+        start = document.locations.start
+        lines.append(document.error_text(start, f"and {count - MOST_FINDINGS:,} more things are wrong"))
+    raise InvalidSpecError(lines)
 
 
 def _location_of_finding(finding: Finding, document: Document) -> SourceLocation:

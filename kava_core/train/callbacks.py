@@ -15,19 +15,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kava_core.distill.distiller import Distiller
+from kava_core.errors import KavaError
 from kava_core.runs.metrics import read_metrics
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 
 
 class StopOnSignal(TrainerCallback):
-    """Finish the step, save once, stop: on SIGTERM, SIGUSR1, SIGUSR2."""
+    """Finish the step, save once, stop: on SIGTERM, SIGUSR1, SIGUSR2, SIGINT (Ctrl-C) and SIGHUP.
+
+    A second Ctrl-C ends the run at once, without saving. A signal that is ignored stays so, as SIGHUP under
+    nohup.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
 
     def __enter__(self) -> StopOnSignal:
-        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._receive) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -35,6 +41,16 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def _receive(self, number: int, _: Any) -> None:
+        """Note the signal.
+
+        Raises:
+            KeyboardInterrupt: it is a second Ctrl-C.
+        """
+        if number == signal.SIGINT:
+            if self.received == signal.SIGINT:
+                raise KeyboardInterrupt
+            # Not print: the signal may have come while it was at work.
+            os.write(2, b"Ctrl-C: saves and stops after this step; once more ends it at once\n")
         self.received = signal.Signals(number)
 
     def on_step_end(
@@ -116,8 +132,11 @@ class MetricsFile(TrainerCallback):
         """Append a line."""
         if state.is_world_process_zero and "train_runtime" not in logs:
             line = {"step": state.global_step, "seconds": round(time.monotonic() - self.begin, 3), **logs}
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
+            try:
+                with self.path.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise KavaError(f"{self.path}: cannot be written: {error.strerror}") from error
 
 
 class ShowProgress(TrainerCallback):

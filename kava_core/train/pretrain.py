@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from kava_core.build.data import load_or_train_tokenizer
-from kava_core.data.examples import Example
+from kava_core.console import tell_once
+from kava_core.data.examples import Example, render_example
 from kava_core.data.splits import Splits, load_splits, split_hash, text_fingerprint
 from kava_core.files import cache_folder
+from kava_core.models.config import max_positions, model_config
+from kava_core.specfile.questions import used_teachers
 from kava_core.specfile.sections.data import DataSpec, change_data
 from kava_core.specfile.sections.models import ModelSpec, Pretrain, StudentSpec, TrainTokenizer
 from kava_core.specfile.sections.pipeline import PipelineSpec
@@ -23,19 +26,21 @@ from kava_core.specfile.sections.training import EvaluateSpec, TrainSpec
 def pretraining_spec(spec: PipelineSpec, model: ModelSpec) -> PipelineSpec:
     """Return the run that trains ``model`` on the data of ``spec``, or its own changes of them.
 
-    Nothing else of the spec enters it, so that variants share the trained model.
+    Nothing else of the spec enters it, and of ``evaluate`` nothing, so that runs share the trained model
+    and find the same scores of it.
     """
     plan = model.pretrain
     assert plan is not None
     fields = {name: getattr(model, name) for name in ModelSpec.model_fields if name != "pretrain"}
     if plan.data and isinstance(model.tokenizer, TrainTokenizer):
         fields["tokenizer"] = _full_tokenizer(spec, model)
+    student, data = StudentSpec(**fields), _pretraining_data(spec, model)
     return type(spec)(
         name="pretrained",
-        student=StudentSpec(**fields),
-        data=_pretraining_data(spec, model),
+        student=student,
+        data=data,
         train=_train_section(plan, spec.train, all_tokens=model.encoder),
-        evaluate=_evaluate_section(spec, model, plan),
+        evaluate=_evaluate_section(student, data, plan, max_length=spec.train.max_length),
         seeds=(plan.seed,),
         output=str(cache_folder()),
     )
@@ -60,6 +65,14 @@ def pretraining_report(spec: PipelineSpec) -> dict[str, dict[str, Any]]:
         if model.pretrain is not None:
             report[name] = _describe_examples(_pretraining_examples(spec, model), splits)
     return report
+
+
+def tell_random_teachers(spec: PipelineSpec) -> None:
+    """Say on stderr, once in a process, which teachers have random weights and are not trained first."""
+    for teacher in used_teachers(spec):
+        if teacher.itself is not None or teacher.path is not None or teacher.pretrain is not None:
+            continue
+        tell_once(f"teacher {teacher.name!r}: random weights ('config' without 'pretrain'): it knows nothing")
 
 
 def _describe_examples(learnt: Sequence[Example], splits: Splits) -> dict[str, Any]:
@@ -88,16 +101,40 @@ def _full_tokenizer(spec: PipelineSpec, model: ModelSpec) -> str:
     return str(load_or_train_tokenizer(model, splits, template, where="pretrain").name_or_path)
 
 
-def _evaluate_section(spec: PipelineSpec, model: ModelSpec, plan: Pretrain) -> EvaluateSpec:
-    """Return the section ``evaluate``: at the end, with answers unless the model cannot write them.
+def _evaluate_section(
+    student: StudentSpec, data: DataSpec, plan: Pretrain, *, max_length: int
+) -> EvaluateSpec:
+    """Return the section ``evaluate``: once, at the end, with answers as long as those of the data.
 
-    A student of latent tokens cannot, as ``max_new_tokens`` has no room for written steps; an encoder writes
-    none.
+    An encoder writes none, and nor does a model without positions for them.
     """
-    changes: dict[str, Any] = {"every": plan.steps, "controls": False}
-    if model.encoder or spec.trajectory == "latent":
-        changes["generate"] = False
-    return EvaluateSpec(**spec.evaluate.model_dump() | changes)
+    room = 0 if student.encoder else _room_for_answers(student, data, max_length)
+    return EvaluateSpec(
+        every=plan.steps, batch_size=plan.batch_size, generate=room > 0, max_new_tokens=max(room, 1)
+    )
+
+
+def _room_for_answers(student: StudentSpec, data: DataSpec, max_length: int) -> int:
+    """Return the tokens of the longest written steps and answer of the validation examples, with its end.
+
+    It is at most what the model's positions leave after the longest prompt; 0 without such examples.
+    """
+    splits = load_splits(data, root=Path.cwd())
+    tokenizer = load_or_train_tokenizer(student, splits, data.template, where="pretrain")
+    examples = splits.validation[: EvaluateSpec().examples]
+    texts = [render_example(example, data.template) for example in examples]
+    prompts = _token_counts(tokenizer, [text.prompt.text for text in texts])
+    lengths = _token_counts(tokenizer, [text.text for text in texts])
+    kept = [(prompt, length) for prompt, length in zip(prompts, lengths, strict=True) if length <= max_length]
+    longest = max((length - prompt for prompt, length in kept), default=-1) + 1
+    positions = max_positions(model_config(student, tokenizer, where="pretrain"))
+    if positions is None:
+        return longest
+    return max(0, min(longest, positions - max((prompt for prompt, _ in kept), default=0)))
+
+
+def _token_counts(tokenizer: Any, texts: list[str]) -> list[int]:
+    return [len(tokens) for tokens in tokenizer(texts)["input_ids"]] if texts else []
 
 
 def _train_section(plan: Pretrain, train: TrainSpec, *, all_tokens: bool) -> TrainSpec:

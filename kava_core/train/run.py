@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from kava_core.build.data import Data, make_data
 from kava_core.build.distiller import make_distiller
 from kava_core.build.layer_maps import with_measured_maps
-from kava_core.build.provenance import run_provenance
+from kava_core.build.provenance import plugin_code, run_provenance, used_configs
 from kava_core.build.stored import with_store
 from kava_core.build.time_plans import PlansTime
 from kava_core.console import quiet, tell_once
@@ -50,7 +50,12 @@ from kava_core.train.callbacks import (
     StopOnSignal,
 )
 from kava_core.train.own_texts import CollatorWithExamples, OwnTexts
-from kava_core.train.pretrain import pretraining_name, pretraining_report, pretraining_spec
+from kava_core.train.pretrain import (
+    pretraining_name,
+    pretraining_report,
+    pretraining_spec,
+    tell_random_teachers,
+)
 from kava_core.train.save_student import save_student
 from kava_core.train.trainer import KavaTrainer
 from kava_core.train.training_arguments import training_arguments
@@ -79,6 +84,8 @@ class RunResult:
     folder: Path
     results: dict[str, Any]
     """Metrics of the last evaluation, and ``steps``."""
+    trained: bool = True
+    """Whether anything was trained now; else the run was complete already."""
 
 
 def run(spec: PipelineSpec, *, variant: str, seed: int, wait: bool = False) -> RunResult:
@@ -96,16 +103,19 @@ def run(spec: PipelineSpec, *, variant: str, seed: int, wait: bool = False) -> R
         Preempted: stopped by a signal; everything is saved (exit code 75).
     """
     folder = Folder.planned(spec, variant, seed)
+    trained = True
     with folder.lock(wait=wait) if is_main() else nullcontext():
         _wait_for_all_processes()
         if folder.complete:
+            trained = False
             _check_same_data(spec, folder)
+            folder.check_plugin_code(plugin_code(used_configs(spec)))
         else:
             with _recording_failure(folder):
                 spec = with_pretrained_models(spec)
                 with quiet():
                     _train(spec, folder)
-    return RunResult(variant, seed, folder.path, folder.record()["results"])
+    return RunResult(variant, seed, folder.path, folder.record()["results"], trained)
 
 
 @contextmanager
@@ -160,10 +170,13 @@ def _train(spec: PipelineSpec, folder: Folder) -> None:
         if is_main():
             _tell_notices(spec, data)
             folder.check_data(data.report())
+            folder.check_plugin_code(plugin_code(used_configs(spec)))
         spec = with_measured_maps(spec, folder.layer_maps, data, seed=folder.seed)
         if is_main():
             folder.begin(_beginning_record(spec, folder, data))
         distiller = make_distiller(spec, data, seed=folder.seed)
+        if is_main():
+            tell_random_teachers(folder.spec)
         if spec.train.compile is not None:
             compile_forward(distiller.student, spec.train.compile)
         trainer = _make_trainer(spec, folder, data, distiller, stop)

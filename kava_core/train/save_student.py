@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from kava_core.errors import KavaError
 from kava_core.kv.capture.geometry import ENCODER
 from kava_core.latent.exported import SHAPE, save_latents
 from kava_core.latent.tokens import LatentTokens
@@ -43,6 +44,9 @@ def save_student(
         tokenizer: its tokenizer.
         folder: where they go.
         latents: latent tokens, whose weights are written as well; ``LatentStudent`` then reads the folder.
+
+    Raises:
+        KavaError: it cannot be written.
     """
     if hasattr(student, "merge_and_unload"):
         _untie_adapted_embeddings(student)
@@ -50,11 +54,19 @@ def save_student(
     student = student.encoder if isinstance(student, Denoiser) else student
     staging = folder.with_name(folder.name + ".staging")
     shutil.rmtree(staging, ignore_errors=True)
-    student.save_pretrained(staging)
-    tokenizer.save_pretrained(staging)
-    if latents is not None:
-        save_latents(latents, staging)
-    checkpoint.seal(staging, folder)
+    try:
+        student.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        if latents is not None:
+            save_latents(latents, staging)
+        checkpoint.seal(staging, folder)
+    except Exception as error:  # tokenizers raises bare Exception
+        shutil.rmtree(staging, ignore_errors=True)
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise KavaError(
+            f"{folder}: cannot be written: {reason}; the last checkpoint holds what was trained: run the "
+            "same command again. Is the disk full?"
+        ) from error
 
 
 def _untie_adapted_embeddings(student: Any) -> None:

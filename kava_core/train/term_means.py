@@ -43,7 +43,7 @@ class TermMeans:
         """
         try:
             saved = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{file}: unreadable: {error}") from error
         self.sums = {name: torch.tensor(value, device=device) for name, value in saved["sums"].items()}
         self.steps = saved["steps"]

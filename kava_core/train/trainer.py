@@ -44,7 +44,13 @@ from kava_core.train.optimizer_groups import parameter_learning_rates, split_par
 from kava_core.train.own_texts import OwnTexts
 from kava_core.train.term_means import TermMeans
 from kava_core.train.validation.evaluator import Evaluator
-from kava_core.train.weights import assert_finite_weights, entries_under, load_weights, save_weights
+from kava_core.train.weights import (
+    assert_finite_weights,
+    entries_under,
+    explain_unreadable_state,
+    load_weights,
+    save_weights,
+)
 
 
 class KavaTrainer(Trainer):
@@ -374,6 +380,18 @@ class KavaTrainer(Trainer):
             load_weights(distiller, Path(resume_from_checkpoint))
         self._term_means.load(Path(resume_from_checkpoint) / self._process_file("means"), self.args.device)
         self.load_ledger(Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with explain_unreadable_state(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with explain_unreadable_state(checkpoint):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with explain_unreadable_state(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def load_ledger(self, checkpoint_folder: Path) -> None:
         """Go on counting from a checkpoint."""

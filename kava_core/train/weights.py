@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -80,6 +83,24 @@ def load_weights(distiller: Distiller, folder: Path) -> None:
             distiller.latents.load_state_dict(load_latents(folder).state_dict())
     except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def explain_unreadable_state(folder: str | None) -> Iterator[None]:
+    """Explain why the state of optimizer, schedule, scaler or random numbers cannot be loaded.
+
+    They are pickles, of which torch opens none that would run code.
+
+    Raises:
+        CheckpointError: in place of what torch raised.
+    """
+    try:
+        yield
+    except (UnpicklingError, EOFError, OSError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: a state of the optimizer, its schedule or the random numbers cannot be read "
+            f"({type(error).__name__}): the file is damaged or was not saved by kava; none of it was run"
+        ) from error
 
 
 def _load_aligner_state(distiller: Distiller, state: dict[str, Tensor]) -> None:

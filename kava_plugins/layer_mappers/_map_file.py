@@ -58,7 +58,7 @@ def _read_record(file: Path, map_path: Path) -> dict[str, Any]:
     raw = _read_bytes(file, map_path)
     try:
         return dict(json.loads(raw))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise SpecError(f"map: {map_path}: {file.name} is damaged: {error}; {MEASURE_AGAIN}") from error
 
 

@@ -24,6 +24,7 @@ from transformers import (
 from kava_core.console import print_whole
 from kava_core.data.tokenizers import train_tokenizer
 from kava_core.errors import CheckpointError, KavaError, SpecError
+from kava_core.experiment.report.write_report import write_report
 from kava_core.jobs.export import export_student
 from kava_core.models.config import max_positions, model_config
 from kava_core.models.load import load_model
@@ -105,6 +106,7 @@ def without(record: dict[str, Any], name: str) -> str:
 RECORDS: dict[str, tuple[Callable[[dict[str, Any]], bytes | str], str]] = {
     "a list": (lambda r: "[]", "holds a list, not an object"),
     "nothing": (lambda r: "", "unreadable: "),
+    "very deep": (lambda r: "[" * 100_000, "unreadable: maximum recursion depth exceeded"),
     "half": (lambda r: json.dumps(r)[:100], "unreadable: "),
     "garbled": (lambda r: b"\xff\xfe\x00", "unreadable: "),
     "no results": (lambda r: without(r, "results"), "results are missing"),
@@ -158,6 +160,23 @@ def test_the_student_loads_with_its_manifest_and_is_exported_without(finished: P
     export_student(finished, tmp_path / "out")
     kept = {file.name for file in (finished / "student").iterdir()}
     assert {file.name for file in (tmp_path / "out").iterdir()} == kept - {"manifest.json"} | {"README.md"}
+
+
+@pytest.mark.parametrize("inside", ["", "student", "student/copy", "exported/here"])
+def test_nothing_is_exported_or_reported_into_a_run(finished: Path, inside: str) -> None:
+    """A report in the student's folder would be part of the student; its manifest knows nothing of it."""
+    target = finished / inside
+    before = sorted(finished.rglob("*"))
+    expected = f"{target}: is inside the run {finished}, which keeps its own files; give a folder outside"
+    assert told(SpecError, lambda: export_student(finished, target)) == expected
+    pytest.importorskip("matplotlib")
+    assert told(SpecError, lambda: list(write_report([finished.parent], target))) == expected
+    assert sorted(finished.rglob("*")) == before
+
+
+def test_an_export_through_a_link_into_a_run(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(finished / "student", target_is_directory=True)
+    assert "is inside the run" in told(SpecError, lambda: export_student(finished, tmp_path / "link" / "new"))
 
 
 def test_an_export_under_a_file(finished: Path, tmp_path: Path) -> None:
@@ -238,6 +257,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
     ({"num_key_value_heads": 0}, "num_attention_heads=4 is not a multiple of num_key_value_heads=0"),
     ({"num_attention_heads": 0}, "ZeroDivisionError"),
+    ({"hidden_size": 0}, "student: hidden_size=0 must be at least 1"),
     ({"hidden_size": "x"}, "Field 'hidden_size' expected int, got str"),
     ({"hidden_act": "foo"}, "KeyError: 'foo'"),
     ({"rope_parameters": {"rope_type": "zz"}}, "KeyError: 'zz'"),

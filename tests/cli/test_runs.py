@@ -51,7 +51,9 @@ def test_train_again_skips_everything(trained: tuple[Path, subprocess.CompletedP
     again = kava("train", "spec.yaml", cwd=folder)
     assert again.returncode == 0
     assert again.stdout == first.stdout
-    assert "step" not in again.stderr
+    runs = {line.removesuffix(": already complete, nothing trained") for line in again.stderr.splitlines()}
+    assert runs == {str(path.relative_to(folder)) for path in (folder / "runs/tiny").glob("*-s[01]")}
+    assert "already complete" not in first.stderr
 
 
 def test_export_loads_in_plain_transformers(trained: tuple[Path, subprocess.CompletedProcess[str]]) -> None:

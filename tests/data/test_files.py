@@ -268,3 +268,37 @@ def test_a_teacher_may_read_later_lines_than_its_student(tmp_path):
     assert [e.prompt for e in load_splits(later, root=tmp_path).train] == ["p2", "p3", "p4"]
     with pytest.raises(SpecError, match=r"all\.jsonl: no examples: the file is empty after 6"):
         read_examples(file, skip=6)
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        (GOOD.replace('"r"', '"r", "reasoning": "s"'), "reasoning"),
+        (GOOD.replace('"a"', '"a", "more": {"x": 1, "y": 2, "x": 1}'), "x"),
+    ],
+)
+def test_a_key_given_twice_is_refused(tmp_path, line, key):
+    """JSON readers keep the last without a word."""
+    path = write(tmp_path / "a.jsonl", GOOD, line)
+    assert refused(path) == f":2: key {key!r} is given twice in one object"
+
+
+def test_a_file_name_with_nul_is_one_line(tmp_path):
+    with pytest.raises(SpecError) as caught:
+        read_examples(tmp_path / "a\0b")
+    assert str(caught.value).endswith("a\\x00b': cannot read the examples: embedded null byte")
+
+
+def test_a_column_of_null_in_one_file_and_text_in_another_is_told_with_its_cause(tmp_path, monkeypatch):
+    """``datasets`` itself only says that an error occurred."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for name, task in (("a", None), ("b", "sum")):
+        (tmp_path / "data" / "train").mkdir(parents=True, exist_ok=True)
+        record = {"prompt": "p", "reasoning": "r", "answer": "a", "task": task}
+        write(tmp_path / "data" / "train" / f"{name}.jsonl", json.dumps(record))
+    with pytest.raises(SpecError) as caught:
+        hub_examples(HubData(path=str(tmp_path / "data")))
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'data'}:train: cannot load the data: An error occurred while")
+    assert message.endswith("; the cause: TypeError: Couldn't cast array of type string to null")

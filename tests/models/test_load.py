@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from kava_core.data.tokenizers import train_tokenizer, vocabulary_size
+from kava_core.data.tokenizers import load_tokenizer, train_tokenizer, vocabulary_size
 from kava_core.errors import Preempted, SpecError
 from kava_core.jobs.export import export_student
 from kava_core.models.config import model_config
@@ -248,3 +249,35 @@ def test_unused_weights_of_a_checkpoint_are_told(
     load_model(ModelSpec(path=str(folder)), tokenizer, seed=0, where="student")
     told = "1 weights of the checkpoint are not used, such as model.layers.9.mlp.up_proj.weight"
     assert f"student: {folder}: {told}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["/nowhere/model", "./model", "../model", "runs/a/student", "model/"])
+def test_a_missing_folder_is_told_as_such(path: str) -> None:
+    """Not as a name on the hub that is badly formed."""
+    with pytest.raises(SpecError) as told:
+        model_config(ModelSpec(path=path), where="student")
+    assert str(told.value) == f"student: {path}: no such folder"
+    with pytest.raises(SpecError) as told:
+        load_tokenizer(path)
+    assert str(told.value) == f"tokenizer: {path}: no such folder"
+
+
+def test_a_tilde_and_a_file_are_told_as_such(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("x")
+    for path, reason in (
+        ("~/model", "~/model: no such folder; '~' is not expanded here"),
+        (str(tmp_path / "model.safetensors"), "is a file; give the folder that holds it"),
+    ):
+        with pytest.raises(SpecError, match=re.escape(reason)):
+            model_config(ModelSpec(path=path), where="student")
+
+
+def test_what_may_be_a_name_on_the_hub_is_told_as_both() -> None:
+    with pytest.raises(SpecError) as told:
+        model_config(ModelSpec(path="nobody/nothing"), where="student")
+    assert str(told.value).startswith(
+        "student: no folder 'nobody/nothing' here, and cannot make a model config: We couldn't connect to"
+    )
+    expected = "tokenizer 'nobody/nothing': no such folder here, and cannot be loaded:"
+    with pytest.raises(SpecError, match=expected):
+        load_tokenizer("nobody/nothing")

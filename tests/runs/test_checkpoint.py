@@ -365,3 +365,54 @@ def test_a_full_disk_is_explained_and_costs_nothing(
     assert sorted(entry.name for entry in folder.checkpoints.iterdir()) == ["checkpoint-2"]
     checkpoint.verify(folder.checkpoints / "checkpoint-2")
     assert_same(weights(run(spec, variant="main", seed=0)), weights(whole))
+
+
+class AtEnd(TrainerCallback):
+    """Does something after the last step, before the student is saved."""
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        self.act = act
+
+    def on_train_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]
+        self.act()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_disk_that_is_full_at_the_final_student_is_explained(
+    whole: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """And the same command saves it later, without training anything again."""
+    spec = tiny.spec(tmp_path)
+    size = (whole.folder / "student" / file).stat().st_size
+    with small_files() as limit, monkeypatch.context() as patched:
+        patched.setattr(run_module, "ShowProgress", lambda title: AtEnd(lambda: limit(size - 1)))
+        with pytest.raises(KavaError, match=r"student: cannot be written: .*Is the disk full\?$") as error:
+            run(spec, variant="main", seed=0)
+    assert "\n" not in str(error.value)
+    folder = Folder.planned(spec, "main", 0)
+    assert not folder.student.exists()
+    assert not folder.student.with_name("student.staging").exists()
+    metrics = folder.metrics.read_bytes()
+    assert_same(weights(run(spec, variant="main", seed=0)), weights(whole))
+    assert folder.metrics.read_bytes() == metrics
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_pickle_with_a_valid_manifest_is_not_run(crashed: Folder, tmp_path: Path, name: str) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    newest = crashed.checkpoints / "checkpoint-4"
+    (newest / name).write_bytes(pickle.dumps(Evil()))
+    (newest / MANIFEST).unlink()
+    staged = crashed.checkpoints / "renamed"
+    newest.rename(staged)
+    checkpoint.seal(staged, newest)
+    with pytest.raises(CheckpointError) as told:
+        run(crashed.spec, variant="main", seed=0)
+    assert str(told.value) == (
+        f"{newest}: a state of the optimizer, its schedule or the random numbers cannot be read "
+        "(UnpicklingError): the file is damaged or was not saved by kava; none of it was run"
+    )
+    assert not (tmp_path / "executed").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -190,3 +191,22 @@ def test_core_alone_says_that_nothing_is_installed(written: Any) -> None:
         written(registry=Registry.build(disabled=["kava"]))
     assert caught.value.lines[0] == "s.yaml:1:1: fuser: no fuser 'fixed'; possible: none"
     assert "s.yaml:9:10: losses.0: no kv_loss 'relation'; possible: none" in caught.value.lines
+
+
+def test_a_name_with_nul_is_one_line() -> None:
+    with pytest.raises(SpecError) as told:
+        load_spec("a\0b.yaml")
+    assert str(told.value) == "'a\\x00b.yaml': cannot be read: embedded null byte"
+
+
+def test_very_many_unknown_keys_are_told_at_once(tmp_path: Path) -> None:
+    """Of 30,000 the first 200 and how many more; one suggestion each would take a minute."""
+    file = tmp_path / "s.yaml"
+    text = MINIMAL_SPEC.read_text(encoding="utf-8") + "".join(f"key{i}: 1\n" for i in range(30_000))
+    file.write_text(text, encoding="utf-8")
+    begin = monotonic()
+    with pytest.raises(InvalidSpecError) as told:
+        load_spec(file)
+    assert len(told.value.lines) == 201
+    assert told.value.lines[-1] == f"{file}:1:1: and 29,800 more things are wrong"
+    assert monotonic() - begin < 30

@@ -137,3 +137,25 @@ def test_reads_back_what_a_dumper_wrote(value: object, flow: bool) -> None:
 
     text = yaml.dump({"value": value}, Dumper=Plain, allow_unicode=True, default_flow_style=flow)
     assert parse_yaml(text, START)[0] == {"value": value}
+
+
+def test_a_nul_is_refused_where_it_is_written() -> None:
+    """No path may hold one, and in YAML it can only be written as an escape."""
+    with pytest.raises(SpecError) as told:
+        parse_yaml('a: 1\nb: "x\\0y"\n', START)
+    assert str(told.value) == "s.yaml:2:4: a NUL character is not allowed"
+
+
+@pytest.mark.parametrize("text", ["010", "-017", "+0010"])
+def test_a_number_that_is_octal_to_some_is_refused(text: str) -> None:
+    """YAML 1.1 reads 010 as 8, YAML 1.2 as 10: whoever wrote it meant one of the two."""
+    with pytest.raises(SpecError) as told:
+        parse_yaml(f"seeds: [{text}]", START)
+    assert str(told.value) == (
+        f"s.yaml:1:9: {text} is octal to some readers of YAML and decimal to others; leave out the leading "
+        "zero, or quote text"
+    )
+
+
+def test_numbers_with_zeros_elsewhere_are_read() -> None:
+    assert parse_yaml("[0, 007, 08, 10, 0.5, 0o17, '010']", START)[0] == [0, 7, 8, 10, 0.5, 15, "010"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
+import stat
 from importlib.metadata import version
 from pathlib import Path
 
@@ -64,7 +66,16 @@ def bumpy(output: Path, **changes: object) -> object:
     )
 
 
-@pytest.mark.parametrize(("at", "number"), [(1, signal.SIGTERM), (4, signal.SIGUSR1), (5, signal.SIGUSR2)])
+SIGNALS = [
+    (1, signal.SIGTERM),
+    (4, signal.SIGUSR1),
+    (5, signal.SIGUSR2),
+    (2, signal.SIGINT),
+    (3, signal.SIGHUP),
+]
+
+
+@pytest.mark.parametrize(("at", "number"), SIGNALS)
 def test_a_signal_saves_once_and_resuming_is_bit_exact(
     whole: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, number: signal.Signals
 ) -> None:
@@ -84,6 +95,70 @@ def test_a_signal_saves_once_and_resuming_is_bit_exact(
     ]
     strip = [[{k: v for k, v in line.items() if k != "seconds"} for line in lines] for lines in evaluations]
     assert strip[0] == strip[1]
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ctrl-C twice within a step: nothing is saved, and nothing that was saved is lost."""
+
+    class Twice(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):  # type: ignore[no-untyped-def]
+            if state.global_step == 3:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+
+    spec = tiny.spec(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "ShowProgress", lambda title: Twice())
+        with pytest.raises(KeyboardInterrupt):
+            run(spec, variant="main", seed=0)
+    folder = Folder.planned(spec, "main", 0)
+    assert folder.state() == "interrupted"
+    assert list(checkpoint.checkpoints_by_step(folder.checkpoints)) == [2]
+    assert run(spec, variant="main", seed=0).results["steps"] == 6
+
+
+def test_an_interrupt_is_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stop(monkeypatch, 1, signal.SIGINT)
+    with pytest.raises(Preempted):
+        run(tiny.spec(tmp_path, losses=[], teachers=[]), variant="main", seed=0)
+    expected = "Ctrl-C: saves and stops after this step; once more ends it at once\n"
+    assert expected in capfd.readouterr().err
+
+
+def test_a_hangup_that_is_ignored_stays_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under nohup."""
+    stop(monkeypatch, 1, signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        result = run(tiny.spec(tmp_path, losses=[], teachers=[]), variant="main", seed=0)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert result.results["steps"] == 6
+
+
+def test_files_of_a_run_are_as_readable_as_the_umask_says(whole: RunResult, tmp_path: Path) -> None:
+    """Those that safetensors writes for their owner alone among them."""
+    before = os.umask(0o027)
+    try:
+        result = run(bumpy(tmp_path), variant="main", seed=1)
+    finally:
+        os.umask(before)
+    files = [file for file in result.folder.rglob("*") if file.is_file()]
+    assert {"attention.safetensors", "before_training.safetensors"} <= {file.name for file in files}
+    assert {file.name for file in files if stat.S_IMODE(file.stat().st_mode) != 0o640} == set()
+
+
+def test_random_teachers_are_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wide = tiny.FIELDS["teachers"][0] | {"name": "told_once"}
+    pretrained = wide | {"name": "learnt", "pretrain": {"steps": 1}}
+    spec = tiny.spec(tmp_path, teachers=[wide, pretrained], losses=["mse"], train={"steps": 1})
+    for seed in (0, 1):
+        run(spec, variant="main", seed=seed)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "random weights" in line]
+    assert lines == ["teacher 'told_once': random weights ('config' without 'pretrain'): it knows nothing"]
 
 
 def test_a_complete_run_is_skipped(whole: RunResult) -> None:

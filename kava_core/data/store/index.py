@@ -89,7 +89,7 @@ def read_index(folder: Path) -> StoreIndex:
         layout = Layout(fields["layout"]["dtype"], _parse_extents(fields["layout"]["teachers"]))
         shards = [parse_shard_record(shard) for shard in fields["shards"]]
         return StoreIndex(fields["ingredients"], layout, shards)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: unreadable: {type(error).__name__}: {error}") from error
 
 

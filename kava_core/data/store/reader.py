@@ -16,6 +16,7 @@ from kava_core.data.store.codec import decode_vectors
 from kava_core.data.store.index import read_index
 from kava_core.errors import CheckpointError
 from kava_core.protocols.axes import Cache
+from kava_core.runs import checkpoint
 
 VALID = "valid"
 SCALE = ".scale"
@@ -43,16 +44,21 @@ class Store:
 
     A shard holds one flat tensor for every teacher and part (and its scales, and its validity), in which an
     example's ``layer head time dim`` is one block. Shards are mapped into memory when they are first
-    needed, in every process separately, and only what is asked for is read.
+    needed, in every process separately, and only what is asked for is read. Before that a shard's content is
+    compared with its hash, once in a process.
     """
 
     def __init__(self, folder: Path) -> None:
         """Open a store.
 
         Raises:
-            CheckpointError: its index is missing or damaged.
+            CheckpointError: its manifest, its index or another small file is missing or damaged.
         """
         index = read_index(folder)
+        shards = {shard.file for shard in index.shards}
+        for name in checkpoint.files_of(folder):
+            if name not in shards:
+                _verify_once(folder, name)
         self.folder, self.layout = folder, index.layout
         self.blocks: dict[str, ExampleBlock] = {}
         for shard in index.shards:
@@ -127,8 +133,29 @@ class Store:
     def _open_shard(self, file: str) -> dict[str, Tensor]:
         """Return a shard's flat tensors, in mapped memory."""
         if file not in self._shards:
+            _verify_once(self.folder, file)
             self._shards[file] = _map_shard(self.folder / file)
         return self._shards[file]
+
+
+_verified: set[tuple[str, int, int]] = set()
+"""Path, time of change and size of every file that this process has compared with its hash."""
+
+
+def _verify_once(folder: Path, name: str) -> None:
+    """Compare a store's file with its hash, unless this process has done so since it was changed.
+
+    Raises:
+        CheckpointError: it is missing or altered.
+    """
+    try:
+        status = (folder / name).stat()
+    except OSError as error:
+        raise CheckpointError(f"{folder / name}: cannot be read: {error.strerror}") from error
+    seen = (str((folder / name).absolute()), status.st_mtime_ns, status.st_size)
+    if seen not in _verified:
+        checkpoint.verify_file(folder, name)
+        _verified.add(seen)
 
 
 def _map_shard(file: Path) -> dict[str, Tensor]:

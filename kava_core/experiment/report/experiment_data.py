@@ -205,7 +205,7 @@ def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             value = json.loads(line.decode("utf-8")) if line.strip() else None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 return
             raise CheckpointError(f"{file}:{number}: unreadable: {error}") from error

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from kava_core.errors import KavaError, SpecError
 from kava_core.files import make_folder
+from kava_core.runs.folder import refuse_inside_run
 
 if TYPE_CHECKING:
     from kava_core.experiment.report.pages.page_elements import Chapter
@@ -27,7 +28,7 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Iterato
         output: where the report goes; ``FOLDER/report`` where there is one folder.
 
     Raises:
-        SpecError: a folder holds no runs, or several are given without ``output``.
+        SpecError: a folder holds no runs, several are given without ``output``, or that is inside a run.
         CheckpointError: a run's file is damaged.
         KavaError: something is not installed, or nothing can be written.
     """
@@ -37,6 +38,7 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Iterato
     from kava_core.experiment.report.pages.csv_files import csv_texts
 
     target = _output_folder(folders, output)
+    refuse_inside_run(target)
     experiments = load_experiments(folders)
     chapters = make_chapters(experiments)
     title = ", ".join(data.experiment.name for data in experiments)

@@ -59,7 +59,7 @@ def read_mapping(launch: Path) -> list[ArrayElement]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
         return [ArrayElement(**json.loads(line)) for line in lines]
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise KavaError(f"{file}: unreadable: {error}; delete {launch} if its job has ended") from error
 
 

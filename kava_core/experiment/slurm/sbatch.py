@@ -97,7 +97,8 @@ def _lines_choosing_run() -> list[str]:
         f'    echo "{MAPPING}: no run of index $SLURM_ARRAY_TASK_ID" >&2',
         "    exit 1",
         "fi",
-        'train=("$python" -m kava_core train --variant "${BASH_REMATCH[1]}" --seed "${BASH_REMATCH[2]}")',
+        # -P: no file beside the spec is taken for a module, such as random.py.
+        'train=("$python" -P -m kava_core train --variant "${BASH_REMATCH[1]}" --seed "${BASH_REMATCH[2]}")',
         f'train+=(-- "$launch/{SPEC}" ${{overrides[@]+"${{overrides[@]}}"}})',
     ]
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from kava_core.build.data import Data, make_data
 from kava_core.build.distiller import make_distiller
+from kava_core.build.provenance import plugin_code, used_configs
 from kava_core.build.time_plans import PlansTime
 from kava_core.console import quiet
 from kava_core.data.dataset import split_nearly_equal
@@ -74,6 +75,7 @@ def load_latent_run(path: Path) -> LatentRun:
         data = make_data(spec)
         if not data.splits.same_as(record["data"]):
             raise SpecError(f"{run}: the data changed since this run ended")
+        run.check_plugin_code(plugin_code(used_configs(run.spec)))
         distiller = make_distiller(spec, data, seed=record["seed"])
     assert distiller.latents is not None
     distiller.latents.load_state_dict(load_latents(run.student).state_dict())

@@ -8,6 +8,7 @@ _NULL = re.compile(r"~|null|Null|NULL|")
 _TRUE = re.compile(r"true|True|TRUE")
 _FALSE = re.compile(r"false|False|FALSE")
 _INTEGER = re.compile(r"[-+]?[0-9]+")
+_LOOKS_OCTAL = re.compile(r"[-+]?0[0-7]+")
 _OCTAL_OR_HEX = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _INFINITE_OR_NAN = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
@@ -20,7 +21,7 @@ def parse_plain_scalar(text: str) -> Scalar:
     """Return the value of an unquoted scalar.
 
     Raises:
-        ValueError: a number of more than 40 characters.
+        ValueError: a number of more than 40 characters, or one that YAML 1.1 reads as octal.
     """
     if _NULL.fullmatch(text):
         return None
@@ -42,6 +43,11 @@ def _parse_number(text: str) -> Scalar:
     if has_prefix:
         return int(text, 0)
     if is_integer:
+        if _LOOKS_OCTAL.fullmatch(text) and int(text, 8) != int(text):
+            raise ValueError(
+                f"{text} is octal to some readers of YAML and decimal to others; leave out the leading "
+                "zero, or quote text"
+            )
         return int(text)
     # Python reads "inf" and "nan" without the point that YAML puts before them.
     return float(text.replace(".", "", 1) if is_special else text)

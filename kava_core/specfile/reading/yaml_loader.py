@@ -33,6 +33,8 @@ def read_spec_text(file: str | Path) -> str:
         raise SpecError(f"{file}: no such file") from error
     except OSError as error:
         raise SpecError(f"{file}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a NUL in the name
+        raise SpecError(f"{str(file)!r}: cannot be read: {error}") from error
     if len(data) > MAX_BYTES:
         raise SpecError(f"{file}: a spec has at most {MAX_BYTES} bytes; this file is larger")
     return _decode_text(data, file)
@@ -161,8 +163,10 @@ class _EventReader:
             raise self.error_at(event, str(error)) from error
 
     def checked_text(self, event: Any) -> str:
-        """Return the text of a scalar, which must not contain half a surrogate pair."""
+        """Return the text of a scalar, which must contain neither half a surrogate pair nor NUL."""
         text = str(event.value)
+        if "\0" in text:
+            raise self.error_at(event, "a NUL character is not allowed")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from kava_core.distill.calibration import aligned_targets, student_cache_without_dropout
 from kava_core.distill.distiller import Distiller
+from kava_core.files import replace_file
 from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.kv.compare.values import Aligned
 from kava_core.kv.maths.rank_and_cosine import (
@@ -47,9 +47,7 @@ class CollapseMonitor:
     def begin(self, distiller: Distiller, batch: Mapping[str, Any]) -> None:
         """Keep the state before the first step."""
         if PartialState().is_main_process and distiller.pipeline.trains_without_student:
-            draft = self.file.with_suffix(".draft")
-            save_file(_first_state(distiller, batch), draft)
-            os.replace(draft, self.file)
+            replace_file(self.file, save(_first_state(distiller, batch)))
         PartialState().wait_for_everyone()
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ from kava_core.distill.denominators import EXAMPLES, LABELLED, READ, TOKENS
 from kava_core.distill.distiller import LOGITS, Distiller
 from kava_core.distill.hidden_states import CODI, READING, STEPS
 from kava_core.distill.student_pass import AUX_LOSS
-from kava_core.files import write_json
+from kava_core.files import replace_file, write_json
 from kava_core.kv.capture.evaluation_mode import evaluation_mode
 from kava_core.latent.student import Control
 from kava_core.runs.folder import Folder
@@ -162,9 +162,8 @@ class Evaluator:
         return {"exact_match": float(right / count), "passes": float(all_passes / count)}
 
     def _save_samples(self, lines: list[dict[str, Any]]) -> None:
-        with self.folder.samples.open("w", encoding="utf-8") as stream:
-            for line in lines:
-                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        replace_file(self.folder.samples, text.encode("utf-8"))
 
     def _save_marks(self, indices: list[int], marks: list[bool], accelerator: Accelerator) -> None:
         """Save which examples the newest evaluation found right, for resampling; 1 or 0 in their order."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kava_core.distill.distiller import Distiller
-from kava_core.errors import SpecError
+from kava_core.errors import NonFiniteError, SpecError
 from kava_core.kv.capture.attention_layers import with_hooks
 
 PREFIX = "share"
@@ -60,6 +60,7 @@ def set_weights_by_share(distiller: Distiller, batches: Sequence[Mapping[str, An
 
     Raises:
         SpecError: a gradient is 0, so that no λ gives the share.
+        NonFiniteError: a gradient is NaN or infinite.
     """
     norms_of_batches = [gradient_norms(distiller, batch) for batch in batches]
     means = {}
@@ -68,6 +69,8 @@ def set_weights_by_share(distiller: Distiller, batches: Sequence[Mapping[str, An
     for name, term in distiller.weighted_terms().items():
         if term.share is None:
             continue
+        if not (torch.isfinite(means[name]) and torch.isfinite(means["ce"])):
+            raise NonFiniteError(f"loss {name!r}: share: a gradient is NaN or infinite before the first step")
         if not (means[name] > 0 and means["ce"] > 0):
             raise SpecError(f"loss {name!r}: share: a gradient is 0 before the first step; give a weight")
         distiller.set_first_weight(name, term.share * means["ce"] / means[name])

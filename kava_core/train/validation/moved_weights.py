@@ -6,13 +6,13 @@ about as large as the learning rate, whatever the gradient is.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from kava_core.files import replace_file
 from kava_core.models.fsdp import local_part
 
 LOOKED_AT = 4096
@@ -26,9 +26,7 @@ def keep_first_weights(student: nn.Module, file: Path) -> None:
         student: the model.
         file: where they are kept.
     """
-    draft = file.with_suffix(".draft")
-    save_file(_some_weights(student), draft)
-    os.replace(draft, file)
+    replace_file(file, save(_some_weights(student)))
 
 
 def share_of_moved_weights(student: nn.Module, file: Path) -> float | None:

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from kava_core.files import write_json
+from kava_core.files import replace_file, write_json
 from kava_core.kv.capture.attention_layers import without_adapters
 from kava_core.kv.capture.evaluation_mode import evaluation_mode
 from kava_core.runs.folder import Folder
@@ -90,5 +90,5 @@ def save_attention_maps(
             continue
         kept[name] = maps.half().contiguous()
         descriptions[name] = {"layers": layers, "tokens": tokens}
-    save_file(kept, folder.attention_maps)
+    replace_file(folder.attention_maps, save(kept))
     write_json(folder.attention_tokens, descriptions)

@@ -26,6 +26,7 @@ from kava_core.errors import CheckpointError, KavaError, NonFiniteError
 from kava_core.jobs.cache import encode_target
 from kava_core.kv.compare.values import Aligned
 from kava_core.protocols.axes import Cache
+from kava_core.runs import checkpoint
 
 DTYPES: tuple[StoredDtype, ...] = ("float32", "bfloat16", "int8")
 TEACHERS = {"a": {"keys": (2, 3, 8), "values": (2, 3, 8)}, "b.keys": {"keys": (1, 1, 5)}}
@@ -128,6 +129,14 @@ def test_a_valid_position_that_is_not_finite_is_refused() -> None:
 # reading
 
 
+def opened(folder: Path) -> Store:
+    """The store as ``kava cache`` leaves it: with a manifest."""
+    staged = folder.with_name(f"{folder.name}.partial")
+    folder.rename(staged)
+    checkpoint.seal(staged, folder)
+    return Store(folder)
+
+
 def assert_rows(side: dict, teacher: str, rows: list[dict[str, Tensor]], time: int) -> None:
     """Every row is the example's own target, and zero and invalid after it."""
     target, valid = decode_target(side)
@@ -145,7 +154,7 @@ def assert_rows(side: dict, teacher: str, rows: list[dict[str, Tensor]], time: i
 @pytest.mark.parametrize("order", [range(7), range(6, -1, -1), [3], [5, 0, 5, 2]])
 def test_any_order_reads_the_same_targets(tmp_path: Path, order: list[int]) -> None:
     originals = made_store(tmp_path)
-    store = Store(tmp_path)
+    store = opened(tmp_path)
     assert len(read_index(tmp_path).shards) > 2
     keys = [f"example {i}" for i in order]
     time = max(LENGTHS[i] for i in order) + 2
@@ -156,7 +165,7 @@ def test_any_order_reads_the_same_targets(tmp_path: Path, order: list[int]) -> N
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_reading_gives_back_what_was_encoded(tmp_path: Path, dtype: StoredDtype) -> None:
     originals = made_store(tmp_path, dtype)
-    store = pickle.loads(pickle.dumps(Store(tmp_path)))
+    store = pickle.loads(pickle.dumps(opened(tmp_path)))
     side = store.batch(["example 2"], 7)["a"]
     assert side["target"]["keys"].dtype == getattr(torch, dtype)
     expected = decode_vectors(*encode_vectors(originals["example 2"]["a/keys"], dtype))
@@ -165,7 +174,7 @@ def test_reading_gives_back_what_was_encoded(tmp_path: Path, dtype: StoredDtype)
 
 def test_an_opened_store_can_be_pickled(tmp_path: Path) -> None:
     made_store(tmp_path)
-    store = Store(tmp_path)
+    store = opened(tmp_path)
     first = store.batch(["example 0"], 3)["a"]["target"]["values"]
     again = pickle.loads(pickle.dumps(store)).batch(["example 0"], 3)["a"]["target"]["values"]
     assert torch.equal(first, again)
@@ -185,7 +194,7 @@ def test_bytes_per_token_are_those_on_disk(tmp_path: Path, dtype: StoredDtype) -
 def test_an_example_that_is_not_there_is_named(tmp_path: Path) -> None:
     made_store(tmp_path)
     with pytest.raises(CheckpointError, match="example nobody is not in this store"):
-        Store(tmp_path).batch(["nobody"], 3)
+        opened(tmp_path).batch(["nobody"], 3)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 99}'])
@@ -195,14 +204,58 @@ def test_a_damaged_index_is_one_line(tmp_path: Path, text: str) -> None:
     with pytest.raises(
         CheckpointError, match=r"index\.json: (unreadable: .*|store format 99, this kava reads 1)$"
     ):
-        Store(tmp_path)
+        opened(tmp_path)
 
 
 def test_a_missing_shard_is_one_line(tmp_path: Path) -> None:
     made_store(tmp_path)
+    store = opened(tmp_path)
     (tmp_path / "shard-00000.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"shard-00000\.safetensors: cannot be read"):
-        Store(tmp_path).batch(["example 0"], 3)
+        store.batch(["example 0"], 3)
+
+
+def flip(file: Path) -> None:
+    """Flip a bit of a file's last byte, which is a number's."""
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_flipped_bit_is_found_when_its_shard_is_first_read(tmp_path: Path) -> None:
+    """And only then: other shards are read as before. A file that is read again is not hashed again."""
+    made_store(tmp_path)
+    store = opened(tmp_path)
+    last = read_index(tmp_path).shards[-1]
+    flip(tmp_path / last.file)
+    store.batch(["example 0"], 3)
+    with pytest.raises(CheckpointError) as told:
+        store.batch([last.items[-1][0]], 7)
+    assert told.value.exit_code == 5
+    assert (
+        str(told.value) == f"{tmp_path / last.file}: altered since it was saved: not what the manifest says"
+    )
+
+
+def test_a_shard_is_hashed_once_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_store(tmp_path)
+    opened(tmp_path).batch(["example 0"], 3)
+    hashed: list[str] = []
+    monkeypatch.setattr(checkpoint, "verify_file", lambda folder, name: hashed.append(name))
+    again = Store(tmp_path)
+    again.batch(["example 0"], 3)
+    assert hashed == []
+    again.batch(list(again.blocks), 7)
+    assert sorted(hashed) == sorted({block.shard for block in again.blocks.values()})[1:]
+
+
+def test_small_files_are_compared_when_a_store_is_opened(tmp_path: Path) -> None:
+    made_store(tmp_path)
+    opened(tmp_path)
+    index = tmp_path / INDEX_FILE
+    index.write_text(index.read_text().replace("example 0", "example 1", 1))
+    with pytest.raises(CheckpointError, match=r"index\.json: altered since it was saved"):
+        Store(tmp_path)
 
 
 # writing
@@ -218,7 +271,7 @@ def test_going_on_writes_again_what_has_no_record(tmp_path: Path, lost: str) -> 
     made_store(tmp_path)
     assert (tmp_path / "shard-00000.safetensors").stat().st_mtime_ns == before
     keys = list(originals)
-    for teacher, side in Store(tmp_path).batch(keys, 7).items():
+    for teacher, side in opened(tmp_path).batch(keys, 7).items():
         assert_rows(side, teacher, list(originals.values()), 7)
 
 

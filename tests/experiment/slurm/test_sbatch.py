@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from kava_core.errors import SpecError
+from kava_core.experiment.run_processes import train_command
 from kava_core.experiment.slurm.mapping import ArrayElement, job_name, mapping_text
 from kava_core.experiment.slurm.resources import Resources
 from kava_core.experiment.slurm.sbatch import ArrayJob, script_text
@@ -51,7 +52,7 @@ if ! [[ $line =~ $pattern ]]; then
     echo "array.jsonl: no run of index $SLURM_ARRAY_TASK_ID" >&2
     exit 1
 fi
-train=("$python" -m kava_core train --variant "${BASH_REMATCH[1]}" --seed "${BASH_REMATCH[2]}")
+train=("$python" -P -m kava_core train --variant "${BASH_REMATCH[1]}" --seed "${BASH_REMATCH[2]}")
 train+=(-- "$launch/spec.yaml" ${overrides[@]+"${overrides[@]}"})
 
 # SIGTERM comes from SLURM when it ends the job itself: then it is not queued again here.
@@ -216,7 +217,7 @@ def placed(tmp_path: Path) -> ArrayJob:
 def test_bash_passes_hostile_words_on_unchanged(tmp_path: Path, placed: ArrayJob) -> None:
     assert execute(tmp_path, placed) == 0
     (call,) = told(tmp_path)
-    train = ["-m", "kava_core", "train", "--variant", "kv.2", "--seed", "7", "--"]
+    train = ["-P", "-m", "kava_core", "train", "--variant", "kv.2", "--seed", "7", "--"]
     assert call["words"] == [*train, f"{placed.launch}/spec.yaml", *HOSTILE]
     assert call["cwd"] == str(placed.root)
     assert not list(tmp_path.rglob("escaped"))
@@ -270,3 +271,13 @@ def test_processes_meet_at_the_first_host(tmp_path: Path, placed: ArrayJob) -> N
         ("first", "30013", "2")
     }
     assert all(call["words"][-len(HOSTILE) :] == HOSTILE for call in calls)  # type: ignore[index]
+
+
+def test_a_module_beside_the_spec_is_not_executed(tmp_path: Path) -> None:
+    """As the script starts Python, and as ``kava experiment`` does."""
+    (tmp_path / "random.py").write_text("open('executed', 'w')\nraise SystemExit(9)\n")
+    start = train_command(Path("spec.yaml"), [])
+    assert start[:4] == [sys.executable, "-P", "-m", "kava_core"]
+    done = subprocess.run([*start[:4], "env"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "executed").exists()
