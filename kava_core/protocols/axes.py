@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -54,7 +55,8 @@ class Geometry:
 
     def with_(self, **extents: int) -> Geometry:
         """Return a copy with some extents changed."""
-        return replace(self, **extents)
+        fields: dict[str, Any] = {**extents}
+        return replace(self, **fields)
 
     def attending_like(self, other: Geometry) -> Geometry:
         """Return a copy whose attention makes logits as that of another geometry."""

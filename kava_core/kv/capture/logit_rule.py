@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from kava_core.kv.maths.masks import widen
 from kava_core.protocols.attention_logits import AttentionLogits
@@ -63,11 +64,14 @@ def read_logit_rule(dim: int, arguments: Mapping[str, Any], *, look_at_mask: boo
 
 
 def _holds_bias(mask: Any) -> bool:
-    """Return whether a mask adds other numbers than 0 to logits that count; unknown for fake tensors."""
+    """Return whether a mask adds other numbers than 0 to logits that count.
+
+    Fake tensors have no values; of them a mask that differs between heads is taken for one with a bias.
+    """
     if not isinstance(mask, Tensor) or not mask.is_floating_point():
         return False
-    if mask.is_meta or isinstance(mask, torch._subclasses.FakeTensor):
-        return False
+    if mask.is_meta or isinstance(mask, FakeTensor):
+        return mask.dim() == 4 and mask.shape[1] > 1
     counts = mask > torch.finfo(mask.dtype).min / 2
     return bool((counts & (mask != 0)).any())
 

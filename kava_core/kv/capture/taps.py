@@ -153,12 +153,12 @@ def tap_attention(module: nn.Module, implementation: str) -> None:
     names = module_namespace(module)
     if implementation == "eager":
         if EAGER in names:
-            names[EAGER] = _tapped_attention(names[EAGER])
+            names[EAGER] = tap_function(names[EAGER])
         return
     functions = names.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
     if implementation not in functions:
         return
-    wrapped = _tapped_attention(functions[implementation])
+    wrapped = tap_function(functions[implementation])
     if functions is ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(implementation, wrapped)
     else:
@@ -180,7 +180,8 @@ def tap_rotary(module: nn.Module) -> RotaryTap | None:
     return tap
 
 
-def _tapped_attention(original: Callable[..., Any]) -> Callable[..., Any]:
+def tap_function(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an attention function that leaves its arguments in the calling module's slot, if it has one."""
     if hasattr(original, "kava_tap"):
         return original
 
