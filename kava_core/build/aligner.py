@@ -78,4 +78,10 @@ def build_time_plan(align: AlignSpec, *, name: str, teacher: Geometry, student: 
         "token_warper": align.token_warper,
         "time_warper": align.time_warper,
     }
-    return TimePlan(warpers, name=name, teacher=teacher, student=student)
+    return TimePlan(
+        warpers,
+        name=name,
+        teacher=teacher,
+        student=student,
+        compares_first_token=align.first_token == "compare",
+    )
