@@ -46,6 +46,8 @@ def build_aligner(
     extents = {"layer": len(layers)} | ({} if "queries" in parts else {"qhead": 0})
     teacher, student = teacher.with_(**extents), student.with_(**extents)
     time_plan = build_time_plan(align, name=name, teacher=teacher, student=student)
+    if "queries" not in parts:  # an evictor reads them all the same
+        teacher, student = teacher.without_queries(), student.without_queries()
     if time_plan.evictor is not None:
         assert_evicts(layer_map, parts, warper=align.time_warper.name)
     lifts_student = align.direction == "to_teacher"
@@ -76,4 +78,10 @@ def build_time_plan(align: AlignSpec, *, name: str, teacher: Geometry, student: 
         "token_warper": align.token_warper,
         "time_warper": align.time_warper,
     }
-    return TimePlan(warpers, name=name, teacher=teacher, student=student)
+    return TimePlan(
+        warpers,
+        name=name,
+        teacher=teacher,
+        student=student,
+        compares_first_token=align.first_token == "compare",
+    )

@@ -175,6 +175,8 @@ def store_ingredients(spec: PipelineSpec, data: Data, *, seed: int) -> Ingredien
         "compared parts": list(compared_parts(spec)),
         "rotary": "keep" if spec.rotary == "keep" else "strip",
     }
+    if "queries" in compared_parts(spec):
+        shared["scale of queries"] = "that of the model's attention"
     plugins = {}
     for kind, config in used_components(spec):
         if kind not in ("fuser", "kv_loss"):

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from kava_core.config import PARTS, Part
+from kava_core.protocols.attention_logits import PRODUCTS, AttentionLogits
 
 VOCABULARY = frozenset(
     {
@@ -43,6 +45,9 @@ class Geometry:
     """Query heads of a layer; components are built with 0 if no loss compares queries."""
     hidden: int
     """Width of the residual stream."""
+    logits: AttentionLogits = PRODUCTS
+    """How attention makes logits of queries and keys; components are built with products alone if no loss
+    compares queries."""
 
     def heads(self, part: Part) -> int:
         """Return the number of heads of a part: query heads for queries, key/value heads otherwise."""
@@ -50,10 +55,20 @@ class Geometry:
 
     def with_(self, **extents: int) -> Geometry:
         """Return a copy with some extents changed."""
-        return replace(self, **extents)
+        fields: dict[str, Any] = {**extents}
+        return replace(self, **fields)
+
+    def attending_like(self, other: Geometry) -> Geometry:
+        """Return a copy whose attention makes logits as that of another geometry."""
+        return replace(self, logits=other.logits)
+
+    def without_queries(self) -> Geometry:
+        """Return a copy for components that meet keys and values alone."""
+        return replace(self, qhead=0, logits=PRODUCTS)
 
     def __str__(self) -> str:
-        return f"{self.layer} layers, {self.head} KV heads × {self.dim}"
+        extents = f"{self.layer} layers, {self.head} KV heads × {self.dim}"
+        return f"{extents}, {self.logits}" if self.logits != PRODUCTS else extents
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,7 @@ class Cache:
     keys: Float[Tensor, "batch layer head time dim"] | None = None
     values: Float[Tensor, "batch layer head time dim"] | None = None
     queries: Float[Tensor, "batch layer qhead time dim"] | None = None
+    """Scaled so that ``q · k / √dim`` is what the model's attention makes of a query and a key."""
 
     def items(self) -> Iterator[tuple[Part, Tensor]]:
         """Yield the captured parts with their names."""

@@ -129,9 +129,10 @@ class AttentionKLConfig(KVLossConfig):
     Formula: ``mean over qhead of Σ_j P[j] · log(P[j] / Q[j])``, j over time; P is the target's row
     ``softmax(q · k / (√dim · temperature))``, Q the student's.
 
-    Memory is linear in time. Rows are made of the compared queries and keys, so ``rotary: match`` (or
-    ``keep``) compares what the models attend to, and ``strip`` only what they look for by content. Widths may
-    differ, query heads may not.
+    Each side has its model's own scale and soft cap of logits, also after a width projection; attention with
+    sinks or position biases is refused. Memory is linear in time. Rows are made of the compared queries and
+    keys, so ``rotary: match`` (or ``keep``) compares what the models attend to, and ``strip`` only what they
+    look for by content. Widths may differ, query heads may not.
 
     Source: MiniLM, arXiv 2002.10957.
     """
@@ -155,6 +156,9 @@ class AttentionOutputConfig(KVLossConfig):
 
     Formula: ``mean over qhead of 1 − cos(o_s, o_t)``, with each side's
     ``o = softmax(q · k / (√dim · temperature)) · v``; with ``form: mse`` the mean squared difference.
+
+    Each side has its model's own scale, also after a width projection; attention with capped logits, sinks or
+    position biases is refused.
 
     Source: kava's own; arXiv 2608.03893 found that attention outputs predict the quality of a mapped cache.
     """

@@ -16,6 +16,7 @@ from torch import Tensor
 from kava_core.kv.maths.masks import live, select, widen, without_autocast
 from kava_core.protocols.axes import Cache
 from kava_plugins.kv_losses import AttentionKLConfig, Divergence, StructuralConfig
+from kava_plugins.kv_losses._model_attention import Softcaps
 from kava_plugins.kv_losses._row_blocks import CompareRows, Masking, Side, sum_of_rows, to_common_dtype
 
 LN2 = log(2)
@@ -31,25 +32,33 @@ def attention_divergence(
     causal: bool = True,
     temperature: float = 1.0,
     kind: Divergence = "forward",
+    softcap: float | None = None,
+    target_softcap: float | None = None,
 ) -> Float[Tensor, ""]:
     """Sum weight × mean over query heads of the divergence of the two attention rows of a position.
 
     Rows are softmax(q·k / (√dim · temperature)) over the positions whose weight is not 0, each side with its
-    own width and its own groups of query heads; ``kind`` is explained at its declaration. Positions of weight
-    0 are neither rows nor keys, whatever they hold. Products and sums are float32 (float64 for float64
+    own width and its own groups of query heads; ``kind`` is explained at its declaration. With a soft cap c a
+    product x over √dim becomes c · tanh(x / c) before it is divided by the temperature. Positions of weight 0
+    are neither rows nor keys, whatever they hold. Products and sums are float32 (float64 for float64
     inputs). Gradients reach all four tensors; the target's are formed only if one of its tensors requires
     them. No factor temperature².
     """
     where = _live_unless_all(live(weight))
     with without_autocast(weight.device):
-        own_side = _scaled_side(_zero_elsewhere(queries, where), _zero_elsewhere(keys, where), temperature)
+        own_side = _scaled_side(
+            _zero_elsewhere(queries, where), _zero_elsewhere(keys, where), temperature, softcap
+        )
         target_side = _scaled_side(
-            _zero_elsewhere(target_queries, where), _zero_elsewhere(target_keys, where), temperature
+            _zero_elsewhere(target_queries, where),
+            _zero_elsewhere(target_keys, where),
+            temperature,
+            target_softcap,
         )
         mine, theirs = to_common_dtype(own_side, target_side)
         row_weight = weight.to(mine.queries.dtype).flatten(0, 1)
         masking = Masking(causal, None if where is None else where.flatten(0, 1).flatten(1))
-        divergence = _choose_backend(mine)
+        divergence = _choose_backend(mine, theirs)
         return divergence(mine, theirs, row_weight, masking, kind)
 
 
@@ -58,6 +67,7 @@ def divergence_of_caches(
     target: Cache,
     weight: Float[Tensor, "batch layer time"],
     config: AttentionKLConfig | StructuralConfig,
+    softcaps: Softcaps,
 ) -> Float[Tensor, ""]:
     """Compute the ``attention_divergence`` of two caches with the parameters of a declaration."""
     parts, t_parts = dict(student.items()), dict(target.items())
@@ -70,12 +80,15 @@ def divergence_of_caches(
         causal=config.causal,
         temperature=config.temperature,
         kind=config.kind,
+        softcap=softcaps.student,
+        target_softcap=softcaps.target,
     )
 
 
-def _scaled_side(queries: Tensor, keys: Tensor, temperature: float) -> Side:
+def _scaled_side(queries: Tensor, keys: Tensor, temperature: float, softcap: float | None) -> Side:
     scale = 1 / (queries.shape[-1] ** 0.5 * temperature)
-    return Side(queries.flatten(0, 1), keys.flatten(0, 1), scale)
+    cap = None if softcap is None else softcap / temperature
+    return Side(queries.flatten(0, 1), keys.flatten(0, 1), scale, cap)
 
 
 def _zero_elsewhere(x: Tensor, where: Tensor | None) -> Tensor:
@@ -90,8 +103,9 @@ def _live_unless_all(where: Tensor) -> Tensor | None:
 Backend = Callable[[Side, Side, Tensor, Masking, Divergence], Tensor]
 
 
-def _choose_backend(mine: Side) -> Backend:
-    if mine.queries.device.type == "cuda" and mine.queries.dtype == torch.float32:
+def _choose_backend(mine: Side, theirs: Side) -> Backend:
+    capped = mine.softcap is not None or theirs.softcap is not None
+    if mine.queries.device.type == "cuda" and mine.queries.dtype == torch.float32 and not capped:
         try:
             from kava_plugins.kv_losses._attention_divergence_triton import fused_divergence
         except ImportError:
@@ -107,9 +121,13 @@ def portable_divergence(
 
     It is counted in bits: on a CPU ``exp`` is many times slower where it underflows, ``exp2`` is not.
     """
-    mine = mine._replace(scale=mine.scale / LN2)
-    theirs = theirs._replace(scale=theirs.scale / LN2)
+    mine, theirs = _in_bits(mine), _in_bits(theirs)
     return sum_of_rows(mine, theirs, LN2 * weight, masking, COMPARE_ROWS[kind])
+
+
+def _in_bits(side: Side) -> Side:
+    cap = None if side.softcap is None else side.softcap / LN2
+    return side._replace(scale=side.scale / LN2, softcap=cap)
 
 
 def _powers_of_two(mine: Tensor, theirs: Tensor, spare: Tensor) -> tuple[Tensor, Tensor, Tensor]:

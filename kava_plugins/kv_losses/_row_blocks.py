@@ -43,6 +43,8 @@ class Side(NamedTuple):
     keys: Float[Tensor, "batch head time dim"]
     scale: float = 1.0
     """Factor of the products."""
+    softcap: float | None = None
+    """Scaled products x become ``softcap · tanh(x / softcap)``; None: they stay."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def to_common_dtype(mine: Side, theirs: Side) -> tuple[Side, Side]:
 
 
 def _cast_side(side: Side, dtype: torch.dtype) -> Side:
-    return Side(side.queries.to(dtype), side.keys.to(dtype), side.scale)
+    return Side(side.queries.to(dtype), side.keys.to(dtype), side.scale, side.softcap)
 
 
 def sum_of_rows(
@@ -83,7 +85,8 @@ def sum_of_rows(
     live = None if masking.live is None else masking.live.repeat_interleave(groups, 0)
     tensors = [_split_groups(x, groups) for x in (mine.queries, mine.keys, theirs.queries, theirs.keys)]
     wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    options = (Masking(masking.causal, live), compare, (mine.scale, theirs.scale), wants_gradient)
+    rules = (mine.scale, mine.softcap), (theirs.scale, theirs.softcap)
+    options = (Masking(masking.causal, live), compare, rules, wants_gradient)
     total: Tensor = _SumOfRows.apply(*tensors, weight, *options)  # type: ignore[no-untyped-call]
     return total
 
@@ -96,9 +99,9 @@ def _split_groups(x: Tensor, groups: int) -> Tensor:
 class _SumOfRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        q, k, t_q, t_k, weight, masking, compare, (scale, t_scale), wants_gradient = arguments
-        own = _SideWorker(Side(q, k, scale), wants_gradient and any(ctx.needs_input_grad[:2]))
-        other = _SideWorker(Side(t_q, t_k, t_scale), wants_gradient and any(ctx.needs_input_grad[2:4]))
+        q, k, t_q, t_k, weight, masking, compare, (rule, t_rule), wants_gradient = arguments
+        own = _SideWorker(Side(q, k, *rule), wants_gradient and any(ctx.needs_input_grad[:2]))
+        other = _SideWorker(Side(t_q, t_k, *t_rule), wants_gradient and any(ctx.needs_input_grad[2:4]))
         comparison = _RowComparison(own, other, weight, masking, compare)
         row_values = comparison.compare_blocks(row_blocks(q))
         ctx.save_for_backward(*own.gradients, *other.gradients, row_values)
@@ -205,6 +208,8 @@ class _SideWorker:
         self._shapes = side.queries.shape, side.keys.shape
         _, heads, time, width = side.queries.shape
         self.head, self.scale, self.wanted = side.keys.shape[1], side.scale, wanted
+        self.softcap = side.softcap
+        self._slopes: Tensor | None = None
         self.keys = side.keys.flatten(0, 1)
         self.queries = side.queries.reshape(len(self.keys), heads // self.head, time, width)
         self.keys_across = self.keys.mT.contiguous()
@@ -224,7 +229,17 @@ class _SideWorker:
         self._rows = (self.queries[heads, :, rows] * self.scale).flatten(1, 2)
         memory = self._memory(*self._rows.shape[:2], keys.stop)
         products = torch.bmm(self._rows, self.keys_across[heads, :, keys], out=memory)
+        self._cap_products(products)
         return products.view(batch.stop - batch.start, -1, rows.stop - rows.start, keys.stop)
+
+    def _cap_products(self, products: Tensor) -> None:
+        """Cap products in place, and keep the derivative of the cap if gradients are wanted."""
+        if self.softcap is None:
+            return
+        bounded = products.div_(self.softcap).tanh_()
+        if self.wanted:
+            self._slopes = 1 - bounded.square()
+        products.mul_(self.softcap)
 
     def _heads_of_batch(self, batch: slice) -> slice:
         return slice(batch.start * self.head, batch.stop * self.head)
@@ -233,6 +248,8 @@ class _SideWorker:
         """Add the weighted derivatives of the last products to the gradients of queries and keys."""
         heads = self._heads_of_batch(batch)
         folded = derivative.view(*self._rows.shape[:2], keys.stop)
+        if self._slopes is not None:
+            folded = folded * self._slopes
         d_queries = self.d_queries[heads, :, rows]  # type: ignore[index]
         by_queries = torch.bmm(folded, self.keys[heads, keys]).view(d_queries.shape)
         torch.mul(by_queries, self.scale, out=d_queries)

@@ -9,13 +9,15 @@ from kava_core.errors import SpecError
 from kava_core.protocols.axes import Cache, Geometry
 from kava_plugins.kv_losses import AttentionKLConfig
 from kava_plugins.kv_losses._attention_divergence import divergence_of_caches
+from kava_plugins.kv_losses._model_attention import followed_softcaps
 
 
 class AttentionKL(nn.Module):
     """Mean over query heads of the divergence of the rows, in float32 or better.
 
     Raises:
-        SpecError: the target has other query heads than the student.
+        SpecError: the target has other query heads than the student, or a model attends by more than queries
+            and keys.
     """
 
     def __init__(self, config: AttentionKLConfig, *, teacher: Geometry, student: Geometry) -> None:
@@ -26,9 +28,10 @@ class AttentionKL(nn.Module):
                 f"the target {teacher.qhead}; use a head_adapter"
             )
         self.config = config
+        self.softcaps = followed_softcaps("attention_kl", teacher=teacher, student=student)
 
     def forward(
         self, student: Cache, target: Cache, weight: Float[Tensor, "batch layer time"]
     ) -> Float[Tensor, ""]:
         """Sum weight × loss of the position over positions and layers."""
-        return divergence_of_caches(student, target, weight, self.config)
+        return divergence_of_caches(student, target, weight, self.config, self.softcaps)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kava_core.kv.maths.masks import live, select, weighted_sum, widen, without_autocast
 from kava_core.protocols.axes import Cache, Geometry
 from kava_plugins.kv_losses import AttentionOutputConfig
+from kava_plugins.kv_losses._model_attention import require_products
 from kava_plugins.kv_losses.mercator import one_minus_cosine
 
 DEAD_PRODUCT = -1e30
@@ -24,10 +25,15 @@ ALIGNED = 8
 
 
 class AttentionOutput(nn.Module):
-    """Mean over query heads of 1 − cos, or of the mean squared difference, of both sides' outputs."""
+    """Mean over query heads of 1 − cos, or of the mean squared difference, of both sides' outputs.
+
+    Raises:
+        SpecError: a model attends by more than queries and keys, or caps its logits: fused kernels do not.
+    """
 
     def __init__(self, config: AttentionOutputConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
+        require_products("attention_output", teacher=teacher, student=student, softcap=False)
         self.form, self.causal, self.temperature = config.form, config.causal, config.temperature
 
     def forward(

@@ -13,6 +13,7 @@ from kava_core.kv.maths.masks import live, weighted_sum, widen
 from kava_core.protocols.axes import Cache, Geometry
 from kava_plugins.kv_losses import StructuralConfig
 from kava_plugins.kv_losses._attention_divergence import divergence_of_caches
+from kava_plugins.kv_losses._model_attention import Softcaps, followed_softcaps
 from kava_plugins.kv_losses.mercator import one_minus_cosine
 
 
@@ -20,13 +21,17 @@ class Structural(nn.Module):
     """``alpha_k · (1 − cos K) + alpha_v · (1 − cos V) + alpha_attn · KL(attention)`` of every position.
 
     Raises:
-        SpecError: ``attention_layers`` names a layer the loss does not look at.
+        SpecError: ``attention_layers`` names a layer the loss does not look at, or attention is compared of a
+            model that attends by more than queries and keys.
     """
 
     def __init__(self, config: StructuralConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
         self.cosines = {"keys": config.alpha_k, "values": config.alpha_v}
         self.alpha_attn, self.config = config.alpha_attn, config
+        self.softcaps = Softcaps()
+        if config.alpha_attn > 0:
+            self.softcaps = followed_softcaps("structural", teacher=teacher, student=student)
         self.chosen = _layers_from_start(config.attention_layers, student.layer)
         self.share = student.layer / max(1, len(self.chosen))
         self.attention_layers: Tensor
@@ -61,7 +66,7 @@ class Structural(nn.Module):
             student = student.pick(("keys", "queries")).map(lambda x, _: x.index_select(1, layers))
             target = target.pick(("keys", "queries")).map(lambda x, _: x.index_select(1, layers))
             weight = weight.index_select(1, layers)
-        return divergence_of_caches(student, target, weight * self.share, self.config)
+        return divergence_of_caches(student, target, weight * self.share, self.config, self.softcaps)
 
 
 def _cosine_term(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:

@@ -24,13 +24,17 @@ class Rkv(nn.Module):
     Both scores are distributions over an example's reasoning tokens, for each layer and KV head, on keys and
     queries as attention saw them; see ``importance_scores`` and ``redundancy_scores``. The answer's queries
     are the observers; an example without an answer is judged by redundancy alone.
+
+    Raises:
+        SpecError: attention of the teacher cannot be computed from queries and keys.
     """
 
     reads: tuple[Part, ...] = ("keys", "queries")
 
     def __init__(self, config: RkvConfig, *, teacher: Geometry, student: Geometry) -> None:
         super().__init__()
-        self.weight = config.weight
+        teacher.logits.require_followed("time_warper 'rkv', the teacher's queries", softcap=True)
+        self.weight, self.softcap = config.weight, teacher.logits.softcap
 
     def forward(self, teacher: Timeline, student: Timeline) -> TimeMap:
         """Map slots to the student's reasoning tokens."""
@@ -40,7 +44,7 @@ class Rkv(nn.Module):
     def choose(self, cache: Cache, timeline: Timeline, count: int) -> Int[Tensor, "batch t_layer t_head _"]:
         """Choose the ``count`` tokens with the highest scores; their positions come in time order."""
         reasoning = _tokens_of_segment(timeline, REASONING)
-        importance, redundancy = _both_scores(cache, timeline, reasoning)
+        importance, redundancy = _both_scores(cache, timeline, reasoning, self.softcap)
         score = self.weight * importance + (1 - self.weight) * redundancy
         return highest_positions(_scores_in_time(score, reasoning, timeline.mask.shape[1]), count)
 
@@ -50,7 +54,7 @@ class Rkv(nn.Module):
     ) -> dict[str, Float[Tensor, "batch t_layer t_head t_time"]]:
         """Return ``importance`` and ``redundancy`` of every reasoning token; −inf elsewhere."""
         reasoning, time = _tokens_of_segment(timeline, REASONING), timeline.mask.shape[1]
-        importance, redundancy = _both_scores(cache, timeline, reasoning)
+        importance, redundancy = _both_scores(cache, timeline, reasoning, self.softcap)
         return {
             "importance": _scores_in_time(importance, reasoning, time),
             "redundancy": _scores_in_time(redundancy, reasoning, time),
@@ -80,13 +84,15 @@ def _tokens_of_segment(timeline: Timeline, segment: int) -> _SegmentTokens:
     return _SegmentTokens(order, inside.gather(1, order).bool())
 
 
-def _both_scores(cache: Cache, timeline: Timeline, reasoning: _SegmentTokens) -> tuple[Tensor, Tensor]:
+def _both_scores(
+    cache: Cache, timeline: Timeline, reasoning: _SegmentTokens, softcap: float | None
+) -> tuple[Tensor, Tensor]:
     assert cache.keys is not None
     assert cache.queries is not None
     answer = _tokens_of_segment(timeline, ANSWER)
     keys = reasoning.gather(cache.keys)
     queries = answer.gather(cache.queries)
-    importance = importance_scores(queries, keys, observed=answer.real, real=reasoning.real)
+    importance = importance_scores(queries, keys, observed=answer.real, real=reasoning.real, softcap=softcap)
     return importance, redundancy_scores(keys, reasoning.real)
 
 
@@ -96,17 +102,21 @@ def importance_scores(
     *,
     observed: Bool[Tensor, "batch time"],
     real: Bool[Tensor, "batch t_time"],
+    softcap: float | None = None,
 ) -> Float[Tensor, "batch t_layer t_head t_time"]:
     """Return the attention of the observing queries to the keys: mean over queries, highest of a group.
 
-    Logits are divided by √dim, as nearly all models do, whatever scale the model has. Attention is 0 if
-    nothing observes; what is not ``real`` gets none. Memory: ``time`` × ``t_time`` for every query head.
+    Products are divided by √dim, as captured queries have the model's own scale in them, and capped softly if
+    the model does so. Attention is 0 if nothing observes; what is not ``real`` gets none. Memory: ``time`` ×
+    ``t_time`` for every query head.
 
     Source: KaVa, arXiv 2510.02312.
     """
     head, time = keys.shape[2], queries.shape[3]
     grouped = queries.unflatten(2, (head, -1)).flatten(3, 4)
     logits = grouped @ (keys * keys.shape[4] ** -0.5).mT
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     attention = _softmax_over_real(logits, real[:, None, None, None]).unflatten(
         3, (queries.shape[2] // head, time)
     )

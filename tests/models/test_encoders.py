@@ -76,7 +76,7 @@ def teacher_model(made: PipelineSpec, place: int = 0) -> Any:
 def test_a_gpt_student_learns_from_both(tmp_path: Path, trainable: bool) -> None:
     result = run(spec(tmp_path, losses=[SHARED | {"trainable": trainable}]), variant="main", seed=0)
     lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
-    found = [line["shared_space"] for line in lines if "shared_space" in line]
+    found = [line["eval_shared_space"] for line in lines if "eval_shared_space" in line]
     assert found[-1] < found[0]
     assert any(name.endswith("frozen_cosine") for name in result.results) == trainable
     compute = json.loads((result.folder / "run.json").read_text())["compute"]

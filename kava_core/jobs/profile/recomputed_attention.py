@@ -1,13 +1,13 @@
 """Compute attention again from captured queries and keys: its entropy and its output.
 
-Plain softmax attention with the layer's own scale and sliding window, causal except in an encoder. Attention
-sinks, caps on the scores and T5's position biases are left out. One layer and a block of query positions are
-computed at a time, so that no map of all positions against all has to be held.
+Plain softmax attention with the layer's own scale, which captured queries hold, and its sliding window,
+causal except in an encoder. Attention sinks, caps on the scores and T5's position biases are left out. One
+layer and a block of query positions are computed at a time, so that no map of all positions against all has
+to be held.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -38,30 +38,18 @@ class AttentionRule:
 
 
 def attention_rules(model: nn.Module, layers: tuple[int, ...], dim: int) -> list[AttentionRule]:
-    """Return how these attention layers attend, read from their modules; ``dim`` is the width of a head."""
+    """Return how these attention layers attend to captured keys; ``dim`` is the width of a head."""
     modules = attention_layers(model)
     return [_module_rule(modules[layer], dim) for layer in layers]
 
 
 def _module_rule(module: Any, dim: int) -> AttentionRule:
-    scale = 1.0 if _scales_queries(module) else getattr(module, "scaling", None)
     window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
     return AttentionRule(
-        dim**-0.5 if scale is None else float(scale),
+        dim**-0.5,
         window if isinstance(window, int) else None,
         causal=not getattr(module.config, ENCODER, False),
     )
-
-
-def _scales_queries(module: nn.Module) -> bool:
-    """Return whether the queries that reach attention are scaled already, as OPT's are.
-
-    No attribute tells; the source of the module's forward pass does.
-    """
-    try:
-        return "scaling=1.0" in inspect.getsource(inspect.unwrap(type(module).forward))
-    except (OSError, TypeError):
-        return False
 
 
 def attention_blocks(

@@ -47,7 +47,7 @@ class TeacherAligner(nn.Module):
         super().__init__()
         self.name = components.teacher
         self.lifts = lifts_student
-        self.teacher = teacher
+        self.teacher, self.student = teacher, student
         self.layer_map = components.layer_map
         self.time_plan = components.time_plan
         self.head_adapter: Any = components.head_adapter
@@ -65,12 +65,12 @@ class TeacherAligner(nn.Module):
     @property
     def target(self) -> Geometry:
         """Return the extents of the teacher's cache where the losses compare."""
-        return self.fixed if self.lifts else self.projected
+        return (self.fixed if self.lifts else self.projected).attending_like(self.teacher)
 
     @property
     def view(self) -> Geometry:
         """Return the extents of the student's cache where the losses compare."""
-        return self.projected if self.lifts else self.fixed
+        return (self.projected if self.lifts else self.fixed).attending_like(self.student)
 
     def _what_commutes(self) -> Commuting:
         # A view that folds heads or layers into the width has no width "of every head" to project.
@@ -129,8 +129,17 @@ class TeacherAligner(nn.Module):
     def _project(self, x: Tensor, part: Part, row: int | None = None) -> Tensor:
         with self._errors_of("dim_projector"):
             projector = component_at_layer(self.dim_projector, row)
-            projected = project_dim(projector, x, part, dim=self.projected.dim)
+            projected = project_dim(projector, self._before_width(x, part), part, dim=self.projected.dim)
             return require_shape(projected, (*x.shape[:4], self.projected.dim), AXES)
+
+    def _before_width(self, x: Tensor, part: Part) -> Tensor:
+        """Return what the projector is given: queries keep the scale of their model's attention.
+
+        Losses divide a product by √dim of the width that they see.
+        """
+        if part != "queries" or self.projected.dim == self.adapted.dim:
+            return x
+        return x * (self.projected.dim / self.adapted.dim) ** 0.5
 
     def _fold(self, x: Tensor, part: Part, row: int | None = None) -> Tensor:
         layer = self.fixed.layer if row is None else 1
@@ -283,4 +292,5 @@ class TeacherAligner(nn.Module):
                 projected_side = self._warp(self._adapt(theirs, part), time_map)
                 other_side = self._fold(own, part)
             with self._errors_of("dim_projector"):
-                self.dim_projector.observe(projected_side, other_side, time_map.valid, part)
+                seen = self._before_width(projected_side, part)
+                self.dim_projector.observe(seen, other_side, time_map.valid, part)

@@ -11,9 +11,18 @@ from torch import nn
 from kava_core.config import Part
 from kava_core.errors import KavaError
 from kava_core.kv.capture import attention_layers as find
+from kava_core.kv.capture.logit_rule import common_logits
 from kava_core.kv.capture.rotation import Rotation
-from kava_core.kv.capture.stacking import check_rotated, check_seen, list_layers, rotation_of, stack_layers
+from kava_core.kv.capture.stacking import (
+    check_rotated,
+    check_seen,
+    list_layers,
+    logit_rules,
+    rotation_of,
+    stack_layers,
+)
 from kava_core.kv.capture.taps import SLOT, Slot, StopForward, tap_attention, tap_rotary
+from kava_core.protocols.attention_logits import PRODUCTS, AttentionLogits
 from kava_core.protocols.axes import Cache
 
 
@@ -37,6 +46,7 @@ class Capture:
         stop: Leave the forward pass after the last of ``layers``: the with-block ends there, and nothing that
             stands in it after the model's call is run. Ignored for a model that is sharded, offloaded or
             compiled, whose own hooks must run to the end.
+        look_at_masks: Look for a bias in the values of attention masks, for ``logits``; a GPU is waited for.
         each: Called with every layer's place among ``layers`` and its cache, with an axis ``layer`` of 1, as
             soon as the layer has made it; nothing is kept, and ``done`` takes the place of ``take``.
 
@@ -53,6 +63,7 @@ class Capture:
         parts: tuple[Part, ...] = ("keys", "values"),
         rotary: Literal["strip", "keep", "match"] = "strip",
         stop: bool = False,
+        look_at_masks: bool = False,
         each: Callable[[int, Cache], None] | None = None,
     ) -> None:
         self.name, self.parts = find.model_name(model), parts
@@ -62,12 +73,15 @@ class Capture:
         self._followed = rotary != "keep" and find.has_rotary(model)
         self._taps = [tap_rotary(module) if self._followed else None for module in self.modules]
         self._rotation: Rotation | None = None
+        self._logits = PRODUCTS
         self._checkpointed = find.is_checkpointed(model)
         last = max(self.layers) if stop and not find.with_hooks(model) else None
         self._slots = []
         for layer, tap in enumerate(self._taps):
             wanted = parts if layer in self.layers else ()
             self._slots.append(Slot(self.name, layer, wanted, tap, strip=self._strip, last=layer == last))
+        for slot in self._slots:
+            slot.looks_at_mask = look_at_masks
         self._each = each
         if each is not None:
             for slot in self._slots:
@@ -115,6 +129,7 @@ class Capture:
         asked = [self._slots[i] for i in self.layers]
         try:
             self._check(asked)
+            self._logits = common_logits(logit_rules(asked))
             if self._followed:
                 self._rotation = rotation_of(asked)
             undo = self._rotation if self._strip and not all(slot.plain for slot in asked) else None
@@ -151,6 +166,10 @@ class Capture:
         None for a model without rotary embeddings, and with ``keep``.
         """
         return self._rotation
+
+    def logits(self) -> AttentionLogits:
+        """Return how the layers taken last make logits of their queries and keys, beyond a product."""
+        return self._logits
 
     def _arm(self, step: int) -> None:
         # Layers of one modeling file share a tap.

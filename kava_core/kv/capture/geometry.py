@@ -87,12 +87,12 @@ def model_geometry(model: nn.Module) -> Geometry:
     # No token may look like padding.
     token = int(getattr(model.config.get_text_config(), "pad_token_id", None) == 0)
     ids = torch.full((1, PROBE_LENGTH), token, dtype=torch.long, device=device)
-    capture = Capture(model, parts=PARTS, rotary="keep")
+    capture = Capture(model, parts=PARTS, rotary="keep", look_at_masks=True)
     with torch.no_grad(), evaluation_mode(model), capture:
         model(input_ids=ids, use_cache=False)
     parts = dict(capture.take().items())
     _, layer, head, _, dim = parts["keys"].shape
-    return Geometry(layer, head, dim, parts["queries"].shape[2], _hidden(model))
+    return Geometry(layer, head, dim, parts["queries"].shape[2], _hidden(model), capture.logits())
 
 
 def _hidden(model: Any) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kava_core.config import Part
 from kava_core.errors import KavaError, UnsupportedModelError
+from kava_core.kv.capture.logit_rule import LogitRule, fold_scale
 from kava_core.kv.capture.rotation import PairedTurn, Rotation
 from kava_core.kv.capture.taps import Slot
 
@@ -19,12 +20,20 @@ def stack_layers(
 ) -> Float[Tensor, "batch layer head time dim"]:
     """Stack one part of all layers; keys and queries lose the rotation ``undo``, if one is given.
 
+    Queries are scaled so that ``q · k / √dim`` is the logit of the layer's own attention.
+
     Raises:
         UnsupportedModelError: The layers have different head counts or widths.
     """
     _check_equal(slots, part)
     whole = _stacked(slots, part)
-    return whole if undo is None or part == "values" else undo.undo(whole)
+    unrotated = whole if undo is None or part == "values" else undo.undo(whole)
+    return fold_scale(unrotated, logit_rules(slots)) if part == "queries" else unrotated
+
+
+def logit_rules(slots: list[Slot]) -> list[LogitRule]:
+    """Return how each layer that ran makes its logits."""
+    return [slot.logit_rule for slot in slots if slot.logit_rule is not None]
 
 
 def rotation_of(slots: list[Slot]) -> Rotation:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +18,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from kava_core.config import Part
 from kava_core.errors import UnsupportedModelError
+from kava_core.kv.capture.logit_rule import LogitRule, read_logit_rule
 from kava_core.kv.capture.rotation import Angles
 
 SLOT = "_kava_slot"
 ROTATE = "apply_rotary_pos_emb"
 EAGER = "eager_attention_forward"
+TENSORS = ("module", "query", "key", "value")
+"""First arguments of every attention function; others follow."""
 
 
 class StopForward(Exception):
@@ -72,6 +75,8 @@ class Slot:
         self.parts, self.rotary, self.strip = parts, rotary, strip
         self.then: Callable[[Slot], None] | None = None
         """Called as soon as the layer has left its tensors."""
+        self.looks_at_mask = False
+        """Whether to look for a bias in the values of attention masks."""
         self.plain: bool
         """Whether keys and queries are those from before the rotation."""
         self.clear()
@@ -81,6 +86,7 @@ class Slot:
         self.drop()
         self.angles: Angles | None = None
         self.plain = False
+        self.logit_rule: LogitRule | None = None
         self.seen = self.dim = 0
 
     def drop(self) -> None:
@@ -89,8 +95,14 @@ class Slot:
         self.values: Tensor | None = None
         self.queries: Tensor | None = None
 
-    def write(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def write(self, query: Tensor, key: Tensor, value: Tensor, arguments: Mapping[str, Any]) -> None:
         """Take over the tensors of one call, each ``batch head time dim``.
+
+        Args:
+            query: of the call, as are ``key`` and ``value``.
+            key: likewise.
+            value: likewise.
+            arguments: the others of the call, by name.
 
         Raises:
             UnsupportedModelError: keys and values differ in shape, or the keys attended to are not those that
@@ -103,6 +115,7 @@ class Slot:
                 f"keys are {_axis_extent(key)} and values {_axis_extent(value)}; "
                 "multi-head latent attention (MLA) cannot be captured"
             )
+        self.logit_rule = read_logit_rule(query.shape[-1], arguments, look_at_mask=self.looks_at_mask)
         query, key = self._rotation(query, key)
         self.dim = key.shape[-1]
         self.keys = _own_copy(key) if "keys" in self.parts else None
@@ -140,12 +153,12 @@ def tap_attention(module: nn.Module, implementation: str) -> None:
     names = module_namespace(module)
     if implementation == "eager":
         if EAGER in names:
-            names[EAGER] = _tapped_attention(names[EAGER])
+            names[EAGER] = tap_function(names[EAGER])
         return
     functions = names.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
     if implementation not in functions:
         return
-    wrapped = _tapped_attention(functions[implementation])
+    wrapped = tap_function(functions[implementation])
     if functions is ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(implementation, wrapped)
     else:
@@ -167,15 +180,18 @@ def tap_rotary(module: nn.Module) -> RotaryTap | None:
     return tap
 
 
-def _tapped_attention(original: Callable[..., Any]) -> Callable[..., Any]:
+def tap_function(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an attention function that leaves its arguments in the calling module's slot, if it has one."""
     if hasattr(original, "kava_tap"):
         return original
+
+    names = list(inspect.signature(original).parameters)[len(TENSORS) :]
 
     @functools.wraps(original)
     def attention(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
         slot = module.__dict__.get(SLOT)
         if slot is not None:
-            slot.write(query, key, value)
+            slot.write(query, key, value, dict(zip(names, args, strict=False)) | kwargs)
             if slot.then is not None and slot.parts:
                 slot.then(slot)
             if slot.last and not torch.compiler.is_compiling():

@@ -57,7 +57,7 @@ def check_rotation(aligners: Sequence[TeacherAligner], student: Geometry) -> Non
         student: the student's geometry, with the compared layers as ``layer``.
     """
     for aligner in aligners:
-        own = student.with_(qhead=aligner.target.qhead)
+        own = student.with_(qhead=aligner.target.qhead).attending_like(aligner.target)
         if aligner.target != own:
             raise SpecError(
                 f"rotary: match: teacher {aligner.name!r} is compared at {aligner.target}, not the "

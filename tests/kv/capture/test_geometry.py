@@ -6,16 +6,22 @@ from torch import nn
 
 from kava_core.errors import UnsupportedModelError
 from kava_core.kv.capture.geometry import model_geometry, probe_geometry
+from kava_core.protocols.attention_logits import PRODUCTS, AttentionLogits
 from kava_core.protocols.axes import Geometry
 from tests.support.tiny_models import REFUSED, SCHEMES, WORKS, Case
 
 torch.set_num_threads(1)
+BEYOND_PRODUCTS = {
+    "Gemma 2": AttentionLogits(softcap=50.0),
+    "GPT-OSS": AttentionLogits(unfollowed="has sinks beside its keys"),
+}
 NAMED = {case.name: case for case in WORKS + REFUSED}
 
 
 @pytest.mark.parametrize("case", WORKS, ids=lambda case: case.name)
 def test_geometry_of_every_architecture(case: Case) -> None:
-    want = Geometry(layer=case.layers, head=case.head, dim=8, qhead=4, hidden=32)
+    logits = BEYOND_PRODUCTS.get(case.name, PRODUCTS)
+    want = Geometry(layer=case.layers, head=case.head, dim=8, qhead=4, hidden=32, logits=logits)
     assert probe_geometry(case.config()) == want
 
 
