@@ -155,7 +155,7 @@ class Collator:
         texts, answers = [], []
         for entry in batch:
             example = entry.example if isinstance(entry, EncodedExample) else entry
-            texts.append(render_example(example, self.template).prompt)
+            texts.append(render_example(example, self.template).prompt_part)
             answers.append(example.answer)
         rows = prompt_ids(texts, self.student_tokenizer)
         for text, row in zip(texts, rows, strict=True):

@@ -58,7 +58,7 @@ class Text:
     """Ranges of characters that are the data's own: special tokens in them are read as any other text."""
 
     @property
-    def prompt(self) -> Part:
+    def prompt_part(self) -> Part:
         """Return the part that is given."""
         return self.part(0, self.bounds[1])
 

@@ -80,7 +80,7 @@ class LatentCollator(Collator):
     def encode_student(self, examples: Sequence[Example]) -> list[Any]:
         """Encode every example for the student; None for one that is longer than ``max_length`` tokens."""
         texts = [render_example(example, self.template) for example in examples]
-        befores = self._prompts([text.prompt for text in texts])
+        befores = self._prompts([text.prompt_part for text in texts])
         traces = encode_pieces([text.part(*text.bounds[1:3]) for text in texts], self.student_tokenizer)
         answers = encode_pieces([text.part(*text.bounds[2:]) for text in texts], self.student_tokenizer)
         kept = []
@@ -152,7 +152,7 @@ class LatentCollator(Collator):
     def prompts(self, batch: Sequence[Any]) -> tuple[Side, list[str]]:
         """Return the prompts of a batch as ``before`` and ``before_mask``, and the expected answers."""
         examples = [getattr(entry, "example", entry) for entry in batch]
-        rows = self._prompts([render_example(example, self.template).prompt for example in examples])
+        rows = self._prompts([render_example(example, self.template).prompt_part for example in examples])
         return self._before(rows), [example.answer for example in examples]
 
 

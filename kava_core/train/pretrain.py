@@ -123,7 +123,7 @@ def _room_for_answers(student: StudentSpec, data: DataSpec, max_length: int) -> 
     tokenizer = load_or_train_tokenizer(student, splits, data.template, where="pretrain")
     examples = splits.validation[: EvaluateSpec().examples]
     texts = [render_example(example, data.template) for example in examples]
-    prompts = _token_counts(tokenizer, [text.prompt.text for text in texts])
+    prompts = _token_counts(tokenizer, [text.prompt_part.text for text in texts])
     lengths = _token_counts(tokenizer, [text.text for text in texts])
     kept = [(prompt, length) for prompt, length in zip(prompts, lengths, strict=True) if length <= max_length]
     longest = max((length - prompt for prompt, length in kept), default=-1) + 1

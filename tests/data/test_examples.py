@@ -22,7 +22,7 @@ def test_text_and_bounds():
     text = render_example(Example("7+3*2-5", " 0 0 5", "5"), CHAIN)
     assert text.text == "7+3*2-5? 0 0 5 #5"
     assert text.bounds == (0, 8, 14, 17)
-    assert text.prompt.text == "7+3*2-5?"
+    assert text.prompt_part.text == "7+3*2-5?"
     assert [text.text[slice(*own)] for own in text.from_data] == ["7+3*2-5", " 0 0 5", "5"]
 
 

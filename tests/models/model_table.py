@@ -22,6 +22,11 @@ kava captures keys, values and queries of transformers decoders whose attention 
 listed may work: `kava` asks the model itself, not this page, which is written by
 `python -m tests.models.model_table --sweep`.
 
+Students write answers with transformers' `generate`. It reads prompts padded on the left, which not every
+architecture allows: RoBERTa and its like count padding as positions. Before training, a few tokens are
+written and compared with a plain pass over the same text. Where the logits differ, a line says so and every
+token is written by a whole pass: slower, and right. Behind latent tokens such a model is refused.
+
 ## Quantised teachers
 
 `quantize: int8 | int4 | nf4` rounds the weights of a teacher's linear layers while it is loaded

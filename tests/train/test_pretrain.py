@@ -77,9 +77,9 @@ def test_a_teacher_may_write_as_much_as_the_data_do() -> None:
         render_example(example, plan.data.template)
         for example in load_splits(plan.data, root=Path()).validation[:256]
     ]
-    expected = max(len(text.text) - len(text.prompt) for text in texts) + 1
+    expected = max(len(text.text) - len(text.prompt_part.text) for text in texts) + 1
     assert (plan.evaluate.generate, plan.evaluate.max_new_tokens) == (True, expected)
-    longest_prompt = max(len(text.prompt) for text in texts)
+    longest_prompt = max(len(text.prompt_part.text) for text in texts)
     for positions, room in ((longest_prompt + 3, 3), (longest_prompt, 0)):
         config = teacher.config | {"max_position_embeddings": positions}
         evaluate = pretraining_spec(made, teacher.model_copy(update={"config": config})).evaluate

@@ -121,7 +121,7 @@ def count_prefix_mismatches(
     count above 0 means that evaluation begins from tokens it was not trained on.
     """
     texts = [render_example(example, template) for example in examples]
-    prompts = prompt_ids([text.prompt for text in texts], tokenizer)
+    prompts = prompt_ids([text.prompt_part for text in texts], tokenizer)
     whole_texts = tokenize_parts([Part(text.text, text.from_data) for text in texts], tokenizer)
     mismatches = 0
     for prompt, whole in zip(prompts, whole_texts, strict=True):

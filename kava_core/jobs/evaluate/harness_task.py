@@ -54,7 +54,7 @@ def write_harness_task(
     template = student.spec.data.template
     lines = []
     for example in examples:
-        item = {"prompt": render_example(example, template).prompt.text, "answer": example.answer}
+        item = {"prompt": render_example(example, template).prompt_part.text, "answer": example.answer}
         lines.append(json.dumps(item, ensure_ascii=False) + "\n")
     file = folder / "items.jsonl"
     file.write_text("".join(lines), encoding="utf-8")

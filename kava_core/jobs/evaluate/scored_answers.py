@@ -58,7 +58,7 @@ def score_answers(
     for batch in split_nearly_equal(examples, batch_size):
         answers, _ = write_answers(student.distiller, batch, device)
         for example, (text, correct) in zip(batch, answers, strict=True):
-            prompt = render_example(example, template).prompt.text
+            prompt = render_example(example, template).prompt_part.text
             yield {
                 "sha256": hashlib.sha256(prompt.encode("utf-8")).hexdigest(),
                 "prompt": prompt,

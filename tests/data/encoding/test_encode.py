@@ -249,7 +249,7 @@ def test_prompts_begin_the_whole_text(name):
     tokenizer = TOKENIZERS[name]
     for example in EXAMPLES:
         text = render_example(example, GSM)
-        (ids,) = prompt_ids([text.prompt], tokenizer)
+        (ids,) = prompt_ids([text.prompt_part], tokenizer)
         found = encode_text(text, tokenizer)
         assert len(ids) > 0
         assert ids.tolist() == found.input_ids[: len(ids)].tolist()
