@@ -25,7 +25,13 @@ from kava_core.build.layer_map_files import assert_same_models, is_current, meas
 from kava_core.build.provenance import models_of
 from kava_core.config import ComponentConfig
 from kava_core.errors import PluginError, SpecError, UnsupportedModelError
-from kava_core.kv.align.boundaries import attribute_errors_to, layer_matrix
+from kava_core.kv.align.boundaries import (
+    attribute_errors_to,
+    build_component,
+    finish_component,
+    layer_matrix,
+    show_component,
+)
 from kava_core.kv.align.time_plan import TimePlan
 from kava_core.kv.capture.attention_layers import attention_layers, model_name
 from kava_core.kv.capture.capture import Capture
@@ -148,7 +154,7 @@ def _measure_layers(
         mapper = _build_mapper(config, extents)
         for batch in _calibration_batches(spec, data, teacher.name):
             _show_batch(mapper, plan, (model, student), (batch["teachers"][teacher.name], batch["student"]))
-        mapper.finish()
+        finish_component(mapper)
         return mapper, layer_matrix(mapper, **extents)
 
 
@@ -163,11 +169,11 @@ def _show_batch(
     time_map = plan(*map(Timeline.from_batch, sides)).to(device)
     teacher = layers_to_compare(models[0], send_to_device(sides[0], device), mapper.on)
     student = layers_to_compare(models[1], send_to_device(sides[1], device), mapper.on)
-    mapper.observe(warp_layers(time_map, teacher), student, time_map.valid)
+    show_component(mapper, warp_layers(time_map, teacher), student, time_map.valid)
 
 
 def _build_mapper(config: ComponentConfig, extents: dict[str, Any]) -> Any:
-    mapper = config.build(**extents)
+    mapper = build_component(config, **extents)
     if not isinstance(mapper, Measured):
         raise PluginError("has observe(), so it must have 'on' and finish() as well")
     return mapper

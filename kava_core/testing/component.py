@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from kava_core.config import ComponentConfig
 from kava_core.declarations import declaration_fault
 from kava_core.errors import KavaError
+from kava_core.kv.align.watched_call import tensors_in
 from kava_core.testing.geometries import GEOMETRIES, Sides
 from kava_core.testing.require import require, require_same
-from kava_core.testing.tensors import change_tensors, tensors_in
+from kava_core.testing.tensors import change_tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
