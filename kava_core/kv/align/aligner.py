@@ -21,7 +21,7 @@ from kava_core.kv.align.boundaries import (
     warp_time,
 )
 from kava_core.kv.align.components import AlignmentComponents
-from kava_core.kv.align.finite import assert_finite, raise_if
+from kava_core.kv.align.finite import assert_finite, has_numbers_at_hand, raise_if
 from kava_core.kv.align.per_layer import component_at_layer
 from kava_core.kv.align.stage_order import Commuting, Stage, StageExtents, cheapest_order
 from kava_core.protocols.axes import Cache, Geometry
@@ -308,7 +308,7 @@ class TeacherAligner(nn.Module):
         if view is own or view.is_meta:
             return view
         is_bad = ~torch.isfinite(view.detach().sum())
-        if view.device.type == "cpu" and not is_bad:
+        if has_numbers_at_hand(view) and not is_bad:
             return view
         is_bad = is_bad & torch.isfinite(own.detach().sum())
         kinds = ["head_adapter", "dim_projector"] if self.lifts else ["head_adapter"]

@@ -52,8 +52,9 @@ AXES = "batch layer head time dim"
 def attribute_errors_to(who: str, config: ComponentConfig | None = None) -> Iterator[None]:
     """Add a note to any exception raised inside that names the component and its distribution.
 
-    What is no ``Exception``, as ``SystemExit``, becomes a ``PluginError``: a component cannot end kava.
-    Ctrl-C still does; a ``raise KeyboardInterrupt`` of the component's own does not.
+    What is no ``Exception``, as ``SystemExit``, becomes a ``PluginError``, and so does ``StopIteration``: a
+    component cannot end kava. Ctrl-C still does; a ``raise KeyboardInterrupt`` of the component's own does
+    not.
 
     Args:
         who: the component, for example ``"layer_mapper 'ratio', teacher 'big'"``.
@@ -69,24 +70,29 @@ def attribute_errors_to(who: str, config: ComponentConfig | None = None) -> Iter
     try:
         with noted_faults(make_note):
             yield
-    except Exception as error:
-        complaint = _complaint_about_arguments(error)
-        if complaint is None:
-            error.add_note(make_note())
-            raise
-        fault = PluginError(complaint)
-        fault.add_note(make_note())
-        raise fault from error
     except BaseException as error:
         if is_request_to_stop(error):
             raise
-        package = "" if config is None else type(config).__module__.partition(".")[0]
-        fault = PluginError(f"raised {one_line(error)} at {failing_frame(error, package)}")
-        fault.add_note(make_note())
-        raise fault from error
+        explained = _explained_fault(error, config)
+        explained.add_note(make_note())
+        if explained is error:
+            raise
+        raise explained from error
 
 
-def _complaint_about_arguments(error: Exception) -> str | None:
+def _explained_fault(error: BaseException, config: ComponentConfig | None) -> BaseException:
+    """Return the error itself, or a ``PluginError`` in its place if it would be misunderstood further up."""
+    complaint = _complaint_about_arguments(error)
+    if complaint is not None:
+        return PluginError(complaint)
+    # Python gives StopIteration a meaning of its own on its way through a generator.
+    if isinstance(error, Exception) and not isinstance(error, StopIteration):
+        return error
+    package = "" if config is None else type(config).__module__.partition(".")[0]
+    return PluginError(f"raised {one_line(error)} at {failing_frame(error, package)}")
+
+
+def _complaint_about_arguments(error: BaseException) -> str | None:
     """Return what a component gave to something of kava's, if debug mode's checker refused it there.
 
     The checker names a function of kava's, which the component's author never saw. None for other errors.

@@ -53,6 +53,11 @@ def noted_faults(make_note: MakeNote) -> Iterator[None]:
         _notes.pop()
 
 
+def has_numbers_at_hand(x: Tensor) -> bool:
+    """Return whether a tensor may be read now: on the CPU, and in debug mode everywhere."""
+    return x.device.type == "cpu" or shapecheck.active()
+
+
 def raise_if(is_bad: Bool[Tensor, " _"], make_error: MakeError) -> None:
     """Raise an error if something is wrong; on a GPU leave it to ``raise_unread_faults``.
 
@@ -62,7 +67,7 @@ def raise_if(is_bad: Bool[Tensor, " _"], make_error: MakeError) -> None:
     """
     if is_bad.is_meta:
         return
-    if is_bad.device.type == "cpu" or shapecheck.active():
+    if has_numbers_at_hand(is_bad):
         if is_bad.any():
             raise make_error(is_bad.nonzero().flatten().tolist())
         return

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kava_core import shapecheck
 from kava_core.errors import NonFiniteError, PluginError
-from kava_core.kv.align.finite import raise_if
+from kava_core.kv.align.finite import has_numbers_at_hand, raise_if, raise_unread_faults
 from kava_core.protocols.axes import Cache
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.timeline import REASONING, Timeline
@@ -157,8 +156,7 @@ def require_finite_loss(loss: Tensor, caches: Sequence[Cache], weight: Tensor) -
         NonFiniteError: the loss is NaN or infinite, and the caches are not.
     """
     is_bad = ~torch.isfinite(loss.detach())
-    has_value_at_hand = loss.device.type == "cpu" or shapecheck.active()
-    if loss.is_meta or (has_value_at_hand and not bool(is_bad)):
+    if loss.is_meta or (has_numbers_at_hand(loss) and not bool(is_bad)):
         return
     counts = weight.detach() != 0
     for cache in caches:
@@ -204,6 +202,9 @@ def require_time_map(time_map: Any, teacher: Timeline, student: Timeline, *, evi
     raise_if(is_served, lambda rows: PluginError(f"padding of the student is valid in examples {rows}"))
     if time_map.identity:
         _require_identity(time_map, readable.shape[1])
+    if not has_numbers_at_hand(time_map.index):
+        # At once: a GPU that follows a wrong index reads beyond its memory. Maps are seldom planned there.
+        raise_unread_faults()
     return time_map
 
 
@@ -211,10 +212,10 @@ def _require_tensors_of_map(time_map: TimeMap, student: Timeline) -> None:
     batch, time = student.mask.shape
     taps = time_map.index.numel() if isinstance(time_map.index, Tensor) else 0
     shapes = {
+        "valid": ((batch, time), "batch time"),
+        "start": ((batch * time + 1,), "batch·time+1"),
         "index": ((taps,), "tap"),
         "weight": ((taps,), "tap"),
-        "start": ((batch * time + 1,), "batch·time+1"),
-        "valid": ((batch, time), "batch time"),
     }
     for field, (extents, axes) in shapes.items():
         tensor = getattr(time_map, field)

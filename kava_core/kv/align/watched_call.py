@@ -158,7 +158,9 @@ def _buffers_restored(component: Any) -> Iterator[None]:
     copies = [buffer.clone() for buffer in buffers]
     yield
     for buffer, copied in zip(buffers, copies, strict=True):
-        buffer.copy_(copied)
+        if not buffer.is_meta and not _same_numbers(buffer, copied):
+            # By ``data``, because autograd must not hear of a change that is undone.
+            buffer.data.copy_(copied)
 
 
 def _same_numbers(x: Tensor, y: Tensor) -> bool:
