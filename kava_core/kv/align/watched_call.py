@@ -104,9 +104,9 @@ def require_loss_attached(loss: Tensor, student: Any) -> None:
     wanted = [x for x in tensors_in(student) if x.requires_grad]
     if not wanted:
         return
-    reached = [None] * len(wanted)
+    reached: Sequence[Tensor | None] = [None] * len(wanted)
     if loss.requires_grad:
-        reached = list(torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True))
+        reached = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
     if all(gradient is None for gradient in reached):
         raise PluginError("returned a loss detached from the student, which needs a gradient")
 
