@@ -7,12 +7,14 @@ alone, so a mistake in a spec is reported before torch is imported.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from kava_core.errors import PluginError
+from kava_core.errors import PluginError, failing_frame, is_request_to_stop
+from kava_core.processes import guarded_import
 
 Part = Literal["keys", "values", "queries"]
 """The three tensors of an attention layer."""
@@ -69,16 +71,29 @@ class ComponentConfig(Strict):
             PluginError: it cannot be imported.
         """
         module, _, attribute = cls.component.partition(":")
+        package = module.partition(".")[0]
         try:
-            return getattr(import_module(module), attribute)
-        except (Exception, SystemExit) as error:  # importing a plugin's module can raise anything
-            reason = f"cannot import {cls.component!r}: {type(error).__name__}: {error}"
+            return getattr(_import_guarded(module, cls.component_name()), attribute)
+        except BaseException as error:  # importing a plugin's module can raise anything
+            if is_request_to_stop(error):
+                raise
+            where = "" if isinstance(error, Exception) else f" at {failing_frame(error, package)}"
+            reason = f"cannot import {cls.component!r}: {type(error).__name__}: {error}{where}"
             raise PluginError(f"component {cls.component_name()!r}: {reason}") from error
 
     @classmethod
     def component_name(cls) -> str:
         """Return the registered name: the default of the ``name`` field."""
         return str(cls.model_fields["name"].default)
+
+
+def _import_guarded(module: str, component: str) -> Any:
+    """Import a component's module; what it writes to stdout goes to stderr."""
+    if module in sys.modules:
+        return import_module(module)
+    is_own = module.startswith("kava_plugins.")
+    with guarded_import(None if is_own else f"component {component!r} ({module})"):
+        return import_module(module)
 
 
 class WeightedTerm(Strict):

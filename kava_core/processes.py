@@ -1,10 +1,13 @@
-"""Tell how many processes train together and which one this is, let their threads sleep, and leave safely."""
+"""Tell how many processes train together, let their threads sleep, guard imports, and leave safely."""
 
 from __future__ import annotations
 
 import atexit
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from threading import Timer
 from typing import NoReturn
 
 
@@ -45,3 +48,50 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+SLOW_IMPORT_SECONDS = 5.0
+"""After so long stderr names what is still being imported."""
+
+
+@contextmanager
+def guarded_import(who: str | None) -> Iterator[None]:
+    """Keep what is imported inside from writing to stdout, and name it on stderr if it takes long.
+
+    What it writes goes to stderr, also from C and from processes that it starts: a command's output may be
+    JSON.
+
+    Args:
+        who: what is imported, for the line on stderr; None: it is kava's own, which imports torch.
+    """
+    told = f"{who}: its import has taken {SLOW_IMPORT_SECONDS:g} s and goes on; Ctrl-C stops kava"
+    timer = Timer(SLOW_IMPORT_SECONDS, _print_on_stderr, [told])
+    timer.daemon = True
+    if who is not None:
+        timer.start()
+    try:
+        with _descriptor_1_on_stderr(), redirect_stdout(sys.stderr):
+            yield
+    finally:
+        timer.cancel()
+
+
+def _print_on_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _descriptor_1_on_stderr() -> Iterator[None]:
+    """Let descriptor 1 be a copy of descriptor 2; a process without both is left as it is."""
+    try:
+        sys.stdout.flush()
+        kept = os.dup(1)
+    except (OSError, ValueError, AttributeError):
+        yield
+        return
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)

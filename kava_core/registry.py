@@ -9,11 +9,9 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import redirect_stdout
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
-from io import StringIO
 from typing import Any
 
 import pluggy
@@ -21,8 +19,17 @@ import pluggy
 from kava_core import hookspecs
 from kava_core.config import ComponentConfig
 from kava_core.declarations import declaration_fault
-from kava_core.errors import PluginError, SpecError, did_you_mean, one_of
+from kava_core.errors import (
+    PluginError,
+    SpecError,
+    did_you_mean,
+    failing_frame,
+    is_request_to_stop,
+    one_line,
+    one_of,
+)
 from kava_core.hookspecs import KINDS
+from kava_core.processes import guarded_import
 
 GROUP = "kava"
 """The entry-point group of plugins."""
@@ -78,18 +85,18 @@ class Registry:
 
     registered: tuple[Registered, ...]
     failures: tuple[Failure, ...] = ()
+    clashes: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    """Kind and name that several third parties register, and who: nobody's component can be used by it."""
 
     @classmethod
     def build(cls, disabled: Iterable[str] | None = None) -> Registry:
         """Load every plugin that is not disabled.
 
-        A plugin that fails is remembered in ``failures`` and the others go on.
+        A plugin that fails is remembered in ``failures``, a name that two third parties register in
+        ``clashes``, and the others go on.
 
         Args:
             disabled: plugins to leave out; by default those named in ``KAVA_DISABLE_PLUGINS``.
-
-        Raises:
-            PluginError: two third parties register one name; neither can be preferred silently.
         """
         if disabled is None:
             disabled = os.environ.get(DISABLED_VARIABLE, "").split(",")
@@ -98,14 +105,16 @@ class Registry:
         for point in sorted(entry_points(group=GROUP), key=_built_in_first):
             if not _is_disabled(point, disabled_names):
                 loader.load_plugin(point)
-        registered = tuple(_without_clashes(loader.components, loader.failures))
-        return cls(registered, tuple(loader.failures))
+        clashes: dict[tuple[str, str], str] = {}
+        registered = tuple(_without_clashes(loader.components, loader.failures, clashes))
+        return cls(registered, tuple(loader.failures), clashes)
 
     def get(self, kind: str, name: str) -> type[ComponentConfig]:
         """Return the declaration of a component.
 
         Raises:
             SpecError: it is not registered; the message says what is possible.
+            PluginError: two third parties register it; neither can be preferred silently.
         """
         return self._find_component(kind, name).config
 
@@ -132,7 +141,9 @@ class Registry:
         return sorted(self.registered, key=lambda component: (kinds.index(component.kind), component.name))
 
     def unknown(self, kind: str, name: str) -> str:
-        """Describe an unregistered name in one line: what is possible, what is likely, what failed."""
+        """Describe a name that cannot be used in one line: what is possible, what is likely, what failed."""
+        if (kind, name) in self.clashes:
+            return self.clashes[kind, name]
         possible = self.names(kind)
         failed = "".join(f"; {failure}" for failure in self.failures)
         return f"no {kind} {name!r}; possible: {one_of(possible)}{did_you_mean(name, possible)}{failed}"
@@ -146,6 +157,8 @@ class Registry:
         for component in self._components_of_kind(kind):
             if component.name == name:
                 return component
+        if (kind, name) in self.clashes:
+            raise PluginError(self.clashes[kind, name])
         raise SpecError(self.unknown(kind, name))
 
 
@@ -159,15 +172,20 @@ class _Loader:
         self.failures: list[Failure] = []
 
     def load_plugin(self, point: EntryPoint) -> None:
-        """Import one plugin, register its hooks and collect its components. What it prints is dropped."""
+        """Import one plugin, register its hooks and collect its components.
+
+        What it writes to stdout goes to stderr.
+        """
         plugin = _plugin_name(point)
         try:
-            with redirect_stdout(StringIO()):
+            with guarded_import(None if _distribution_of(point)[0] == BUILT_IN else f"plugin {plugin}"):
                 module = point.load()
                 self._register_hooks(module, plugin)
                 self.components += list(self._declared_components(module, point))
-        except (Exception, SystemExit) as error:
-            self.failures.append(Failure(plugin, _failure_reason(error)))
+        except BaseException as error:
+            if is_request_to_stop(error):
+                raise
+            self.failures.append(Failure(plugin, _failure_reason(error, point.module)))
 
     def _register_hooks(self, module: Any, plugin: str) -> None:
         hooks = [name for name in dir(module) if self.manager.parse_hookimpl_opts(module, name) is not None]
@@ -198,17 +216,24 @@ def _checked_declarations(kind: str, hook: str, returned: Any) -> Sequence[type[
     return returned
 
 
-def _without_clashes(components: list[Registered], failures: list[Failure]) -> Iterator[Registered]:
-    """Yield one owner for each name; ``failures`` gain what would shadow a built-in."""
+def _without_clashes(
+    components: list[Registered], failures: list[Failure], clashes: dict[tuple[str, str], str]
+) -> Iterator[Registered]:
+    """Yield one owner for each name; names of two third parties have none.
+
+    ``failures`` gain what would shadow a built-in, ``clashes`` what two third parties register.
+    """
     owners: dict[tuple[str, str], list[Registered]] = defaultdict(list)
     for component in components:
         owners[component.kind, component.name].append(component)
     for (kind, name), (first, *others) in owners.items():
-        for other in others:
-            clash = f"{kind} {name!r} is registered by {first.origin} and by {other.origin}"
-            if first.distribution != BUILT_IN or other.distribution == BUILT_IN:
-                raise PluginError(f"{clash}; uninstall one or name it in {DISABLED_VARIABLE}")
-            failures.append(Failure(f"{other.distribution}:{other.entry}", f"{clash}; built-ins stay"))
+        told = [f"{kind} {name!r} is registered by {first.origin} and by {other.origin}" for other in others]
+        if first.distribution == BUILT_IN:
+            for other, clash in zip(others, told, strict=True):
+                failures.append(Failure(f"{other.distribution}:{other.entry}", f"{clash}; built-ins stay"))
+        elif told:
+            clashes[kind, name] = f"{told[0]}; uninstall one or name it in {DISABLED_VARIABLE}"
+            continue
         yield first
 
 
@@ -236,7 +261,12 @@ def _canonical_name(name: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution).lower() + colon + entry
 
 
-def _failure_reason(error: BaseException) -> str:
-    """Return one line: the message of kava's own errors, with the type in front of others."""
-    message = " ".join(str(error).split()) or "no message"
-    return message if isinstance(error, PluginError) else f"{type(error).__name__}: {message}"
+def _failure_reason(error: BaseException, module: str) -> str:
+    """Return one line: the message of kava's own errors, with the type in front of others.
+
+    What is no ``Exception`` also says where it was raised.
+    """
+    if isinstance(error, PluginError):
+        return " ".join(str(error).split()) or "no message"
+    where = "" if isinstance(error, Exception) else f" at {failing_frame(error, module.partition('.')[0])}"
+    return one_line(error) + where

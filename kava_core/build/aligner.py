@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kava_core.config import ComponentConfig, Part
 from kava_core.kv.align.aligner import TeacherAligner
+from kava_core.kv.align.boundaries import build_component, views_of
 from kava_core.kv.align.components import AlignmentComponents, errors_of_component
 from kava_core.kv.align.eviction import assert_evicts
 from kava_core.kv.align.layer_map import LayerMap
@@ -36,7 +37,7 @@ def build_aligner(
     """
     with errors_of_component("layer_mapper", align.layer_mapper, teacher=name):
         layer_map = LayerMap(
-            align.layer_mapper.build(teacher=teacher, student=student),
+            build_component(align.layer_mapper, teacher=teacher, student=student),
             teacher=teacher,
             student=student,
             layers=layers,
@@ -54,10 +55,10 @@ def build_aligner(
     joined_teacher = teacher.with_(dim=teacher.dim * layer_map.joined)
     moved, fixed = (student, joined_teacher) if lifts_student else (joined_teacher, student)
     with errors_of_component("head_adapter", align.head_adapter, teacher=name):
-        head_adapter = align.head_adapter.build(teacher=moved, student=fixed)
-        teacher_view, student_view = head_adapter.teacher_view, head_adapter.student_view
+        head_adapter = build_component(align.head_adapter, teacher=moved, student=fixed)
+        teacher_view, student_view = views_of(head_adapter)
     with errors_of_component("dim_projector", align.dim_projector, teacher=name):
-        dim_projector = align.dim_projector.build(teacher=teacher_view, student=student_view)
+        dim_projector = build_component(align.dim_projector, teacher=teacher_view, student=student_view)
     kinds = ("layer_mapper", "time_warper", "head_adapter", "dim_projector")
     components = AlignmentComponents(
         teacher=name,

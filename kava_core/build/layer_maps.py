@@ -31,7 +31,13 @@ from kava_core.build.layer_map_files import (
 from kava_core.build.provenance import models_of
 from kava_core.config import ComponentConfig
 from kava_core.errors import NonFiniteError, PluginError, SpecError, UnsupportedModelError
-from kava_core.kv.align.boundaries import attribute_errors_to, layer_matrix
+from kava_core.kv.align.boundaries import (
+    attribute_errors_to,
+    build_component,
+    finish_component,
+    layer_matrix,
+    show_component,
+)
 from kava_core.kv.align.time_plan import TimePlan
 from kava_core.kv.capture.attention_layers import attention_layers, model_name
 from kava_core.kv.capture.capture import Capture
@@ -155,7 +161,7 @@ def _measure_layers(
         mapper = _build_mapper(config, extents)
         for batch in _calibration_batches(spec, data, teacher.name):
             _show_batch(mapper, plan, (model, student), (batch["teachers"][teacher.name], batch["student"]))
-        mapper.finish()
+        finish_component(mapper)
         return mapper, layer_matrix(mapper, **extents)
 
 
@@ -172,7 +178,7 @@ def _show_batch(
     student = layers_to_compare(models[1], send_to_device(sides[1], device), mapper.on)
     _assert_finite_layers(teacher, sides[0], f"the teacher's {mapper.on}")
     _assert_finite_layers(student, sides[1], f"the student's {mapper.on}")
-    mapper.observe(warp_layers(time_map, teacher), student, time_map.valid)
+    show_component(mapper, warp_layers(time_map, teacher), student, time_map.valid)
 
 
 def _assert_finite_layers(x: Float[Tensor, "batch layer time dim"], side: dict[str, Any], whose: str) -> None:
@@ -189,7 +195,7 @@ def _assert_finite_layers(x: Float[Tensor, "batch layer time dim"], side: dict[s
 
 
 def _build_mapper(config: ComponentConfig, extents: dict[str, Any]) -> Any:
-    mapper = config.build(**extents)
+    mapper = build_component(config, **extents)
     if not isinstance(mapper, Measured):
         raise PluginError("has observe(), so it must have 'on' and finish() as well")
     return mapper

@@ -15,7 +15,7 @@ from kava_core.build.data import Data
 from kava_core.config import KVLossConfig
 from kava_core.errors import CheckpointError, SpecError
 from kava_core.kv.align.aligner import TeacherAligner
-from kava_core.kv.align.boundaries import attribute_errors_to
+from kava_core.kv.align.boundaries import attribute_errors_to, build_component
 from kava_core.kv.compare.checks import (
     check_calibration,
     check_observing,
@@ -83,7 +83,10 @@ def build_pipeline(spec: PipelineSpec, *, teachers: Mapping[str, Geometry], stud
     if rotates_targets:
         check_rotation(aligners, student.with_(layer=len(layers)))
     view = aligners[0].view
-    fuser = spec.fuser.build(teachers=tuple(teachers), student=view.with_(hidden=student.hidden))
+    with attribute_errors_to(f"fuser {spec.fuser.name!r}", spec.fuser):
+        fuser = build_component(
+            spec.fuser, teachers=tuple(teachers), student=view.with_(hidden=student.hidden)
+        )
     compared = compared_losses(configs, layers, merged_layers=view.layer, student_layers=student.layer)
     losses = [build_losses(compared, aligner) for aligner in (aligners if separate else aligners[:1])]
     if rotates_targets:
@@ -141,8 +144,10 @@ def build_losses(compared: Sequence[ComparedLoss], aligner: TeacherAligner) -> l
         layer = len(loss.rows)
         with attribute_errors_to(f"kv_loss {loss.config.name!r}", loss.config):
             losses.append(
-                loss.config.build(
-                    teacher=aligner.target.with_(layer=layer), student=aligner.view.with_(layer=layer)
+                build_component(
+                    loss.config,
+                    teacher=aligner.target.with_(layer=layer),
+                    student=aligner.view.with_(layer=layer),
                 )
             )
     return losses

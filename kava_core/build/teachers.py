@@ -110,7 +110,10 @@ def make_eviction(spec: PipelineSpec, aligner: TeacherAligner) -> Eviction | Non
         return None
     who = f"the time warper of teacher {aligner.name!r}"
     parts = compared_parts(spec)
-    return Eviction(aligner.evictor, spec.latent.count, parts=parts, rotary=spec.rotary, who=who)
+    (config,) = (teacher.align.time_warper for teacher in spec.teachers if teacher.name == aligner.name)
+    return Eviction(
+        aligner.evictor, spec.latent.count, parts=parts, rotary=spec.rotary, who=who, config=config
+    )
 
 
 def check_teachers_run(spec: PipelineSpec, pipeline: KVPipeline) -> None:

@@ -22,12 +22,14 @@ def plugins(
     if format == "json":
         rows = [_fields_of_component(component) for component in registry.table()]
         failures = [vars(failure) for failure in registry.failures]
-        typer.echo(json.dumps({"components": rows, "failures": failures}, indent=2, ensure_ascii=False))
+        clashes = list(registry.clashes.values())
+        listed = {"components": rows, "failures": failures, "clashes": clashes}
+        typer.echo(json.dumps(listed, indent=2, ensure_ascii=False))
         return
     for line in _aligned_lines([_fields_of_component(component).values() for component in registry.table()]):
         typer.echo(line)
-    for failure in registry.failures:
-        typer.echo(str(failure))
+    for line in (*map(str, registry.failures), *registry.clashes.values()):
+        typer.echo(line)
 
 
 def schema(

@@ -70,7 +70,7 @@ def finish_projectors(pipeline: KVPipeline) -> None:
     """Compute every calibrated projection from what was observed."""
     for aligner in pipeline.teachers:
         if aligner.wants_calibration:
-            aligner.dim_projector.finish()
+            aligner.finish_calibration()
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def show_fuser(distiller: Distiller, batch: Mapping[str, Any]) -> None:
     student = student_cache_without_dropout(distiller, batch["student"])
     view = pipeline.teachers[0].view_of(student)
     context = pipeline.fusion_context(view, _finite_targets(distiller, batch), NO_FUSER_INPUTS)
-    pipeline.fuser.observe(context)
+    pipeline.show_fuser(context)
 
 
 @torch.no_grad()

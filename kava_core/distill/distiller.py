@@ -329,7 +329,7 @@ class Distiller(nn.Module):
         if self.training and isinstance(self.pipeline.fuser, Rewarded):
             total = ce.detach() * batch.denominators[LABELLED]
             labelled = batch.student["labels"][:, 1:].ne(NO_LABEL).sum().clamp_min(1)
-            self.pipeline.fuser.reward(total / labelled)
+            self.pipeline.reward_fuser(total / labelled)
 
     # teachers
 

@@ -82,8 +82,7 @@ def _imported(loaded: LoadedSpec, variants: dict[str, PipelineSpec]) -> str:
 def _import(loaded: LoadedSpec, kind: str, name: str) -> None:
     try:
         loaded.registry.get(kind, name).implementation()
-    except (Exception, SystemExit) as error:
-        # A plugin's module can raise anything while it is imported.
+    except Exception as error:
         told = str(error) if isinstance(error, KavaError) else f"{type(error).__name__}: {error}"
         origin = loaded.registry.origin(kind, name)
         raise PluginError(f"{kind} {name!r} ({origin}): {' '.join(told.split())}") from error

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from kava_core.config import ComponentConfig
 from kava_core.declarations import declaration_fault
 from kava_core.errors import KavaError
+from kava_core.kv.align.watched_call import tensors_in
 from kava_core.testing.geometries import GEOMETRIES, Sides
-from kava_core.testing.require import require, require_same
-from kava_core.testing.tensors import change_tensors, tensors_in
+from kava_core.testing.require import require, require_finite, require_same
+from kava_core.testing.tensors import change_tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -141,6 +142,15 @@ class ComponentTests:
         for tensor, (copy, version) in zip(tensors, copies, strict=True):
             unchanged = tensor._version == version and torch.equal(tensor, copy)
             require(unchanged, f"{self.who} must leave its inputs unchanged", "one was written to in place")
+
+    def test_calibrated_state_is_finite(self, config: Any) -> None:
+        """Check that what is computed from data before training holds no NaN or infinity."""
+        component = self.build(config, self.usual)
+        if not hasattr(component, "finish"):
+            return
+        for name, tensor in saved_state(component).items():
+            contract = f"after finish() {self.who} must hold finite parameters and buffers ({name})"
+            require_finite(tensor, contract)
 
     def test_works_without_gradients(self, config: Any) -> None:
         """Check that ``torch.no_grad`` changes nothing in the values."""

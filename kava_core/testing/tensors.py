@@ -1,15 +1,16 @@
-"""Draw random inputs, and visit every tensor inside what a component takes."""
+"""Draw random inputs, and change every tensor inside what a component takes."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kava_core.config import Part
+from kava_core.kv.align.watched_call import values_inside
 from kava_core.protocols.axes import Cache, Geometry
 
 
@@ -50,20 +51,11 @@ def draw_cache(
     return Cache(**tensors)
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield every tensor inside tuples, lists, mappings and dataclasses."""
-    if isinstance(value, Tensor):
-        yield value
-    else:
-        for inner in _values_inside(value).values():
-            yield from tensors_in(inner)
-
-
 def change_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Return a copy of ``value`` with every tensor inside it changed."""
     if isinstance(value, Tensor):
         return change(value)
-    inner = {key: change_tensors(entry, change) for key, entry in _values_inside(value).items()}
+    inner = {key: change_tensors(entry, change) for key, entry in values_inside(value).items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.replace(value, **inner)
     if isinstance(value, Mapping):
@@ -71,13 +63,3 @@ def change_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, tuple | list):
         return getattr(type(value), "_make", type(value))(inner.values())
     return value
-
-
-def _values_inside(value: Any) -> Mapping[Any, Any]:
-    if isinstance(value, Mapping):
-        return value
-    if isinstance(value, tuple | list):
-        return dict(enumerate(value))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    return {}

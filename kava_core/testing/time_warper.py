@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from kava_core.config import Part
+from kava_core.errors import KavaError
+from kava_core.kv.align.boundaries import plan_time
 from kava_core.protocols.axes import Cache, Geometry
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.time_warper import Evictor
@@ -95,6 +97,16 @@ class TimeWarperTests(ComponentTests):
             require(valid.dtype == torch.bool, "validity must be bool", f"it is {valid.dtype}")
             padded = int((valid & ~student.mask).sum())
             require(padded == 0, "the student's padding must not be valid", f"{padded} positions are")
+
+    def test_border_accepts_the_map(self, config: Any, length: tuple[int, int]) -> None:
+        """Check what kava checks in every run: starts, indices inside their own example, real positions."""
+        component = self.build(config, self.usual)
+        for padding in self.paddings:
+            teacher, student = self.timelines(length, padding, extra=2)
+            try:
+                plan_time(component, teacher, student)
+            except KavaError as error:
+                require(False, "kava must accept the map at its border", str(error))
 
     def test_rows_are_means(self, config: Any, length: tuple[int, int]) -> None:
         """Check that valid positions read real ones with weights that sum to 1, and others nothing."""

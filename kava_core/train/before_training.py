@@ -36,13 +36,11 @@ def calibrate_components(distiller: Distiller, data: Data, spec: PipelineSpec, d
     if isinstance(pipeline.fuser, ObservesTeachers):
         for batch in _calibration_batches(distiller, data, spec, device):
             show_fuser(distiller, batch)
-        pipeline.fuser.finish()
-    losses = pipeline.observing_losses
-    if losses:
+        pipeline.finish_fuser()
+    if pipeline.observes_caches:
         for batch in _calibration_batches(distiller, data, spec, device):
             show_losses(distiller, batch)
-        for loss in losses:
-            loss.finish()
+        pipeline.finish_losses()
 
 
 def set_loss_weights(distiller: Distiller, data: Data, spec: PipelineSpec, device: torch.device) -> None:

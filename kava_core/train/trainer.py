@@ -25,6 +25,7 @@ from transformers.trainer import SCHEDULER_NAME
 
 from kava_core.distill.distiller import Distiller
 from kava_core.errors import KavaError, NonFiniteError, SpecError
+from kava_core.kv.align.finite import raise_unread_faults
 from kava_core.latent.curriculum import latents_at
 from kava_core.models.fsdp import (
     average_gradients,
@@ -228,6 +229,7 @@ class KavaTrainer(Trainer):
             average_gradients(self.distiller.pipeline)
         norm = gathered_tensor(super()._clip_grad_norm(model))
         self._term_means.steps += 1
+        raise_unread_faults()
         finite = torch.isfinite(self._term_means.sums["loss"])
         if not self.args.fp16:  # with fp16 an infinite gradient makes the scaler skip the step
             finite = finite & torch.isfinite(torch.as_tensor(norm, device=finite.device))

@@ -139,6 +139,15 @@ def test_check_stops_at_the_level_that_fails(capsys: pytest.CaptureFixture[str])
             "component 'acme': cannot import 'acme_loss_impl:Acme': RuntimeError: no driver",
         ),
         (
+            "import sys; sys.exit(0)",
+            "component 'acme': cannot import 'acme_loss_impl:Acme': SystemExit: 0 at acme_loss_impl.py:1",
+        ),
+        (
+            "raise KeyboardInterrupt('mine')",
+            "component 'acme': cannot import 'acme_loss_impl:Acme': "
+            "KeyboardInterrupt: mine at acme_loss_impl.py:1",
+        ),
+        (
             "other = 1",
             "component 'acme': cannot import 'acme_loss_impl:Acme': "
             "AttributeError: module 'acme_loss_impl' has no attribute 'Acme'",

@@ -47,6 +47,8 @@ FAULTS = [
     ("HalfSum", "test_sums_are_at_least_float32", r"must be torch.float32; it is torch.bfloat16"),
     ("WrongView", "test_views_agree", r"must have equal layers and heads"),
     ("DroppedFold", "test_fold_is_attached", r"fold must keep every number of the student"),
+    ("ReadsNeighbour", "test_border_accepts_the_map", r"index of the TimeMap must be from 0 .*, not -1"),
+    ("DividesByNothing", "test_calibrated_state_is_finite", r"must hold finite parameters and buffers"),
     ("ReadsPadding", "test_rows_are_means", r"the teacher's padding must have weight 0"),
     ("BatchLength", "test_examples_are_independent", r"must not depend on the others of its batch"),
     ("SumsToTwo", "test_rows_are_means", r"weights must sum to 1; the sums are \[2.0, 2.0, 2.0\]"),

@@ -11,6 +11,7 @@ from typing import Literal
 
 import pytest
 
+from kava_core import processes
 from kava_core.config import KVLossConfig
 from kava_core.declarations import declaration_fault
 from kava_core.errors import PluginError, SpecError
@@ -101,7 +102,10 @@ def test_table_is_ordered_by_hook_and_name() -> None:
     ("source", "reason"),
     [
         ("raise ValueError('two\\nlines')", "ValueError: two lines"),
-        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("raise SystemExit(3)", "SystemExit: 3 at acme_bad.py:1"),
+        ("import sys\nsys.exit(0)", "SystemExit: 0 at acme_bad.py:2"),
+        ("\nraise KeyboardInterrupt", "KeyboardInterrupt: no message at acme_bad.py:2"),
+        ("class Odd(BaseException): ...\nraise Odd('x')", "Odd: x at acme_bad.py:2"),
         ("import not_there_at_all", "ModuleNotFoundError: No module named 'not_there_at_all'"),
         ("def broken(:", "SyntaxError: invalid syntax (acme_bad.py, line 1)"),
         (
@@ -184,16 +188,26 @@ def test_unknown_kind() -> None:
     )
 
 
-def test_two_third_parties_with_one_name(install: Install) -> None:
+def test_a_name_of_two_third_parties_fails_only_where_it_is_used(install: Install) -> None:
     install("acme-maps", GOOD)
     install("zeta-maps", GOOD, version="3")
-    with pytest.raises(PluginError) as caught:
-        Registry.build()
-    assert str(caught.value) == (
+    registry = Registry.build()
+    clash = (
         "layer_mapper 'ours' is registered by acme-maps 1.2 and by zeta-maps 3; "
         "uninstall one or name it in KAVA_DISABLE_PLUGINS"
     )
+    with pytest.raises(PluginError) as caught:
+        registry.get("layer_mapper", "ours")
+    assert str(caught.value) == clash
+    assert registry.clashes == {("layer_mapper", "ours"): clash}
+    assert registry.names("layer_mapper") == ["chosen", "cka", "last_aligned", "learned", "ratio"]
     assert Registry.build(disabled=["zeta_maps"]).origin("layer_mapper", "ours") == "acme-maps 1.2"
+
+
+def test_ctrl_c_during_an_import_stops_kava(install: Install) -> None:
+    install("acme-slow", "import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    with pytest.raises(KeyboardInterrupt):
+        Registry.build()
 
 
 def test_two_distributions_with_one_entry_name(install: Install) -> None:
@@ -213,10 +227,25 @@ def test_built_ins_cannot_be_shadowed(install: Install) -> None:
     )
 
 
-def test_what_a_plugin_prints_is_dropped(install: Install, capfd: pytest.CaptureFixture[str]) -> None:
-    install("acme-loud", "print('hello')\n" + dedent(GOOD))
+def test_what_a_plugin_writes_goes_to_stderr(install: Install, capfd: pytest.CaptureFixture[str]) -> None:
+    """By print, to the descriptor itself, and from another process."""
+    loud = "import os\nprint('one')\nos.write(1, b'two\\n')\nos.system('echo three')\n"
+    install("acme-loud", loud + dedent(GOOD))
     assert "ours" in Registry.build().names("layer_mapper")
-    assert capfd.readouterr().out == ""
+    print("after")
+    captured = capfd.readouterr()
+    assert captured.out == "after\n"
+    assert {"one", "two", "three"} <= set(captured.err.split())
+
+
+def test_a_plugin_that_takes_long_is_named(
+    install: Install, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "SLOW_IMPORT_SECONDS", 0.05)
+    install("acme-slow", "import time\ntime.sleep(0.3)\n" + dedent(GOOD))
+    assert "ours" in Registry.build().names("layer_mapper")
+    told = capfd.readouterr().err
+    assert told == "plugin acme-slow:main: its import has taken 0.05 s and goes on; Ctrl-C stops kava\n"
 
 
 @pytest.mark.parametrize("disabled", ["acme-maps", "Acme_Maps", "acme.maps:main", "*", "other, acme-maps"])

@@ -200,7 +200,7 @@ class PreparedVariant:
             with without_autocast(self.device):
                 time_map = plan_time_map(aligner, teacher_side, batch["student"])
                 aligner.observe(teacher_cache, student_cache, time_map)
-        aligner.dim_projector.finish()
+        aligner.finish_calibration()
 
 
 def plan_time_map(aligner: TeacherAligner, teacher: Side, student: Side) -> TimeMap:

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from kava_core.config import Part
-from kava_core.kv.align.boundaries import adapt_heads, fold_heads, project_dim, require_shape, warp_time
+from kava_core.errors import NonFiniteError
+from kava_core.kv.align.boundaries import (
+    adapt_heads,
+    finish_component,
+    fold_heads,
+    project_dim,
+    show_component,
+    warp_time,
+)
 from kava_core.kv.align.components import AlignmentComponents
+from kava_core.kv.align.finite import assert_finite, has_numbers_at_hand, raise_if
 from kava_core.kv.align.per_layer import component_at_layer
 from kava_core.kv.align.stage_order import Commuting, Stage, StageExtents, cheapest_order
 from kava_core.protocols.axes import Cache, Geometry
@@ -19,7 +30,12 @@ from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.time_warper import Evictor
 from kava_core.protocols.timeline import Timeline
 
-AXES = "batch layer head time dim"
+KIND_OF_STAGE: dict[Stage, str] = {
+    "heads": "head_adapter",
+    "time": "time_warper",
+    "width": "dim_projector",
+}
+"""The kind of component that does a stage."""
 
 
 class TeacherAligner(nn.Module):
@@ -116,21 +132,20 @@ class TeacherAligner(nn.Module):
             return warp_time(time_map, x, time=time_map.valid.shape[1])
 
     def _adapt(self, x: Tensor, part: Part, row: int | None = None) -> Tensor:
-        batch, _, _, time, dim = x.shape
+        dim = x.shape[4]
         layer = self.adapted.layer if row is None else 1
         head = self.adapted.heads(part)
         # The width may have been projected before.
         dim = self.adapted.dim if dim == self.moved.dim else dim
         with self._errors_of("head_adapter"):
             adapter = component_at_layer(self.head_adapter, row)
-            adapted = adapt_heads(adapter, x, part, layer=layer, head=head, dim=dim)
-            return require_shape(adapted, (batch, layer, head, time, dim), AXES)
+            return adapt_heads(adapter, x, part, layer=layer, head=head, dim=dim)
 
     def _project(self, x: Tensor, part: Part, row: int | None = None) -> Tensor:
         with self._errors_of("dim_projector"):
             projector = component_at_layer(self.dim_projector, row)
-            projected = project_dim(projector, self._before_width(x, part), part, dim=self.projected.dim)
-            return require_shape(projected, (*x.shape[:4], self.projected.dim), AXES)
+            scaled = self._before_width(x, part)
+            return project_dim(projector, scaled, part, dim=self.projected.dim)
 
     def _before_width(self, x: Tensor, part: Part) -> Tensor:
         """Return what the projector is given: queries keep the scale of their model's attention.
@@ -213,7 +228,8 @@ class TeacherAligner(nn.Module):
             cache: the layers in ``sources``, each part ``batch t_layer t_head t_time t_dim``.
             time_map: of the batch.
         """
-        cache = cache.map(lambda x, _: self.layer_map(x))
+        with self._errors_of("layer_mapper"):
+            cache = cache.map(lambda x, _: self.layer_map(x))
         yield "layers", cache
         orders = {part: self.stages(part, x.shape[3], time_map) for part, x in cache.items()}
         for stages_now in zip(*orders.values(), strict=True):
@@ -231,6 +247,7 @@ class TeacherAligner(nn.Module):
             time_map: of the batch.
         """
         *_, (_, target) = self.steps(cache, time_map)
+        self._check_target(target, cache, time_map)
         return target
 
     def align_layer(self, sources: Cache, time_map: TimeMap, row: int) -> Cache:
@@ -244,11 +261,44 @@ class TeacherAligner(nn.Module):
         """
         target = {}
         for part, x in sources.items():
-            x = self.layer_map.mix_row(x, row)
-            for stage in self.stages(part, x.shape[3], time_map):
-                x = self.apply_stage(stage, x, part, time_map, row)
-            target[part] = x
+            *_, (_, target[part]) = self._kinds_and_results(x, part, time_map, row)
+        self._check_target(Cache(**target), sources, time_map, row)
         return Cache(**target)
+
+    def _kinds_and_results(
+        self, x: Tensor, part: Part, time_map: TimeMap, row: int | None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield what every component makes of one part, in order, with the component's kind."""
+        with self._errors_of("layer_mapper"):
+            x = self.layer_map(x) if row is None else self.layer_map.mix_row(x, row)
+        yield "layer_mapper", x
+        for stage in self.stages(part, x.shape[3], time_map):
+            x = self.apply_stage(stage, x, part, time_map, row)
+            yield KIND_OF_STAGE[stage], x
+
+    # values
+
+    def _check_target(self, target: Cache, cache: Cache, time_map: TimeMap, row: int | None = None) -> None:
+        """Refuse a target that holds NaN or infinity, and name the component that made the first of them.
+
+        On a GPU, where this is told late, the teacher and the layers are named.
+        """
+        where = f"the aligned cache of teacher {self.name!r}"
+        try:
+            assert_finite(target, time_map.valid, where, first_layer=row or 0)
+        except NonFiniteError:
+            self._name_source_of_non_finite(cache, time_map, row)
+            raise
+
+    @torch.no_grad()
+    def _name_source_of_non_finite(self, cache: Cache, time_map: TimeMap, row: int | None) -> None:
+        for part, given in cache.items():
+            for kind, made in self._kinds_and_results(given, part, time_map, row):
+                if bool(torch.isfinite(given).all()) and not bool(torch.isfinite(made).all()):
+                    with self._errors_of(kind):
+                        layers = [row] if row is not None else _layers_with_non_finite(made)
+                        raise NonFiniteError(f"returned NaN or infinity for finite {part}, layers {layers}")
+                given = made
 
     # the student's side
 
@@ -261,7 +311,26 @@ class TeacherAligner(nn.Module):
                 all.
         """
         to_view = self._lift if self.lifts else self._fold
-        return student.map(lambda x, part: to_view(x, part, row))
+        return student.map(lambda x, part: self._finite_view(to_view(x, part, row), x))
+
+    def _finite_view(self, view: Tensor, own: Tensor) -> Tensor:
+        """Return a view of the student's cache; NaN or infinity in it must have been there before."""
+        if view is own or view.is_meta:
+            return view
+        is_bad = ~torch.isfinite(view.detach().sum())
+        if has_numbers_at_hand(view) and not is_bad:
+            return view
+        is_bad = is_bad & torch.isfinite(own.detach().sum())
+        kinds = ["head_adapter", "dim_projector"] if self.lifts else ["head_adapter"]
+
+        def make_error(_: list[int]) -> NonFiniteError:
+            return NonFiniteError("returned NaN or infinity for the student's finite cache")
+
+        with ExitStack() as stack:
+            for kind in kinds:
+                stack.enter_context(self._errors_of(kind))
+            raise_if(is_bad[None], make_error)
+        return view
 
     def _lift(self, x: Tensor, part: Part, row: int | None = None) -> Tensor:
         time = x.shape[3]
@@ -284,13 +353,38 @@ class TeacherAligner(nn.Module):
             time_map: of the batch; only positions it marks as valid are used.
         """
         for (part, theirs), (_, own) in zip(teacher.items(), student.items(), strict=True):
-            theirs = self.layer_map(theirs)
+            with self._errors_of("layer_mapper"):
+                theirs = self.layer_map(theirs)
             if self.lifts:
                 projected_side = self._adapt(own, part)
                 other_side = self._fold(self._warp(theirs, time_map), part)
             else:
                 projected_side = self._warp(self._adapt(theirs, part), time_map)
                 other_side = self._fold(own, part)
+            self._check_shown(projected_side, other_side, time_map.valid, part)
             with self._errors_of("dim_projector"):
                 seen = self._before_width(projected_side, part)
-                self.dim_projector.observe(seen, other_side, time_map.valid, part)
+                show_component(self.dim_projector, seen, other_side, time_map.valid, part)
+
+    def _check_shown(
+        self, projected_side: Tensor, other_side: Tensor, valid: Bool[Tensor, "batch time"], part: Part
+    ) -> None:
+        """Refuse NaN and infinity, which calibration would spread over everything."""
+        teacher_side, own_side = projected_side, other_side
+        if self.lifts:
+            teacher_side, own_side = other_side, projected_side
+        where = f"calibration: the aligned cache of teacher {self.name!r}"
+        assert_finite(Cache(**{part: teacher_side}), valid, where)
+        assert_finite(Cache(**{part: own_side}), valid, "calibration: the student's cache")
+
+    def finish_calibration(self) -> None:
+        """Let the projector compute its projection from everything observed."""
+        with self._errors_of("dim_projector"):
+            finish_component(self.dim_projector)
+
+
+def _layers_with_non_finite(x: Float[Tensor, "batch layer head time dim"]) -> list[int]:
+    where: list[int] = (
+        (~torch.isfinite(x)).any(dim=4).any(dim=3).any(dim=2).any(dim=0).nonzero().flatten().tolist()
+    )
+    return where

@@ -12,10 +12,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from kava_core.config import Part
+from kava_core.config import ComponentConfig, Part
 from kava_core.errors import SpecError
-from kava_core.kv.align.boundaries import attribute_errors_to, require_shape
+from kava_core.kv.align.boundaries import attribute_errors_to
 from kava_core.kv.align.layer_map import LayerMap
+from kava_core.kv.align.returned import require_evictions
+from kava_core.kv.align.watched_call import call_component
 from kava_core.kv.capture.rotation import Rotation
 from kava_core.kv.maths.masks import widen, without_autocast
 from kava_core.protocols.axes import PARTS, Cache
@@ -32,6 +34,7 @@ class Eviction:
         parts: which of keys, values and queries the losses compare.
         rotary: as in the spec; with ``keep`` the kept keys stay rotated.
         who: how errors name the evictor.
+        config: its declaration, for error notes; None: they name no distribution.
     """
 
     def __init__(
@@ -42,7 +45,9 @@ class Eviction:
         parts: tuple[Part, ...],
         rotary: Literal["strip", "keep", "match"],
         who: str,
+        config: ComponentConfig | None = None,
     ) -> None:
+        self.config = config
         self.evictor, self.slots, self.parts, self.who = evictor, slots, parts, who
         self.seen = tuple(part for part in PARTS if part in {*parts, *evictor.reads})
         """Parts to capture."""
@@ -70,9 +75,10 @@ class Eviction:
 
     def _choose_positions(self, cache: Cache, timeline: Timeline) -> Int[Tensor, "batch t_layer t_head _"]:
         heads = cache.pick(tuple(part for part in self.seen if part != "queries")).any.shape[:3]
-        with attribute_errors_to(self.who):
-            positions = self.evictor.choose(cache, timeline, self.slots)
-            return require_shape(positions, (*heads, self.slots), "batch t_layer t_head slot")
+        with attribute_errors_to(self.who, self.config):
+            positions = call_component(self.evictor, cache, timeline, self.slots, method="choose")
+            filled = filled_slots(timeline, self.slots)
+            return require_evictions(positions, (*heads, self.slots), timeline, filled)
 
     @torch.no_grad()
     def scores(self, cache: Cache, side: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -88,8 +94,9 @@ class Eviction:
         """
         if not isinstance(self.evictor, Scores):
             return {}
-        with without_autocast(cache.any.device), attribute_errors_to(self.who):
-            return self.evictor.scores(cache, Timeline.from_batch(side))
+        timeline = Timeline.from_batch(side)
+        with without_autocast(cache.any.device), attribute_errors_to(self.who, self.config):
+            return call_component(self.evictor, cache, timeline, method="scores")
 
 
 def evicted_cache(

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kava_core.errors import PluginError, SpecError
-from kava_core.kv.align.boundaries import join_layers, layer_matrix, mix_layers, require_shape
+from kava_core.kv.align.boundaries import join_layers, layer_matrix, mix_layers
+from kava_core.kv.align.returned import require_device, require_means
 from kava_core.protocols.axes import Geometry
 from kava_core.protocols.layer_mapper import LayerMapper
 
@@ -49,9 +50,12 @@ class LayerMap(nn.Module):
         self.learned = any(parameter.requires_grad for parameter in mapper.parameters())
         self.register_buffer("rows", torch.tensor(layers, dtype=torch.long), persistent=False)
         with torch.no_grad():
-            matrix = layer_matrix(mapper, teacher=teacher, student=student)
-            matrix = require_shape(matrix, (student.layer, teacher.layer), "layer t_layer")[list(layers)]
-        _assert_rows_are_means(matrix)
+            whole = layer_matrix(mapper, teacher=teacher, student=student)
+            if whole.is_meta:
+                raise PluginError("returned a tensor on meta, must hold numbers")
+            matrix = whole[list(layers)]
+        self.teacher, self.student = teacher, student
+        require_means(matrix, layers, may_be_empty=True)
         self.sources = self._sources(matrix, layers)
         self.register_buffer("columns", torch.tensor(self.sources, dtype=torch.long), persistent=False)
         matrix = matrix[:, list(self.sources)]
@@ -89,6 +93,15 @@ class LayerMap(nn.Module):
             return tuple(map(tuple, self.pick.view(len(matrix), self.joined).tolist()))
         return tuple(tuple(row.nonzero().flatten().tolist()) for row in matrix)
 
+    def _current_matrix(self, x: Tensor) -> Float[Tensor, "layer t_layer"]:
+        """Return the rows of all wanted student layers, which read captured layers alone."""
+        matrix = layer_matrix(self.mapper, teacher=self.teacher, student=self.student)
+        require_device(matrix, x.device)
+        matrix = matrix.index_select(0, self.rows)
+        # A weight of a layer that was not captured would be lost.
+        require_means(matrix.index_select(1, self.columns), self.rows)
+        return matrix
+
     def mix_row(
         self, x: Float[Tensor, "batch t_layer head time _"], row: int
     ) -> Float[Tensor, "batch 1 head time dim"]:
@@ -101,21 +114,14 @@ class LayerMap(nn.Module):
         if self.single:
             return x if self.joined == 1 else join_layers(x, 1)
         columns = self.columns[list(self.reads[row])]
-        return mix_layers(x, self.mapper()[self.rows[row], columns][None])
+        return mix_layers(x, self._current_matrix(x)[row][columns][None])
 
     def forward(
         self, x: Float[Tensor, "batch t_layer head time _"]
     ) -> Float[Tensor, "batch layer head time dim"]:
         """Return all wanted student layers; ``x`` holds the teacher layers in ``sources``, in that order."""
         if not self.single:
-            return mix_layers(x, self.mapper().index_select(0, self.rows).index_select(1, self.columns))
+            return mix_layers(x, self._current_matrix(x).index_select(1, self.columns))
         if not self.whole:
             x = x.index_select(1, self.pick)
         return x if self.joined == 1 else join_layers(x, len(self.rows))
-
-
-def _assert_rows_are_means(matrix: Float[Tensor, "layer t_layer"]) -> None:
-    sums = matrix.sum(1)
-    read = matrix.ne(0).any(1)
-    if bool((matrix < 0).any()) or not torch.allclose(sums[read], torch.ones_like(sums[read]), atol=1e-4):
-        raise PluginError(f"rows must be at least 0 and sum to 1, not {[round(s, 4) for s in sums.tolist()]}")

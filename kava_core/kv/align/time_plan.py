@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kava_core.config import ComponentConfig
 from kava_core.errors import PluginError, SpecError
-from kava_core.kv.align.boundaries import attribute_errors_to, plan_time
+from kava_core.kv.align.boundaries import attribute_errors_to, build_component, plan_time
 from kava_core.protocols.axes import Geometry
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.time_warper import Evictor
@@ -67,7 +67,7 @@ class TimePlan(nn.Module):
         if config is None:
             return None
         with self._errors_of(field):
-            warper: nn.Module = config.build(teacher=teacher, student=student)
+            warper: nn.Module = build_component(config, teacher=teacher, student=student)
             if any(parameter.requires_grad for parameter in warper.parameters()):
                 # Time maps are planned beside the batches, in processes that have no gradients.
                 raise PluginError("has trained parameters, but time maps pass no gradient to them")

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from kava_core import shapecheck
 from kava_core.config import ComponentConfig, KVLossConfig, Part
 from kava_core.kv.align.aligner import TeacherAligner
-from kava_core.kv.align.boundaries import attribute_errors_to, require_shape, summed_loss, teacher_weights
+from kava_core.kv.align.boundaries import (
+    attribute_errors_to,
+    chosen_teachers,
+    finish_component,
+    fuser_penalty,
+    show_component,
+    summed_loss,
+    teacher_weights,
+)
 from kava_core.kv.align.finite import assert_finite, part_at_least_float32
 from kava_core.kv.align.per_layer import component_at_layer
 from kava_core.kv.capture.rotation import Rotation
@@ -128,7 +136,7 @@ class KVPipeline(nn.Module):
         """Return for every teacher whether it runs in this forward pass."""
         if isinstance(self.fuser, Chooses) and (self.draws_teachers or self._fixed_choice is None):
             with self._errors_of_fuser():
-                self._ran = self._fixed_choice = tuple(self.fuser.choose().tolist())
+                self._ran = self._fixed_choice = chosen_teachers(self.fuser, len(self.names))
         return self._ran
 
     def empty_target(self, aligner: TeacherAligner, mask: Bool[Tensor, "batch time"]) -> Aligned:
@@ -223,7 +231,7 @@ class KVPipeline(nn.Module):
         with self._errors_of_fuser():
             weights = teacher_weights(self.fuser, context, context.valid, layer=view.any.shape[1])
             if isinstance(self.fuser, Regularised):
-                terms[ROUTER] = self.fuser.penalty(weights) / items
+                terms[ROUTER] = fuser_penalty(self.fuser, weights) / items
         if len(self.names) > 1:
             weights_of_examples = weights.detach().mean(2).sum(2) / items
             terms |= self._weight_metrics(weights_of_examples, fuser_inputs.tasks)
@@ -277,8 +285,7 @@ class KVPipeline(nn.Module):
                 # Fused, there is one target and one list of losses, but a view for every teacher, all alike.
                 for of_aligner, view, target, weight in zip(losses, views, targets, weights, strict=False):
                     inputs = inputs_of_loss(view, target, weight, rows, loss.config.parts)
-                    share = summed_loss(of_aligner[index], *inputs)  # type: ignore[index]
-                    shares.append(require_shape(share, (), ""))
+                    shares.append(summed_loss(of_aligner[index], *inputs))  # type: ignore[index]
                 terms[loss.term] = torch.stack(shares).sum()
         return terms
 
@@ -315,7 +322,7 @@ class KVPipeline(nn.Module):
             with self._errors_of_loss(loss):
                 component = component_at_layer(self.losses[teacher][index], loss.rows.index(row))  # type: ignore[index]
                 share = summed_loss(component, view.pick(parts), target.pick(parts), weight / len(loss.rows))
-                yield index, require_shape(share, (), "")
+            yield index, share
 
     # from terms to one number
 
@@ -353,14 +360,36 @@ class KVPipeline(nn.Module):
     # before training
 
     @property
-    def observing_losses(self) -> list[ObservesCaches]:
-        """Return the losses that must see data before training."""
-        return [loss for loss in self._all_losses() if isinstance(loss, ObservesCaches)]
+    def observes_caches(self) -> bool:
+        """Return whether some loss must see data before training."""
+        return any(isinstance(loss, ObservesCaches) for loss, _ in self._losses_and_declarations())
 
-    def _all_losses(self) -> Iterator[nn.Module]:
+    def _losses_and_declarations(self) -> Iterator[tuple[nn.Module, ComparedLoss]]:
         for of_aligner in self.losses:
             assert isinstance(of_aligner, nn.ModuleList)
-            yield from of_aligner
+            yield from zip(of_aligner, self.compared, strict=True)
+
+    def finish_losses(self) -> None:
+        """Let the losses that saw data compute what they need of it."""
+        for loss, compared in self._losses_and_declarations():
+            if isinstance(loss, ObservesCaches):
+                with self._errors_of_loss(compared):
+                    finish_component(loss)
+
+    def show_fuser(self, context: FusionContext) -> None:
+        """Show one batch to a fuser that must see data before training."""
+        with self._errors_of_fuser():
+            show_component(self.fuser, context)
+
+    def finish_fuser(self) -> None:
+        """Let a fuser that saw data compute what it needs of it."""
+        with self._errors_of_fuser():
+            finish_component(self.fuser)
+
+    def reward_fuser(self, value: Float[Tensor, ""]) -> None:
+        """Give a fuser that learns from it the cross-entropy of this forward pass."""
+        with self._errors_of_fuser():
+            self.fuser.reward(value)
 
     @torch.no_grad()
     def show_losses(self, student: Cache, aligned: list[Aligned]) -> None:
@@ -390,7 +419,7 @@ class KVPipeline(nn.Module):
                     own = select_layers(view, rows, loss.config.parts)
                     theirs = select_layers(target, rows, loss.config.parts)
                     with self._errors_of_loss(loss):
-                        component.observe(own, theirs, where)
+                        show_component(component, own, theirs, where)
 
     # errors
 

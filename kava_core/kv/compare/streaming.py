@@ -200,7 +200,6 @@ class _OneTeacher:
         if shapecheck.active():
             valid = self.stream.time_map.valid
             assert_finite(view, valid, f"the student's cache (compared layer {row})")
-            assert_finite(target, valid, f"the aligned cache of teacher {aligner.name!r} (layer {row})")
         yield from pipeline.losses_at_layer(self.stream.teacher, row, view, target, weight)
 
     def _collect(self, row: int, shares: list[tuple[int, Tensor]], leaves: list[Tensor]) -> None:

@@ -23,6 +23,7 @@ from kava_core.distill.distiller import LOGITS, Distiller
 from kava_core.distill.hidden_states import CODI, READING, STEPS
 from kava_core.distill.student_pass import AUX_LOSS
 from kava_core.files import replace_file, write_json
+from kava_core.kv.align.finite import raise_unread_faults
 from kava_core.kv.capture.evaluation_mode import evaluation_mode
 from kava_core.latent.student import Control
 from kava_core.runs.folder import Folder
@@ -128,6 +129,7 @@ class Evaluator:
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0) + value.double()
         own_sums = {name: value.item() for name, value in sums.items()}
+        raise_unread_faults()
         return _divide_sums(_sum_over_processes(own_sums))
 
     def _judge_answers(

@@ -11,7 +11,7 @@ import torch
 
 from kava_core.build.aligner import build_time_plan
 from kava_core.errors import PluginError
-from kava_core.kv.align.boundaries import require_shape
+from kava_core.kv.align.returned import require_shape
 from tests.support.pipeline_helpers import STUDENT, WIDE, FakeConfig, Module, fake_align
 from tests.support.repository import ROOT
 
@@ -43,11 +43,12 @@ heads|PluginError|returned shape [2, 2, 1, 9, 4], must be [2, 2, 2, 9, 4] \
 (batch 2, layer 2, head 2, time 9, dim 4)|in head_adapter 'fake', teacher 'a'
 layers|PluginError|returned shape [3, 3], must be [2, 4] (layer 2, t_layer 4)|\
 in layer_mapper 'fake', teacher 'a'
-sums|PluginError|rows must be at least 0 and sum to 1, not [2.0, 2.0]|in layer_mapper 'fake', teacher 'a'
+sums|PluginError|rows must be at least 0 and sum to 1, not [2.0, 2.0] (student layers [0, 1])|\
+in layer_mapper 'fake', teacher 'a'
 fuser|PluginError|returned shape [1, 1, 1, 1], must be [1, 2, 2, 6] \
 (teacher 1, batch 2, layer 2, time 6)|in fuser 'fake'
 negative|PluginError|weights must be at least 0, not -1|in fuser 'fake'
-loss|PluginError|returned shape [2, 2, 6], must be [] ()|in kv_loss 'fake'
+loss|PluginError|returned shape [2, 2, 6], must be a scalar|in kv_loss 'fake'
 """
 
 

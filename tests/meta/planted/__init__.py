@@ -24,6 +24,7 @@ PROJECTORS = {
         *("Cropped", "WrongAxis", "WrongDtype", "InPlace", "BatchLeak", "TimeLeak", "Detached"),
         "UnnamedLayers",
         *("FalselyLinear", "FalselyShared", "Noisy", "Forgetful", "Homesick", "PeeksAtPadding"),
+        "DividesByNothing",
     )
 }
 LOSSES = {
@@ -31,6 +32,6 @@ LOSSES = {
     for name in ("Absolute", "MaskLeak", "DetachedLoss", "HalfSum", "LayerLeak", "DetachedWeight")
 }
 ADAPTERS = {name: _declared(name) for name in ("FirstHeads", "WrongView", "DroppedFold")}
-WARPERS = {name: _declared(name) for name in ("Shift", "ReadsPadding", "BatchLength")}
+WARPERS = {name: _declared(name) for name in ("Shift", "ReadsPadding", "ReadsNeighbour", "BatchLength")}
 MAPPERS = {name: _declared(name) for name in ("First", "SumsToTwo", "Restless")}
 FUSERS = {name: _declared(name) for name in ("Equal", "Negative", "SeesMasked", "Peeks")}

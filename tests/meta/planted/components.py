@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -107,6 +109,14 @@ class PeeksAtPadding(Cropped):
         return super().forward(x, part) * self.scale.to(x.dtype)
 
 
+class DividesByNothing(PeeksAtPadding):
+    def observe(self, x, like, valid, part):
+        pass
+
+    def finish(self):
+        self.scale = self.scale / torch.zeros(())
+
+
 class Absolute(nn.Module):
     """Mean absolute difference."""
 
@@ -203,6 +213,12 @@ class Shift(nn.Module):
 class ReadsPadding(Shift):
     def first(self, mask):
         return torch.zeros(mask.shape[0], 1, dtype=torch.long)
+
+
+class ReadsNeighbour(Shift):
+    def forward(self, teacher, student):
+        time_map = super().forward(teacher, student)
+        return replace(time_map, index=time_map.index - 1)
 
 
 class BatchLength(Shift):
