@@ -11,6 +11,7 @@ from torch import Tensor
 from kava_core.config import Part
 from kava_core.distill.distiller import Distiller
 from kava_core.distill.teachers import time_map_of
+from kava_core.kv.align.finite import raise_unread_faults
 from kava_core.kv.capture.evaluation_mode import evaluation_mode
 from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.kv.compare.values import NO_FUSER_INPUTS, Aligned
@@ -67,6 +68,8 @@ def aligned_targets(
     timeline = Timeline.from_batch(batch["student"])
     pipeline = distiller.pipeline if pipeline is None else pipeline
     aligned, _ = distiller.alignment.targets.read_targets(batch["teachers"], timeline, pipeline)
+    # No step of training follows that would read them.
+    raise_unread_faults()
     return aligned
 
 
