@@ -244,7 +244,7 @@ class TeacherAligner(nn.Module):
         return target
 
     def unchecked_target(self, cache: Cache, time_map: TimeMap) -> Cache:
-        """Return what ``align`` returns, NaN and infinity included, for a report that shows where they are."""
+        """Return what ``align`` returns, NaN and infinity included, for a report of where they are."""
         *_, (_, target) = self.steps(cache, time_map)
         return target
 
