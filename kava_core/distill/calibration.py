@@ -13,7 +13,7 @@ from kava_core.distill.distiller import Distiller
 from kava_core.distill.teachers import time_map_of
 from kava_core.errors import NonFiniteError
 from kava_core.kv.align.aligner import TeacherAligner
-from kava_core.kv.align.finite import assert_finite
+from kava_core.kv.align.finite import raise_unread_faults
 from kava_core.kv.capture.evaluation_mode import evaluation_mode
 from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.kv.compare.values import NO_FUSER_INPUTS, Aligned
@@ -54,18 +54,6 @@ def _assert_finite_cache(cache: Cache, aligner: TeacherAligner, side: Mapping[st
             )
 
 
-def _finite_targets(distiller: Distiller, batch: Mapping[str, Any]) -> list[Aligned]:
-    """Return every teacher's target of a batch, which components are shown before training.
-
-    Raises:
-        NonFiniteError: one holds NaN or infinity; names the teacher and the student's layers.
-    """
-    targets = aligned_targets(distiller, batch)
-    for aligner, aligned in zip(distiller.pipeline.teachers, targets, strict=True):
-        assert_finite(aligned.target, aligned.valid, f"teacher {aligner.name!r}, aligned before training")
-    return targets
-
-
 def finish_projectors(pipeline: KVPipeline) -> None:
     """Compute every calibrated projection from what was observed."""
     for aligner in pipeline.teachers:
@@ -79,7 +67,7 @@ def show_fuser(distiller: Distiller, batch: Mapping[str, Any]) -> None:
     pipeline = distiller.pipeline
     student = student_cache_without_dropout(distiller, batch["student"])
     view = pipeline.teachers[0].view_of(student)
-    context = pipeline.fusion_context(view, _finite_targets(distiller, batch), NO_FUSER_INPUTS)
+    context = pipeline.fusion_context(view, aligned_targets(distiller, batch), NO_FUSER_INPUTS)
     pipeline.show_fuser(context)
 
 
@@ -87,7 +75,7 @@ def show_fuser(distiller: Distiller, batch: Mapping[str, Any]) -> None:
 def show_losses(distiller: Distiller, batch: Mapping[str, Any]) -> None:
     """Show one batch to the losses that must see data before training."""
     student = student_cache_without_dropout(distiller, batch["student"])
-    distiller.pipeline.show_losses(student, _finite_targets(distiller, batch))
+    distiller.pipeline.show_losses(student, aligned_targets(distiller, batch))
 
 
 def aligned_targets(
@@ -103,6 +91,8 @@ def aligned_targets(
     timeline = Timeline.from_batch(batch["student"])
     pipeline = distiller.pipeline if pipeline is None else pipeline
     aligned, _ = distiller.alignment.targets.read_targets(batch["teachers"], timeline, pipeline)
+    # No step of training follows that would read them.
+    raise_unread_faults()
     return aligned
 
 

@@ -34,12 +34,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "loss": (
         {"dim_projector": "identity"},
         {"losses": [{"name": "shared_space", "parts": ["keys"]}]},
-        "teacher 'bad', aligned before training: keys of layers [1] hold NaN or infinity at valid positions",
+        "the aligned cache of teacher 'bad': keys of layers [1] hold NaN or infinity at valid positions",
     ),
     "share": (
         {"dim_projector": "identity"},
         {"losses": [{"name": "mse", "share": 0.3}]},
-        "loss 'mse': share: a gradient is NaN or infinite before the first step",
+        "the aligned cache of teacher 'bad': keys of layers [1] hold NaN or infinity at valid positions",
     ),
     "layer mapper": (
         {"layer_mapper": {"name": "cka", "on": "keys"}},

@@ -245,9 +245,17 @@ class TeacherAligner(nn.Module):
         Args:
             cache: the layers in ``sources``, each part ``batch t_layer t_head t_time t_dim``.
             time_map: of the batch.
+
+        Raises:
+            NonFiniteError: the target holds NaN or infinity at a valid position.
         """
-        *_, (_, target) = self.steps(cache, time_map)
+        target = self.unchecked_target(cache, time_map)
         self._check_target(target, cache, time_map)
+        return target
+
+    def unchecked_target(self, cache: Cache, time_map: TimeMap) -> Cache:
+        """Return what ``align`` returns, NaN and infinity included, for a report of where they are."""
+        *_, (_, target) = self.steps(cache, time_map)
         return target
 
     def align_layer(self, sources: Cache, time_map: TimeMap, row: int) -> Cache:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kava_core.config import ComponentConfig, Part
 from kava_core.errors import NonFiniteError, PluginError, failing_frame, is_request_to_stop, one_line
-from kava_core.kv.align.finite import noted_faults, raise_if
+from kava_core.kv.align.finite import noted_faults, raise_if, raise_unread_faults
 from kava_core.kv.align.returned import (
     require_device,
     require_finite_loss,
@@ -373,6 +373,7 @@ def finish_component(component: Any) -> None:
     Raises:
         NonFiniteError: one of its parameters or buffers is NaN or infinite afterwards.
     """
+    raise_unread_faults()
     component.finish()
     state = {**dict(component.named_parameters()), **dict(component.named_buffers())}
     for name, tensor in state.items():
