@@ -1,4 +1,4 @@
-"""Tokenize texts of which some characters are a template's and some are the data's own.
+"""Split texts into tokens, where some characters are a template's and some are the data's own.
 
 Special tokens of the template are special tokens; the same characters in the data are text. Without that an
 example that mentions ``<eos>`` would end in the middle.
@@ -41,7 +41,7 @@ class TokenizedPart:
 def tokenize_parts(
     parts: Sequence[Part], tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool = True
 ) -> Iterator[TokenizedPart]:
-    """Tokenize texts; special tokens in their data's own characters are read as text.
+    """Split texts into tokens; special tokens in their data's own characters are read as text.
 
     Args:
         parts: the texts.
@@ -98,7 +98,7 @@ def _is_data(tokens: TokenizedPart, index: int, special: frozenset[int], part: P
 def _with_data_as_text(
     tokens: TokenizedPart, special: frozenset[int], part: Part, tokenizer: PreTrainedTokenizerBase
 ) -> TokenizedPart:
-    """Tokenize a text again in pieces, between those special tokens that are the template's."""
+    """Split a text again, in pieces between those special tokens that are the template's."""
     before, behind = tokens.count_leading(), len(tokens.ids) - tokens.count_trailing()
     ids, offsets = tokens.ids[:before], list(tokens.offsets[:before])
     position = 0
