@@ -29,4 +29,4 @@ def test_validation_prompts_that_are_training_prompts_and_special_tokens_are_tol
     special = (
         "student: the data's own text holds special tokens of its tokenizer, such as '<eos>', in 12 of 12"
     )
-    assert f"{special} of 12 examples; they are read as text" in told
+    assert f"{special} examples; they are read as text" in told
