@@ -15,7 +15,7 @@ from kava_core.errors import UnsupportedModelError
 from kava_core.kv.capture.attention_layers import without_adapters
 from kava_core.latent.growing_text import GrowingText, position_ids
 from kava_core.latent.tokens import LatentTokens, extend_mask
-from kava_core.models.writing import CHECKED_TOKENS, agrees, largest_difference, options_of_writing
+from kava_core.models.writing import CHECK, CHECKED_TOKENS, agrees, largest_difference, options_of_writing
 
 Control = Literal["zeroed", "shuffled"]
 """Latent tokens that know nothing: zeros, or those of the next example of the batch."""
@@ -206,11 +206,7 @@ def check_writing(
     """
     output = model.generate(
         **_start_of_answers(model, latents, before, before_mask, end=end),
-        do_sample=False,
-        max_new_tokens=CHECKED_TOKENS,
-        min_new_tokens=CHECKED_TOKENS,
-        output_logits=True,
-        return_dict_in_generate=True,
+        **CHECK,
     )
     after = F.pad(output.sequences[:, :-1], (1, 0), value=end)
     thought = refine_latents(model, latents, before, before_mask)

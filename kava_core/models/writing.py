@@ -92,6 +92,14 @@ AGREEMENT_OF_HALF = 0.5
 """Likewise for 16 bits, in which other summation orders show."""
 CHECKED_TOKENS = 3
 """Tokens that are written to compare the two ways."""
+CHECK: dict[str, Any] = {
+    "do_sample": False,
+    "max_new_tokens": CHECKED_TOKENS,
+    "min_new_tokens": CHECKED_TOKENS,
+    "output_logits": True,
+    "return_dict_in_generate": True,
+}
+"""Options of ``generate`` by which exactly so many tokens are written, and their logits returned."""
 
 
 def agrees(difference: float, model: nn.Module) -> bool:
@@ -263,11 +271,7 @@ def generate_difference(model: Any, prompts: Mapping[str, Tensor], *, pad: int) 
         input_ids=ids,
         attention_mask=mask,
         **options_of_writing(model),
-        do_sample=False,
-        max_new_tokens=CHECKED_TOKENS,
-        min_new_tokens=CHECKED_TOKENS,
-        output_logits=True,
-        return_dict_in_generate=True,
+        **CHECK,
     )
     texts, real = _padded_right(
         output.sequences, torch.cat([mask, mask.new_ones(len(mask), CHECKED_TOKENS)], 1)
