@@ -68,8 +68,8 @@ def bumpy(output: Path, **changes: object) -> object:
 
 SIGNALS = [
     (1, signal.SIGTERM),
-    (4, signal.SIGUSR1),
-    (5, signal.SIGUSR2),
+    pytest.param(4, signal.SIGUSR1, marks=pytest.mark.release),
+    pytest.param(5, signal.SIGUSR2, marks=pytest.mark.release),
     (2, signal.SIGINT),
     (3, signal.SIGHUP),
 ]
