@@ -58,6 +58,11 @@ class Text:
     """Ranges of characters that are the data's own: special tokens in them are read as any other text."""
 
     @property
+    def whole(self) -> Part:
+        """Return the text without its segments."""
+        return Part(self.text, self.from_data)
+
+    @property
     def prompt_part(self) -> Part:
         """Return the part that is given."""
         return self.part(0, self.bounds[1])

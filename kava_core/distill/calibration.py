@@ -13,7 +13,7 @@ from kava_core.distill.distiller import Distiller
 from kava_core.distill.teachers import time_map_of
 from kava_core.errors import NonFiniteError
 from kava_core.kv.align.aligner import TeacherAligner
-from kava_core.kv.align.finite import raise_unread_faults
+from kava_core.kv.align.finite import layers_not_finite, raise_unread_faults
 from kava_core.kv.capture.evaluation_mode import evaluation_mode
 from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.kv.compare.values import NO_FUSER_INPUTS, Aligned
@@ -45,7 +45,7 @@ def _assert_finite_cache(cache: Cache, aligner: TeacherAligner, side: Mapping[st
     else:  # Slots that hold no token are zero.
         valid = torch.ones_like(cache.any[:, 0, 0, :, 0], dtype=torch.bool)
     for part, x in cache.items():
-        bad_layers = (~torch.isfinite(x) & valid[:, None, None, :, None]).any(dim=(0, 2, 3, 4))
+        bad_layers = layers_not_finite(x, valid)
         if bad_layers.any():
             layers = [aligner.sources[row] for row in bad_layers.nonzero().flatten().tolist()]
             raise NonFiniteError(

@@ -22,7 +22,7 @@ from kava_core.data.examples import Example, find_answer_marker, is_correct
 from kava_core.errors import KavaError, SpecError, did_you_mean
 from kava_core.models.config import check_answer_fits
 from kava_core.models.load import load_model
-from kava_core.models.writing import Sampling, TextWriter, decode_behind, end_tokens, rows_before_end
+from kava_core.models.writing import Sampling, TextWriter, decode_behind, ends_of, rows_before_end
 from kava_core.specfile.sections.data import Template
 from kava_core.specfile.sections.losses import LogitsSpec
 from kava_core.specfile.sections.models import TeacherSpec
@@ -172,7 +172,7 @@ class _RationaleWriter:
         given = []
         for ids, mask in zip(*on_cpu.values(), strict=True):
             given += [ids[mask.bool()]] * options.count
-        ends = end_tokens(self.tokenizer, self.model.generation_config)
+        ends = ends_of(self.model)
         texts = decode_behind(self.tokenizer, given, rows_before_end(tokens, ends))
         return [texts[row * options.count : (row + 1) * options.count] for row in range(len(examples))]
 

@@ -25,7 +25,7 @@ from kava_core.errors import CheckpointError
 from kava_core.latent.collate import END, before_thought, token_id
 from kava_core.latent.student import write_answers
 from kava_core.latent.tokens import LatentTokens
-from kava_core.models.writing import end_tokens, rows_before_end, write_plainly
+from kava_core.models.writing import ends_of, rows_before_end, write_plainly
 
 WEIGHTS, SHAPE = "latent.safetensors", "latent.json"
 
@@ -97,5 +97,5 @@ class LatentStudent(nn.Module):
             end=end,
             max_new_tokens=max_new_tokens,
         )
-        rows = rows_before_end(tokens, end_tokens(self.tokenizer, self.model.generation_config))
+        rows = rows_before_end(tokens, ends_of(self.model))
         return [decode_tokens(self.tokenizer, row) for row in rows]

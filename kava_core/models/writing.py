@@ -193,7 +193,7 @@ class TextWriter:
         """Write as ``write`` does, with one pass over the whole text, padded right, for every token."""
         texts, mask = _padded_right(prompts["input_ids"], prompts["attention_mask"])
         pad = pad_or_end(self.tokenizer) or 0
-        ends = texts.new_tensor(_end_numbers(model))
+        ends = texts.new_tensor(ends_of(model))
         written = []
         open_rows = torch.ones(len(texts), dtype=torch.bool, device=texts.device)
         for _ in range(max_new_tokens):
@@ -238,7 +238,8 @@ def _chosen(logits: Tensor, sampling: Sampling | None) -> Tensor:
     return torch.multinomial((logits.float() / sampling.temperature).softmax(-1), 1).squeeze(1)
 
 
-def _end_numbers(model: Any) -> list[int]:
+def ends_of(model: Any) -> list[int]:
+    """Return the numbers of the tokens that end a text of a model whose generation settings are plain."""
     ends = model.generation_config.eos_token_id
     return [ends] if isinstance(ends, int) else list(ends or ())
 

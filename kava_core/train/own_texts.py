@@ -25,7 +25,7 @@ from kava_core.models.writing import (
     Sampling,
     TextWriter,
     decode_behind,
-    end_tokens,
+    ends_of,
     rows_before_end,
     written_tokens,
 )
@@ -141,9 +141,8 @@ class OwnTexts:
                 max_new_tokens=self.spec.max_new_tokens,
                 sampling=Sampling(self.spec.temperature, seed),
             )
-        student: Any = distiller.student
         tokenizer, template = self.collator.student_tokenizer, self.collator.template
-        ends = end_tokens(tokenizer, student.generation_config)
+        ends = ends_of(distiller.student)
         self._count_writing(ledger, prompts["attention_mask"], written_tokens(tokens, ends))
         given = [ids[mask.bool()] for ids, mask in zip(*on_cpu.values(), strict=True)]
         texts = decode_behind(tokenizer, given, rows_before_end(tokens, ends))

@@ -168,12 +168,13 @@ def _train(spec: PipelineSpec, folder: Folder) -> None:
     with StopOnSignal() as stop:
         spec, data = with_store(spec, make_data(spec, folder.spec.teachers), seed=folder.seed)
         if is_main():
-            _tell_notices(spec, data)
-            folder.check_data(data.report())
+            report = data.report()
+            _tell_notices(spec, data, report)
+            folder.check_data(report)
             folder.check_plugin_code(plugin_code(used_configs(spec)))
         spec = with_measured_maps(spec, folder.layer_maps, data, seed=folder.seed)
         if is_main():
-            folder.begin(_beginning_record(spec, folder, data))
+            folder.begin(_beginning_record(spec, folder, data, report))
         distiller = make_distiller(spec, data, seed=folder.seed)
         if is_main():
             tell_random_teachers(folder.spec)
@@ -192,19 +193,20 @@ def _train(spec: PipelineSpec, folder: Folder) -> None:
         raise Preempted(f"{folder.path}: finished; {stop.received.name} stops what comes after it")
 
 
-def _tell_notices(spec: PipelineSpec, data: Data) -> None:
-    """Print what a user should know of spec and data on stderr."""
+def _tell_notices(spec: PipelineSpec, data: Data, report: dict[str, Any]) -> None:
+    """Print what a user should know of spec and data on stderr; ``report`` is the data's."""
     for line in (*advice_on(spec), *data.notices):
         tell_once(line)
-    report = data.splits.report()
     for name, what in OVERLAPS.items():
         if report[name]:
             tell_once(f"data: {report[name]} of {len(data.splits.validation)} validation examples {what}")
 
 
-def _beginning_record(spec: PipelineSpec, folder: Folder, data: Data) -> dict[str, Any]:
-    """Return what ``run.json`` holds from the beginning of a run."""
-    record = {"data": data.report(), **run_provenance(spec)}
+def _beginning_record(
+    spec: PipelineSpec, folder: Folder, data: Data, report: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what ``run.json`` holds from the beginning of a run; ``report`` is the data's."""
+    record = {"data": report, **run_provenance(spec)}
     if data.store is not None:
         record["store"] = str(data.store.folder)
     record["pretraining_data"] = pretraining_report(folder.spec)

@@ -83,7 +83,7 @@ def encode_texts(
         SpecError: the tokenizer's offsets run backwards.
     """
     encoded: list[EncodedText | None] = []
-    tokenized = tokenize_parts([Part(text.text, text.from_data) for text in texts], tokenizer)
+    tokenized = tokenize_parts([text.whole for text in texts], tokenizer)
     for text, without_eos in zip(texts, tokenized, strict=True):
         tokens = _append_eos(without_eos, tokenizer.eos_token_id)
         fits = max_length is None or len(tokens.ids) <= max_length
@@ -122,7 +122,7 @@ def count_prefix_mismatches(
     """
     texts = [render_example(example, template) for example in examples]
     prompts = prompt_ids([text.prompt_part for text in texts], tokenizer)
-    whole_texts = tokenize_parts([Part(text.text, text.from_data) for text in texts], tokenizer)
+    whole_texts = tokenize_parts([text.whole for text in texts], tokenizer)
     mismatches = 0
     for prompt, whole in zip(prompts, whole_texts, strict=True):
         mismatches += prompt.tolist() != whole.ids[: len(prompt)]

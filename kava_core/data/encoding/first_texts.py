@@ -33,10 +33,7 @@ def notices_on_texts(
         SpecError: a text would begin with two BOS tokens, one of the template and one that the tokenizer
         adds.
     """
-    parts = []
-    for example in examples[:LOOKED_AT]:
-        text = render_example(example, template)
-        parts.append(Part(text.text, text.from_data))
+    parts = [render_example(example, template).whole for example in examples[:LOOKED_AT]]
     tokenized = list(tokenize_parts(parts, tokenizer))
     for tokens in tokenized:
         _refuse_doubled_start(tokens, tokenizer, who)

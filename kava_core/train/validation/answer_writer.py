@@ -15,7 +15,7 @@ from kava_core.data.examples import Example
 from kava_core.distill.distiller import Distiller
 from kava_core.latent.collate import END, token_id
 from kava_core.latent.student import Control, check_writing, write_answers
-from kava_core.models.writing import TextWriter, end_tokens, rows_before_end, written_tokens
+from kava_core.models.writing import TextWriter, ends_of, rows_before_end, written_tokens
 
 
 class WrittenAnswer(NamedTuple):
@@ -81,7 +81,7 @@ class AnswerWriter:
                 control=control,
             )
             passes = len(examples) * latents.rounds
-        ends = self._ends(distiller)
+        ends = ends_of(distiller.student)
         # One pass for each token, the end too.
         passes += int(written_tokens(tokens, ends).sum())
         rows = rows_before_end(tokens, ends)
@@ -91,7 +91,3 @@ class AnswerWriter:
     def _prompts(self, examples: Sequence[Example], device: torch.device) -> dict[str, Tensor]:
         prompts: dict[str, Tensor] = send_to_device(self.collator.prompts(examples)[0], device)
         return prompts
-
-    def _ends(self, distiller: Distiller) -> tuple[int, ...]:
-        student: Any = distiller.student
-        return end_tokens(self.tokenizer, student.generation_config)
