@@ -114,8 +114,8 @@ def _assert_equal_widths(aligner: TeacherAligner) -> None:
     if (target.layer, target.head, target.dim) != (view.layer, view.head, view.dim):
         raise SpecError(
             f"hidden: teacher {aligner.name!r}: states are compared at {target.layer} layers of width "
-            f"{target.dim}, the student's at {view.layer} of {view.dim}; use dim_projector calibrated, linear "
-            "or elastic"
+            f"{target.dim}, the student's at {view.layer} of {view.dim}; use dim_projector calibrated, "
+            "linear or elastic"
         )
 
 

@@ -24,9 +24,7 @@ class PlansTime:
         hidden: what aligns hidden states, if they are distilled.
     """
 
-    def __init__(
-        self, collator: Collate, pipeline: KVPipeline, hidden: AlignedStates | None = None
-    ) -> None:
+    def __init__(self, collator: Collate, pipeline: KVPipeline, hidden: AlignedStates | None = None) -> None:
         self.collator = collator
         # A teacher's caches and hidden states share one plan.
         aligners = [*pipeline.teachers, *([] if hidden is None else hidden.teachers)]

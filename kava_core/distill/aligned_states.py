@@ -72,6 +72,11 @@ class AlignedStates(nn.Module):
         return [aligner for aligner in self.aligners if isinstance(aligner, TeacherAligner)]
 
     @property
+    def layers(self) -> int:
+        """Return how many of the student's layers are compared."""
+        return len(self._student_places)
+
+    @property
     def wants_calibration(self) -> bool:
         """Return whether a projector must see data before training."""
         return any(aligner.wants_calibration for aligner in self.teachers)
@@ -151,9 +156,7 @@ class AlignedStates(nn.Module):
         assert teacher.hidden_states is not None
         states = self.teacher_states(aligner.name, teacher.hidden_states)
         states = _moved(states, timeline.mask.device).map(part_at_least_float32)
-        aligner.observe(
-            states, student.map(part_at_least_float32), time_map_of(aligner, side, timeline)
-        )
+        aligner.observe(states, student.map(part_at_least_float32), time_map_of(aligner, side, timeline))
 
     def finish_calibration(self) -> None:
         """Compute every calibrated projection from what was observed."""

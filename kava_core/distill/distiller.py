@@ -167,7 +167,7 @@ class Distiller(nn.Module):
 
     @property
     def beside_student(self) -> nn.ModuleList:
-        """Return the modules that are trained, saved and calibrated beside the student: they align and route."""
+        """Return what is trained, saved and calibrated beside the student: all that aligns and routes."""
         return nn.ModuleList([self.pipeline, *([] if self.hidden is None else [self.hidden])])
 
     # weights of terms

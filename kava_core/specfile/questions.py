@@ -34,9 +34,7 @@ def layers_of_loss(loss: KVLossConfig, student_layers: int) -> list[int]:
     return chosen_layers(loss.layers, student_layers, where=f"loss {loss.name!r}")
 
 
-def chosen_layers(
-    layers: tuple[int, ...] | Literal["all"], student_layers: int, *, where: str
-) -> list[int]:
+def chosen_layers(layers: tuple[int, ...] | Literal["all"], student_layers: int, *, where: str) -> list[int]:
     """Return the student layers that a term names, ascending from 0.
 
     Args:

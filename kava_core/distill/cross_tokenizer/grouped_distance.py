@@ -1,7 +1,7 @@
 """Compare next-token distributions of two vocabularies, group by group of tokens.
 
-Source: ULD: Boizard et al. 2024 (arXiv 2402.12030), equation 3. Groups, the chain rule and shared tokens: GOLD,
-"Unlocking On-Policy Distillation for Any Model Family" (Hugging Face, 2025), in our own form.
+Source: ULD: Boizard et al. 2024 (arXiv 2402.12030), equation 3. Groups, the chain rule and shared tokens:
+GOLD, "Unlocking On-Policy Distillation for Any Model Family" (Hugging Face, 2025), in a form of our own.
 """
 
 from __future__ import annotations
@@ -182,9 +182,7 @@ def _distance_of_texts(
     return matched.sum() + rest.sum()
 
 
-def divergence(
-    own: Float[Tensor, "_ _"], theirs: Float[Tensor, "_ _"]
-) -> Float[Tensor, " _"]:
+def divergence(own: Float[Tensor, "_ _"], theirs: Float[Tensor, "_ _"]) -> Float[Tensor, " _"]:
     """Return Σ P log(P / Q) − P + Q of log-probabilities; at least 0, whatever both sides sum to.
 
     Args:

@@ -95,14 +95,10 @@ def token_texts(tokenizer: PreTrainedTokenizerBase) -> dict[int, tuple[str, str 
 
 
 def _decode_all(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> list[str]:
-    return list(
-        tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    )
+    return list(tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _by_unique_key(
-    texts: Mapping[int, tuple[str, str | None]], *, alike: bool
-) -> dict[Hashable, int]:
+def _by_unique_key(texts: Mapping[int, tuple[str, str | None]], *, alike: bool) -> dict[Hashable, int]:
     """Return the tokens whose key no other token has, by it: the text, or with it how it is written."""
     tokens: dict[Hashable, int] = {}
     repeated: set[Hashable] = set()

@@ -132,11 +132,12 @@ def pair_by_characters(student: Mapping[str, Any], teacher: Mapping[str, Any]) -
     own, theirs = _read_side(student, labelled=True), _read_side(teacher, labelled=False)
     own_rows = np.flatnonzero(own.end > own.begin)
     t_rows = np.flatnonzero(theirs.end > theirs.begin)
+    # Every example's characters are numbered after those of the example before it.
     stride = int(max(own.end.max(initial=0), theirs.end.max(initial=0)))
-    groups = _connected_groups(
-        np.concatenate([_shifted(own.begin, own, own_rows, stride), _shifted(theirs.begin, theirs, t_rows, stride)]),
-        np.concatenate([_shifted(own.end, own, own_rows, stride), _shifted(theirs.end, theirs, t_rows, stride)]),
-    )
+    sides = ((own, own_rows), (theirs, t_rows))
+    begins = [side.begin[rows] + side.example[rows] * stride for side, rows in sides]
+    ends = [side.end[rows] + side.example[rows] * stride for side, rows in sides]
+    groups = _connected_groups(np.concatenate(begins), np.concatenate(ends))
     own_group, t_group = groups[: len(own_rows)], groups[len(own_rows) :]
     count = int(groups.max(initial=-1)) + 1
     counts = _groups_that_count(own, own_rows, own_group, count)
@@ -144,11 +145,6 @@ def pair_by_characters(student: Mapping[str, Any], teacher: Mapping[str, Any]) -
     return PairedGroups(
         _chosen_groups(own, own_rows, own_group, counts), _chosen_groups(theirs, t_rows, t_group, counts)
     )
-
-
-def _shifted(characters: Integers, side: _Side, rows: Integers, stride: int) -> Integers:
-    """Return characters of chosen tokens, every example's numbered after those of the example before it."""
-    return characters[rows] + side.example[rows] * stride
 
 
 def _connected_groups(begin: Integers, end: Integers) -> Integers:

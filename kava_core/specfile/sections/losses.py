@@ -49,8 +49,8 @@ class CrossLogitsSpec(TeachersTerm):
 
     form: Literal["spans", "sorted"] = "spans"
     """What is compared. ``sorted`` (ULD, arXiv 2402.12030): the completions' first tokens, their second ones
-    and so on, each by the L1 distance of the sorted probabilities. ``spans`` (as in TRL's GOLD): the tokens of
-    both sides that cover the same characters, whose probabilities are multiplied by the chain rule;
+    and so on, each by the L1 distance of the sorted probabilities. ``spans`` (after TRL's GOLD): the tokens
+    of both sides that cover the same characters, whose probabilities are multiplied by the chain rule;
     entries of the same text by a Kullback–Leibler divergence, the others by the sorted distance."""
     temperature: float = Field(1.0, gt=0)
     """Temperature of both distributions; above 1 they are softer. The term is multiplied by its square."""

@@ -619,9 +619,7 @@ RULES: tuple[Rule, ...] = (
         "all-online-cross-logits",
         when="`online.share: 1`",
         what="`cross_logits` is null: no token has a label",
-        broken=lambda spec: _words_if(
-            _is_all_online(spec) and spec.cross_logits is not None, "cross_logits"
-        ),
+        broken=lambda spec: _words_if(_is_all_online(spec) and spec.cross_logits is not None, "cross_logits"),
         message=_NO_LABELS,
     ),
     Rule(
