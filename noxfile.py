@@ -34,11 +34,10 @@ TORCH_FREE_TESTS = (
     *("tests/specfile", "tests/root/test_registry.py", "tests/cli/test_explained.py"),
     *("tests/data/test_chain.py", "tests/data/test_splits.py", "tests/meta/test_imports.py"),
 )
-SHAPED_ROOMS = (
-    "tests/distill",
-    "tests/kv",
-    "tests/latent/test_passes.py",
-    "tests/plugins",
+SHAPED_TESTS = (
+    "tests/kv/align",
+    "tests/kv/compare",
+    "tests/plugins/test_conformance.py",
     "tests/protocols",
 )
 """Where tensors pass from one component to another."""
@@ -53,15 +52,19 @@ CORE_TESTS = (
 
 
 def install(session: nox.Session, *what: str) -> None:
-    """torch first and pinned: unpinned it brings gigabytes of CUDA."""
-    session.install(*CONSTRAINTS, "torch")
-    session.install(*CONSTRAINTS, *what)
+    """torch first and pinned: unpinned it brings gigabytes of CUDA.
+
+    pip compiles no byte code: it would take longer than all the rest, and Python compiles what it imports.
+    """
+    session.install("--no-compile", *CONSTRAINTS, "torch")
+    session.install("--no-compile", *CONSTRAINTS, *what)
 
 
 def run_tests(session: nox.Session, *which: str, shapes: bool) -> None:
     """Run tests, all of them by default, but those of a release."""
-    switch = {"KAVA_SHAPE_CHECK": "1" if shapes else "0"}
-    session.run("pytest", "-n", "2", *which, *session.posargs, env=switch)
+    # Compiled imports are kept, or every process that a test starts would compile torch again.
+    environment = {"KAVA_SHAPE_CHECK": "1" if shapes else "0", "PYTHONDONTWRITEBYTECODE": ""}
+    session.run("pytest", "-n", "2", *which, *session.posargs, env=environment)
 
 
 def run_ruff(session: nox.Session) -> None:
@@ -80,8 +83,8 @@ def everything(session: nox.Session) -> None:
     install(session, "-e", ".[dev]")
     run_ruff(session)
     session.run("mypy")
-    run_tests(session, *SHAPED_ROOMS, shapes=True)
-    run_tests(session, *(f"--ignore={room}" for room in SHAPED_ROOMS), shapes=False)
+    run_tests(session, *SHAPED_TESTS, shapes=True)
+    run_tests(session, *(f"--ignore={tests}" for tests in SHAPED_TESTS), shapes=False)
 
 
 @nox.session(python=PYTHONS)
@@ -95,7 +98,7 @@ def tests(session: nox.Session, shapes: bool) -> None:
 @nox.session(python=PYTHONS)
 def declarative(session: nox.Session) -> None:
     """Specs, registry and imports without torch installed."""
-    session.install(*CONSTRAINTS, *TORCH_FREE)
+    session.install("--no-compile", *CONSTRAINTS, *TORCH_FREE)
     session.install("--no-deps", "-e", ".")
     run_tests(session, *TORCH_FREE_TESTS, shapes=False)
 

@@ -84,5 +84,5 @@ def build_time_plan(align: AlignSpec, *, name: str, teacher: Geometry, student: 
         name=name,
         teacher=teacher,
         student=student,
-        compares_first_token=align.first_token == "compare",
+        sinks=align.sinks,
     )

@@ -38,7 +38,7 @@ def measured_from(
         "layer_mapper": config.model_dump(mode="json", exclude={"map"}),
         "token_warper": teacher.align.token_warper and teacher.align.token_warper.model_dump(mode="json"),
         "time_warper": teacher.align.time_warper.model_dump(mode="json"),
-        "first_token": teacher.align.first_token,
+        "sinks": teacher.align.sinks,
         "template": (teacher.template or spec.data.template).model_dump(mode="json"),
         "rationale": teacher.rationale,
         "batch_size": spec.train.batch_size,

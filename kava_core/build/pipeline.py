@@ -103,6 +103,7 @@ def build_pipeline(spec: PipelineSpec, *, teachers: Mapping[str, Geometry], stud
         separate=separate,
         rotates_targets=rotates_targets,
         hidden=student.hidden,
+        student_is_latent=spec.trajectory == "latent",
     )
 
 

@@ -192,7 +192,10 @@ class TermsByLayer:
         for time_map, runs in zip(time_maps, chosen, strict=True):
             without_targets.append(Aligned(Cache(), time_map.valid if runs else valid_nowhere, runs))
         with without_autocast(student.cross_entropy.device):
-            view = pipeline.teachers[0].view_of(student.cache.map(part_at_least_float32))
+            own = student.cache.map(part_at_least_float32)
+            # A teacher's sinks show after its last layer only: too late for terms that are formed before.
+            without_targets = pipeline.without_student_sinks(without_targets, own, timeline.mask)
+            view = pipeline.teachers[0].view_of(own)
             weights, fuser_terms = pipeline.route(
                 view, without_targets, batch.denominators[TOKENS], student.fuser_inputs
             )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kava_core.config import Part
 from kava_core.distill.distiller import Distiller
-from kava_core.distill.teachers import teacher_named, time_map_of
+from kava_core.distill.teachers import teacher_named, time_map_of, token_mask
 from kava_core.errors import NonFiniteError
 from kava_core.kv.align.aligner import TeacherAligner
 from kava_core.kv.align.finite import layers_not_finite, raise_unread_faults
@@ -26,12 +26,15 @@ def calibrate_projectors(distiller: Distiller, batch: Mapping[str, Any]) -> None
     """Show one batch of teachers' and student's caches to every projector that must see data."""
     timeline = Timeline.from_batch(batch["student"])
     student = student_cache_without_dropout(distiller, batch["student"])
+    own_sinks = distiller.pipeline.student_sinks(student, timeline.mask)
     for aligner, teacher in zip(distiller.pipeline.teachers, distiller.teachers, strict=True):
         if aligner.wants_calibration:
             side = batch["teachers"][teacher.name]
             cache = teacher.cache(side).map(_as_float32)
             _assert_finite_cache(cache, aligner, side)
-            aligner.observe(cache, student, time_map_of(aligner, side, timeline))
+            time_map = time_map_of(aligner, side, timeline)
+            time_map = aligner.without_sinks(time_map, cache, token_mask(side), own_sinks)
+            aligner.observe(cache, student, time_map)
 
 
 @torch.no_grad()

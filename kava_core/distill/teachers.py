@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from kava_core.data.store.reader import decode_target
@@ -13,10 +15,14 @@ from kava_core.kv.align.streaming import align_layer_by_layer
 from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.kv.compare.values import Aligned
 from kava_core.kv.maths.masks import without_autocast
+from kava_core.kv.maths.sinks import find_sinks, leave_out, value_lengths
 from kava_core.models.teacher import Teacher, TeacherPass
+from kava_core.protocols.axes import Cache
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.timeline import Timeline
 
+TakeLayer = Callable[[int, Cache], None]
+"""Takes the place and the cache of every layer that an aligner reads."""
 Side = Mapping[str, Any]
 """The collator's tensors of one model's side of a batch."""
 
@@ -88,17 +94,37 @@ class TeacherReader:
             return Aligned(*decode_target(side)), None
         teacher, time_map = teacher_named(self.teachers, aligner.name), time_map_of(aligner, side, timeline)
         if self.by_layer:
-            passes: list[TeacherPass] = []
-
-            def run(take_layer: Any) -> None:
-                passes.append(teacher.read_by_layer(side, take_layer, keep_outputs=keep_outputs))
-
-            target = align_layer_by_layer(aligner, run, time_map)
-            return Aligned(target, time_map.valid), passes[0]
+            return self._read_target_by_layer(side, aligner, time_map, keep_outputs)
         teacher_pass = teacher.read(side, keep_outputs=keep_outputs)
         with without_autocast(timeline.mask.device):
+            time_map = aligner.without_sinks(time_map, teacher_pass.cache, token_mask(side))
             aligned = pipeline.align_with_map(aligner, teacher_pass.cache, time_map)
         return aligned, without_cache(teacher_pass)
+
+    def _read_target_by_layer(
+        self, side: Side, aligner: TeacherAligner, time_map: TimeMap, keep_outputs: bool
+    ) -> tuple[Aligned, TeacherPass]:
+        teacher = teacher_named(self.teachers, aligner.name)
+        passes: list[TeacherPass] = []
+        lengths: list[Tensor] = []
+
+        def run(take_layer: TakeLayer) -> None:
+            def take_and_measure(t_layer: int, cache: Cache) -> None:
+                if aligner.finds_sinks and cache.values is not None:
+                    lengths.append(value_lengths(cache.values))
+                take_layer(t_layer, cache)
+
+            passes.append(teacher.read_by_layer(side, take_and_measure, keep_outputs=keep_outputs))
+
+        target = align_layer_by_layer(aligner, run, time_map)
+        if lengths:  # Sinks show in all layers together, after the last one.
+            time_map = leave_out(time_map, find_sinks(torch.cat(lengths, 1), token_mask(side)))
+        return Aligned(target, time_map.valid), passes[0]
+
+
+def token_mask(side: Side) -> Bool[Tensor, "batch time"]:
+    """Return which positions of one model's side of a batch hold a token."""
+    return Timeline.from_batch(side).mask
 
 
 def without_cache(teacher_pass: TeacherPass) -> TeacherPass:

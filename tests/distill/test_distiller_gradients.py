@@ -29,7 +29,7 @@ SAME_WIDTH = {
             "name": "wide",
             "config": tiny.llama(num_hidden_layers=4, num_key_value_heads=4),
             "tokenizer": tiny.CHARS,
-            "align": {"time_warper": "identity", "dim_projector": "identity", "first_token": "compare"},
+            "align": {"time_warper": "identity", "dim_projector": "identity", "sinks": "compare"},
         }
     ],
     "target": "fused",

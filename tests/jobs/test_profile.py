@@ -204,7 +204,7 @@ def test_uniform_attention_is_told_of_trained_students_only(tmp_path: Path) -> N
 def twins(folder: Path, **changes: Any) -> PreparedVariant:
     """A teacher with the student's own weights, nothing to be projected."""
     align = {"layer_mapper": "ratio", "time_warper": "pad", "dim_projector": "identity"}
-    teachers = [ALIKE | {"align": align | {"first_token": "compare"}}]
+    teachers = [ALIKE | {"align": align | {"sinks": "compare"}}]
     student = {"config": LOUD, "tokenizer": tiny.CHARS}
     variant = prepared_variant(folder, teachers=teachers, student=student, **changes)
     variant.teachers[0].model.load_state_dict(variant.distiller.student.state_dict())

@@ -120,6 +120,7 @@ def test_a_compiled_teacher_gives_the_same_cache() -> None:
     torch.testing.assert_close(caches[1].values, caches[0].values, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.release
 def test_checkpointed_layers_stay_compiled() -> None:
     """Without the compiler's own switch for side effects every layer would fall back to eager, unsaid."""
     counts = []
@@ -144,6 +145,7 @@ def test_inductor_gives_the_same_gradients() -> None:
     agree(got, want)
 
 
+@pytest.mark.release
 def test_a_compiled_run_has_the_losses_of_another(tmp_path: Path) -> None:
     """Shape checking cannot be compiled, so both run in processes of their own."""
     (tmp_path / "spec.json").write_text(json.dumps(tiny.fields(output=str(tmp_path / "runs"))))

@@ -112,6 +112,7 @@ def test_off_nothing_is_hooked(site: Path, variable: str) -> None:
     assert found == CHECKED | {"wrapped": [False] * 6, "hooks": 0, "ours": False, "theirs": False}
 
 
+@pytest.mark.release
 def test_enabled_by_the_command_line_after_the_registry(site: Path) -> None:
     """``--check-shapes`` comes when kava is imported but no tensor half."""
     after = "from kava_core.cli.app import options; options(check_shapes=True, traceback=False)"
@@ -119,6 +120,7 @@ def test_enabled_by_the_command_line_after_the_registry(site: Path) -> None:
     assert found == CHECKED
 
 
+@pytest.mark.release
 def test_late_enabling_warns_and_names_what_is_missed(site: Path) -> None:
     found = look(site, variable="1", before="import theirs.tensors")
     assert found["theirs"] is False

@@ -83,7 +83,7 @@ def cache(
 
 def spec(*aligns: dict[str, Any], losses: list[Any], **fields: Any) -> PipelineSpec:
     """A spec with one teacher for each ``align``, called a, b, …; width passes unless said otherwise."""
-    plain = {"dim_projector": "identity", "first_token": "compare"}
+    plain = {"dim_projector": "identity", "sinks": "compare"}
     teachers = [
         {"name": "abcdef"[i], "config": tiny.llama(), "tokenizer": tiny.CHARS, "align": plain | align}
         for i, align in enumerate(aligns)

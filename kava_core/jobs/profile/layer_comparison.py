@@ -160,8 +160,8 @@ def compare_teacher_layers(
         teacher_side, student_side = batch["teachers"][name], batch["student"]
         _add_teacher_entropy(variant, index, teacher_side, before)
         with without_autocast(variant.device):
-            time_map = plan_time_map(aligner, teacher_side, student_side)
             cache = variant.alignable_teacher_cache(index, teacher_side).pick(KEYS_AND_VALUES)
+            time_map = plan_time_map(aligner, teacher_side, student_side, cache)
             target = aligner.unchecked_target(cache, time_map)
             _add_cosines(variant, aligner, target, student_side, time_map.valid, cosine_sums)
             _add_aligned_entropy(variant, aligner, target, student_side, time_map.valid, after)

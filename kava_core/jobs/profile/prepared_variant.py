@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate.utils import send_to_device
+from jaxtyping import Bool
 from torch import Tensor
 
 from kava_core.build.aligner import build_aligner
@@ -20,6 +21,7 @@ from kava_core.build.layer_maps import with_measured_maps
 from kava_core.config import Part
 from kava_core.data.dataset import split_nearly_equal
 from kava_core.distill.distiller import Distiller
+from kava_core.distill.teachers import token_mask
 from kava_core.errors import SpecError
 from kava_core.kv.align.aligner import TeacherAligner
 from kava_core.kv.align.finite import part_at_least_float32
@@ -198,14 +200,32 @@ class PreparedVariant:
             student_cache = self.compared_student_cache(batch["student"]).pick(KEYS_AND_VALUES)
             student_cache = student_cache.map(part_at_least_float32)
             with without_autocast(self.device):
-                time_map = plan_time_map(aligner, teacher_side, batch["student"])
+                own_sinks = self.pipeline.student_sinks(student_cache, token_mask(batch["student"]))
+                time_map = plan_time_map(aligner, teacher_side, batch["student"], teacher_cache, own_sinks)
                 aligner.observe(teacher_cache, student_cache, time_map)
         aligner.finish_calibration()
 
 
-def plan_time_map(aligner: TeacherAligner, teacher: Side, student: Side) -> TimeMap:
-    """Return where the teacher's positions of a batch go."""
-    return aligner.plan(Timeline.from_batch(teacher), Timeline.from_batch(student))
+def plan_time_map(
+    aligner: TeacherAligner,
+    teacher: Side,
+    student: Side,
+    cache: Cache | None = None,
+    student_sinks: Bool[Tensor, "batch time"] | None = None,
+) -> TimeMap:
+    """Return where the teacher's positions of a batch go.
+
+    Args:
+        aligner: of this teacher.
+        teacher: its side of the batch.
+        student: the student's.
+        cache: the teacher's, by which its attention sinks are left out; None: first tokens alone are.
+        student_sinks: to leave out as well.
+    """
+    time_map = aligner.plan(Timeline.from_batch(teacher), Timeline.from_batch(student))
+    if cache is None:
+        return time_map
+    return aligner.without_sinks(time_map, cache, token_mask(teacher), student_sinks)
 
 
 def _text_fields(side: Side) -> dict[str, Tensor]:

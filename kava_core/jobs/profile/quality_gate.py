@@ -156,7 +156,7 @@ def _arm_targets(
     targets = []
     with without_autocast(variant.device):
         for name, arm_aligner, arm_side, arm_cache in arms:
-            time_map = plan_time_map(arm_aligner, arm_side, batch["student"])
+            time_map = plan_time_map(arm_aligner, arm_side, batch["student"], arm_cache)
             target = arm_aligner.unchecked_target(arm_cache, time_map)
             targets.append(_ArmTarget(name, arm_aligner, target, time_map.valid))
     return targets

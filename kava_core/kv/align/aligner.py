@@ -24,6 +24,7 @@ from kava_core.kv.align.components import AlignmentComponents
 from kava_core.kv.align.finite import assert_finite, has_numbers_at_hand, raise_if
 from kava_core.kv.align.per_layer import component_at_layer
 from kava_core.kv.align.stage_order import Commuting, Stage, StageExtents, cheapest_order
+from kava_core.kv.maths.sinks import leave_out, sinks_of
 from kava_core.protocols.axes import Cache, Geometry
 from kava_core.protocols.dim_projector import Calibrated
 from kava_core.protocols.time_map import TimeMap
@@ -115,6 +116,11 @@ class TeacherAligner(nn.Module):
         """
         return self.time_plan.evictor
 
+    @property
+    def finds_sinks(self) -> bool:
+        """Return whether attention sinks behind the first token are looked for in captured values."""
+        return self.time_plan.finds_sinks
+
     def plan(self, teacher: Timeline, student: Timeline) -> TimeMap:
         """Plan the time map of a batch.
 
@@ -124,6 +130,25 @@ class TeacherAligner(nn.Module):
         """
         planned: TimeMap = self.time_plan(teacher, student)
         return planned
+
+    def without_sinks(
+        self,
+        time_map: TimeMap,
+        cache: Cache,
+        mask: Bool[Tensor, "batch t_time"],
+        student_sinks: Bool[Tensor, "batch time"] | None = None,
+    ) -> TimeMap:
+        """Return the map without attention sinks, if they are left out.
+
+        Args:
+            time_map: of the batch.
+            cache: the teacher's; positions that read its sinks are left out.
+            mask: which of the teacher's positions hold a token.
+            student_sinks: which of the student's positions are sinks; None: none.
+        """
+        if not self.finds_sinks:
+            return time_map
+        return leave_out(time_map, sinks_of(cache, mask), student_sinks)
 
     # one stage
 

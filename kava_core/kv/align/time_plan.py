@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Literal
 
-import torch
-from jaxtyping import Bool
-from torch import Tensor, nn
+from torch import nn
 
 from kava_core.config import ComponentConfig
 from kava_core.errors import PluginError, SpecError
 from kava_core.kv.align.boundaries import attribute_errors_to, build_component, plan_time
+from kava_core.kv.maths.sinks import is_first_token, leave_out
 from kava_core.protocols.axes import Geometry
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.time_warper import Evictor
-from kava_core.protocols.timeline import PROMPT, Timeline
+from kava_core.protocols.timeline import Timeline
 
+Sinks = Literal["leave_out", "leave_out_first", "compare"]
+"""What a spec does with attention sinks."""
 WarperField = Literal["token_warper", "time_warper"]
 """The two places of a spec's ``align`` section that hold a time warper."""
 
@@ -34,7 +34,8 @@ class TimePlan(nn.Module):
         name: the teacher's name, for error notes.
         teacher: the teacher's geometry.
         student: the student's geometry.
-        compares_first_token: whether the first token of a text is compared like any other.
+        sinks: what has no target. ``leave_out``: first tokens, and attention sinks found in captured values;
+            ``leave_out_first``: first tokens; ``compare``: nothing.
 
     Raises:
         PluginError: a warper has parameters that want to be trained.
@@ -48,10 +49,10 @@ class TimePlan(nn.Module):
         name: str,
         teacher: Geometry,
         student: Geometry,
-        compares_first_token: bool = True,
+        sinks: Sinks = "compare",
     ) -> None:
         super().__init__()
-        self.compares_first_token = compares_first_token
+        self.sinks = sinks
         self._configs = dict(warpers)
         self._name = name
         for field in ("token_warper", "time_warper"):
@@ -86,9 +87,14 @@ class TimePlan(nn.Module):
     def forward(self, teacher: Timeline, student: Timeline) -> TimeMap:
         """Return the map of a batch, for timelines on one device."""
         time_map = self._plan(teacher, student)
-        if self.compares_first_token or self.evictor is not None:  # an evictor keeps reasoning tokens alone
+        if self.sinks == "compare" or self.evictor is not None:  # an evictor keeps reasoning tokens alone
             return time_map
-        return without_first_tokens(time_map, teacher, student)
+        return leave_out(time_map, is_first_token(teacher), is_first_token(student))
+
+    @property
+    def finds_sinks(self) -> bool:
+        """Return whether attention sinks behind the first token are looked for in captured values."""
+        return self.sinks == "leave_out" and self.evictor is None
 
     def _plan(self, teacher: Timeline, student: Timeline) -> TimeMap:
         if self.token_warper is None:
@@ -99,26 +105,3 @@ class TimePlan(nn.Module):
     def _plan_with(self, field: WarperField, teacher: Timeline, student: Timeline) -> TimeMap:
         with self._errors_of(field):
             return plan_time(getattr(self, field), teacher, student)
-
-
-def without_first_tokens(time_map: TimeMap, teacher: Timeline, student: Timeline) -> TimeMap:
-    """Return the map without the student's first token, and without positions that read the teacher's.
-
-    The first token of a text is an attention sink: massive keys and tiny values, of every model's own kind. A
-    latent token is no such token, even if it is the first that is compared.
-
-    Source: Xiao et al. 2023, arXiv 2309.17453 (attention sinks); Sun et al. 2024, arXiv 2402.17762 (massive
-    activations).
-    """
-    valid = time_map.valid & ~is_first_token(student)
-    example = time_map.rows // max(valid.shape[1], 1)
-    t_time = teacher.mask.shape[1]
-    reads_first = is_first_token(teacher).flatten()[example * t_time + time_map.index] & (time_map.weight > 0)
-    count = torch.zeros(valid.numel(), dtype=torch.long, device=valid.device)
-    count = count.index_add_(0, time_map.rows, reads_first.long())
-    return replace(time_map, valid=valid & (count == 0).view(valid.shape))
-
-
-def is_first_token(timeline: Timeline) -> Bool[Tensor, "batch time"]:
-    """Return whether each position is the first token of a text, which is one of the prompt."""
-    return timeline.mask & (timeline.positions == 0) & (timeline.segments == PROMPT)

@@ -37,6 +37,7 @@ from kava_core.kv.compare.values import (
     select_layers,
 )
 from kava_core.kv.compare.weights import schedule_factor
+from kava_core.kv.maths.sinks import sinks_of
 from kava_core.protocols.axes import Cache
 from kava_core.protocols.fuser import Chooses, FusionContext, Regularised
 from kava_core.protocols.kv_loss import ObservesCaches
@@ -60,6 +61,7 @@ class KVPipeline(nn.Module):
         separate: compare the student with every teacher; else with the mean of their targets.
         rotates_targets: rotate targets as the student's own keys are (``rotary: match``).
         hidden: width of the student's hidden states.
+        student_is_latent: the student's positions are latent tokens, none of them an attention sink.
     """
 
     weights: Tensor
@@ -77,8 +79,10 @@ class KVPipeline(nn.Module):
         separate: bool,
         rotates_targets: bool,
         hidden: int,
+        student_is_latent: bool = False,
     ) -> None:
         super().__init__()
+        self.student_is_latent = student_is_latent
         self.layers, self.parts, self.hidden = layers, parts, hidden
         self.separate, self.rotates_targets = separate, rotates_targets
         self.aligners = nn.ModuleList(aligners)
@@ -175,6 +179,7 @@ class KVPipeline(nn.Module):
         aligned = []
         for aligner, cache, their_timeline in zip(self.teachers, caches, teachers, strict=True):
             time_map = aligner.plan(their_timeline, timeline)
+            time_map = aligner.without_sinks(time_map, cache, their_timeline.mask)
             aligned.append(self.align_with_map(aligner, cache, time_map))
         return self.compare_aligned(student, aligned, timeline, items, rotation)
 
@@ -198,6 +203,7 @@ class KVPipeline(nn.Module):
             fuser_inputs: hidden states and task labels, if the fuser reads them.
         """
         student = student.map(part_at_least_float32)
+        aligned = self.without_student_sinks(aligned, student, timeline.mask)
         if self.rotates_targets and rotation is not None:
             aligned = [
                 replace(teacher, target=rotate_target(teacher.target, rotation)) for teacher in aligned
@@ -205,6 +211,34 @@ class KVPipeline(nn.Module):
         if shapecheck.active():
             self._check_values(student, timeline, aligned)
         return self.compare(student, aligned, items, fuser_inputs)
+
+    def student_sinks(self, student: Cache, mask: Bool[Tensor, "batch time"]) -> Bool[Tensor, "batch time"]:
+        """Return which of the student's positions are attention sinks; none among latent tokens.
+
+        Args:
+            student: the student's cache of the compared layers.
+            mask: which positions hold a token.
+        """
+        return torch.zeros_like(mask) if self.student_is_latent else sinks_of(student, mask)
+
+    def without_student_sinks(
+        self, aligned: list[Aligned], student: Cache, mask: Bool[Tensor, "batch time"]
+    ) -> list[Aligned]:
+        """Return the targets without those at the student's own attention sinks, if they are left out.
+
+        Args:
+            aligned: every teacher's target, in the spec's order.
+            student: the student's cache of the compared layers.
+            mask: which of the student's positions hold a token.
+        """
+        if not any(aligner.finds_sinks for aligner in self.teachers):
+            return aligned
+        others = ~self.student_sinks(student, mask)
+        without = []
+        for aligner, teacher in zip(self.teachers, aligned, strict=True):
+            valid = teacher.valid & others if aligner.finds_sinks else teacher.valid
+            without.append(replace(teacher, valid=valid))
+        return without
 
     def compare(
         self,

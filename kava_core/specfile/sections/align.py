@@ -30,11 +30,12 @@ class AlignSpec(Strict):
     time_warper: ComponentConfig = Field(default={"name": "segment"})  # type: ignore[assignment]
     """Brings the teacher's positions to the student's: t_time → time. Example:
     ``{name: segment, ratio: {reasoning: 0.5}}``."""
-    first_token: Literal["leave_out", "compare"] = "leave_out"
-    """What happens to the first token of a text, on which attention rests whatever it says: its keys are huge
-    and its values tiny. ``leave_out``: the student's first token, and positions that read the teacher's, have
-    no target: they count neither in calibration nor in losses; ``compare``: they count like any other. Latent
-    tokens are compared either way."""
+    sinks: Literal["leave_out", "leave_out_first", "compare"] = "leave_out"
+    """What happens to attention sinks, on which attention rests whatever their tokens say, and whose values
+    are tiny. ``leave_out``: the first token of a text, and later positions whose values are shorter than 0.4
+    of the usual length by the mean over layers, have no target, on either side: they count neither in
+    calibration nor in losses; ``leave_out_first``: the first token alone has none; ``compare``: all count
+    like any other. Latent tokens are compared either way."""
     dim_projector: ComponentConfig = Field(default={"name": "calibrated"})  # type: ignore[assignment]
     """Brings the teacher's head width to the student's: t_dim → dim. Example: ``linear``."""
     direction: Literal["to_student", "to_teacher"] = "to_student"

@@ -58,6 +58,7 @@ def run_environment(slurm: Slurm) -> dict[str, str]:
     return {name: value for name, value in environment(slurm).items() if os.environ.get(name) != value}
 
 
+@pytest.mark.release
 @pytest.mark.slow
 def test_preempted_runs_go_on_bit_for_bit_and_failures_are_told(tmp_path: Path) -> None:
     slurm = Slurm(tmp_path / "slurm")

@@ -128,6 +128,7 @@ def sharded(one: Path) -> Path:
     return run_of(folder)
 
 
+@pytest.mark.release
 @slow
 def test_ddp_through_the_shipped_config_equals_one_process(one: Path) -> None:
     """With sharded teachers, where one process has them whole."""

@@ -115,7 +115,7 @@ def test_every_evaluation_is_watched_and_frozen_aligners_absorb_nothing(tmp_path
 
 @pytest.mark.parametrize("fuser", ["learnable", "attention", "reinforce"])
 def test_routers_are_watched_with_trained_aligners(tmp_path: Path, fuser: str) -> None:
-    align = {"dim_projector": "linear", "first_token": "compare"}
+    align = {"dim_projector": "linear", "sinks": "compare"}
     teachers = [teacher | {"align": align} for teacher in tiny.fields()["teachers"]]
     result = run(tiny.spec(tmp_path, teachers=teachers, fuser=fuser), variant="main", seed=0)
     lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
