@@ -8,11 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from kava_core.build.aligned_states import make_aligned_states
 from kava_core.build.data import Data
 from kava_core.build.pipeline import assert_learns, config_geometries, load_projectors, make_pipeline
 from kava_core.build.teachers import check_teachers_run, load_checked_teachers, make_teachers
 from kava_core.data.store.index import PROJECTORS_FILE
 from kava_core.data.store.reader import Store
+from kava_core.distill.aligned_states import AlignedStates
+from kava_core.distill.cross_tokenizer.cross_logits import CrossLogits
+from kava_core.distill.cross_tokenizer.shared_tokens import SharedTokens
 from kava_core.distill.distiller import Distiller
 from kava_core.distill.student_pass import LatentSetup
 from kava_core.errors import SpecError
@@ -26,6 +30,7 @@ from kava_core.protocols.fuser import Rewarded
 from kava_core.specfile.questions import (
     active_losses,
     compared_parts,
+    cross_logit_teachers,
     hidden_state_teacher,
     logit_teachers,
     used_teachers,
@@ -54,7 +59,8 @@ def make_distiller(spec: PipelineSpec, data: Data, *, seed: int) -> Distiller:
     if data.store is not None:
         return _make_stored_distiller(spec, data, data.store, student, seed)
     models = load_checked_teachers(spec, data, student)
-    pipeline = _make_run_pipeline(spec, models, student, seed)
+    hidden = make_aligned_states(spec, models, student, seed=seed)
+    pipeline = _make_run_pipeline(spec, models, student, seed, hidden)
     check_teachers_run(spec, pipeline)
     if spec.online is not None and spec.online.share == 1 and isinstance(pipeline.fuser, Rewarded):
         raise SpecError("online.share: 1 leaves no labels, and the fuser learns from their cross-entropy")
@@ -66,8 +72,19 @@ def make_distiller(spec: PipelineSpec, data: Data, *, seed: int) -> Distiller:
         rotary=spec.rotary,
         stream=spec.train.stream,
         logits=spec.logits if logit_teachers(spec) else None,
+        cross_logits=make_cross_logits(spec, data),
+        hidden=hidden,
         latent=latent,
     )
+
+
+def make_cross_logits(spec: PipelineSpec, data: Data) -> CrossLogits | None:
+    """Build the term of logits across tokenizers; None if there is none."""
+    names = cross_logit_teachers(spec)
+    if not names or spec.cross_logits is None:
+        return None
+    vocabularies = {name: SharedTokens(data.tokenizer, data.teacher_tokenizers[name]) for name in names}
+    return CrossLogits(spec.cross_logits, vocabularies)
 
 
 def _check_student_fits(spec: PipelineSpec, data: Data, student: Any) -> None:
@@ -82,9 +99,10 @@ def _check_student_fits(spec: PipelineSpec, data: Data, student: Any) -> None:
 
 
 def _make_run_pipeline(
-    spec: PipelineSpec, models: Mapping[str, Any], student: nn.Module, seed: int
+    spec: PipelineSpec, models: Mapping[str, Any], student: nn.Module, seed: int, hidden: AlignedStates | None
 ) -> KVPipeline:
     if not active_losses(spec) or not models:
+        assert_learns(spec, NoDistillation() if hidden is None else hidden)
         return NoDistillation()
     geometries = {name: model_geometry(model) for name, model in models.items()}
     return make_pipeline(spec, geometries, model_geometry(student), seed=seed)

@@ -39,7 +39,7 @@ from kava_core.kv.align.boundaries import (
     show_component,
 )
 from kava_core.kv.align.time_plan import TimePlan
-from kava_core.kv.capture.attention_layers import attention_layers, model_name
+from kava_core.kv.capture.attention_layers import layer_outputs, model_name
 from kava_core.kv.capture.capture import Capture
 from kava_core.kv.capture.geometry import model_geometry
 from kava_core.models.load import load_model
@@ -241,7 +241,7 @@ def layers_to_compare(
             getattr(capture.take(), on), "batch layer head time dim -> batch layer time (head dim)"
         )
     outputs = base(**inputs, output_hidden_states=True).hidden_states
-    wanted = [module.layer_idx + 1 for module in attention_layers(model)]
+    wanted = layer_outputs(model)
     if outputs is None or len(outputs) <= max(wanted):
         raise UnsupportedModelError(
             f"{model_name(model)}: returns no hidden states for its attention layers; compare keys or values"

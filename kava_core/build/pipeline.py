@@ -154,13 +154,17 @@ def build_losses(compared: Sequence[ComparedLoss], aligner: TeacherAligner) -> l
     return losses
 
 
-def assert_learns(spec: PipelineSpec, pipeline: KVPipeline) -> None:
+def assert_learns(spec: PipelineSpec, beside_student: nn.Module) -> None:
     """Check that something is trained: the student, an aligner, a loss or the fuser.
+
+    Args:
+        spec: the run's.
+        beside_student: what may be trained beside it.
 
     Raises:
         SpecError: nothing is.
     """
-    trains_beside_student = any(parameter.requires_grad for parameter in pipeline.parameters())
+    trains_beside_student = any(parameter.requires_grad for parameter in beside_student.parameters())
     if spec.student.frozen and not trains_beside_student:
         raise SpecError("student.frozen: no aligner or router is trained either, so nothing would learn")
 

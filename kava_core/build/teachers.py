@@ -17,9 +17,12 @@ from kava_core.models.own_teacher import OwnTeacher
 from kava_core.models.teacher import Teacher
 from kava_core.specfile.questions import (
     compared_parts,
+    cross_logit_teachers,
     hidden_state_teacher,
+    hidden_teachers,
     logit_teachers,
     shared_weights_key,
+    teachers_to_logits,
     used_teachers,
 )
 from kava_core.specfile.sections.pipeline import PipelineSpec
@@ -72,7 +75,7 @@ def load_teachers(spec: PipelineSpec, data: Data, student: Any = None) -> dict[s
 
 
 def make_teachers(spec: PipelineSpec, models: Mapping[str, Any], pipeline: KVPipeline) -> list[Teacher]:
-    """Make of models what is run for their caches, their logits or both.
+    """Make of models what is run for their caches, their logits and their hidden states.
 
     Args:
         spec: the run's.
@@ -81,7 +84,8 @@ def make_teachers(spec: PipelineSpec, models: Mapping[str, Any], pipeline: KVPip
     """
     aligners = {aligner.name: aligner for aligner in pipeline.teachers}
     own_cross_entropy = {t.name: t.itself.cross_entropy for t in spec.teachers if t.itself is not None}
-    their_logits, hidden_teacher = logit_teachers(spec), hidden_state_teacher(spec)
+    their_logits = teachers_to_logits(spec)
+    their_states = {*hidden_teachers(spec), hidden_state_teacher(spec)}
     teachers: list[Teacher] = []
     for name, model in models.items():
         aligner, is_own = aligners.get(name), name in own_cross_entropy
@@ -94,7 +98,7 @@ def make_teachers(spec: PipelineSpec, models: Mapping[str, Any], pipeline: KVPip
                 parts=compared_parts(spec),
                 rotary=spec.rotary,
                 logits=own_cross_entropy[name] > 0 if is_own else name in their_logits,
-                hidden=name == hidden_teacher,
+                hidden=name in their_states,
                 eviction=None if aligner is None else make_eviction(spec, aligner),
             )
         )
@@ -139,7 +143,9 @@ def check_teachers_run(spec: PipelineSpec, pipeline: KVPipeline) -> None:
                     "step; use fixed weights without 'sample'"
                 )
         return
-    needed = dict.fromkeys(logit_teachers(spec), "logits") | needed_always
+    needed = dict.fromkeys(hidden_teachers(spec), "hidden")
+    needed |= dict.fromkeys(cross_logit_teachers(spec), "cross_logits")
+    needed |= dict.fromkeys(logit_teachers(spec), "logits") | needed_always
     for name, runs in zip(pipeline.names, pipeline.choose_teachers(), strict=True):
         if name in needed and not runs:
             raise SpecError(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from kava_core.build.aligned_states import PARTS, build_aligned_states, state_geometry
 from kava_core.build.pipeline import make_pipeline
 from kava_core.data.tokenizers import load_tokenizer
+from kava_core.distill.aligned_states import HIDDEN, AlignedStates
 from kava_core.errors import SpecError
 from kava_core.kv.align.aligner import TeacherAligner
 from kava_core.kv.compare.pipeline import KVPipeline
@@ -19,7 +23,7 @@ from kava_core.models.config import config_geometry, model_config
 from kava_core.protocols.axes import Cache, Geometry, meta_cache
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.timeline import ANSWER, PROMPT, REASONING, Timeline
-from kava_core.specfile.questions import active_losses, compared_parts
+from kava_core.specfile.questions import active_losses, compared_parts, hidden_teachers
 from kava_core.specfile.sections.models import ModelSpec, TrainTokenizer
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
@@ -28,13 +32,26 @@ AT_MOST, UNKNOWN = "(at most)", "(vocabulary unknown)"
 
 @dataclass(frozen=True)
 class StageShape:
-    """The shape of one part of a teacher's cache after one stage."""
+    """The shape of one part of a teacher's cache, or of its hidden states, after one stage."""
 
     teacher: str
     stage: str
     part: str
+    """Keys, values or queries; ``hidden`` for hidden states."""
     shape: tuple[int, ...]
     """``batch layer head time dim``."""
+
+
+@dataclass(frozen=True)
+class DryHidden:
+    """What aligns hidden states, on the meta device, and what it reads."""
+
+    states: AlignedStates
+    student: Cache
+    """The student's states of the compared layers, without values."""
+    teachers: dict[str, Cache]
+    """The states that every teacher's aligner reads, without values."""
+    time_maps: dict[str, TimeMap]
 
 
 @dataclass(frozen=True)
@@ -53,6 +70,14 @@ class DryRun:
     """Every teacher's captured cache, without values."""
     time_maps: dict[str, TimeMap] = field(default_factory=dict)
     """Every teacher's time map."""
+    hidden: DryHidden | None = None
+    """None if no hidden states are distilled."""
+
+    @property
+    def beside_student(self) -> nn.ModuleList:
+        """Return what aligns and routes, as far as the run has any of it."""
+        of_states = None if self.hidden is None else self.hidden.states
+        return nn.ModuleList(module for module in (self.pipeline, of_states) if module is not None)
 
     def aligner(self, teacher: str) -> TeacherAligner:
         """Return the aligner of the teacher with this name."""
@@ -99,9 +124,9 @@ def dry_run(spec: PipelineSpec, *, batch: int, time: int, t_time: int) -> DryRun
         SpecError, PluginError, UnsupportedModelError: what training would meet in its first step.
     """
     dry = dry_pipeline(spec, batch=batch, time=time, t_time=t_time)
+    shapes = [] if dry.hidden is None else _run_hidden(dry.hidden)
     if dry.pipeline is None:
-        return dry
-    shapes: list[StageShape] = []
+        return replace(dry, shapes=shapes)
     targets: list[Aligned] = []
     for aligner in dry.pipeline.teachers:
         time_map, cache = dry.time_maps[aligner.name], dry.teacher_caches[aligner.name]
@@ -113,6 +138,17 @@ def dry_run(spec: PipelineSpec, *, batch: int, time: int, t_time: int) -> DryRun
     return replace(dry, shapes=shapes)
 
 
+def _run_hidden(hidden: DryHidden) -> list[StageShape]:
+    """Align and compare hidden states; return the shapes of every stage."""
+    shapes = []
+    for aligner in hidden.states.teachers:
+        time_map, cache = hidden.time_maps[aligner.name], hidden.teachers[aligner.name]
+        for stage, aligned in [("captured", cache), *aligner.steps(cache, time_map)]:
+            shapes.append(StageShape(aligner.name, stage, HIDDEN, tuple(aligned.any.shape)))
+        hidden.states.distance(aligner, hidden.student, cache, time_map)
+    return shapes
+
+
 def dry_pipeline(spec: PipelineSpec, *, batch: int, time: int, t_time: int) -> DryRun:
     """Make the pipeline, and caches and time maps of these extents, on the meta device; nothing is run.
 
@@ -121,8 +157,9 @@ def dry_pipeline(spec: PipelineSpec, *, batch: int, time: int, t_time: int) -> D
     """
     student = config_geometry(sized_config(spec.student, where="student"), where="student")
     teachers = _teacher_geometries(spec)
+    hidden = _dry_hidden(spec, teachers, student, unpadded_timeline(batch, time), t_time)
     if not active_losses(spec):
-        return DryRun(student, teachers, None)
+        return DryRun(student, teachers, None, hidden=hidden)
     pipeline = make_pipeline(spec, teachers, student, seed=0)
     if spec.train.stream:
         assert_can_stream(pipeline)
@@ -149,7 +186,36 @@ def dry_pipeline(spec: PipelineSpec, *, batch: int, time: int, t_time: int) -> D
         student_cache=student_cache,
         teacher_caches=teacher_caches,
         time_maps=time_maps,
+        hidden=hidden,
     )
+
+
+def _dry_hidden(
+    spec: PipelineSpec, teachers: Mapping[str, Geometry], student: Geometry, timeline: Timeline, t_time: int
+) -> DryHidden | None:
+    names = hidden_teachers(spec)
+    if not names:
+        return None
+    chosen = {name: teachers[name] for name in names}
+    states = build_aligned_states(
+        spec,
+        chosen,
+        student,
+        seed=0,
+        outputs={name: range(1, geometry.layer + 1) for name, geometry in chosen.items()},
+        student_outputs=range(1, student.layer + 1),
+    )
+    batch, time = timeline.mask.shape
+    time_maps, caches = {}, {}
+    for aligner in states.teachers:
+        length, time_map = _plan_time_map(aligner, timeline, t_time)
+        time_maps[aligner.name] = time_map.to("meta")
+        extents = state_geometry(chosen[aligner.name])
+        caches[aligner.name] = meta_cache(
+            extents, PARTS, batch=batch, layer=len(aligner.sources), time=length
+        )
+    own = meta_cache(state_geometry(student), PARTS, batch=batch, layer=states.layers, time=time)
+    return DryHidden(states.to("meta"), own, caches, time_maps)
 
 
 def _teacher_geometries(spec: PipelineSpec) -> dict[str, Geometry]:

@@ -107,6 +107,23 @@ def alignment_flops(dry: DryRun, teacher: str | None = None) -> float:
     return total
 
 
+def hidden_alignment_flops(dry: DryRun, teacher: str | None = None) -> float:
+    """Count the alignment of one teacher's hidden states, or of all; 0 where none are distilled.
+
+    The distance itself is not counted.
+    """
+    hidden = dry.hidden
+    if hidden is None:
+        return 0.0
+    total = 0.0
+    for aligner in hidden.states.teachers:
+        if teacher in (None, aligner.name):
+            states, time_map = hidden.teachers[aligner.name].any, hidden.time_maps[aligner.name]
+            total += _part_flops(aligner, states, "values", time_map)
+            total += _student_view_flops(aligner, hidden.student.any, "values")
+    return total
+
+
 def _student_view_flops(aligner: TeacherAligner, tensor: Tensor, part: Part) -> float:
     """Count the change of the student's cache into the losses' view, whose gradient always comes back."""
 

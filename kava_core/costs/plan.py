@@ -7,18 +7,26 @@ from dataclasses import dataclass, field, replace
 
 from kava_core.costs.divided_memory import memory_of_devices, memory_of_each_process
 from kava_core.costs.dry_run import DryRun, dry_run, sized_config
-from kava_core.costs.flops import ExtraPasses, alignment_flops, extra_passes, forward_flops, step_passes
+from kava_core.costs.flops import (
+    ExtraPasses,
+    alignment_flops,
+    extra_passes,
+    forward_flops,
+    hidden_alignment_flops,
+    step_passes,
+)
 from kava_core.costs.kept_activations import kept_by_student
 from kava_core.costs.model_cost import ModelCost, model_cost
 from kava_core.costs.process_memory import (
     distilled_logits_memory,
+    hidden_states_memory,
     memory_alone,
     student_logit_bytes,
     student_pass_memory,
 )
 from kava_core.costs.store_size import StoreSize, store_size
 from kava_core.models.config import model_config
-from kava_core.specfile.questions import active_losses, logit_teachers, used_teachers
+from kava_core.specfile.questions import teachers_to_logits, used_teachers
 from kava_core.specfile.sections.models import ModelSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
@@ -47,8 +55,7 @@ class Plan:
 def default_time(spec: PipelineSpec) -> int:
     """Return ``train.max_length``, or the fewest positions of any of the models if that is less."""
     models: dict[str, ModelSpec] = {"student": spec.student}
-    if active_losses(spec):
-        models |= {f"teacher {teacher.name!r}": teacher for teacher in spec.teachers}
+    models |= {f"teacher {teacher.name!r}": teacher for teacher in used_teachers(spec)}
     lengths = [spec.train.max_length]
     for where, model in models.items():
         config = model_config(model, where=where).get_text_config()
@@ -80,6 +87,7 @@ def make_plan(spec: PipelineSpec, *, time: int, t_time: int, processes: int = 1)
     logits = student_logit_bytes(spec, student, time, t_time)
     memory = memory_alone(spec, dry, models, kept, logits)
     memory |= distilled_logits_memory(spec, models, time, t_time)
+    memory |= hidden_states_memory(spec, dry)
     divided = {}
     if processes > 1:
         # FSDP2 gathers weights in the dtype of the computation, so autocast copies nothing.
@@ -118,7 +126,7 @@ def _teacher_costs(spec: PipelineSpec, dry: DryRun, t_time: int) -> list[ModelCo
                 spec.train.batch_size,
                 lengths.get(teacher.name, t_time),
                 geometry=str(dry.teachers[teacher.name]),
-                head=teacher.name in logit_teachers(spec),
+                head=teacher.name in teachers_to_logits(spec),
             )
             costs.append(cost)
     return costs
@@ -135,4 +143,6 @@ def _step_flops(spec: PipelineSpec, dry: DryRun, models: list[ModelCost]) -> dic
     flops = {cost.name: cost.flops * batches for cost in models}
     if dry.pipeline is not None:
         flops["alignment"] = alignment_flops(dry) * batches
+    if dry.hidden is not None:
+        flops["alignment of hidden states"] = hidden_alignment_flops(dry) * batches
     return flops

@@ -83,10 +83,11 @@ def _models_table(plan: Plan) -> Table:
     for cost in plan.models:
         name = f"{cost.name} {cost.note}".strip()
         table.add_row(name, cost.geometry, f"{cost.parameters:,}", f"{cost.trainable:,}")
-    if plan.dry.pipeline is not None:
-        parameters = list(plan.dry.pipeline.parameters())
+    modules = plan.dry.beside_student
+    if len(modules):
+        parameters = list(modules.parameters())
         trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-        everything = sum(tensor.numel() for tensor in (*parameters, *plan.dry.pipeline.buffers()))
+        everything = sum(tensor.numel() for tensor in (*parameters, *modules.buffers()))
         table.add_row("alignment", "", f"{everything:,}", f"{trained:,}")
     return table
 

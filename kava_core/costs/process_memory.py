@@ -10,7 +10,12 @@ from kava_core.costs.model_cost import DTYPE_BYTES, TRAINED_COPIES, ModelCost, t
 from kava_core.kv.align.streaming import most_layers_alive
 from kava_core.models.placement import REPLICATED, SHARDED
 from kava_core.protocols.axes import Cache
-from kava_core.specfile.questions import logit_teachers, shared_weights_key
+from kava_core.specfile.questions import (
+    cross_logit_teachers,
+    logit_teachers,
+    shared_weights_key,
+    teachers_to_logits,
+)
 from kava_core.specfile.sections.models import ModelSpec, TeacherSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
@@ -81,20 +86,40 @@ def distilled_logits_memory(
 ) -> dict[str, int]:
     """Return the bytes of logits that are distilled; nothing if none are.
 
-    All teachers' logits wait for the student's, and the loss term keeps its gradient.
+    All teachers' logits wait for the student's, and each term keeps its gradient from every teacher.
     """
-    distilled = logit_teachers(spec)
+    distilled = teachers_to_logits(spec)
     if not distilled:
         return {}
+    gradients = len(logit_teachers(spec)) + len(cross_logit_teachers(spec))
     student, teachers = models[0], models[1:]
     declared = _declared_teachers(spec)
     teacher_bytes = 0
     for teacher in teachers:
         if teacher.name in distilled:
             teacher_bytes += teacher.vocabulary * _computed_bytes(spec, declared[teacher.name]) * t_time
-    student_bytes = student.vocabulary * _computed_bytes(spec, spec.student) * time
+    student_bytes = gradients * student.vocabulary * _computed_bytes(spec, spec.student) * time
     batch_bytes = spec.train.batch_size * (teacher_bytes + student_bytes)
     return {"teachers: logits, and the term's gradient": batch_bytes}
+
+
+def hidden_states_memory(spec: PipelineSpec, dry: DryRun) -> dict[str, int]:
+    """Return the bytes of hidden states that are distilled; nothing if none are.
+
+    All teachers' states wait for the student's: the embedding and every layer's output. In float32 there are
+    then every aligned target, and of the student the compared layers and their difference from each target.
+    """
+    if dry.hidden is None:
+        return {}
+    declared = _declared_teachers(spec)
+    total = 4 * dry.hidden.student.any.numel()
+    for aligner in dry.hidden.states.teachers:
+        states = dry.hidden.teachers[aligner.name].any
+        layers = dry.teachers[aligner.name].layer + 1
+        numbers = states.numel() // states.shape[1] * layers
+        target = dry.hidden.student.any.shape[3] * len(states) * aligner.target.layer * aligner.target.dim
+        total += numbers * _computed_bytes(spec, declared[aligner.name]) + 2 * 4 * target
+    return {"hidden states: the teachers', and what is compared (fp32)": total}
 
 
 def unshared_teachers(spec: PipelineSpec, teachers: list[ModelCost]) -> list[tuple[ModelCost, TeacherSpec]]:
@@ -164,8 +189,7 @@ def _aligned_cache_bytes(dry: DryRun) -> int:
 
 
 def _alignment_bytes(dry: DryRun) -> int:
-    if dry.pipeline is None:
-        return 0
-    trained = [parameter for parameter in dry.pipeline.parameters() if parameter.requires_grad]
-    held = tensor_bytes(dry.pipeline.parameters()) + tensor_bytes(dry.pipeline.buffers())
+    modules = dry.beside_student
+    trained = [parameter for parameter in modules.parameters() if parameter.requires_grad]
+    held = tensor_bytes(modules.parameters()) + tensor_bytes(modules.buffers())
     return held + TRAINED_COPIES * tensor_bytes(trained)

@@ -11,13 +11,13 @@ from transformers import PreTrainedConfig
 from kava_core.build.data import Data
 from kava_core.build.pipeline import config_geometries
 from kava_core.build.stored import example_key
-from kava_core.costs.dry_run import dry_pipeline, sized_config
-from kava_core.costs.flops import alignment_flops, forward_flops
+from kava_core.costs.dry_run import DryRun, dry_pipeline, sized_config
+from kava_core.costs.flops import alignment_flops, forward_flops, hidden_alignment_flops
 from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.models.ledger import HEAD, STUDENT
 from kava_core.runs.metrics import read_metrics
 from kava_core.runs.record import STORE
-from kava_core.specfile.questions import active_losses
+from kava_core.specfile.questions import active_losses, hidden_teachers
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
 SHORT = 8
@@ -90,6 +90,9 @@ def _operations(
         flops[STORE] = _store_flops(spec, {**trained, **stored})
     elif active_losses(spec):
         flops["alignment"] = sum(_alignment_flops(spec, teacher.name, trained) for teacher in spec.teachers)
+    hidden_flops = [_hidden_alignment_flops(spec, name, trained) for name in hidden_teachers(spec)]
+    if hidden_flops:
+        flops["alignment of hidden states"] = sum(hidden_flops)
     return {"flops": sum(flops.values()), "flops_of": flops}
 
 
@@ -141,9 +144,20 @@ def _alignment_flops(spec: PipelineSpec, teacher: str, counts: Counts) -> float:
     passes = counts.get(f"passes {teacher}", 0)
     if not passes:
         return 0.0
+    return alignment_flops(_dry_at_mean_lengths(spec, teacher, counts), teacher) * passes
+
+
+def _hidden_alignment_flops(spec: PipelineSpec, teacher: str, counts: Counts) -> float:
+    """Return the operations of aligning a teacher's hidden states, likewise."""
+    passes = counts.get(f"passes {teacher}", 0)
+    if not passes:
+        return 0.0
+    return hidden_alignment_flops(_dry_at_mean_lengths(spec, teacher, counts), teacher) * passes
+
+
+def _dry_at_mean_lengths(spec: PipelineSpec, teacher: str, counts: Counts) -> DryRun:
     time, t_time = _mean_length(counts, STUDENT), _mean_length(counts, teacher)
-    dry = dry_pipeline(spec, batch=spec.train.batch_size, time=time, t_time=t_time)
-    return alignment_flops(dry, teacher) * passes
+    return dry_pipeline(spec, batch=spec.train.batch_size, time=time, t_time=t_time)
 
 
 def _mean_length(counts: Counts, name: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kava_core.config import Part
 from kava_core.distill.distiller import Distiller
-from kava_core.distill.teachers import time_map_of, token_mask
+from kava_core.distill.teachers import teacher_named, time_map_of, token_mask
 from kava_core.errors import NonFiniteError
 from kava_core.kv.align.aligner import TeacherAligner
 from kava_core.kv.align.finite import layers_not_finite, raise_unread_faults
@@ -35,6 +35,33 @@ def calibrate_projectors(distiller: Distiller, batch: Mapping[str, Any]) -> None
             time_map = time_map_of(aligner, side, timeline)
             time_map = aligner.without_sinks(time_map, cache, token_mask(side), own_sinks)
             aligner.observe(cache, student, time_map)
+
+
+@torch.no_grad()
+def calibrate_hidden_states(distiller: Distiller, batch: Mapping[str, Any]) -> None:
+    """Show one batch of hidden states to every projector of them that must see data."""
+    hidden, timeline = distiller.hidden, Timeline.from_batch(batch["student"])
+    assert hidden is not None
+    student = hidden.student_states(hidden_states_without_dropout(distiller, batch["student"]))
+    for aligner in hidden.teachers:
+        if aligner.wants_calibration:
+            side = batch["teachers"][aligner.name]
+            teacher_pass = teacher_named(distiller.teachers, aligner.name).read(side, keep_outputs=True)
+            hidden.observe(student, teacher_pass, side, timeline)
+
+
+def hidden_states_without_dropout(distiller: Distiller, side: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    """Return all hidden states of the student in evaluation mode, where the batch is."""
+    home = side["segments"].device
+    device = next(distiller.student.parameters()).device
+    with evaluation_mode(distiller.student):
+        outputs = distiller.student.base_model(
+            input_ids=side["input_ids"].to(device),
+            attention_mask=side["attention_mask"].to(device),
+            use_cache=False,
+            output_hidden_states=True,
+        )
+    return [states.to(home) for states in outputs.hidden_states]
 
 
 def _assert_finite_cache(cache: Cache, aligner: TeacherAligner, side: Mapping[str, Any]) -> None:

@@ -1,8 +1,8 @@
-"""Count what the terms of a loss are divided by."""
+"""Count what the terms of a loss are divided by, and among whom they are divided."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kava_core.data.encoding.encode import NO_LABEL
+from kava_core.specfile.sections.losses import TeachersTerm
 
 LABELLED, TOKENS, EXAMPLES, READ = range(4)
 """Places in the counts: the student's labelled tokens, its real positions, examples, and the labelled tokens
@@ -34,3 +35,18 @@ def loss_denominators(
 def _labelled(side: Mapping[str, Any]) -> Tensor:
     count: Tensor = side["labels"][:, 1:].ne(NO_LABEL).sum()
     return count
+
+
+def teacher_shares(term: TeachersTerm, ran: Iterable[str]) -> dict[str, float]:
+    """Return the share of every teacher of a term that ran, by its name; they sum to 1.
+
+    Args:
+        term: names its teachers and their weights.
+        ran: names of the teachers that ran in this forward pass, of other terms' too.
+    """
+    weights = {}
+    for name in ran:
+        if term.teachers is None or name in term.teachers:
+            weights[name] = term.teacher_weights.get(name, 1.0)
+    total = sum(weights.values())
+    return {name: weight / total for name, weight in weights.items()}

@@ -17,7 +17,9 @@ from transformers import PreTrainedConfig
 
 from kava_core.config import Part, WeightedTerm
 from kava_core.data.encoding.encode import NO_LABEL
+from kava_core.distill.aligned_states import HIDDEN, AlignedStates
 from kava_core.distill.alignment import Step, StepBatch, choose_alignment
+from kava_core.distill.cross_tokenizer.cross_logits import CROSS_LOGITS, CrossLogits
 from kava_core.distill.denominators import LABELLED, READ, loss_denominators
 from kava_core.distill.hidden_states import CODI, READING, STEPS, codi_term, step_cross_entropy
 from kava_core.distill.logits import LOGITS, logit_term
@@ -71,6 +73,8 @@ class Distiller(nn.Module):
         rotary: whether keys and queries are compared without their rotation.
         stream: align a teacher's layers, or form the KV terms, while it runs, one layer alive at a time.
         logits: the term of next-token distributions; teachers whose ``logits`` are kept take part.
+        cross_logits: the term of next-token distributions across tokenizers.
+        hidden: the term of hidden states, with what aligns them.
         latent: latent tokens in place of written steps; the student's side is then ``LatentCollator``'s.
 
     Raises:
@@ -90,6 +94,8 @@ class Distiller(nn.Module):
         rotary: Literal["strip", "keep", "match"] = "strip",
         stream: bool = False,
         logits: LogitsSpec | None = None,
+        cross_logits: CrossLogits | None = None,
+        hidden: AlignedStates | None = None,
         latent: LatentSetup | None = None,
     ) -> None:
         super().__init__()
@@ -100,7 +106,8 @@ class Distiller(nn.Module):
         self.latent = latent
         self.teachers = tuple(teachers)
         self.parts, self.rotary, self.logits = parts, rotary, logits
-        self.term_weights = TermWeights(_weighted_terms(logits, latent))
+        self.cross_logits, self.hidden = cross_logits, hidden
+        self.term_weights = TermWeights(_weighted_terms(logits, cross_logits, hidden, latent))
         self.dropout_seed: int | None = None
         self.capture = self.capture_student(rotary) if self.pipeline.compared else None
         self._side_stream = SideStream(torch.device("cpu"))
@@ -158,6 +165,11 @@ class Distiller(nn.Module):
         others = {term.name: term.value for term in self.other_terms(step, batch)}
         return step.student.cross_entropy, step.kv_terms.values | others
 
+    @property
+    def beside_student(self) -> nn.ModuleList:
+        """Return what is trained, saved and calibrated beside the student: all that aligns and routes."""
+        return nn.ModuleList([self.pipeline, *([] if self.hidden is None else [self.hidden])])
+
     # weights of terms
 
     def weighted_terms(self) -> dict[str, WeightedTerm]:
@@ -201,11 +213,13 @@ class Distiller(nn.Module):
         boundary = self._answer_boundary(outputs, side)
         latent_logits = self._latent_writer_logits(outputs, side)
         router = aux_loss(outputs, side["labels"], batch.denominators[LABELLED])
+        states = None if self.hidden is None else self.hidden.student_states(outputs.hidden_states)
         if self.capture is None:
             return StudentPass(
                 logits,
                 ce,
                 answer_boundary=boundary,
+                hidden_states=states,
                 latent_writer_logits=latent_logits,
                 aux_loss=router,
             )
@@ -218,14 +232,14 @@ class Distiller(nn.Module):
             self.capture.rotation() if self.rotary == "match" else None,
             FuserInputs(self._hidden_states_of_fuser(outputs, side), side.get("tasks")),
             boundary,
+            states,
             latent_logits,
             router,
         )
 
     def run_student(self, side: Mapping[str, Any], captured: AbstractContextManager[Any]) -> Any:
         """Run the pass that predicts tokens inside ``captured``; return transformers' outputs."""
-        compares_codi = self.latent is not None and self.latent.codi is not None
-        options = {"output_hidden_states": True} if compares_codi or self._fuser_needs_hidden else {}
+        options = {"output_hidden_states": True} if self._reads_hidden_states else {}
         if self.latents is None or self.latent is None:
             with captured:
                 return self.student(
@@ -257,6 +271,11 @@ class Distiller(nn.Module):
         return cache.map(lambda x, _: x[:, :, :, columns])
 
     @property
+    def _reads_hidden_states(self) -> bool:
+        compares_codi = self.latent is not None and self.latent.codi is not None
+        return compares_codi or self.hidden is not None or self._fuser_needs_hidden
+
+    @property
     def _fuser_needs_hidden(self) -> bool:
         return bool(getattr(self.pipeline.fuser, "needs_hidden", False))
 
@@ -284,18 +303,25 @@ class Distiller(nn.Module):
         terms = []
         if step.student.aux_loss is not None:
             terms.append(Term(AUX_LOSS, aux_loss_weight(self.student), step.student.aux_loss))
-        if self.logits is not None:
-            value = logit_term(
-                step.student.logits,
-                step.teachers,
-                batch.student,
-                batch.teachers,
-                batch.denominators,
-                self.logits,
+        terms += self._logit_terms(step, batch)
+        if self.hidden is not None and step.student.hidden_states is not None:
+            value = self.hidden(
+                step.student.hidden_states, step.teachers, batch.teachers, batch.timeline, batch.denominators
             )
-            terms.append(self.term_weights.weigh(LOGITS, value))
+            terms.append(self.term_weights.weigh(HIDDEN, value))
         if self.latent is not None:
             terms += self._latent_terms(self.latent, step, batch)
+        return terms
+
+    def _logit_terms(self, step: Step, batch: StepBatch) -> list[Term]:
+        logits, passes, denominators = step.student.logits, step.teachers, batch.denominators
+        terms = []
+        if self.logits is not None:
+            value = logit_term(logits, passes, batch.student, batch.teachers, denominators, self.logits)
+            terms.append(self.term_weights.weigh(LOGITS, value))
+        if self.cross_logits is not None:
+            value = self.cross_logits(logits, passes, batch.student, batch.teachers, denominators)
+            terms.append(self.term_weights.weigh(CROSS_LOGITS, value))
         return terms
 
     def _latent_terms(self, latent: LatentSetup, step: Step, batch: StepBatch) -> list[Term]:
@@ -397,11 +423,20 @@ class Distiller(nn.Module):
         return configs
 
 
-def _weighted_terms(logits: LogitsSpec | None, latent: LatentSetup | None) -> dict[str, WeightedTerm]:
+def _weighted_terms(
+    logits: LogitsSpec | None,
+    cross_logits: CrossLogits | None,
+    hidden: AlignedStates | None,
+    latent: LatentSetup | None,
+) -> dict[str, WeightedTerm]:
     """Return the declarations of the terms beside KV losses, by name."""
     terms: dict[str, WeightedTerm] = {}
     if logits is not None:
         terms[LOGITS] = logits
+    if cross_logits is not None:
+        terms[CROSS_LOGITS] = cross_logits.spec
+    if hidden is not None:
+        terms[HIDDEN] = hidden.spec
     if latent is not None and latent.codi is not None:
         terms[CODI] = latent.codi
     return terms

@@ -113,7 +113,7 @@ def logit_term(
         denominators: of the whole batch.
         spec: temperature and kind of the divergence.
     """
-    with_logits = [teacher_pass for teacher_pass in passes if teacher_pass.logits is not None]
+    with_logits = [given for given in passes if given.logits is not None and _takes_part(given, spec)]
     labelled = denominators[LABELLED]
     addends = [torch.zeros_like(labelled)]
     for teacher_pass in with_logits:
@@ -130,6 +130,11 @@ def logit_term(
             )
         )
     return torch.stack(addends).sum()
+
+
+def _takes_part(teacher_pass: TeacherPass, spec: LogitsSpec) -> bool:
+    """Return whether a teacher's logits are distilled here; another term may have asked for them."""
+    return spec.teachers is None or teacher_pass.teacher in spec.teachers
 
 
 def logit_divergence(

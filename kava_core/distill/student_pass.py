@@ -90,6 +90,8 @@ class StudentPass:
     fuser_inputs: FuserInputs = NO_FUSER_INPUTS
     answer_boundary: Float[Tensor, "layer batch hidden"] | None = None
     """With CODI's term: all layers' states at the token before the answer."""
+    hidden_states: Cache | None = None
+    """With the term of hidden states: the compared layers', ``batch layer 1 time hidden``."""
     latent_writer_logits: Float[Tensor, "batch _ vocab"] | None = None
     """With a cross-entropy on the written steps: the logits where latent tokens are written."""
     aux_loss: Float[Tensor, ""] | None = None

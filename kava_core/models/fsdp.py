@@ -117,7 +117,7 @@ def prepare_for_sharding(
         )
         embedding = distiller.student.get_input_embeddings()
         embedding.register_forward_hook(lambda module, given, hidden: hidden.float())
-    plugin.ignored_modules = [distiller.pipeline]
+    plugin.ignored_modules = list(distiller.beside_student)
     distiller._no_split_modules = sorted(
         {type(block).__name__ for block in decoder_layers(distiller.student)}
     )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from kava_core.config import PARTS, ComponentConfig, KVLossConfig, Part
 from kava_core.errors import SpecError
 from kava_core.hookspecs import KINDS
+from kava_core.specfile.sections.losses import TeachersTerm
 from kava_core.specfile.sections.models import TeacherSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
@@ -29,14 +31,26 @@ def layers_of_loss(loss: KVLossConfig, student_layers: int) -> list[int]:
     Raises:
         SpecError: the loss names a layer that the student does not have.
     """
-    if loss.layers == "all":
+    return chosen_layers(loss.layers, student_layers, where=f"loss {loss.name!r}")
+
+
+def chosen_layers(layers: tuple[int, ...] | Literal["all"], student_layers: int, *, where: str) -> list[int]:
+    """Return the student layers that a term names, ascending from 0.
+
+    Args:
+        layers: as in the spec; negative ones are counted from the last.
+        student_layers: how many the student has.
+        where: how the error names the term.
+
+    Raises:
+        SpecError: the term names a layer that the student does not have.
+    """
+    if layers == "all":
         return list(range(student_layers))
-    outside = [layer for layer in loss.layers if not -student_layers <= layer < student_layers]
+    outside = [layer for layer in layers if not -student_layers <= layer < student_layers]
     if outside:
-        raise SpecError(
-            f"loss {loss.name!r}: layers {outside}: the student has layers 0 to {student_layers - 1}"
-        )
-    return sorted({layer % student_layers for layer in loss.layers})
+        raise SpecError(f"{where}: layers {outside}: the student has layers 0 to {student_layers - 1}")
+    return sorted({layer % student_layers for layer in layers})
 
 
 def active_losses(spec: PipelineSpec) -> list[KVLossConfig]:
@@ -67,12 +81,12 @@ def used_components(spec: PipelineSpec) -> Iterator[tuple[str, ComponentConfig]]
 def used_teachers(spec: PipelineSpec) -> tuple[TeacherSpec, ...]:
     """Return the teachers that run: all of them if a KV loss is active, else those that another term needs.
 
-    Another term: distilled logits, distilled hidden states, or the cross-entropy of a teacher that is the
+    Another term: distilled logits or hidden states, or the cross-entropy of a teacher that is the
     student itself.
     """
     if active_losses(spec):
         return spec.teachers
-    needed = {*logit_teachers(spec), hidden_state_teacher(spec)}
+    needed = {*teachers_to_logits(spec), *hidden_teachers(spec), hidden_state_teacher(spec)}
     return tuple(
         teacher
         for teacher in spec.teachers
@@ -87,8 +101,29 @@ def logit_teachers(spec: PipelineSpec) -> tuple[str, ...]:
     return spec.logits.teachers or tuple(teacher.name for teacher in spec.teachers)
 
 
+def cross_logit_teachers(spec: PipelineSpec) -> tuple[str, ...]:
+    """Return the names of the teachers whose logits are distilled across tokenizers."""
+    return _teachers_of_term(spec, spec.cross_logits)
+
+
+def teachers_to_logits(spec: PipelineSpec) -> tuple[str, ...]:
+    """Return the names of the teachers whose language-model head runs for some term, each once."""
+    return tuple(dict.fromkeys((*logit_teachers(spec), *cross_logit_teachers(spec))))
+
+
+def hidden_teachers(spec: PipelineSpec) -> tuple[str, ...]:
+    """Return the names of the teachers whose hidden states are aligned and distilled."""
+    return _teachers_of_term(spec, spec.hidden)
+
+
+def _teachers_of_term(spec: PipelineSpec, term: TeachersTerm | None) -> tuple[str, ...]:
+    if term is None or term.weight == 0:
+        return ()
+    return term.teachers or tuple(teacher.name for teacher in spec.teachers)
+
+
 def hidden_state_teacher(spec: PipelineSpec) -> str | None:
-    """Return the name of the teacher whose hidden states are distilled (CODI); None if there is none."""
+    """Return the name of the teacher whose states before the answer are distilled (CODI); None if none is."""
     if spec.codi is None or spec.codi.weight == 0:
         return None
     return spec.codi.teacher or spec.teachers[0].name

@@ -15,6 +15,16 @@ from kava_core.specfile.sections.pipeline import PipelineSpec
 MAIN = "main"
 """The only variant of a spec that declares none."""
 
+SECTIONS = {"losses": "KV losses", "hidden": "hidden states", "cross_logits": "cross_logits"}
+"""The sections of a spec that a control can break, and what they are called."""
+
+BROKEN_SECTIONS: dict[Control, tuple[str, ...]] = {
+    "no_kv": ("losses",),
+    "random_alignment": ("losses", "hidden"),
+    "frozen_probe": ("losses", "hidden"),
+}
+"""What a control breaks, if not all of them: a treatment without it would equal its control."""
+
 SHARED_FIELDS = ("name", "seeds", "variants", "compare", "output")
 """Fields that belong to all variants together, so that they stay comparable and side by side."""
 
@@ -132,13 +142,15 @@ def _document_of_control(loaded: LoadedSpec, control: Control) -> Document:
     """Return the treatment's document with what the control changes of it.
 
     Raises:
-        InvalidSpecError: the treatment has no KV losses, so that there is nothing to control.
+        InvalidSpecError: the treatment has nothing that the control would break.
     """
     document = _document_of_variant(loaded.document, treatment_variant(loaded.spec))
     document.context = f"variant {control}: "
     location = loaded.document.locations.value_location(("compare", "controls"))
-    if not document.data.get("losses"):
-        message = "the treatment has no KV losses: nothing to control"
+    sections = BROKEN_SECTIONS.get(control, tuple(SECTIONS))
+    if all(document.data.get(section) in (None, []) for section in sections):
+        missing = " or ".join(SECTIONS[section] for section in sections)
+        message = f"the treatment has no {missing}: nothing to control"
         raise InvalidSpecError([document.error_text(location, message)])
     compare = loaded.spec.compare or CompareSpec()
     teachers = len(document.data.get("teachers") or [])

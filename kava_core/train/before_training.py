@@ -12,7 +12,13 @@ from torch.utils.data import DataLoader, Subset
 
 from kava_core.build.data import Data
 from kava_core.build.time_plans import PlansTime
-from kava_core.distill.calibration import calibrate_projectors, finish_projectors, show_fuser, show_losses
+from kava_core.distill.calibration import (
+    calibrate_hidden_states,
+    calibrate_projectors,
+    finish_projectors,
+    show_fuser,
+    show_losses,
+)
 from kava_core.distill.distiller import Distiller
 from kava_core.kv.capture.evaluation_mode import evaluation_mode
 from kava_core.protocols.fuser import ObservesTeachers
@@ -33,6 +39,10 @@ def calibrate_components(distiller: Distiller, data: Data, spec: PipelineSpec, d
         for batch in _calibration_batches(distiller, data, spec, device):
             calibrate_projectors(distiller, batch)
         finish_projectors(pipeline)
+    if distiller.hidden is not None and distiller.hidden.wants_calibration:
+        for batch in _calibration_batches(distiller, data, spec, device):
+            calibrate_hidden_states(distiller, batch)
+        distiller.hidden.finish_calibration()
     if isinstance(pipeline.fuser, ObservesTeachers):
         for batch in _calibration_batches(distiller, data, spec, device):
             show_fuser(distiller, batch)
@@ -58,7 +68,7 @@ def _calibration_batches(
     """Yield the first training examples, as evaluation collates them, and leave the random state alone."""
     count = min(spec.train.calibration_examples, len(data.train_items))
     items = Subset(data.train_items, range(count))
-    collate = PlansTime(data.plain_collator, distiller.pipeline)
+    collate = PlansTime(data.plain_collator, distiller.pipeline, distiller.hidden)
     with torch.random.fork_rng(devices=[]):
         for batch in DataLoader(items, spec.train.batch_size, collate_fn=collate):
             yield send_to_device(batch, device)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 
-def parameter_learning_rates(pipeline: nn.Module, common: float) -> dict[Tensor, float]:
+def parameter_learning_rates(beside_student: nn.Module, common: float) -> dict[Tensor, float]:
     """Return every parameter with the ``learning_rate`` its module names, or the common one."""
-    rates: dict[Tensor, float] = dict.fromkeys(pipeline.parameters(), common)
-    for module in pipeline.modules():
+    rates: dict[Tensor, float] = dict.fromkeys(beside_student.parameters(), common)
+    for module in beside_student.modules():
         rate = getattr(module, "learning_rate", None)
         if isinstance(rate, int | float):
             rates |= dict.fromkeys(module.parameters(), float(rate))

@@ -264,7 +264,7 @@ def _make_trainer(
     )
     ledger = Ledger(step_passes(spec.student))
     distiller.attach_ledger(ledger)
-    collate: Any = PlansTime(data.collator, distiller.pipeline)
+    collate: Any = PlansTime(data.collator, distiller.pipeline, distiller.hidden)
     own_texts = None
     if spec.online is not None:
         limits: dict[str | None, int | None] = {}

@@ -11,7 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from kava_core.console import print_whole
+from kava_core.distill.aligned_states import HIDDEN
+from kava_core.distill.cross_tokenizer.cross_logits import CROSS_LOGITS
 from kava_core.distill.hidden_states import CODI, READING, STEPS
+from kava_core.distill.logits import LOGITS
 from kava_core.runs.folder import Folder
 from kava_core.runs.metrics import read_metrics
 from kava_core.train.run import RunResult
@@ -128,9 +131,11 @@ PANELS = {
     "eval_exact_match": "exact match",
     "eval_ce": "validation cross-entropy (nats/token)",
     "kv": "KV loss (validation)",
+    "outputs": "logits and hidden states (validation)",
     "weight": "teachers' weights (validation)",
 }
-"""Titles of the plot's panels, by metric; ``kv`` is every KV term, ``weight`` every teacher's weight."""
+"""Titles of the plot's panels, by metric; ``kv`` is every KV term, ``outputs`` every term of logits and
+hidden states, ``weight`` every teacher's weight."""
 
 Curves = list[tuple[list[int], list[float]]]
 """Steps and values, for every metric of a panel."""
@@ -189,7 +194,12 @@ def _draw_panel(axis: Any, name: str, curves: list[Curves], results: Sequence[Ru
         axis.set_yscale("log")
 
 
-NOT_KV = {f"eval_{name}" for name in ("ce", "perplexity", "exact_match", "passes", CODI, STEPS, READING)}
+OF_OUTPUTS = {f"eval_{name}" for name in (LOGITS, CROSS_LOGITS, HIDDEN)}
+"""Metrics of an evaluation that are terms of logits and hidden states."""
+
+NOT_KV = OF_OUTPUTS | {
+    f"eval_{name}" for name in ("ce", "perplexity", "exact_match", "passes", CODI, STEPS, READING)
+}
 """Metrics of an evaluation that are no KV terms."""
 
 
@@ -220,6 +230,8 @@ def _panel_metrics(lines: list[dict[str, Any]], panel: str) -> list[str]:
         names |= line.keys()
     if panel == "kv":
         return sorted(filter(_is_kv_term, names))
+    if panel == "outputs":
+        return sorted(OF_OUTPUTS & names)
     if panel == "weight":
         return sorted(filter(_is_teacher_weight, names))
     return [panel]

@@ -215,7 +215,7 @@ class KavaTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Create AdamW; what aligns and routes does not decay, and may have its own ``learning_rate``."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
-        rates = parameter_learning_rates(self.distiller.pipeline, self.args.learning_rate)
+        rates = parameter_learning_rates(self.distiller.beside_student, self.args.learning_rate)
         for group in list(optimizer.param_groups):
             split_parameter_group(optimizer, group, rates)
         if self._fsdp_plugin is not None:  # torch cannot load the sharded state of an empty group
@@ -226,7 +226,7 @@ class KavaTrainer(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         if self._fsdp_plugin is not None:
-            average_gradients(self.distiller.pipeline)
+            average_gradients(self.distiller.beside_student)
         norm = gathered_tensor(super()._clip_grad_norm(model))
         self._term_means.steps += 1
         raise_unread_faults()

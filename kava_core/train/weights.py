@@ -20,11 +20,14 @@ from kava_core.models.fsdp import is_sharded, local_part
 STUDENT = "student"
 ALIGNER_FILE = "aligner.safetensors"
 TERM_WEIGHTS = "term_weights."
+HIDDEN_STATES = "hidden."
 
 
 def aligner_state(distiller: Distiller) -> dict[str, Tensor]:
-    """Return parameters and buffers of aligners, fuser and losses, and weights that were measured."""
+    """Return parameters and buffers of what aligns, routes and compares, and weights that were measured."""
     state = distiller.pipeline.state_dict() | distiller.term_weights.state_dict(prefix=TERM_WEIGHTS)
+    if distiller.hidden is not None:
+        state |= distiller.hidden.state_dict(prefix=HIDDEN_STATES)
     return {name: tensor.contiguous() for name, tensor in state.items()}
 
 
@@ -104,10 +107,12 @@ def explain_unreadable_state(folder: str | None) -> Iterator[None]:
 
 
 def _load_aligner_state(distiller: Distiller, state: dict[str, Tensor]) -> None:
-    weights = entries_under(state, TERM_WEIGHTS)
-    rest = {name: tensor for name, tensor in state.items() if not name.startswith(TERM_WEIGHTS)}
+    others = (TERM_WEIGHTS, HIDDEN_STATES)
+    rest = {name: tensor for name, tensor in state.items() if not name.startswith(others)}
     distiller.pipeline.load_state_dict(rest)
-    distiller.term_weights.load_state_dict(weights)
+    distiller.term_weights.load_state_dict(entries_under(state, TERM_WEIGHTS))
+    if distiller.hidden is not None:
+        distiller.hidden.load_state_dict(entries_under(state, HIDDEN_STATES))
 
 
 def _load_student(student: nn.Module, folder: Path) -> None:

@@ -446,6 +446,39 @@ def test_a_stream_holds_one_layer_of_the_raw_cache() -> None:
     assert captured(sources=2) == 2
 
 
+def test_cross_logits_and_hidden_states_are_planned() -> None:
+    """A teacher of which one early layer is read runs on: to its head, or to its last layer."""
+    wide = tiny.FIELDS["teachers"][0]
+    fields: dict[str, Any] = {"teachers": [wide], "losses": [{"name": "relation", "layers": [0]}]}
+    plans = {
+        name: make_plan(tiny.spec(**fields, **more), time=8, t_time=10)
+        for name, more in {
+            "plain": {},
+            "hidden": {"hidden": {"layers": [0]}},
+            "cross": {"cross_logits": {}},
+            "both": {"cross_logits": {}, "logits": {}, "hidden": {}},
+        }.items()
+    }
+    batch, time, t_time = 8, 8, 10
+    student, teacher = plans["plain"].models
+    head = 2 * batch * t_time * teacher.vocabulary * 64
+    assert plans["cross"].flops["wide"] - plans["plain"].flops["wide"] == head
+    assert plans["hidden"].flops["wide"] == plans["plain"].flops["wide"]
+    name = "teachers: logits, and the term's gradient"
+    theirs, own = t_time * teacher.vocabulary, time * student.vocabulary
+    assert plans["cross"].memory[name] == batch * 4 * (theirs + own)
+    assert plans["both"].memory[name] == batch * 4 * (theirs + 2 * own)
+    # Embedding and four layers 64 wide; one layer of the student, its target and their difference, 32 wide.
+    states = batch * 4 * (5 * t_time * 64 + 3 * time * 32)
+    (found,) = [size for part, size in plans["hidden"].memory.items() if part.startswith("hidden states")]
+    assert found == states
+    # Width 64 to 32, for the one layer that is read; layers and time are gathered.
+    aligned = plans["hidden"].flops["alignment of hidden states"]
+    assert 2 * batch * time * 64 * 32 <= aligned <= 2 * batch * t_time * 64 * 32 * 1.2
+    rows = {(row.stage, row.shape) for row in plans["hidden"].dry.shapes if row.part == "hidden"}
+    assert ("captured", (batch, 1, 1, t_time, 64)) in rows or ("captured", (batch, 2, 1, t_time, 64)) in rows
+
+
 def test_logits_are_planned() -> None:
     """The teacher's weights, its whole forward pass and what the term keeps; with KV losses and alone."""
     gpt = tiny.FIELDS["teachers"][1]

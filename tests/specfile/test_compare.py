@@ -46,6 +46,19 @@ def test_a_frozen_probe_keeps_the_student(resolve: Any) -> None:
     }
 
 
+def test_hidden_states_and_cross_logits_have_controls_without_kv_losses(resolve: Any) -> None:
+    specs = resolve(
+        "variants: {a: {losses: [], hidden: {}}}\ncompare: {controls: [shuffled_teacher, random_alignment]}\n"
+    )
+    assert specs["shuffled_teacher"].train.shuffle_teacher
+    assert specs["random_alignment"].teachers[0].align.dim_projector.name == "linear"
+    assert all(spec.hidden is not None for spec in specs.values())
+    specs = resolve(
+        "variants: {a: {losses: [], cross_logits: {}}}\ncompare: {controls: [shuffled_teacher]}\n"
+    )
+    assert specs["shuffled_teacher"].cross_logits == specs["a"].cross_logits
+
+
 def test_the_first_variant_is_the_treatment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("s.yaml").write_text(TEXT + "variants:\n  b: {}\n  a: {}\n", encoding="utf-8")
@@ -84,6 +97,10 @@ def test_unknown_names_are_told_at_their_lines(refused: Any) -> None:
         (
             "variants: {a: {losses: []}}\ncompare: {controls: [no_kv]}\n",
             "has no KV losses: nothing to control",
+        ),
+        (
+            "variants: {a: {losses: [], cross_logits: {}}}\ncompare: {controls: [random_alignment]}\n",
+            "the treatment has no KV losses or hidden states: nothing to control",
         ),
         ("compare: {controls: [no_kv, no_kv]}\n", "'controls' must differ"),
         ("compare: {pairs: [[main, main]]}\n", "compare two different variants"),

@@ -68,6 +68,32 @@ CASES: dict[str, tuple[list[str], str]] = {
         ["logits={}", "store.folder=x"],
         "'logits' needs teachers that run, and a store holds no logits; set 'store: null'",
     ),
+    "cross-logits-teacher": (
+        ["losses=[]", "teachers=[]", "cross_logits={}"],
+        "'cross_logits' needs at least one teacher",
+    ),
+    "cross-logits-unknown-teacher": (
+        ["cross_logits.teacher_weights={bog: 2}"],
+        "'cross_logits.teacher_weights': no teacher 'bog'; there are big",
+    ),
+    "cross-logits-same-text": (
+        ["cross_logits={}", "teachers.0.rationale=1"],
+        "'cross_logits.form: spans' compares the characters of one text, but teacher 'big' reads another "
+        "(rationale); use form: sorted",
+    ),
+    "cross-logits-store": (
+        ["cross_logits={}", "store.folder=x"],
+        "'cross_logits' needs teachers that run, and a store holds no logits; set 'store: null'",
+    ),
+    "hidden-teacher": (["losses=[]", "teachers=[]", "hidden={}"], "'hidden' needs at least one teacher"),
+    "hidden-unknown-teacher": (
+        ["hidden.teachers=[bog]"],
+        "'hidden.teachers': no teacher 'bog'; there are big",
+    ),
+    "hidden-store": (
+        ["hidden={}", "store.folder=x"],
+        "'hidden' needs teachers that run, and a store holds no hidden states; set 'store: null'",
+    ),
     "itself-once": (
         [LATENT, "teachers=[{name: own, itself: {}}, {name: me, itself: {}}]"],
         "only one teacher can be the student itself, not own, me",
@@ -101,6 +127,14 @@ CASES: dict[str, tuple[list[str], str]] = {
         "'latent.count': 0 leaves no latent tokens for evaluate.controls",
     ),
     "latent-logits": ([LATENT, "logits={}"], "'trajectory: latent' does not go together with logits yet"),
+    "latent-cross-logits": (
+        [LATENT, "cross_logits={}"],
+        "'trajectory: latent' does not go together with cross_logits yet",
+    ),
+    "latent-hidden": (
+        [LATENT, "hidden={}"],
+        "'trajectory: latent' does not go together with hidden yet",
+    ),
     "latent-store": (
         [LATENT, "store.folder=x"],
         "'trajectory: latent' does not go together with store yet",
@@ -145,6 +179,10 @@ CASES: dict[str, tuple[list[str], str]] = {
         ["online.share=1", "logits={}"],
         "'online.share': 1 leaves no labels for logits",
     ),
+    "all-online-cross-logits": (
+        ["online.share=1", "cross_logits={}"],
+        "'online.share': 1 leaves no labels for cross_logits",
+    ),
     "all-online-share": (
         ["online.share=1", "losses.0.share=0.1"],
         "'online.share': 1 leaves no labels for terms with 'share'",
@@ -188,6 +226,10 @@ CASES: dict[str, tuple[list[str], str]] = {
     "encoder-logits": (
         [ENCODER, "logits.teachers=[enc]"],
         "'logits.teachers: enc': teacher 'enc' is an encoder: it has caches alone",
+    ),
+    "encoder-cross-logits": (
+        [ENCODER, "cross_logits={}"],
+        "'cross_logits.teachers': teacher 'enc' is an encoder: it predicts no tokens",
     ),
     "stream-store": (
         ["train.stream=true", "store.folder=x"],

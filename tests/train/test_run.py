@@ -9,6 +9,7 @@ import signal
 import stat
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -186,12 +187,13 @@ def test_run_directory_says_what_happened(whole: RunResult) -> None:
     assert {"prompt", "gold", "wrote", "correct"} == set(samples[0])
 
 
-def test_accumulation_does_not_change_the_result(tmp_path: Path) -> None:
-    """Cross-entropy and KV terms are divided by the counts of the whole batch."""
+@pytest.mark.parametrize("terms", [{}, {"losses": [], "hidden": {}, "cross_logits": {}}])
+def test_accumulation_does_not_change_the_result(tmp_path: Path, terms: dict[str, Any]) -> None:
+    """Cross-entropy and all other terms are divided by the counts of the whole batch."""
     results = {}
     for size, accumulate in ((12, 1), (6, 2), (3, 4)):
         train = {"batch_size": size, "accumulate": accumulate, "steps": 3, "save_every": 3}
-        results[size] = weights(run(tiny.spec(tmp_path, train=train), variant="main", seed=0))
+        results[size] = weights(run(tiny.spec(tmp_path, train=train, **terms), variant="main", seed=0))
     for name, expected in results[12].items():
         for size in (6, 3):
             torch.testing.assert_close(

@@ -28,6 +28,19 @@ OTHER_TERMS: dict[str, dict[str, Any]] = {
     "logits": {
         "teachers": [{"name": "t", "config": tiny.llama(num_hidden_layers=3), "tokenizer": tiny.CHARS}]
     },
+    "cross_logits": {
+        "teachers": [{"name": "t", "config": tiny.llama(num_hidden_layers=3), "tokenizer": tiny.BPE}]
+    },
+    "hidden": {
+        "teachers": [
+            {
+                "name": "t",
+                "config": tiny.gpt2(),
+                "tokenizer": tiny.BPE,
+                "align": {"dim_projector": {"name": "linear", "trainable": False}},
+            }
+        ]
+    },
     "codi": {
         "trajectory": "latent",
         "latent": {"count": 3, "passes": 2},

@@ -39,6 +39,14 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
+def layer_outputs(model: nn.Module) -> tuple[int, ...]:
+    """Return the places of the attention layers' outputs among transformers' ``hidden_states``, in order.
+
+    The first of these is the embedding. The last layer's output is normalised in most models.
+    """
+    return tuple(int(module.layer_idx) + 1 for module in attention_layers(model))  # type: ignore[arg-type]
+
+
 def attention_implementation(module: nn.Module, model: nn.Module) -> str:
     """Return the name of the attention function that a module looks up when it runs, such as ``sdpa``."""
     config: Any = getattr(module, "config", None) or model.config

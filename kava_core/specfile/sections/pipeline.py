@@ -14,7 +14,7 @@ from kava_core.config import ComponentConfig, KVLossConfig, Strict
 from kava_core.specfile.sections.compare import CompareSpec, Name
 from kava_core.specfile.sections.data import DataSpec
 from kava_core.specfile.sections.latent import LatentSpec
-from kava_core.specfile.sections.losses import CodiSpec, LogitsSpec
+from kava_core.specfile.sections.losses import CodiSpec, CrossLogitsSpec, HiddenSpec, LogitsSpec
 from kava_core.specfile.sections.models import ModelSpec, StudentSpec, TeacherSpec
 from kava_core.specfile.sections.rules import first_error
 from kava_core.specfile.sections.training import EvaluateSpec, OnlineSpec, StoreSpec, TrainSpec
@@ -52,6 +52,10 @@ class PipelineSpec(Strict):
     """With latent tokens: also compare the hidden states before the answer with a teacher's; null: do not."""
     logits: LogitsSpec | None = None
     """Also distil next-token distributions, from teachers with the student's vocabulary; null: do not."""
+    cross_logits: CrossLogitsSpec | None = None
+    """Also distil next-token distributions from teachers with any tokenizer; null: do not."""
+    hidden: HiddenSpec | None = None
+    """Also distil hidden states, aligned as caches are; null: do not."""
     data: DataSpec
     """Where examples come from."""
     train: TrainSpec

@@ -137,6 +137,42 @@ def _unknown_logit_teacher(spec: PipelineSpec) -> str:
     return f"{unknown[0]!r}; there are {', '.join(names)}" if unknown else ""
 
 
+def _unknown_teacher(spec: PipelineSpec, section: str) -> str:
+    """Return the first teacher that a section of losses names and the spec has not, and where."""
+    term = getattr(spec, section)
+    if term is None:
+        return ""
+    names = _teacher_names(spec)
+    for field in ("teachers", "teacher_weights"):
+        for name in getattr(term, field) or ():
+            if name not in names:
+                return f"'{section}.{field}': no teacher {name!r}; there are {', '.join(names)}"
+    return ""
+
+
+def _span_teachers(spec: PipelineSpec) -> tuple[str, ...]:
+    """Return the teachers whose tokens are compared with the student's by the characters they cover."""
+    term = spec.cross_logits
+    if term is None or term.form != "spans":
+        return ()
+    return term.teachers or tuple(_teacher_names(spec))
+
+
+def _spans_of_another_text(spec: PipelineSpec) -> str:
+    for teacher in spec.teachers:
+        if teacher.name in _span_teachers(spec) and teacher.own_text:
+            return f"teacher {teacher.name!r} reads another ({teacher.own_text[0]})"
+    return ""
+
+
+def _cross_logits_of_an_encoder(spec: PipelineSpec) -> str:
+    if spec.cross_logits is None:
+        return ""
+    asked = spec.cross_logits.teachers or tuple(_teacher_names(spec))
+    encoders = [name for name in asked if name in _encoder_names(spec)]
+    return repr(encoders[0]) if encoders else ""
+
+
 def _teachers_that_are_the_student(spec: PipelineSpec) -> list[str]:
     return [teacher.name for teacher in spec.teachers if teacher.itself is not None]
 
@@ -178,7 +214,7 @@ def _without_latent_tokens(spec: PipelineSpec) -> bool:
 
 
 def _trains_by_share(spec: PipelineSpec) -> bool:
-    terms = (*spec.losses, spec.logits, spec.codi)
+    terms = (*spec.losses, spec.logits, spec.cross_logits, spec.hidden, spec.codi)
     return any(term is not None and term.share is not None for term in terms)
 
 
@@ -322,6 +358,56 @@ RULES: tuple[Rule, ...] = (
         broken=lambda spec: spec.logits is not None and spec.store is not None,
         message="'logits' needs teachers that run, and a store holds no logits; set 'store: null'",
     ),
+    Rule(
+        "cross-logits-teacher",
+        when="`cross_logits` is given",
+        what="there is at least one teacher",
+        broken=lambda spec: spec.cross_logits is not None and not spec.teachers,
+        message="'cross_logits' needs at least one teacher",
+    ),
+    Rule(
+        "cross-logits-unknown-teacher",
+        when="`cross_logits` names teachers",
+        what="there are teachers of these names",
+        broken=lambda spec: _unknown_teacher(spec, "cross_logits"),
+        message="{}",
+    ),
+    Rule(
+        "cross-logits-same-text",
+        when="`cross_logits.form: spans`",
+        what="its teachers read the student's text (no `template`, `rationale`, `last_step`)",
+        broken=_spans_of_another_text,
+        message="'cross_logits.form: spans' compares the characters of one text, but {}; use form: sorted",
+    ),
+    Rule(
+        "cross-logits-store",
+        when="`cross_logits` is given",
+        what="`store` is null: a store holds no logits",
+        broken=lambda spec: spec.cross_logits is not None and spec.store is not None,
+        message="'cross_logits' needs teachers that run, and a store holds no logits; set 'store: null'",
+    ),
+    # Hidden states
+    Rule(
+        "hidden-teacher",
+        when="`hidden` is given",
+        what="there is at least one teacher",
+        broken=lambda spec: spec.hidden is not None and not spec.teachers,
+        message="'hidden' needs at least one teacher",
+    ),
+    Rule(
+        "hidden-unknown-teacher",
+        when="`hidden` names teachers",
+        what="there are teachers of these names",
+        broken=lambda spec: _unknown_teacher(spec, "hidden"),
+        message="{}",
+    ),
+    Rule(
+        "hidden-store",
+        when="`hidden` is given",
+        what="`store` is null: a store holds caches alone",
+        broken=lambda spec: spec.hidden is not None and spec.store is not None,
+        message="'hidden' needs teachers that run, and a store holds no hidden states; set 'store: null'",
+    ),
     # Latent tokens
     Rule(
         "itself-once",
@@ -413,6 +499,22 @@ RULES: tuple[Rule, ...] = (
         when="`trajectory: latent`",
         what="`logits` is null",
         broken=lambda spec: _words_if(spec.trajectory == "latent" and spec.logits is not None, "logits"),
+        message=_NOT_WITH_LATENT,
+    ),
+    Rule(
+        "latent-cross-logits",
+        when="`trajectory: latent`",
+        what="`cross_logits` is null",
+        broken=lambda spec: _words_if(
+            spec.trajectory == "latent" and spec.cross_logits is not None, "cross_logits"
+        ),
+        message=_NOT_WITH_LATENT,
+    ),
+    Rule(
+        "latent-hidden",
+        when="`trajectory: latent`",
+        what="`hidden` is null: `codi` compares hidden states there",
+        broken=lambda spec: _words_if(spec.trajectory == "latent" and spec.hidden is not None, "hidden"),
         message=_NOT_WITH_LATENT,
     ),
     Rule(
@@ -514,6 +616,13 @@ RULES: tuple[Rule, ...] = (
         message=_NO_LABELS,
     ),
     Rule(
+        "all-online-cross-logits",
+        when="`online.share: 1`",
+        what="`cross_logits` is null: no token has a label",
+        broken=lambda spec: _words_if(_is_all_online(spec) and spec.cross_logits is not None, "cross_logits"),
+        message=_NO_LABELS,
+    ),
+    Rule(
         "all-online-share",
         when="`online.share: 1`",
         what="no term has a `share`: there is no cross-entropy to be a share of",
@@ -589,6 +698,13 @@ RULES: tuple[Rule, ...] = (
         what="it is not among `logits.teachers`",
         broken=_logits_of_an_encoder,
         message="'logits.teachers: {} is an encoder: it has caches alone",
+    ),
+    Rule(
+        "encoder-cross-logits",
+        when="a teacher is an encoder",
+        what="it is not among `cross_logits.teachers`",
+        broken=_cross_logits_of_an_encoder,
+        message="'cross_logits.teachers': teacher {} is an encoder: it predicts no tokens",
     ),
     # Everything else
     Rule(

@@ -19,7 +19,7 @@ from kava_core.data.collate import Collator
 from kava_core.data.dataset import EncodedDataset, split_nearly_equal
 from kava_core.data.encoding.answer_judge import AnswerJudge
 from kava_core.distill.denominators import EXAMPLES, LABELLED, READ, TOKENS
-from kava_core.distill.distiller import LOGITS, Distiller
+from kava_core.distill.distiller import CROSS_LOGITS, LOGITS, Distiller
 from kava_core.distill.hidden_states import CODI, READING, STEPS
 from kava_core.distill.student_pass import AUX_LOSS
 from kava_core.files import replace_file, write_json
@@ -41,6 +41,7 @@ DIVISORS = {
     "ce": LABELLED,
     AUX_LOSS: LABELLED,
     LOGITS: LABELLED,
+    CROSS_LOGITS: LABELLED,
     CODI: EXAMPLES,
     STEPS: EXAMPLES,
     READING: READ,
@@ -88,7 +89,7 @@ class Evaluator:
 
     def _monitored_batch(self, distiller: Distiller, device: torch.device) -> dict[str, Any]:
         count = min(MONITORED, self.spec.batch_size, len(self.items))
-        collate = PlansTime(self.collator, distiller.pipeline)
+        collate = PlansTime(self.collator, distiller.pipeline, distiller.hidden)
         batch: dict[str, Any] = send_to_device(collate([self.items[index] for index in range(count)]), device)
         return batch
 
@@ -121,7 +122,7 @@ class Evaluator:
     ) -> dict[str, float]:
         sums: dict[str, Tensor] = {}
         undivided = torch.ones(4, device=accelerator.device)
-        collate = PlansTime(self.collator, distiller.pipeline)
+        collate = PlansTime(self.collator, distiller.pipeline, distiller.hidden)
         for batch in DataLoader(Subset(self.items, indices), self.spec.batch_size, collate_fn=collate):
             batch = send_to_device(batch, accelerator.device)
             terms = distiller(batch["student"], batch["teachers"], items=undivided)
