@@ -50,8 +50,8 @@ CASES: dict[str, tuple[list[str], str]] = {
     ),
     "stand-in-logits": (
         ["teachers.0.stand_in.kind=shuffled_weights", "logits={}"],
-        "teacher 'big': stand_in 'shuffled_weights' is a control of caches, and its logits are noise or none; set "
-        "'logits: null'",
+        "teacher 'big': stand_in 'shuffled_weights' is a control of caches, and its logits are noise or "
+        "none; set 'logits: null'",
     ),
     "stand-in-codi": (
         [LATENT, "teachers.0.stand_in.kind=token_identity", "codi={}"],
