@@ -120,7 +120,8 @@ def test_all_files_are_written_and_told(tmp_path: Path) -> None:
     told = list(write_report([experiment(tmp_path / "x")]))
     output = tmp_path / "x" / "report"
     assert told[0] == f"report: {output / 'report.html'}"
-    names = {"report.html", "report.md", "runs.csv", "curves.csv", "comparisons.csv", "figures"}
+    names = {"report.html", "report.md", "runs.csv", "curves.csv", "figures"}
+    names |= {"comparisons.csv", "comparisons.json"}
     assert {file.name for file in output.iterdir()} == names
     figures = {file.name for file in (output / "figures").iterdir()}
     drawn = {"curve-ce", "curve-exact-match", "curve-relation", "differences", "cost"}
@@ -239,6 +240,11 @@ def test_a_target_that_was_not_met_is_a_bound_everywhere(tmp_path: Path) -> None
     (found,) = rows(tmp_path / "out" / "comparisons.csv")
     assert (found["censored_first"], found["censored_second"], found["outcome"]) == ("0", "2", "better")
     assert "no_kv did not meet the target in 2 of 8 seeds" in page.text
+    (kept_json,) = json.loads((tmp_path / "out" / "comparisons.json").read_text(encoding="utf-8"))
+    assert "untrained_teacher, token_identity were not run" in kept_json["distillation"]
+    (verdict,) = kept_json["comparisons"]
+    assert (verdict["outcome"], verdict["censored"], verdict["sign_flip_p"]) == ("better", [0, 2], 2 / 2**8)
+    assert verdict["differences"] == {str(seed): -60.0 if seed < 6 else -100.0 for seed in range(8)}
     bound = (6 * 100 + 2 * 140) / 8
     assert "100, 100, 100, 100, 100, 100, > 120, > 120" in page.text
     assert f"> {bound:.4g}" in page.text
