@@ -5,8 +5,8 @@
 Every simulated experiment goes through ``judge_comparisons`` and the sentence on distillation, as real ones
 do. Prints the tables of docs/guide/verdicts.md.
 
-A run's number is its seed's difficulty plus noise of its own, both drawn anew for every experiment. Effects are
-in standard deviations of the difference between two runs of a seed.
+A run's number is its seed's difficulty plus noise of its own, both drawn anew for every experiment. Effects
+are in standard deviations of the difference between two runs of a seed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from kava_core.experiment.distillation_claim import HELPS, NEEDED_CONTROLS, sentence_on_distillation
 from kava_core.experiment.load_experiment import Experiment, LoadedRun
-from kava_core.experiment.verdict import Verdict, judge_comparisons
+from kava_core.experiment.verdict import judge_comparisons
 from kava_core.runs.folder import Folder
 from kava_core.specfile.sections.compare import CompareSpec
 
@@ -71,11 +71,6 @@ def shifted_families(
         yield simulated(values)
 
 
-def claims(verdicts: list[Verdict]) -> bool:
-    """Whether any verdict says that there is a difference."""
-    return any(verdict.outcome in ("better", "worse") for verdict in verdicts)
-
-
 def rate(experiments: Iterator[Experiment], judged: Callable[[Experiment], bool], count: int) -> str:
     """The share of experiments that are judged so, in percent."""
     found = sum(judged(next(experiments)) for _ in range(count))
@@ -84,7 +79,13 @@ def rate(experiments: Iterator[Experiment], judged: Callable[[Experiment], bool]
 
 def any_claim(experiment: Experiment) -> bool:
     """Whether an experiment gets a verdict of better or worse."""
-    return claims(judge_comparisons(experiment))
+    return any(verdict.outcome in ("better", "worse") for verdict in judge_comparisons(experiment))
+
+
+def is_better(experiment: Experiment) -> bool:
+    """Whether the treatment is called better than the one control."""
+    (verdict,) = judge_comparisons(experiment)
+    return verdict.outcome == "better"
 
 
 def helps(experiment: Experiment) -> bool:
@@ -127,11 +128,10 @@ def main() -> None:
     for effect in EFFECTS:
         one = [shifted_families(random, {"no_kv": effect}, n) for n in SEEDS]
         four = [shifted_families(random, dict.fromkeys(NEEDED_CONTROLS, effect), n) for n in SEEDS]
-        alone = [rate(each, any_claim, count) for each in one]
+        alone = [rate(each, is_better, count) for each in one]
         rows.append([f"{effect:g}", *alone, *(rate(each, helps, count) for each in four)])
-    print_table(
-        ["effect", *(f"one, {head}" for head in heads), *(f"all four, {head}" for head in heads)], rows
-    )
+    columns = [f"{comparisons}, {head}" for comparisons in ("one", "all four") for head in heads]
+    print_table(["effect", *columns], rows)
 
 
 if __name__ == "__main__":
