@@ -1,6 +1,6 @@
 """How often verdicts are wrong where there is nothing, and right where there is something, by simulation.
 
-    python benchmarks/verdict_rates.py [--families 400] [--seed 0]
+    python benchmarks/verdict_rates.py [--families 1500] [--seed 0]
 
 Every simulated experiment goes through ``judge_comparisons`` and the sentence on distillation, as real ones
 do. Prints the tables of docs/guide/verdicts.md.
@@ -104,7 +104,7 @@ def print_table(head: list[str], rows: list[list[str]]) -> None:
 def main() -> None:
     """Print all tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--families", type=int, default=400, help="simulated experiments for each number")
+    parser.add_argument("--families", type=int, default=1500, help="simulated experiments for each number")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     random, count = np.random.default_rng(options.seed), options.families

@@ -1,1 +1,1 @@
-"""Controls in a teacher's place that know nothing: weights without training, tokens without a model."""
+"""Put controls that know nothing in a teacher's place: weights without training, tokens without a model."""

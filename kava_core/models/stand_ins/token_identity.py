@@ -1,4 +1,4 @@
-"""Stand in for a teacher with a fixed random vector for every token: a control that knows tokens alone."""
+"""Replace a teacher by a fixed random vector for every token: a control that knows tokens alone."""
 
 from __future__ import annotations
 
