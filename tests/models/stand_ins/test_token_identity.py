@@ -15,9 +15,13 @@ from transformers import AutoConfig
 from kava_core.build.data import make_data
 from kava_core.build.distiller import make_distiller
 from kava_core.build.stored import store_ingredients
+from kava_core.costs.plan import make_plan
 from kava_core.data.store.index import store_digest
 from kava_core.distill.calibration import aligned_targets
+from kava_core.errors import SpecError
 from kava_core.jobs.cache import write_store
+from kava_core.jobs.profile.prepared_variant import check_can_profile
+from kava_core.jobs.sample import SamplingOptions, sample_rationales
 from kava_core.kv.capture.geometry import probe_geometry
 from kava_core.models.stand_ins.token_identity import TokenTeacher, TokenVectors
 from kava_core.protocols.axes import Cache
@@ -156,3 +160,41 @@ def test_a_store_of_the_control_is_another_and_gives_the_same_curve(tmp_path: Pa
         lines = read_metrics(run(each, variant="main", seed=0).folder / "metrics.jsonl")
         curves.append([line["loss"] for line in lines if "loss" in line])
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+
+
+def test_latent_tokens_are_compared_with_evicted_vectors(tmp_path: Path) -> None:
+    """RKV chooses tokens by the vectors' queries and keys, and the run ends in finite numbers."""
+    teacher = {"name": "gpt", "config": tiny.llama(), "tokenizer": tiny.CHARS, **TOKENS}
+    align = {"time_warper": "rkv", "dim_projector": "identity"}
+    spec = tiny.spec(
+        tmp_path,
+        teachers=[teacher | {"align": align}],
+        trajectory="latent",
+        latent={"count": 3, "passes": 2},
+        losses=[{"name": "smooth_l1"}],
+    )
+    result = run(spec, variant="main", seed=0)
+    assert np.isfinite(result.results["smooth_l1"])
+
+
+def test_a_map_measured_on_the_control_is_refused_for_the_teacher(tmp_path: Path) -> None:
+    align = {"layer_mapper": {"name": "cka", "on": "keys"}, "time_warper": "segment"}
+    measured = run(identity_spec(tmp_path, align), variant="main", seed=0).folder / "layer_maps"
+    align["layer_mapper"] = {"name": "cka", "on": "keys", "map": str(measured / "wide.safetensors")}
+    wide = tiny.FIELDS["teachers"][0] | {"align": align}
+    with pytest.raises(SpecError, match=r"was measured with another teacher \(stand_in differ\)"):
+        run(tiny.spec(tmp_path / "trained", teachers=[wide]), variant="main", seed=0)
+
+
+def test_what_needs_a_model_is_refused_by_name(tmp_path: Path) -> None:
+    spec = identity_spec(tmp_path)
+    with pytest.raises(SpecError, match="teacher 'wide': stand_in 'token_identity' has no model"):
+        check_can_profile(spec)
+    with pytest.raises(SpecError, match=r"teacher 'wide' is a control \(stand_in\)"):
+        sample_rationales(spec, "wide", tmp_path / "out.jsonl", SamplingOptions())
+
+
+def test_a_plan_holds_no_weights_for_it(tmp_path: Path) -> None:
+    plan = make_plan(identity_spec(tmp_path), time=16, t_time=16)
+    assert [cost.name for cost in plan.models] == ["student"]
+    assert set(plan.flops) == {"student", "alignment"}
