@@ -3,7 +3,7 @@
     python benchmarks/paired.py runs/quickstart exact_match kv cross-entropy shuffled
 
 First variant against each of the others, on the seeds they share: mean difference, 95 % t-interval,
-paired t-test with Holm's correction over the comparisons, and how many seeds went which way.
+exact sign-flip test with Holm's correction over the comparisons, and how many seeds went which way.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ def comparisons_table(runs: Runs) -> str:
         found += [(one, other, paired_test(gaps))] if gaps else []
     corrected = holm_correction([test.p for *_, test in found])
     rows = [
-        "| difference | n | mean (95 % t-interval), points | p, paired t | p, Holm |",
+        "| difference | n | mean (95 % t-interval), points | p, sign flips | p, Holm |",
         "|---|---|---|---|---|",
     ]
     for (one, other, test), adjusted in zip(found, corrected, strict=True):

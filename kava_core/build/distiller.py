@@ -25,6 +25,7 @@ from kava_core.kv.compare.no_distillation import NoDistillation
 from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.latent.tokens import LatentTokens
 from kava_core.models.config import check_answer_fits, check_fits_positions
+from kava_core.models.stand_ins.load_teacher import teacher_geometry
 from kava_core.models.student import load_student
 from kava_core.protocols.fuser import Rewarded
 from kava_core.specfile.questions import (
@@ -104,7 +105,7 @@ def _make_run_pipeline(
     if not active_losses(spec) or not models:
         assert_learns(spec, NoDistillation() if hidden is None else hidden)
         return NoDistillation()
-    geometries = {name: model_geometry(model) for name, model in models.items()}
+    geometries = {name: teacher_geometry(model) for name, model in models.items()}
     return make_pipeline(spec, geometries, model_geometry(student), seed=seed)
 
 

@@ -42,7 +42,8 @@ from kava_core.kv.align.time_plan import TimePlan
 from kava_core.kv.capture.attention_layers import layer_outputs, model_name
 from kava_core.kv.capture.capture import Capture
 from kava_core.kv.capture.geometry import model_geometry
-from kava_core.models.load import load_model
+from kava_core.models.stand_ins.load_teacher import load_teacher, teacher_geometry
+from kava_core.models.stand_ins.token_identity import TokenVectors
 from kava_core.models.student import load_student
 from kava_core.processes import world_size
 from kava_core.protocols.layer_mapper import Measured
@@ -154,8 +155,8 @@ def _measure_layers(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student = load_student(plain, data.tokenizer, seed=seed).eval().to(device)
     tokenizer = data.teacher_tokenizers[teacher.name]
-    model = load_model(teacher, tokenizer, seed=0, where=f"teacher {teacher.name!r}").eval().to(device)
-    extents: dict[str, Any] = {"teacher": model_geometry(model), "student": model_geometry(student)}
+    model = load_teacher(teacher, tokenizer).eval().to(device)
+    extents: dict[str, Any] = {"teacher": teacher_geometry(model), "student": model_geometry(student)}
     plan = build_time_plan(teacher.align, name=teacher.name, **extents)
     with attribute_errors_to(f"layer_mapper {config.name!r}, teacher {teacher.name!r}", config):
         mapper = _build_mapper(config, extents)
@@ -231,6 +232,8 @@ def layers_to_compare(
     Raises:
         UnsupportedModelError: the model does not return an output for every attention layer.
     """
+    if isinstance(model, TokenVectors):
+        return model.layers_to_compare(side["input_ids"], on)
     inputs = {"input_ids": side["input_ids"], "attention_mask": side["attention_mask"], "use_cache": False}
     base: Any = model.base_model
     if on != "hidden":

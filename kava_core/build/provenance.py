@@ -25,13 +25,22 @@ from kava_core.versions import distribution_of, distributor, plugin_code_hash
 
 def run_provenance(spec: PipelineSpec) -> dict[str, Any]:
     """Return where every model and component comes from, with hashes, and which layer maps are used."""
-    teachers = {teacher.name: model_facts(teacher) for teacher in spec.teachers}
+    teachers = {teacher.name: _teacher_facts(teacher) for teacher in spec.teachers}
     return {
         "models": {"student": model_facts(spec.student)} | teachers,
         "plugins": plugin_facts(spec),
         PLUGIN_CODE: plugin_code(used_configs(spec)),
         LAYER_MAPS: map_facts(spec),
     }
+
+
+def _teacher_facts(teacher: TeacherSpec) -> dict[str, Any]:
+    """Return where a teacher comes from; a control in its place has none of its results."""
+    facts = model_facts(teacher)
+    if teacher.stand_in is None:
+        return facts
+    known = {name: value for name, value in facts.items() if name != "results"}
+    return known | {STAND_IN: teacher.stand_in.model_dump(mode="json")}
 
 
 def model_facts(model: ModelSpec) -> dict[str, Any]:
@@ -115,6 +124,9 @@ def plugin_code(configs: Iterable[ComponentConfig]) -> dict[str, str]:
             modules.setdefault(name, set()).update((declared_in, implemented_in))
     return {name: plugin_code_hash(owners[name], found) for name, found in sorted(modules.items())}
 
+
+STAND_IN = "stand_in"
+"""What records call the control in a teacher's place; absent if there is none."""
 
 Subject = dict[str, Any]
 """What a measurement depends on; measured again where any of it differs."""

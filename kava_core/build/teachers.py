@@ -12,8 +12,9 @@ from kava_core.kv.align.aligner import TeacherAligner
 from kava_core.kv.align.eviction import Eviction
 from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.models.config import check_fits_positions
-from kava_core.models.load import load_model
 from kava_core.models.own_teacher import OwnTeacher
+from kava_core.models.stand_ins.load_teacher import load_teacher
+from kava_core.models.stand_ins.token_identity import TokenTeacher, TokenVectors
 from kava_core.models.teacher import Teacher
 from kava_core.specfile.questions import (
     compared_parts,
@@ -69,7 +70,7 @@ def load_teachers(spec: PipelineSpec, data: Data, student: Any = None) -> dict[s
         tokenizer = data.teacher_tokenizers[teacher.name]
         key = shared_weights_key(teacher), tuple(sorted(tokenizer.get_vocab().items()))
         if key not in loaded:
-            loaded[key] = load_model(teacher, tokenizer, seed=0, where=f"teacher {teacher.name!r}")
+            loaded[key] = load_teacher(teacher, tokenizer)
         models[teacher.name] = loaded[key]
     return models
 
@@ -89,6 +90,10 @@ def make_teachers(spec: PipelineSpec, models: Mapping[str, Any], pipeline: KVPip
     teachers: list[Teacher] = []
     for name, model in models.items():
         aligner, is_own = aligners.get(name), name in own_cross_entropy
+        if isinstance(model, TokenVectors):
+            assert aligner is not None
+            teachers.append(_token_teacher(spec, model, aligner))
+            continue
         kind = OwnTeacher if is_own else Teacher
         teachers.append(
             kind(
@@ -103,6 +108,16 @@ def make_teachers(spec: PipelineSpec, models: Mapping[str, Any], pipeline: KVPip
             )
         )
     return teachers
+
+
+def _token_teacher(spec: PipelineSpec, vectors: TokenVectors, aligner: TeacherAligner) -> TokenTeacher:
+    return TokenTeacher(
+        aligner.name,
+        vectors,
+        layers=aligner.sources,
+        parts=compared_parts(spec),
+        eviction=make_eviction(spec, aligner),
+    )
 
 
 def make_eviction(spec: PipelineSpec, aligner: TeacherAligner) -> Eviction | None:

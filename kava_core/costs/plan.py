@@ -119,7 +119,7 @@ def _teacher_costs(spec: PipelineSpec, dry: DryRun, t_time: int) -> list[ModelCo
     lengths = _teacher_lengths(dry)
     costs = []
     for teacher in used_teachers(spec):
-        if teacher.itself is None:
+        if teacher.itself is None and teacher.has_weights:
             cost = model_cost(
                 teacher.name,
                 teacher,

@@ -85,7 +85,10 @@ def _operations(
     spec: PipelineSpec, configs: Mapping[str, PreTrainedConfig], trained: Counts, stored: Counts | None
 ) -> dict[str, Any]:
     """Return the operations of the run, in all and by who did them."""
-    flops = {name: _model_flops(config, name, trained) for name, config in configs.items()}
+    without_weights = {teacher.name for teacher in spec.teachers if not teacher.has_weights}
+    flops = {}
+    for name, config in configs.items():
+        flops[name] = 0.0 if name in without_weights else _model_flops(config, name, trained)
     if stored is not None:
         flops[STORE] = _store_flops(spec, {**trained, **stored})
     elif active_losses(spec):
@@ -100,8 +103,9 @@ def _store_flops(spec: PipelineSpec, counts: Counts) -> float:
     """Return the operations of making the store: the teachers' passes and their alignment."""
     total = 0.0
     for teacher in spec.teachers:
-        config = sized_config(teacher, where=teacher.name)
-        total += _model_flops(config, teacher.name, counts) + _alignment_flops(spec, teacher.name, counts)
+        if teacher.has_weights:
+            total += _model_flops(sized_config(teacher, where=teacher.name), teacher.name, counts)
+        total += _alignment_flops(spec, teacher.name, counts)
     return total
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from itertools import pairwise
 
 from kava_core.errors import KavaError
 from kava_core.experiment.load_experiment import LoadedRun
@@ -13,7 +15,17 @@ BUDGETS = ("student_tokens", "teacher_tokens", "flops")
 """What two variants should have been given alike."""
 
 
-def compared_value(run: LoadedRun, compare: CompareSpec, horizon: float = math.inf) -> float:
+@dataclass(frozen=True)
+class ComparedValue:
+    """The number by which a run is compared."""
+
+    value: float
+    """A lower bound of what it would be, if it is censored."""
+    censored_at: float | None = None
+    """What had been spent when nobody looked any longer, of a run that had not met its target; else None."""
+
+
+def compared_value(run: LoadedRun, compare: CompareSpec, horizon: float = math.inf) -> ComparedValue:
     """Return the number by which a complete run is compared.
 
     Args:
@@ -30,13 +42,14 @@ def compared_value(run: LoadedRun, compare: CompareSpec, horizon: float = math.i
     if value is None or not math.isfinite(value):
         there = ", ".join(sorted(name for name in run.results if "/" not in name))
         raise KavaError(f"{run.folder}: its results have no finite {compare.metric!r}; there are {there}")
-    return float(value)
+    return ComparedValue(float(value))
 
 
-def spent_to_target(run: LoadedRun, compare: CompareSpec, horizon: float = math.inf) -> float:
+def spent_to_target(run: LoadedRun, compare: CompareSpec, horizon: float = math.inf) -> ComparedValue:
     """Return the steps or operations after which the target is first met.
 
-    A run that does not meet it has spent one interval between evaluations more than the horizon.
+    A run that does not meet it is censored: it has spent at least one interval between evaluations more than
+    the horizon, and that is its value.
 
     Args:
         run: complete.
@@ -51,10 +64,22 @@ def spent_to_target(run: LoadedRun, compare: CompareSpec, horizon: float = math.
     for spent, value in curve:
         met = value <= compare.target if lower_is_better else value >= compare.target
         if met and spent <= horizon:
-            return spent
+            return ComparedValue(spent)
     before_first_step, _ = _price_of_steps(run, compare)
     interval = curve[0][0] - before_first_step
-    return horizon + interval
+    return ComparedValue(horizon + interval, censored_at=horizon)
+
+
+def evaluation_interval(run: LoadedRun, compare: CompareSpec) -> float:
+    """Return the most that a run spends between two evaluations, in steps or operations.
+
+    What is read off a curve is known no finer. 0 for a metric that is not read off one.
+    """
+    if compare.metric not in TARGET_METRICS:
+        return 0.0
+    before_first_step, _ = _price_of_steps(run, compare)
+    spent = [before_first_step, *(spent for spent, _ in _spending_curve(run, compare))]
+    return max(later - earlier for earlier, later in pairwise(spent))
 
 
 def most_spent(run: LoadedRun, compare: CompareSpec) -> float:

@@ -8,12 +8,13 @@ from statistics import mean, stdev
 
 from rich.table import Table
 
-from kava_core.experiment.compared_value import BUDGETS, compared_value
+from kava_core.experiment.compared_value import BUDGETS, ComparedValue, compared_value
+from kava_core.experiment.distillation_claim import sentence_on_distillation
 from kava_core.experiment.load_experiment import Experiment
+from kava_core.experiment.shared_runs import neighbours, shared_runs
 from kava_core.experiment.verdict import (
     comparisons_without_verdict,
     judge_comparisons,
-    sentence_on_distillation,
     steps_for_equal_flops,
 )
 from kava_core.specfile.sections.compare import CompareSpec
@@ -33,12 +34,14 @@ def table_of_means(experiment: Experiment) -> Table:
 def _cells_of_variant(experiment: Experiment, variant: str, compare: CompareSpec) -> Iterator[str]:
     runs = experiment.runs_of_variant(variant).values()
     complete = experiment.complete_runs(variant).values()
-    values = [compared_value(run, compare) for run in complete]
+    compared = [compared_value(run, compare) for run in complete]
+    values = [each.value for each in compared]
+    bound = "> " if any(each.censored_at is not None for each in compared) else ""
     yield f"{len(complete)} of {len(runs)}"
     yield str(sum(run.state == "failed" for run in runs))
-    yield number_text(mean(values)) if values else "–"
-    yield number_text(stdev(values)) if len(values) > 1 else "–"
-    yield " ".join(map(number_text, values))
+    yield bound + number_text(mean(values)) if values else "–"
+    yield number_text(stdev(values)) if len(values) > 1 and not bound else "–"
+    yield ", ".join(map(compared_text, compared))
     for budget in (*BUDGETS, "seconds"):
         yield number_text(mean_if_all_known(run.compute.get(budget) for run in complete))
 
@@ -58,6 +61,13 @@ def number_text(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.3g}"
 
 
+def compared_text(compared: ComparedValue) -> str:
+    """Return a run's number with three digits; ``> 600`` for a target that was not met within 600 steps."""
+    if compared.censored_at is not None:
+        return f"> {number_text(compared.censored_at)}"
+    return number_text(compared.value)
+
+
 def comparison_lines(experiment: Experiment) -> Iterator[str]:
     """Yield what the comparisons show, one line each."""
     compare = experiment.compare
@@ -75,6 +85,9 @@ def comparison_lines(experiment: Experiment) -> Iterator[str]:
     sentence = sentence_on_distillation(experiment, verdicts)
     if sentence:
         yield sentence
+    for shared in shared_runs([experiment, *neighbours(experiment)]):
+        if any(owner == experiment.name for owner, _ in shared.variants):
+            yield shared.sentence(experiment.name)
     for plan in experiment.earlier:
         yield (
             f"the experiment was changed on the way: what was declared {plan['declared']} was replaced "

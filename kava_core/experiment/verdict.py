@@ -6,25 +6,26 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
-from typing import Any, Literal
+from typing import Any
 
-from kava_core.experiment.compared_value import BUDGETS, compared_value, most_spent
+from kava_core.experiment.compared_value import (
+    BUDGETS,
+    ComparedValue,
+    compared_value,
+    evaluation_interval,
+    most_spent,
+)
 from kava_core.experiment.load_experiment import Experiment, LoadedRun
+from kava_core.experiment.outcome import Outcome, PairedValues, budgets_text, decide_outcome, limit_finding
 from kava_core.experiment.statistics import (
-    FEW,
+    MOST_ENUMERATED,
     PairedTest,
     bonferroni_correction,
     bootstrap_interval,
     holm_correction,
     paired_test,
 )
-from kava_core.specfile.sections.compare import TARGET_METRICS, CompareSpec, Control
-
-SIGNIFICANT = 0.05
-
-Outcome = Literal["better", "worse", "not shown", "descriptive", "unequal budgets", "incomplete"]
-"""``not shown``: tested, and no difference found; ``descriptive``: too few seeds to test; ``unequal
-budgets``: tested, but one variant was given more; ``incomplete``: runs are missing or have failed."""
+from kava_core.specfile.sections.compare import TARGET_METRICS, CompareSpec
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Verdict:
     bonferroni: float
     family: int
     """How many comparisons the corrections are for."""
+    censored: tuple[int, int]
+    """Seeds in which each variant did not meet the target; its mean is then a lower bound."""
     resampled: tuple[float, float] | None
     """Interval of the bootstrap over seeds and examples; None if examples were not kept."""
     budgets: Mapping[str, float]
@@ -60,11 +63,27 @@ class Verdict:
             low, high = self.resampled
             parts.append(f"bootstrap over seeds and examples {low:+.4g} … {high:+.4g}")
         parts.append(f"{test.n} shared {'seed' if test.n == 1 else 'seeds'}")
+        parts += self._censored_texts()
         if not math.isnan(test.p):
-            parts.append(f"paired t-test p {test.p:.3g}, Holm {self.holm:.3g} of {self.family}")
-        parts.append(f"budgets {_budgets_text(self.budgets)}")
+            flips = "exact" if test.n <= MOST_ENUMERATED else "drawn"
+            parts.append(f"{flips} sign-flip p {test.p:.3g}, Holm {self.holm:.3g} of {self.family}")
+        if not math.isnan(test.t_p):
+            parts.append(f"paired t-test p {test.t_p:.3g}")
+        parts.append(f"budgets {budgets_text(self.budgets)}")
         reason = f" ({self.reason})" if self.reason else ""
         return "; ".join(parts) + f": {self.outcome}{reason}"
+
+    def mean_texts(self) -> tuple[str, str]:
+        """Return both means; a lower bound is shown as such, ``> 300``."""
+        first, second = (f"{mean:.4g}" for mean in self.means)
+        return f"> {first}" if self.censored[0] else first, f"> {second}" if self.censored[1] else second
+
+    def _censored_texts(self) -> list[str]:
+        texts = []
+        for name, count in zip((self.first, self.second), self.censored, strict=True):
+            if count:
+                texts.append(f"{name} did not meet the target in {count} of {self.test.n} seeds")
+        return texts
 
 
 def declared_comparisons(experiment: Experiment) -> list[tuple[str, str]]:
@@ -100,8 +119,13 @@ def judge_comparisons(experiment: Experiment) -> list[Verdict]:
     return verdicts
 
 
-def _test_of_values(values: Mapping[int, tuple[float, float]]) -> PairedTest | None:
-    return paired_test([first - second for first, second in values.values()]) if values else None
+def _test_of_values(values: PairedValues) -> PairedTest | None:
+    return paired_test(list(_differences(values).values())) if values else None
+
+
+def _differences(values: PairedValues) -> dict[int, float]:
+    """Return first minus second by seed; two runs that both did not meet the target differ by 0."""
+    return {seed: first.value - second.value for seed, (first, second) in values.items()}
 
 
 def comparisons_without_verdict(experiment: Experiment, verdicts: Sequence[Verdict]) -> list[tuple[str, str]]:
@@ -112,7 +136,7 @@ def comparisons_without_verdict(experiment: Experiment, verdicts: Sequence[Verdi
 
 def _values_by_seed(
     experiment: Experiment, pair: tuple[str, str], compare: CompareSpec
-) -> dict[int, tuple[float, float]]:
+) -> dict[int, tuple[ComparedValue, ComparedValue]]:
     """Return what both variants reached, by the seeds that both have finished."""
     horizon = _common_horizon(experiment, pair, compare)
     first, second = (_values_of_variant(experiment, name, compare, horizon) for name in pair)
@@ -124,7 +148,7 @@ def _values_by_seed(
 
 def _values_of_variant(
     experiment: Experiment, variant: str, compare: CompareSpec, horizon: float
-) -> dict[int, float]:
+) -> dict[int, ComparedValue]:
     runs = experiment.complete_runs(variant)
     return {seed: compared_value(run, compare, horizon) for seed, run in runs.items()}
 
@@ -143,7 +167,7 @@ def _make_verdict(
     experiment: Experiment,
     compare: CompareSpec,
     pair: tuple[str, str],
-    values: dict[int, tuple[float, float]],
+    values: PairedValues,
     test: PairedTest,
     corrected: tuple[float, float],
     family: int,
@@ -152,19 +176,25 @@ def _make_verdict(
     budgets = _budget_ratios(runs_of_first, runs_of_second)
     missing = _open_runs(experiment, pair) or _data_difference(runs_of_first, runs_of_second)
     holm, bonferroni = corrected
-    outcome, reason = _decide_outcome(compare, test, holm, budgets, missing)
     first_values, second_values = zip(*values.values(), strict=True)
+    interval = max(evaluation_interval(run, compare) for run in (*runs_of_first, *runs_of_second))
+    outcome, reason = decide_outcome(compare, test, holm, family)
+    if outcome in ("better", "worse"):
+        outcome, reason = limit_finding(compare, outcome, pair, values, test, interval, budgets)
+    if missing:
+        outcome, reason = "incomplete", missing
     return Verdict(
         first=pair[0],
         second=pair[1],
         outcome=outcome,
         reason=reason,
-        differences={seed: first - second for seed, (first, second) in values.items()},
-        means=(mean(first_values), mean(second_values)),
+        differences=_differences(values),
+        means=(mean(one.value for one in first_values), mean(one.value for one in second_values)),
         test=test,
         holm=holm,
         bonferroni=bonferroni,
         family=family,
+        censored=(_count_censored(first_values), _count_censored(second_values)),
         resampled=_bootstrapped(compare, runs_of_first, runs_of_second),
         budgets=budgets,
     )
@@ -175,32 +205,8 @@ def _runs_of_seeds(experiment: Experiment, variant: str, seeds: Iterable[int]) -
     return [runs[seed] for seed in seeds]
 
 
-def _decide_outcome(
-    compare: CompareSpec, test: PairedTest, p: float, budgets: Mapping[str, float], missing: str
-) -> tuple[Outcome, str]:
-    """Return the outcome and why it is not more than that.
-
-    Args:
-        compare: what was declared.
-        test: of the differences.
-        p: corrected.
-        budgets: first over second.
-        missing: why the comparison is incomplete; empty if it is not.
-    """
-    if missing:
-        return "incomplete", missing
-    if test.n < FEW:
-        return "descriptive", f"{test.n} of the {FEW} seeds that a verdict needs"
-    if math.isnan(p):
-        return "descriptive", test.note
-    if p > SIGNIFICANT:
-        detectable = f"a true difference of {test.detectable:.3g} would be found 4 times of 5"
-        return "not shown", test.note or detectable
-    inequality = _undeclared_inequality(compare, budgets)
-    if inequality:
-        return "unequal budgets", f"{inequality}; not declared in compare.unequal"
-    first_is_lower = test.mean < 0
-    return ("better" if first_is_lower == compare.lower_is_better else "worse"), ""
+def _count_censored(values: Iterable[ComparedValue]) -> int:
+    return sum(one.censored_at is not None for one in values)
 
 
 def _open_runs(experiment: Experiment, pair: tuple[str, str]) -> str:
@@ -258,29 +264,6 @@ def _quotient(first: float, second: float) -> float:
     return first / second if second else math.inf
 
 
-def _undeclared_inequality(compare: CompareSpec, budgets: Mapping[str, float]) -> str:
-    """Return the budgets that differ though nobody declared it; empty if all is fair."""
-    if not budgets:
-        return "no record of what the runs cost"
-    tolerance = math.log1p(compare.tolerance)
-    unequal = {}
-    for name, ratio in budgets.items():
-        differs = abs(math.log(max(ratio, 1e-9))) > tolerance
-        if differs and name not in compare.unequal:
-            unequal[name] = ratio
-    return _budgets_text(unequal) if unequal else ""
-
-
-def _budgets_text(budgets: Mapping[str, float]) -> str:
-    texts = (f"{name.replace('_', ' ')} {ratio_text(ratio)}" for name, ratio in budgets.items())
-    return ", ".join(texts) or "unknown"
-
-
-def ratio_text(ratio: float) -> str:
-    """Return ``×1.02``, or words if only one of the two has spent anything."""
-    return f"×{ratio:.3g}" if math.isfinite(ratio) and ratio else "of one alone"
-
-
 def _bootstrapped(
     compare: CompareSpec, first: Sequence[LoadedRun], second: Sequence[LoadedRun]
 ) -> tuple[float, float] | None:
@@ -297,35 +280,6 @@ def _example_differences(first: LoadedRun, second: LoadedRun) -> list[int]:
     if right_first is None or right_second is None or len(right_first) != len(right_second):
         return []
     return [one - other for one, other in zip(right_first, right_second, strict=True)]
-
-
-NEEDED_CONTROLS: tuple[Control, ...] = ("no_kv", "shuffled_teacher")
-"""What KV distillation has to beat before it is said to help."""
-
-
-def sentence_on_distillation(experiment: Experiment, verdicts: Sequence[Verdict]) -> str:
-    """Return a sentence on whether KV distillation helped: only if it beats both controls that can show it.
-
-    Empty if no control is declared.
-    """
-    compare = experiment.compare
-    if compare is None or not compare.controls:
-        return ""
-    undeclared = [name for name in NEEDED_CONTROLS if name not in compare.controls]
-    if undeclared:
-        return f"Whether KV distillation helps is not asked: declare the controls {', '.join(undeclared)}."
-    outcomes = {v.second: v.outcome for v in verdicts if v.first == experiment.treatment}
-    unbeaten = []
-    for name in NEEDED_CONTROLS:
-        outcome = outcomes.get(name, "no shared seed")
-        if outcome != "better":
-            unbeaten.append(f"{name} ({outcome})")
-    if not unbeaten:
-        return f"KV distillation helps here: {experiment.treatment} beats no_kv and shuffled_teacher."
-    return (
-        f"Not shown that KV distillation helps here: {experiment.treatment} does not beat "
-        f"{', '.join(unbeaten)}."
-    )
 
 
 def steps_for_equal_flops(experiment: Experiment, verdict: Verdict) -> int | None:

@@ -65,6 +65,8 @@ def sample_rationales(spec: PipelineSpec, teacher: str, output: Path, options: S
     """
     if _find_teacher(spec, teacher).encoder:
         raise SpecError(f"teacher {teacher!r} is an encoder: it writes nothing")
+    if _find_teacher(spec, teacher).stand_in is not None:
+        raise SpecError(f"teacher {teacher!r} is a control (stand_in): what it writes teaches nothing")
     if output.exists():
         raise KavaError(f"{output}: is there already; choose another file or delete it")
     # The one teacher, reading text, with nothing but its logits wanted.

@@ -68,8 +68,12 @@ def pretraining_report(spec: PipelineSpec) -> dict[str, dict[str, Any]]:
 
 
 def tell_random_teachers(spec: PipelineSpec) -> None:
-    """Say on stderr, once in a process, which teachers have random weights and are not trained first."""
+    """Say on stderr, once in a process, which teachers know nothing: controls, and untrained weights."""
     for teacher in used_teachers(spec):
+        if teacher.stand_in is not None:
+            kind = teacher.stand_in.kind
+            tell_once(f"teacher {teacher.name!r}: a control is in its place (stand_in: {kind})")
+            continue
         if teacher.itself is not None or teacher.path is not None or teacher.pretrain is not None:
             continue
         tell_once(f"teacher {teacher.name!r}: random weights ('config' without 'pretrain'): it knows nothing")

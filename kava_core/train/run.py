@@ -33,6 +33,7 @@ from kava_core.errors import Preempted, SpecError
 from kava_core.models.config import max_positions
 from kava_core.models.ledger import STUDENT, Ledger, reset_peak_memory
 from kava_core.models.placement import SHARDED
+from kava_core.models.stand_ins.token_identity import TokenTeacher
 from kava_core.models.student import compile_forward
 from kava_core.processes import is_main, world_size
 from kava_core.runs import checkpoint
@@ -331,7 +332,7 @@ def _save_attention(distiller: Distiller, folder: Folder, data: Data, spec: Pipe
     models: dict[str, Any] = {"student": distiller.student}
     whole = {teacher.name for teacher in spec.teachers if teacher.placement != SHARDED}
     for teacher in distiller.teachers:
-        if teacher.name in whole:
+        if teacher.name in whole and not isinstance(teacher, TokenTeacher):
             models[teacher.name] = teacher.model
     tokenizers = {"student": data.tokenizer, **data.teacher_tokenizers}
     # Texts of all sides, also where training reads a store and this collator brings targets instead.

@@ -119,10 +119,10 @@ def test_every_way_of_aligning_can_be_stored(tmp_path: Path, case: str) -> None:
 
 
 def test_no_teacher_is_loaded(kept: PipelineSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(model: Any, *_: Any, where: str, **__: Any) -> None:
-        raise AssertionError(f"{where} was loaded")
+    def load(teacher: Any, _: Any) -> None:
+        raise AssertionError(f"{teacher.name} was loaded")
 
-    monkeypatch.setattr(teachers, "load_model", load)
+    monkeypatch.setattr(teachers, "load_teacher", load)
     assert curve(kept.model_copy(update={"name": "alone"}))
 
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from kava_core.errors import CheckpointError, KavaError, Preempted, SpecError
-from kava_core.experiment.compared_value import compared_value, spent_to_target
+from kava_core.experiment.compared_value import compared_value, evaluation_interval, spent_to_target
 from kava_core.experiment.experiment_progress import ExperimentProgress, last_logged_step
 from kava_core.experiment.load_experiment import LoadedRun, load_experiment
 from kava_core.experiment.recorded_plan import read_plan, record_plan
@@ -296,7 +296,11 @@ def test_steps_to_a_target(tmp_path: Path, curve: list[float], expected: int) ->
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = LoadedRun("a", 0, Folder(tmp_path), "complete", {"results": {"steps": 300}})
     compare = CompareSpec(metric="steps_to_target", target=0.95)
-    assert spent_to_target(run, compare) == compared_value(run, compare) == expected
+    found = spent_to_target(run, compare)
+    assert found == compared_value(run, compare)
+    assert found.value == expected
+    assert found.censored_at == (None if max(curve) >= 0.95 else 100.0 * len(curve))
+    assert evaluation_interval(run, compare) == 100
 
 
 def test_operations_to_a_target(tmp_path: Path) -> None:
@@ -308,7 +312,9 @@ def test_operations_to_a_target(tmp_path: Path) -> None:
     run = LoadedRun("a", 0, Folder(tmp_path), "complete", record)
 
     def spent(target: float, horizon: float = math.inf) -> float:
-        return compared_value(run, CompareSpec(metric="flops_to_target", target=target), horizon)
+        compare = CompareSpec(metric="flops_to_target", target=target)
+        assert evaluation_interval(run, compare) == 300
+        return compared_value(run, compare, horizon).value
 
     assert (spent(0.1), spent(0.9), spent(1.0)) == (340, 640, 940)
     assert spent(0.9, horizon=500.0) == 800

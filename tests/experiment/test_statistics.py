@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -14,6 +15,8 @@ from kava_core.experiment.statistics import (
     detectable_difference,
     holm_correction,
     paired_test,
+    sign_flip_p,
+    smallest_p,
 )
 
 RANDOM = np.random.default_rng(0)
@@ -25,16 +28,47 @@ def test_a_paired_comparison_is_scipys(n: int) -> None:
     values = SEEDS[n]
     found, test = paired_test(values.tolist()), stats.ttest_1samp(values, 0)
     interval = test.confidence_interval(0.95)
-    assert found.p == pytest.approx(test.pvalue, rel=1e-9)
+    assert found.t_p == pytest.approx(test.pvalue, rel=1e-9)
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
     assert found.effect == pytest.approx(values.mean() / values.std(ddof=1))
-    assert bool(found.note) == (n < 5)
+    assert bool(found.note) == (n < 8)
+
+
+@pytest.mark.parametrize("n", [*SEEDS, 8])
+def test_the_sign_flip_test_is_a_count_of_all_changes_of_sign(n: int) -> None:
+    """Whole numbers with ties, zeros among them, so that every sum is exact."""
+    values = np.random.default_rng(n).integers(-3, 6, n)
+    signs = itertools.product((-1, 1), repeat=n)
+    count = sum(abs(int(np.dot(sign, values))) >= abs(int(values.sum())) for sign in signs)
+    assert sign_flip_p(values) == count / 2**n
+    assert sign_flip_p(values * 0.1) == count / 2**n
+    assert sign_flip_p(-values) == count / 2**n
+
+
+@pytest.mark.parametrize("n", [5, 12])
+def test_the_sign_flip_test_is_scipys(n: int) -> None:
+    test = stats.permutation_test((SEEDS[n],), np.mean, permutation_type="samples", n_resamples=np.inf)
+    assert paired_test(SEEDS[n].tolist()).p == pytest.approx(test.pvalue, rel=1e-12)
+
+
+def test_beyond_twenty_seeds_changes_are_drawn() -> None:
+    """Against the exact share, from the distribution of a sum of signs."""
+    values = [1.0] * 17 + [-1.0] * 7
+    exact = 2 * stats.binom.cdf(7, 24, 0.5)
+    assert sign_flip_p(values) == pytest.approx(exact, abs=5 * math.sqrt(exact / 2e5))
+    assert sign_flip_p([1.0] * 21) <= 5e-5
+    assert sign_flip_p([1.0] * 30) >= smallest_p(30) > 0
+
+
+@pytest.mark.parametrize("n", [5, 8, 16])
+def test_the_smallest_p_is_reached_where_all_seeds_agree(n: int) -> None:
+    assert sign_flip_p(np.arange(1, n + 1)) == smallest_p(n) == 2 / 2**n
 
 
 @pytest.mark.parametrize(("values", "p", "words"), [
     ([0.25], math.nan, "one seed"),
     ([0.0] * 5, 1.0, "no difference in any seed"),
-    ([0.5] * 5, math.nan, "the same difference"),
+    ([0.5] * 5, 2 / 2**5, "the same difference"),
 ])  # fmt: skip
 def test_what_cannot_be_tested_is_said(values: list[float], p: float, words: str) -> None:
     found = paired_test(values)
@@ -68,11 +102,11 @@ def test_corrections_are_statsmodels(p: list[float]) -> None:
 
 @pytest.mark.parametrize("draws", [250, pytest.param(2000, marks=pytest.mark.release)])
 def test_holm_keeps_the_rate_of_false_finds_in_a_family(draws: int) -> None:
-    """Seven comparisons with the same control, five seeds, no true difference: at most 5 % of families."""
+    """Four comparisons with the same control, eight seeds, no true difference: at most 5 % of families."""
     random, found = np.random.default_rng(2), 0
     for _ in range(draws):
-        control = random.normal(size=5)
-        p = [paired_test((random.normal(size=5) - control).tolist()).p for _ in range(7)]
+        control = random.normal(size=8)
+        p = [sign_flip_p(random.normal(size=8) - control) for _ in range(4)]
         found += min(holm_correction(p)) < 0.05
     assert found / draws <= 0.05 + 1.645 * math.sqrt(0.05 * 0.95 / draws)
 

@@ -38,6 +38,34 @@ def test_controls_are_the_treatment_with_one_thing_broken(resolve: Any) -> None:
     assert all(spec.compare is None and spec.variants == {} for spec in specs.values())
 
 
+STAND_INS = {
+    "untrained_teacher": "random_weights",
+    "shuffled_weights": "shuffled_weights",
+    "token_identity": "token_identity",
+}
+
+
+def test_controls_that_know_nothing_stand_in_for_every_teacher(resolve: Any) -> None:
+    two = "teachers: [{name: a, path: elsewhere}, {name: b, path: there, stand_in: {kind: token_identity}}]"
+    specs = resolve(
+        f"variants:\n  kv: {{}}\n  two: {{{two}}}\n"
+        "compare:\n  treatment: two\n  controls: [untrained_teacher, shuffled_weights, token_identity]\n"
+    )
+    treatment = specs["two"]
+    for control, kind in STAND_INS.items():
+        stand_ins = [teacher.stand_in for teacher in specs[control].teachers]
+        assert [(each.kind, each.seed) for each in stand_ins if each] == [(kind, 0), (kind, 0)]
+        without = specs[control].model_copy(update={"teachers": treatment.teachers})
+        assert spec_digest(without) == spec_digest(treatment) != spec_digest(specs[control])
+
+
+def test_a_teacher_without_a_stand_in_has_the_digest_it_always_had(resolve: Any) -> None:
+    """Runs of a version without stand-ins are found again, and so are their stores and layer maps."""
+    teacher = resolve("")["main"].teachers[0]
+    assert "stand_in" not in teacher.model_dump(mode="json")
+    assert teacher.has_weights
+
+
 def test_a_frozen_probe_keeps_the_student(resolve: Any) -> None:
     specs = resolve("compare: {controls: [frozen_probe]}\n")
     assert {name: spec.student.frozen for name, spec in specs.items()} == {
@@ -111,7 +139,7 @@ def test_unknown_names_are_told_at_their_lines(refused: Any) -> None:
             "possible: exact_match, ce, perplexity",
         ),
         ("compare: {target: 0.9}\n", "'target' goes with 'metric: steps_to_target'"),
-        ("compare: {controls: [shuffled]}\n", "did you mean 'shuffled_teacher'?"),
+        ("compare: {controls: [shuffled_teachers]}\n", "did you mean 'shuffled_teacher'?"),
         ("compare: {unequal: [time]}\n", "flops"),
         ("variants: {a: {compare.metric: ce}}\n", "a variant cannot change 'compare'"),
     ],

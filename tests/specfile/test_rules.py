@@ -39,6 +39,25 @@ CASES: dict[str, tuple[list[str], str]] = {
         ["student.pretrain={steps: 1, data: {modulus: 1}}"],
         "modulus: must be at least 2, not 1",
     ),
+    "stand-in-itself": (
+        [LATENT, "teachers=[{name: own, itself: {}, stand_in: {kind: token_identity}}]"],
+        "teacher 'own': stand_in 'token_identity' replaces a teacher, and this one is the student itself",
+    ),
+    "stand-in-quantize": (
+        ["teachers.0.stand_in.kind=random_weights", "teachers.0.quantize=int8"],
+        "teacher 'big': stand_in 'random_weights' changes weights, and quantised ones cannot be changed; set "
+        "its 'quantize: null', or use token_identity, which has none",
+    ),
+    "stand-in-logits": (
+        ["teachers.0.stand_in.kind=shuffled_weights", "logits={}"],
+        "teacher 'big': stand_in 'shuffled_weights' is a control of caches, and its logits are noise or "
+        "none; set 'logits: null'",
+    ),
+    "stand-in-codi": (
+        [LATENT, "teachers.0.stand_in.kind=token_identity", "codi={}"],
+        "teacher 'big': stand_in 'token_identity' is a control of caches, and its hidden states are noise or "
+        "none; set 'codi: null'",
+    ),
     "warper-same-text": (
         [f"teachers=[{{{BIG}, rationale: 1, {CHAR_IOU}}}]"],
         "teacher 'big' reads another text than the student (rationale), but time_warper 'char_iou' compares "

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from kava_core.errors import CheckpointError, KavaError
-from kava_core.experiment.compared_value import compared_value
+from kava_core.experiment.compared_value import ComparedValue, compared_value
 from kava_core.experiment.load_experiment import Experiment, LoadedRun, load_experiment
+from kava_core.experiment.shared_runs import SharedRuns, neighbours, shared_runs
 from kava_core.experiment.verdict import Verdict, declared_comparisons, judge_comparisons
 from kava_core.files import read_json_object
 from kava_core.specfile.sections.compare import CompareSpec
@@ -31,11 +32,13 @@ class ExperimentData:
         experiment: its runs.
         number: its place among the experiments of the report, from 1.
         several: whether there are others.
+        others: other experiments that may share runs with this one.
     """
 
     experiment: Experiment
     number: int = 1
     several: bool = False
+    others: Sequence[Experiment] = ()
 
     @cached_property
     def _verdicts_or_reason(self) -> tuple[list[Verdict], str]:
@@ -69,6 +72,13 @@ class ExperimentData:
         has_exact_match = any("exact_match" in run.results for run in self.experiment.runs)
         return CompareSpec(metric="exact_match" if has_exact_match else "ce")
 
+    @cached_property
+    def shared_runs(self) -> list[SharedRuns]:
+        """Return which of this experiment's runs are there several times, here or in other experiments."""
+        name = self.experiment.name
+        shared = shared_runs([self.experiment, *self.others])
+        return [each for each in shared if any(owner == name for owner, _ in each.variants)]
+
     @property
     def followed_metric(self) -> str:
         """Return the metric whose curve is drawn."""
@@ -83,12 +93,12 @@ class ExperimentData:
         """Return a variant's complete runs by seed, ascending."""
         return dict(sorted(self.experiment.complete_runs(variant).items()))
 
-    def compared_values(self, variant: str) -> dict[int, float]:
+    def compared_values(self, variant: str) -> dict[int, ComparedValue]:
         """Return the compared number by seed, of the complete runs that have it."""
         values = {}
         for seed, run in self.complete_runs(variant).items():
             value = self._value_or_reason(run)
-            if isinstance(value, float):
+            if isinstance(value, ComparedValue):
                 values[seed] = value
         return values
 
@@ -102,7 +112,7 @@ class ExperimentData:
                     texts.append(value)
         return texts
 
-    def _value_or_reason(self, run: LoadedRun) -> float | str:
+    def _value_or_reason(self, run: LoadedRun) -> ComparedValue | str:
         try:
             return compared_value(run, self.compare)
         except CheckpointError:
@@ -188,11 +198,22 @@ def mean_curve(curves: Sequence[tuple[LoadedRun, Curve]]) -> Curve:
 def load_experiments(folders: Sequence[Path]) -> list[ExperimentData]:
     """Load every folder; errors as for ``load_experiment``."""
     experiments = []
-    for number, folder in enumerate(folders, 1):
+    for folder in folders:
         has_name = folder.name not in ("", "..")
-        experiment = load_experiment(folder if has_name else folder.resolve())
-        experiments.append(ExperimentData(experiment, number, several=len(folders) > 1))
-    return experiments
+        experiments.append(load_experiment(folder if has_name else folder.resolve()))
+    return [
+        ExperimentData(
+            experiment, number, several=len(folders) > 1, others=_other_experiments(experiment, experiments)
+        )
+        for number, experiment in enumerate(experiments, 1)
+    ]
+
+
+def _other_experiments(experiment: Experiment, reported: Sequence[Experiment]) -> list[Experiment]:
+    """Return those in the same report, and those in folders beside this one's."""
+    others = {each.folder.absolute(): each for each in (*neighbours(experiment), *reported)}
+    others.pop(experiment.folder.absolute(), None)
+    return list(others.values())
 
 
 def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:

@@ -36,6 +36,7 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Iterato
     from kava_core.experiment.report.chapters import make_chapters
     from kava_core.experiment.report.experiment_data import load_experiments
     from kava_core.experiment.report.pages.csv_files import csv_texts
+    from kava_core.experiment.report.pages.json_file import json_text
 
     target = _output_folder(folders, output)
     refuse_inside_run(target)
@@ -46,6 +47,7 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Iterato
     _write_figures(chapters, target / FIGURES)
     for name, text in csv_texts(experiments).items():
         _write_file(target / name, text)
+    _write_file(target / "comparisons.json", json_text(experiments))
     yield from _write_texts(chapters, title, target)
 
 
@@ -79,7 +81,8 @@ def _write_texts(chapters: Sequence[Chapter], title: str, target: Path) -> Itera
     _write_file(target / "report.md", render_markdown(chapters, FIGURES))
     _write_file(target / "report.html", render_page(chapters, title=printable_text(f"{title}: kava report")))
     yield f"report: {printable_text(target / 'report.html')}"
-    yield f"tables: {printable_text(target / 'report.md')}, runs.csv, curves.csv, comparisons.csv, {FIGURES}/"
+    tables = "runs.csv, curves.csv, comparisons.csv, comparisons.json"
+    yield f"tables: {printable_text(target / 'report.md')}, {tables}, {FIGURES}/"
 
 
 def _write_file(path: Path, content: str | bytes) -> None:

@@ -63,6 +63,11 @@ def check_can_profile(spec: PipelineSpec) -> None:
     for teacher in spec.teachers:
         if teacher.placement != "replicated":
             raise SpecError(f"kava profile: teacher {teacher.name!r}: placement must be replicated")
+        if not teacher.has_weights:
+            raise SpecError(
+                f"kava profile: teacher {teacher.name!r}: stand_in 'token_identity' has no model whose "
+                "attention could be looked at"
+            )
     if spec.train.precision == "fp16" and not torch.cuda.is_available():
         raise SpecError("train.precision: fp16 needs a CUDA device; on CPU use fp32 or bf16")
 

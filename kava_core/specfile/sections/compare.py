@@ -11,7 +11,15 @@ from kava_core.config import Strict
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
 """A name that is also a folder: letters, digits, ``_ . -``, not starting with a dot."""
 
-Control = Literal["no_kv", "shuffled_teacher", "random_alignment", "frozen_probe"]
+Control = Literal[
+    "no_kv",
+    "shuffled_teacher",
+    "untrained_teacher",
+    "shuffled_weights",
+    "token_identity",
+    "random_alignment",
+    "frozen_probe",
+]
 Budget = Literal["student_tokens", "teacher_tokens", "flops"]
 
 STEPS_TO_TARGET, FLOPS_TO_TARGET = "steps_to_target", "flops_to_target"
@@ -28,6 +36,14 @@ DIRECTIONS = {
 """Which way each known metric is better."""
 
 
+STAND_INS: dict[Control, str] = {
+    "untrained_teacher": "random_weights",
+    "shuffled_weights": "shuffled_weights",
+    "token_identity": "token_identity",
+}
+"""The controls that put something in every teacher's place, and what (``TeacherSpec.stand_in.kind``)."""
+
+
 def control_changes(control: Control, compare: CompareSpec, teachers: int) -> dict[str, Any]:
     """Return what a control changes of its treatment: dotted paths to new values, as in ``variants``."""
     if control == "no_kv":
@@ -38,6 +54,9 @@ def control_changes(control: Control, compare: CompareSpec, teachers: int) -> di
         return {"train.shuffle_teacher": True}
     if control == "frozen_probe":
         return {"student.frozen": True}
+    if control in STAND_INS:
+        stand_in = {"kind": STAND_INS[control]}
+        return {f"teachers.{index}.stand_in": dict(stand_in) for index in range(teachers)}
     random_projector = {"name": "linear", "trainable": False, "init": "random"}
     return {f"teachers.{index}.align.dim_projector": random_projector for index in range(teachers)}
 
@@ -46,7 +65,8 @@ class CompareSpec(Strict):
     """The comparisons of an experiment, declared before it runs.
 
     All of them are one family for Holm's correction. ``kava experiment`` runs and judges them; ``kava train``
-    ignores this block. Example: ``{treatment: kv, controls: [no_kv, shuffled_teacher]}``.
+    ignores this block. Example: ``{treatment: kv, controls: [no_kv, shuffled_teacher, untrained_teacher,
+    token_identity]}``: the four that "KV distillation helps" has to beat.
     """
 
     metric: str = "exact_match"
@@ -68,8 +88,10 @@ class CompareSpec(Strict):
     controls: tuple[Control, ...] = ()
     """More variants, each the treatment with one thing broken, and a comparison of the treatment with each.
     ``no_kv``: no KV losses; ``shuffled_teacher``: every example meets another example's cache;
-    ``random_alignment``: random matrices in place of the width projectors; ``frozen_probe``: the student's
-    weights are fixed, so only the aligner learns."""
+    ``untrained_teacher``: teachers with random weights of the trained ones' scale; ``shuffled_weights``:
+    the same with the trained numbers permuted; ``token_identity``: a fixed random vector for each token in
+    place of its keys and values; ``random_alignment``: random matrices in place of the width projectors;
+    ``frozen_probe``: the student's weights are fixed, so only the aligner learns."""
     no_kv_steps: Annotated[int, Field(gt=0)] | None = None
     """Optimizer steps of the control ``no_kv``, if it is to spend on longer training the operations that
     teachers cost (``kava experiment`` prints how many steps that are); null: as many as the treatment."""

@@ -126,6 +126,21 @@ class SelfSpec(Strict):
     trains the model too."""
 
 
+class StandIn(Strict):
+    """A control: what teaches in a teacher's place and knows nothing of it. Architecture, tokenizer, text and
+    alignment stay the teacher's. Example: ``{kind: random_weights}``.
+    """
+
+    kind: Literal["random_weights", "shuffled_weights", "token_identity"]
+    """``random_weights``: every weight tensor of the teacher is drawn anew, normal with its own mean and
+    standard deviation, norms and biases included; ``shuffled_weights``: the numbers of every tensor are
+    permuted, so that outliers stay; ``token_identity``: no model runs, and every token has a fixed random
+    vector (normal, of variance 1) for each layer, head and part, the same at every position, never
+    rotated."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Decides the random numbers. All seeds of an experiment share it, as they share a trained teacher."""
+
+
 class TeacherSpec(ModelSpec):
     """A model whose cache is distilled. It is never trained, saved or wrapped, unless it is ``itself``.
 
@@ -154,11 +169,19 @@ class TeacherSpec(ModelSpec):
     """Round the weights of its linear layers to 8 or 4 bits (needs the extra ``quantize``); embeddings, head
     and cache keep their dtype. ``int8`` and ``int4`` use torchao (int4 takes no less memory than int8);
     ``nf4`` uses bitsandbytes and takes half a byte a weight."""
+    stand_in: StandIn | None = Field(None, exclude_if=lambda value: value is None)
+    """If given, this teacher is replaced by a control that knows nothing. The controls ``untrained_teacher``,
+    ``shuffled_weights`` and ``token_identity`` of ``compare`` set it."""
     placement: str = Field("replicated", pattern=r"^(replicated|sharded|cpu|cuda(:[0-9]+)?)$")
     """Where its weights are. ``replicated``: on the student's device, whole in every process; ``sharded``:
     divided among all processes and gathered layer by layer (the results are the same; with one process it is
     ``replicated``); ``cpu`` or ``cuda:1``: on a device of its own, from which its cache is copied to the
     student's."""
+
+    @property
+    def has_weights(self) -> bool:
+        """Return whether a model runs for it: a ``token_identity`` has none."""
+        return self.stand_in is None or self.stand_in.kind != "token_identity"
 
     @property
     def own_text(self) -> list[str]:

@@ -81,6 +81,27 @@ def _model_named_beside_itself(spec: PipelineSpec) -> str:
     return ""
 
 
+def _teacher_stood_in_for(spec: PipelineSpec, reason: str) -> str:
+    """Return the first teacher with a stand-in that a reason forbids, and the stand-in.
+
+    Args:
+        spec: the whole.
+        reason: ``itself``, ``quantize``, ``logits`` or ``codi``.
+    """
+    for teacher in spec.teachers:
+        if teacher.stand_in is None:
+            continue
+        forbidden = {
+            "itself": teacher.itself is not None,
+            "quantize": teacher.quantize is not None and teacher.has_weights,
+            "logits": spec.logits is not None and teacher.name in (spec.logits.teachers or [teacher.name]),
+            "codi": spec.codi is not None and spec.codi.teacher in (None, teacher.name),
+        }
+        if forbidden[reason]:
+            return f"{teacher.name!r}: stand_in {teacher.stand_in.kind!r}"
+    return ""
+
+
 def _shared_teacher_names(spec: PipelineSpec) -> str:
     names = _teacher_names(spec)
     return _words_if(len(set(names)) != len(names), ", ".join(names))
@@ -303,6 +324,37 @@ RULES: tuple[Rule, ...] = (
         what="`data` has these fields and takes these values",
         broken=_pretraining_data_does_not_fit,
         message="pydantic's errors about the changed data",
+    ),
+    # Controls in a teacher's place
+    Rule(
+        "stand-in-itself",
+        when="a teacher has a `stand_in`",
+        what="it is not `itself`: the student cannot be replaced",
+        broken=lambda spec: _teacher_stood_in_for(spec, "itself"),
+        message="teacher {} replaces a teacher, and this one is the student itself",
+    ),
+    Rule(
+        "stand-in-quantize",
+        when="a teacher has a `stand_in` with weights",
+        what="`quantize` is null: rounded weights can be neither drawn nor permuted",
+        broken=lambda spec: _teacher_stood_in_for(spec, "quantize"),
+        message="teacher {} changes weights, and quantised ones cannot be changed; set its 'quantize: null', "
+        "or use token_identity, which has none",
+    ),
+    Rule(
+        "stand-in-logits",
+        when="a teacher has a `stand_in`",
+        what="its logits are not distilled: they would teach noise",
+        broken=lambda spec: _teacher_stood_in_for(spec, "logits"),
+        message="teacher {} is a control of caches, and its logits are noise or none; set 'logits: null'",
+    ),
+    Rule(
+        "stand-in-codi",
+        when="a teacher has a `stand_in`",
+        what="`codi` does not read its hidden states",
+        broken=lambda spec: _teacher_stood_in_for(spec, "codi"),
+        message="teacher {} is a control of caches, and its hidden states are noise or none; set 'codi: "
+        "null'",
     ),
     # Time warpers
     Rule(

@@ -44,14 +44,14 @@ from tests.experiment.report.report_runs import (
     write_run,
 )
 
-KV = [1.10, 1.20, 1.15, 1.30, 1.05]
-NO_KV = [1.30, 1.45, 1.25, 1.60, 1.20]
-SHUFFLED = [1.20, 1.18, 1.30, 1.29, 1.16]
+KV = [1.10, 1.20, 1.15, 1.30, 1.05, 1.22, 1.12, 1.18]
+NO_KV = [1.30, 1.45, 1.25, 1.60, 1.20, 1.41, 1.35, 1.38]
+SHUFFLED = [1.20, 1.18, 1.30, 1.29, 1.16, 1.19, 1.14, 1.17]
 CONTROLS = {"metric": "ce", "controls": ["no_kv", "shuffled_teacher"]}
 
 
 def experiment(folder: Path, **changes: Any) -> Path:
-    """Three variants with five seeds, all complete."""
+    """Three variants with eight seeds, all complete."""
     for variant, ends in {"kv": KV, "no_kv": NO_KV, "shuffled_teacher": SHUFFLED}.items():
         for seed, end in enumerate(ends):
             kv = {} if variant == "no_kv" else {"relation": end / 10, "weight/wide": 1.0}
@@ -120,7 +120,8 @@ def test_all_files_are_written_and_told(tmp_path: Path) -> None:
     told = list(write_report([experiment(tmp_path / "x")]))
     output = tmp_path / "x" / "report"
     assert told[0] == f"report: {output / 'report.html'}"
-    names = {"report.html", "report.md", "runs.csv", "curves.csv", "comparisons.csv", "figures"}
+    names = {"report.html", "report.md", "runs.csv", "curves.csv", "figures"}
+    names |= {"comparisons.csv", "comparisons.json"}
     assert {file.name for file in output.iterdir()} == names
     figures = {file.name for file in (output / "figures").iterdir()}
     drawn = {"curve-ce", "curve-exact-match", "curve-relation", "differences", "cost"}
@@ -147,33 +148,46 @@ def test_every_table_scrolls_in_itself(three: Path) -> None:
     assert all(found.get("class") == "scroll" for found in before)
 
 
+def exact_p(other: list[float]) -> float:
+    """The sign-flip test of scipy against ``KV``, over all changes of sign."""
+    gaps = np.subtract(KV, other)
+    test = stats.permutation_test((gaps,), np.mean, permutation_type="samples", n_resamples=np.inf)
+    return float(test.pvalue)
+
+
 def test_numbers_against_scipy(three: Path) -> None:
     page = page_of(three)
     first, second = rows(three / "comparisons.csv")
     gaps = np.subtract(KV, NO_KV)
     test = stats.ttest_rel(KV, NO_KV)
     assert float(first["difference"]) == pytest.approx(gaps.mean())
-    assert float(first["p"]) == pytest.approx(test.pvalue)
+    assert float(first["t_test_p"]) == pytest.approx(test.pvalue)
+    exact = [exact_p(row) for row in (NO_KV, SHUFFLED)]
+    assert [float(row["sign_flip_p"]) for row in (first, second)] == pytest.approx(exact)
     low, high = test.confidence_interval()
     assert (float(first["low"]), float(first["high"])) == pytest.approx((low, high))
-    both = sorted([test.pvalue, stats.ttest_rel(KV, SHUFFLED).pvalue])
-    assert float(first["holm"]) == pytest.approx(2 * both[0])
-    assert float(second["holm"]) == pytest.approx(max(2 * both[0], both[1]))
+    assert float(first["holm"]) == pytest.approx(2 * exact[0])
+    assert float(second["holm"]) == pytest.approx(max(2 * exact[0], exact[1]))
+    assert f"exact sign-flip p {exact[0]:.3g}, Holm {2 * exact[0]:.3g} of 2; paired t-test p" in page.text
     assert (first["outcome"], second["outcome"]) == ("better", "not shown")
     assert f"{gaps.mean():+.3g} ce" in page.text
-    told = "Not shown that KV distillation helps here: kv does not beat shuffled_teacher (not shown)."
+    told = (
+        "Not shown that KV distillation helps here: untrained_teacher, token_identity were not run; kv does "
+        "not beat shuffled_teacher (not shown)."
+    )
     assert told in page.text
 
 
 def test_means_stand_in_the_page_and_the_markdown(three: Path) -> None:
     page = page_of(three)
     text = (three / "report.md").read_text(encoding="utf-8")
-    row = next(line for line in text.splitlines() if line.startswith("| kv | 5 of 5"))
+    row = next(line for line in text.splitlines() if line.startswith("| kv | 8 of 8"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[3:5] == [f"{mean(KV):.4g}", f"{stdev(KV):.3g}"]
-    assert cells[5:] == ["1,000", "2,000", "3e9", "1.5", "0.5", "1.1, 1.2, 1.15, 1.3, 1.05"]
+    assert cells[5:] == ["1,000", "2,000", "3e9", "1.5", "0.5", ", ".join(f"{value:.4g}" for value in KV)]
     assert all(cell in page.text for cell in cells)
-    assert "kv − no_kv: -0.2 ce; 95 % t-interval" in text
+    gap = float(np.subtract(KV, NO_KV).mean())
+    assert f"kv − no_kv: {gap:+.4g} ce; 95 % t-interval" in text
 
 
 def test_curves_and_runs_as_csv(three: Path) -> None:
@@ -181,7 +195,9 @@ def test_curves_and_runs_as_csv(three: Path) -> None:
     assert [float(run["ce"]) for run in runs] == KV + NO_KV + SHUFFLED
     assert {run["state"] for run in runs} == {"complete"}
     assert float(runs[0]["compute flops"]) == 3e9
-    assert runs[5]["relation"] == ""
+    assert [float(run["compared_value"]) for run in runs] == KV + NO_KV + SHUFFLED
+    assert {run["compared_metric"] for run in runs} == {"ce"}
+    assert runs[8]["relation"] == ""
     curves = rows(three / "curves.csv")
     one = [row for row in curves if (row["variant"], row["seed"], row["metric"]) == ("kv", "3", "ce")]
     assert [(int(row["step"]), float(row["value"])) for row in one] == [(20, 2.3), (40, 1.3)]
@@ -206,6 +222,54 @@ def test_several_experiments_in_one_report(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "figures" / "1-cost.svg").exists()
     assert (tmp_path / "out" / "figures" / "2-cost.svg").exists()
     assert len(rows(tmp_path / "out" / "comparisons.csv")) == 4
+
+
+def test_a_target_that_was_not_met_is_a_bound_everywhere(tmp_path: Path) -> None:
+    for seed in range(8):
+        for variant, reached in (("kv", 2), ("no_kv", 5 if seed < 6 else None)):
+            curve = [{"ce": 1.0, "exact_match": float(reached is not None and reached <= place)}
+                     for place in range(1, 7)]  # fmt: skip
+            write_run(tmp_path / "x", variant, seed, curve)
+    compare = {"metric": "steps_to_target", "target": 0.9, "controls": ["no_kv"]}
+    declare(tmp_path / "x", compare, "kv")
+    page = written_page(tmp_path / "x", tmp_path / "out")
+    kept = {(run["variant"], run["seed"]): run for run in rows(tmp_path / "out" / "runs.csv")}
+    assert kept["kv", "0"]["compared_value"] == "40.0"
+    assert kept["no_kv", "0"]["compared_value"] == "100.0"
+    assert kept["no_kv", "7"]["compared_value"] == "> 120"
+    (found,) = rows(tmp_path / "out" / "comparisons.csv")
+    assert (found["censored_first"], found["censored_second"], found["outcome"]) == ("0", "2", "better")
+    assert "no_kv did not meet the target in 2 of 8 seeds" in page.text
+    (kept_json,) = json.loads((tmp_path / "out" / "comparisons.json").read_text(encoding="utf-8"))
+    assert "untrained_teacher, token_identity were not run" in kept_json["distillation"]
+    (verdict,) = kept_json["comparisons"]
+    assert (verdict["outcome"], verdict["censored"], verdict["sign_flip_p"]) == ("better", [0, 2], 2 / 2**8)
+    assert verdict["differences"] == {str(seed): -60.0 if seed < 6 else -100.0 for seed in range(8)}
+    bound = (6 * 100 + 2 * 140) / 8
+    assert "100, 100, 100, 100, 100, 100, > 120, > 120" in page.text
+    assert f"> {bound:.4g}" in page.text
+
+
+def test_runs_that_several_experiments_share_are_told_and_counted_once(tmp_path: Path) -> None:
+    """The second experiment only lies beside the first, with the same no_kv runs under another digest."""
+    for name in ("x", "beside"):
+        for seed in range(8):
+            kv = KV if name == "x" else SHUFFLED
+            write_run(tmp_path / name, "kv", seed, falling(kv[seed]))
+            write_run(tmp_path / name, "no_kv", seed, falling(NO_KV[seed]), spec_digest=name)
+        declare(tmp_path / name, {"metric": "ce", "controls": ["no_kv"]}, "kv")
+    for seed in (0, 1):
+        write_run(tmp_path / "x", "again", seed, falling(KV[seed]))
+    declare(tmp_path / "x", {"metric": "ce", "controls": ["no_kv"]}, "kv")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "experiment.json").write_text("{")
+    text = written_page(tmp_path / "x", tmp_path / "out").text
+    told = "have the same numbers at every evaluation"
+    assert f"Shared runs: no_kv, no_kv of beside {told} (seeds 0, 1, 2, 3, 4, 5, 6, 7): they are" in text
+    assert f"Shared runs: kv, again {told} (seeds 0, 1): they are one set of runs" in text
+    assert "18 of 18 complete 16 distinct runs" in text
+    alone = written_page(tmp_path / "beside", tmp_path / "out2").text
+    assert "distinct runs" not in alone
 
 
 def test_differences_between_runs_are_pointed_out(tmp_path: Path) -> None:
@@ -267,7 +331,7 @@ def test_one_seed(tmp_path: Path) -> None:
     text = written_page(tmp_path / "x", tmp_path / "out").text
     assert "There is one seed: no interval, no test" in text
     assert "descriptive" in text
-    assert rows(tmp_path / "out" / "comparisons.csv")[0]["p"] == "nan"
+    assert rows(tmp_path / "out" / "comparisons.csv")[0]["sign_flip_p"] == "nan"
 
 
 def test_one_variant_and_nothing_declared(tmp_path: Path) -> None:
@@ -302,7 +366,7 @@ def test_all_runs_failed(tmp_path: Path) -> None:
 
 
 def test_identical_results(tmp_path: Path) -> None:
-    for seed in range(5):
+    for seed in range(8):
         for variant in ("kv", "no_kv"):
             write_run(tmp_path / "x", variant, seed, falling(1.0, **{"collapse/wide/keys/rank": 3.0}))
     declare(tmp_path / "x", {"metric": "ce", "controls": ["no_kv"]}, "kv")
@@ -313,13 +377,13 @@ def test_identical_results(tmp_path: Path) -> None:
 
 def test_a_missing_metric_names_its_run(tmp_path: Path) -> None:
     folder = experiment(tmp_path / "x")
-    run = write_run(folder, "kv", 5, [{"ce": float("nan"), "exact_match": 0.1}])
+    run = write_run(folder, "kv", 8, [{"ce": float("nan"), "exact_match": 0.1}])
     declare(folder, CONTROLS, "kv")
     text = written_page(folder, tmp_path / "out").text
     assert f"No verdicts: {run}: its results have no finite 'ce'" in text
     assert "Learning curves" in text
     row = next(
-        line for line in (tmp_path / "out" / "report.md").read_text().splitlines() if "| kv | 6" in line
+        line for line in (tmp_path / "out" / "report.md").read_text().splitlines() if "| kv | 9" in line
     )
     assert row.split("|")[4].strip() == "–"
 

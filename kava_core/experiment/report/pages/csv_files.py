@@ -55,10 +55,12 @@ def _run_rows(experiments: Sequence[ExperimentData]) -> Rows:
             results |= dict.fromkeys(run.results)
             compute |= dict.fromkeys(_compute_numbers(run))
     hashes = [f"{split}_sha256" for split in SPLITS]
-    yield [*FACTS, *hashes, *(f"compute {name}" for name in compute), *results]
+    computed = [f"compute {name}" for name in compute]
+    yield [*FACTS, "compared_metric", "compared_value", *hashes, *computed, *results]
     for data in experiments:
         for run in data.experiment.runs:
-            facts = [*_run_facts(data, run), *(_short_hash(run, split) for split in SPLITS)]
+            facts = [*_run_facts(data, run), data.compare.metric, _compared_cell(data, run)]
+            facts += [_short_hash(run, split) for split in SPLITS]
             yield [*facts, *map(_compute_numbers(run).get, compute), *map(run.results.get, results)]
 
 
@@ -70,6 +72,19 @@ def _run_facts(data: ExperimentData, run: LoadedRun) -> list[Any]:
     error = (run.failure or {}).get("error")
     recorded = [run.record.get(name) for name in ("spec_digest", "device", "threads", "world_size")]
     return [data.experiment.name, run.variant, run.seed, run.state, error, *recorded]
+
+
+def _compared_cell(data: ExperimentData, run: LoadedRun) -> float | str | None:
+    """Return the number by which a run is compared; None if it has none.
+
+    A target that was not met is a text, ``> 600``, so that nobody takes the bound for a number.
+    """
+    if run.state != "complete":
+        return None
+    compared = data.compared_values(run.variant).get(run.seed)
+    if compared is None:
+        return None
+    return compared.value if compared.censored_at is None else f"> {compared.censored_at:.17g}"
 
 
 def _short_hash(run: LoadedRun, split: str) -> str | None:
@@ -93,7 +108,8 @@ def _comparison_rows(experiments: Sequence[ExperimentData]) -> Rows:
         "difference",
         "low",
         "high",
-        "p",
+        "sign_flip_p",
+        "t_test_p",
         "holm",
         "bonferroni",
         "family",
@@ -102,7 +118,8 @@ def _comparison_rows(experiments: Sequence[ExperimentData]) -> Rows:
     )
     names = ("experiment", "metric", "first", "second", "outcome", "reason", "mean_first", "mean_second")
     budgets = [f"{name}_ratio" for name in BUDGETS]
-    yield [*names, *tested, "bootstrap_low", "bootstrap_high", *budgets, "seed: difference"]
+    censored = ["censored_first", "censored_second"]
+    yield [*names, *tested, *censored, "bootstrap_low", "bootstrap_high", *budgets, "seed: difference"]
     for data in experiments:
         for v in data.verdicts:
             t = v.test
@@ -116,7 +133,9 @@ def _comparison_rows(experiments: Sequence[ExperimentData]) -> Rows:
                     v.reason,
                     *v.means,
                 ),
-                *(t.n, t.mean, t.low, t.high, t.p, v.holm, v.bonferroni, v.family, t.effect, t.detectable),
+                *(t.n, t.mean, t.low, t.high, t.p, t.t_p),
+                *(v.holm, v.bonferroni, v.family, t.effect, t.detectable),
+                *v.censored,
                 *(v.resampled or (None, None)),
                 *(v.budgets.get(name) for name in BUDGETS),
                 "; ".join(f"{seed}: {value:.6g}" for seed, value in v.differences.items()),

@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from kava_core.experiment.compared_value import BUDGETS, price_in_flops
+from kava_core.experiment.compared_value import BUDGETS, ComparedValue, price_in_flops
 from kava_core.experiment.load_experiment import LoadedRun
 from kava_core.experiment.report.experiment_data import ExperimentData
 from kava_core.experiment.report.figures.figure_style import (
@@ -75,28 +75,38 @@ def _cells_of_variant(data: ExperimentData, variant: str) -> Iterator[str]:
     runs = data.experiment.runs_of_variant(variant).values()
     complete = data.complete_runs(variant)
     values_by_seed = data.compared_values(variant)
-    values = list(values_by_seed.values())
+    compared = list(values_by_seed.values())
+    values = [each.value for each in compared]
     all_have_values = len(values) == len(complete)
+    is_bound = any(each.censored_at is not None for each in compared)
     yield f"{len(complete)} of {len(runs)}"
     yield str(sum(run.state == "failed" for run in runs))
-    yield amount_text(mean(values)) if values and all_have_values else "–"
-    yield number_text(stdev(values)) if len(values) > 1 and all_have_values else "–"
+    bound = "> " if is_bound else ""
+    yield bound + amount_text(mean(values)) if values and all_have_values else "–"
+    yield number_text(stdev(values)) if len(values) > 1 and all_have_values and not is_bound else "–"
     for budget in BUDGETS:
         yield amount_text(mean_if_all_known(run.compute.get(budget) for run in complete.values()))
     if data.compare.metric == STEPS_TO_TARGET:
         spent = [_flops_to_target(run, values_by_seed.get(seed)) for seed, run in complete.items()]
-        yield amount_text(mean_if_all_known(spent))
+        yield bound + amount_text(mean_if_all_known(spent))
     yield amount_text(mean_if_all_known(run.compute.get("seconds") for run in complete.values()))
     yield number_text(mean_if_all_known(_memory_in_gib(run) for run in complete.values()))
-    yield ", ".join(map(amount_text, values)) or "–"
+    yield ", ".join(map(value_text, compared)) or "–"
 
 
-def _flops_to_target(run: LoadedRun, steps: float | None) -> float | None:
+def value_text(compared: ComparedValue) -> str:
+    """Return a run's number; ``> 600`` for a target that was not met within 600 steps."""
+    if compared.censored_at is not None:
+        return f"> {amount_text(compared.censored_at)}"
+    return amount_text(compared.value)
+
+
+def _flops_to_target(run: LoadedRun, steps: ComparedValue | None) -> float | None:
     price = price_in_flops(run)
     if steps is None or price is None:
         return None
     before_first_step, each_step = price
-    return before_first_step + each_step * steps
+    return before_first_step + each_step * steps.value
 
 
 def _memory_in_gib(run: LoadedRun) -> float | None:
@@ -112,10 +122,10 @@ def _cost_points(data: ExperimentData) -> Points:
     points: Points = {}
     for variant in data.experiment.variants:
         runs = data.complete_runs(variant)
-        for seed, value in data.compared_values(variant).items():
+        for seed, compared in data.compared_values(variant).items():
             flops = runs[seed].compute.get("flops")
             if flops is not None and math.isfinite(flops):
-                points.setdefault(variant, []).append((float(flops), value))
+                points.setdefault(variant, []).append((float(flops), compared.value))
     return points
 
 

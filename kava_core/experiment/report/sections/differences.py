@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from kava_core.experiment.outcome import ratio_text
 from kava_core.experiment.report.experiment_data import ExperimentData
 from kava_core.experiment.report.figures.figure_style import WIDTH, Style, add_legend, draw_picture
 from kava_core.experiment.report.pages.display_text import (
-    amount_text,
     figure_text,
     metric_words,
     printable_text,
@@ -31,7 +31,7 @@ from kava_core.experiment.report.pages.page_elements import (
 )
 from kava_core.experiment.report.sections.summary import TONES
 from kava_core.experiment.result_tables import number_text
-from kava_core.experiment.verdict import Verdict, ratio_text
+from kava_core.experiment.verdict import Verdict
 
 TITLE = "Differences"
 COLOURS = {"good": 2, "bad": 1, "open": 0, "warning": 4}
@@ -40,7 +40,8 @@ COLOURS = {"good": 2, "bad": 1, "open": 0, "warning": 4}
 HOW = (
     "A dot is a seed, and seeds are shared: both variants had the same data order, initial weights and "
     "dropout. The square is their mean, the thick bar the 95 % t-interval, the thin bar below it the "
-    "bootstrap over seeds and examples. A bar that crosses 0 shows nothing."
+    "bootstrap over seeds and examples. A bar that crosses 0 shows nothing. The sign-flip test decides: "
+    "among all changes of sign of the differences, the share whose mean is at least as far from 0."
 )
 
 
@@ -124,14 +125,15 @@ HEAD = (
         "difference",
         "95 % t-interval",
     ),
-    *("p", "Holm", "Bonferroni", "effect d", "detectable", "bootstrap", "budgets, first / second"),
+    *("sign-flip p", "Holm", "Bonferroni", "t-test p"),
+    *("effect d", "detectable", "bootstrap", "budgets, first / second"),
 )
 
 
 def _tests_table(data: ExperimentData) -> PageTable:
     family = data.verdicts[0].family
     caption = (
-        f"Paired t-tests over shared seeds, corrected over the family of {family}; "
+        f"Exact sign-flip tests over shared seeds, corrected over the family of {family}, t-tests beside; "
         f"metric: {metric_words(data.compare.metric)}"
     )
     return PageTable(
@@ -146,10 +148,11 @@ def _tests_table(data: ExperimentData) -> PageTable:
 def _cells_of_verdict(verdict: Verdict) -> Iterator[str]:
     test = verdict.test
     yield from (printable_text(verdict.first), printable_text(verdict.second), verdict.outcome, str(test.n))
-    yield from map(amount_text, verdict.means)
+    yield from verdict.mean_texts()
     yield f"{test.mean:+.3g}"
     yield interval_text((test.low, test.high))
-    yield from map(number_text, (test.p, verdict.holm, verdict.bonferroni, test.effect, test.detectable))
+    yield from map(number_text, (test.p, verdict.holm, verdict.bonferroni, test.t_p))
+    yield from map(number_text, (test.effect, test.detectable))
     yield interval_text(verdict.resampled)
     yield (
         ", ".join(f"{metric_words(name)} {ratio_text(ratio)}" for name, ratio in verdict.budgets.items())

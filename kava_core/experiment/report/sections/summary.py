@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import get_args
 
+from kava_core.experiment.distillation_claim import HELPS, sentence_on_distillation
+from kava_core.experiment.outcome import TOO_FINE
 from kava_core.experiment.report.experiment_data import ExperimentData
 from kava_core.experiment.report.pages.display_text import (
     count_text,
@@ -25,10 +27,10 @@ from kava_core.experiment.report.pages.page_elements import (
     Tone,
 )
 from kava_core.experiment.report.sections.compared_settings import uneven_facts
+from kava_core.experiment.shared_runs import count_distinct_runs
 from kava_core.experiment.verdict import (
     Verdict,
     comparisons_without_verdict,
-    sentence_on_distillation,
     steps_for_equal_flops,
 )
 from kava_core.runs.folder import State
@@ -38,6 +40,7 @@ TONES: dict[str, Tone] = {
     "worse": "bad",
     "unequal budgets": "warning",
     "incomplete": "warning",
+    TOO_FINE: "warning",
 }
 STATE_TONES: dict[State, Tone] = {"complete": "good", "failed": "bad", "missing": "warning"}
 
@@ -47,7 +50,7 @@ def summary_section(data: ExperimentData) -> Section:
     blocks: list[Block] = [_count_tiles(data)]
     sentence = sentence_on_distillation(data.experiment, data.verdicts) if data.verdicts else ""
     if sentence:
-        tone: Tone = "good" if sentence.startswith("KV distillation helps") else "open"
+        tone: Tone = "good" if sentence.startswith(HELPS) else "open"
         blocks.append(Paragraph(printable_text(sentence), tone))
     blocks += [Paragraph(text, "warning") for text in _caveats(data)]
     if data.verdicts:
@@ -66,6 +69,9 @@ def _count_tiles(data: ExperimentData) -> Tiles:
             tiles.append((f"{count} of {len(experiment.runs)}", state, _tone_of_state(state)))
         elif count:
             tiles.append((str(count), state, _tone_of_state(state)))
+    distinct = count_distinct_runs(experiment)
+    if distinct < experiment.count_runs("complete"):
+        tiles.append((str(distinct), "distinct runs", "warning"))
     for thing, count in (("variant", len(experiment.variants)), ("seed", len(experiment.seeds))):
         tiles.append((str(count), plural_text(count, thing), "plain"))
     return Tiles(tiles)
@@ -109,6 +115,14 @@ def _caveats(data: ExperimentData) -> Iterator[str]:
         for text in data.texts_on_lacking():
             if text != data.why_no_verdicts:
                 yield printable_text(f"Left out of means and figures: {text}.")
+    yield from _narrowness_texts(data)
+
+
+def _narrowness_texts(data: ExperimentData) -> Iterator[str]:
+    """Yield how little of the evidence is independent."""
+    experiment = data.experiment
+    for shared in data.shared_runs:
+        yield printable_text(f"Shared runs: {shared.sentence(experiment.name)}.")
     if len(experiment.variants) == 1:
         yield "There is one variant: nothing to compare it with."
     if len(experiment.seeds) == 1:

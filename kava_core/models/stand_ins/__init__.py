@@ -1,0 +1,1 @@
+"""Put controls that know nothing in a teacher's place: weights without training, tokens without a model."""
