@@ -35,7 +35,7 @@ PLUGIN_CODE = "plugin_code"
 """In the record: the sha256 of every third-party plugin's code, by its distribution."""
 
 KEPT_LAYERS = "kept_layers"
-"""In the record: the numbers of the layers that are left of a model, by model; only of models that are cut."""
+"""In the record: the numbers of the layers that are left of a model, by model; only of cut models."""
 
 LOCK_ATTEMPTS = 4
 LOCK_PAUSE = 0.05
@@ -259,8 +259,8 @@ class Folder:
             )
         if earlier.get(KEPT_LAYERS, {}) != facts.get(KEPT_LAYERS, {}):
             raise SpecError(
-                f"{self.path}: other layers of a model are kept than when this run began; give the run another "
-                "name, or give keep_layers the numbers in run.json"
+                f"{self.path}: other layers of a model are kept than when this run began; give the run "
+                "another name, or give keep_layers the numbers in run.json"
             )
         begun, now = earlier["world_size"], facts["world_size"]
         if begun != now:

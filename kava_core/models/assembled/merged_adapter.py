@@ -52,5 +52,5 @@ def _check_names(adapted: Any, result: Any, who: str) -> None:
     unused = sorted(result.unexpected_keys)
     if unused:
         raise SpecError(
-            f"{who}: {len(unused)} weights of the adapter have no place in its base model, such as {unused[0]}"
+            f"{who}: {len(unused)} weights of the adapter have no place in its base, such as {unused[0]}"
         )

@@ -79,10 +79,10 @@ class ModelSpec(Strict):
     pretrain: Pretrain | None = None
     """Train the random weights first. Only with ``config``."""
     keep_layers: KeepLayers | None = None
-    """Take these layers alone, with the vocabulary, the head and the final norm of the whole model. ``even:10``:
-    at equal distances, the first and the last among them; ``[0, 3, 6]``: these, from 0; ``influence:10``: those
-    that change the hidden states of the first ``train.calibration_examples`` training examples most
-    (ShortGPT). Only for trained weights: with ``path`` or ``pretrain``."""
+    """Take these layers alone, with the vocabulary, the head and the final norm of the whole model.
+    ``even:10``: at equal distances, the first and the last among them; ``[0, 3, 6]``: these, from 0;
+    ``influence:10``: those that change the hidden states of the first ``train.calibration_examples`` training
+    examples most (ShortGPT). Only for trained weights: with ``path`` or ``pretrain``."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the weights. For mixed precision keep a student in float32 and set
     ``train.precision``."""
