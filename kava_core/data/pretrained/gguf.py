@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -20,7 +21,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer
 
 from kava_core.errors import KavaError, SpecError
-from kava_core.files import cache_folder, file_hash, make_folder
+from kava_core.files import cache_folder, file_hash, make_folder, read_json_object, write_json
 
 SUFFIX = ".gguf"
 SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
@@ -47,16 +48,25 @@ def gguf_description(file: Path, *, where: str) -> Path:
     """
     assert_readable(file, where)
 
-    def write(folder: Path) -> None:
-        config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
-        for name in NOT_IN_FOLDERS:
-            if hasattr(config, name):
-                delattr(config, name)
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-        config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    return kept_folder(file, "description", _write_description, where=where)
 
-    return kept_folder(file, "description", write, where=where)
+
+def _write_description(alone: Path, folder: Path) -> None:
+    config = AutoConfig.from_pretrained(str(alone.parent), gguf_file=alone.name)
+    for name in NOT_IN_FOLDERS:
+        if hasattr(config, name):
+            delattr(config, name)
+    tokenizer = AutoTokenizer.from_pretrained(str(alone.parent), gguf_file=alone.name)
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _drop_tokens_from(config.get_text_config().vocab_size, folder / "tokenizer.json")
+
+
+def _drop_tokens_from(size: int, file: Path) -> None:
+    """Drop added tokens that the model has no row for: transformers adds GPT-2's end to many vocabularies."""
+    fields = read_json_object(file)
+    fields["added_tokens"] = [token for token in fields["added_tokens"] if token["id"] < size]
+    write_json(file, fields)
 
 
 def assert_readable(file: Path, where: str) -> None:
@@ -75,7 +85,7 @@ def assert_readable(file: Path, where: str) -> None:
         raise SpecError(f"{where}: {file}: needs the package gguf: pip install 'kava[gguf]'")
 
 
-def kept_folder(file: Path, name: str, write: Callable[[Path], None], *, where: str) -> Path:
+def kept_folder(file: Path, name: str, write: Callable[[Path, Path], None], *, where: str) -> Path:
     """Return a folder in the cache that was made of a GGUF file; make it first if need be.
 
     It is found by the file's sha256, so a changed file is read anew. It appears complete or not at all; one
@@ -84,7 +94,8 @@ def kept_folder(file: Path, name: str, write: Callable[[Path], None], *, where: 
     Args:
         file: the GGUF file.
         name: what the folder is called among those of this file.
-        write: makes the files in an empty folder.
+        write: makes the files. It gets a path of the GGUF file with no other files beside it, as transformers
+            would read those too, and an empty folder to fill.
         where: how errors name the section.
 
     Raises:
@@ -97,7 +108,7 @@ def kept_folder(file: Path, name: str, write: Callable[[Path], None], *, where: 
     make_folder(folder.parent)
     with _lock(folder.with_name(f"{name}.lock")):
         if not folder.is_dir():
-            _publish(folder, write, f"{where}: {file}")
+            _publish(folder, write, file, where)
     return folder
 
 
@@ -119,18 +130,22 @@ def _lock(file: Path) -> Iterator[None]:
         yield
 
 
-def _publish(folder: Path, write: Callable[[Path], None], who: str) -> None:
+def _publish(folder: Path, write: Callable[[Path, Path], None], file: Path, where: str) -> None:
     draft = folder.with_name(f".{folder.name}.{uuid4().hex}")
-    try:
-        draft.mkdir()
-        write(draft)
-        os.rename(draft, folder)
-    except KavaError:
-        raise
-    except Exception as error:  # transformers and gguf raise whatever they meet
-        if isinstance(error, OSError) and error.strerror:
-            raise KavaError(f"{folder}: cannot be written: {error.strerror}") from error
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise SpecError(f"{who}: cannot be read as GGUF: {reason}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="kava-") as empty:
+        alone = Path(empty) / f"model{SUFFIX}"
+        alone.symlink_to(file.resolve())
+        try:
+            draft.mkdir()
+            write(alone, draft)
+            os.rename(draft, folder)
+        except KavaError:
+            raise
+        except Exception as error:  # transformers and gguf raise whatever they meet
+            if isinstance(error, OSError) and error.strerror:
+                raise KavaError(f"{folder}: cannot be written: {error.strerror}") from error
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            reason = reason.replace(str(alone), file.name)
+            raise SpecError(f"{where}: {file}: cannot be read as GGUF: {reason}") from error
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)

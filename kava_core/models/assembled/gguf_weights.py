@@ -29,11 +29,11 @@ def dequantised_folder(file: Path, dtype: str, *, where: str) -> Path:
     """
     description = gguf_description(file, where=where)
 
-    def write(folder: Path) -> None:
+    def write(alone: Path, folder: Path) -> None:
         tell_once(f"{where}: {file}: dequantised to {dtype}, once; kept in {folder.parent / dtype}")
         packed, loading_info = AutoModelForCausalLM.from_pretrained(
-            str(file.parent),
-            gguf_file=file.name,
+            str(alone.parent),
+            gguf_file=alone.name,
             dtype=getattr(torch, dtype),
             trust_remote_code=False,
             output_loading_info=True,

@@ -34,13 +34,15 @@ def merged_model(model: nn.Module, folder: Path, *, where: str) -> nn.Module:
     config = PeftConfig.from_pretrained(str(folder))
     if config.is_prompt_learning:
         raise SpecError(f"{where}: {folder}: {config.peft_type.value} has no update of weights to merge")
+    # It may be a relative folder, which peft would tell from the model's.
+    config.base_model_name_or_path = getattr(model, "name_or_path", None)
     adapted: Any = get_peft_model(model, config)
     result = set_peft_model_state_dict(adapted, load_file(folder / WEIGHTS))
     _check_names(adapted, result, f"{where}: {folder}")
     if not hasattr(adapted, "merge_and_unload"):
         raise SpecError(f"{where}: {folder}: peft cannot merge an adapter of type {config.peft_type.value}")
     merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
-    return merged
+    return merged.requires_grad_(True)  # peft froze it for the adapter's sake
 
 
 def _check_names(adapted: Any, result: Any, who: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -44,17 +45,22 @@ class Pretrain(Strict):
     of the spec, not of the changes."""
 
 
-def _ascending(layers: tuple[int, ...]) -> tuple[int, ...]:
-    if list(layers) != sorted(set(layers)):
-        raise ValueError("layers must be ascending, each once")
-    return layers
+LAYER_RULE = re.compile(r"even:([2-9]|[1-9][0-9]+)|influence:[1-9][0-9]*")
 
 
-LayerRule = Annotated[str, Field(pattern=r"^(even:([2-9]|[1-9][0-9]+)|influence:[1-9][0-9]*)$")]
-LayerNumbers = Annotated[
-    tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), AfterValidator(_ascending)
-]
-KeepLayers = LayerRule | LayerNumbers
+def _check_kept_layers(given: str | tuple[int, ...]) -> str | tuple[int, ...]:
+    if isinstance(given, str):
+        if LAYER_RULE.fullmatch(given):
+            return given
+        raise ValueError(
+            f"{given!r} is none of even:n (n from 2), influence:n (n from 1) and a list such as [0, 3]"
+        )
+    if not given or given[0] < 0 or list(given) != sorted(set(given)):
+        raise ValueError("layers are counted from 0, in ascending order, each once, at least one")
+    return given
+
+
+KeepLayers = Annotated[str | tuple[int, ...], AfterValidator(_check_kept_layers)]
 """``even:n``, ``influence:n``, or numbers of layers."""
 
 
