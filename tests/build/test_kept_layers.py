@@ -1,4 +1,4 @@
-"""Runs of models that are cut: which layers are kept, where that is recorded, and that going on is the same."""
+"""Runs of models that are cut: which layers are kept, where that is recorded, and how a run goes on."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from kava_core.build import kept_layers
 from kava_core.build.kept_layers import with_kept_layers
 from kava_core.build.provenance import model_identity
+from kava_core.console import tell_once
 from kava_core.costs.dry_run import dry_run, layers_note
 from kava_core.costs.plan import make_plan
 from kava_core.data.tokenizers import load_tokenizer, train_tokenizer
@@ -81,6 +82,7 @@ def test_influence_is_measured_once(
     """Another number of layers, and a teacher of the same model, take the kept measurement."""
     cut_teacher = {"name": "half", "path": str(pretrained), "keep_layers": "influence:2"}
     first = spec(tmp_path, pretrained, "influence:3")
+    tell_once.cache_clear()
     with_kept_layers(first)
     assert "student: keeps layers 0, 3, 4 of 5 (influence:3)" in capsys.readouterr().err
     monkeypatch.setattr(kept_layers, "load_model", lambda *_, **__: pytest.fail("measured again"))
