@@ -1,1 +1,1 @@
-"""What a model's ``path`` stands for: a folder or hub name, a GGUF file, or an adapter on a base model."""
+"""Find what a model's ``path`` stands for: folder or hub name, a GGUF file, or an adapter on a base model."""

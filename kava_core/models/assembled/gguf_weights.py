@@ -1,4 +1,4 @@
-"""Dequantise a GGUF file's weights once, and keep them in the cache as safetensors."""
+"""Turn the weights of a GGUF file into plain numbers once, and keep them in the cache as safetensors."""
 
 from __future__ import annotations
 
