@@ -13,8 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from kava_core.build.data import Data
 from kava_core.config import ComponentConfig
+from kava_core.data.pretrained.gguf import gguf_hash, is_gguf
+from kava_core.data.pretrained.origin import base_of_adapter, is_adapter
 from kava_core.files import file_hash
-from kava_core.models.config import model_config
+from kava_core.models.config import whole_config
 from kava_core.registry import BUILT_IN
 from kava_core.runs.folder import LAYER_MAPS, PLUGIN_CODE, Folder
 from kava_core.specfile.questions import used_components
@@ -46,18 +48,25 @@ def _teacher_facts(teacher: TeacherSpec) -> dict[str, Any]:
 def model_facts(model: ModelSpec) -> dict[str, Any]:
     """Return where a model comes from.
 
-    For a folder: sha256 of its configs and weights; for a hub model: its commit; else that its weights are
-    random. For a student that kava trained also its last ``results``: how good a teacher it can be.
+    For a folder: sha256 of its configs and weights; for a GGUF file its own; for a hub model: its commit;
+    else that its weights are random. For an adapter also the facts of its ``base``. For a student that kava
+    trained also its last ``results``: how good a teacher it can be.
     """
     if model.path is None:
         return {"origin": "random weights"}
     folder = Path(model.path)
+    if is_gguf(model.path):
+        return {"origin": model.path, "sha256": {folder.name: gguf_hash(folder)}}
     if not folder.is_dir():
-        commit = getattr(model_config(model, where=model.path), "_commit_hash", None)
+        commit = getattr(whole_config(model, where=model.path), "_commit_hash", None)
         return {"origin": model.path, "commit": commit}
     files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json"))
     hashes = {file.name: file_hash(file) for file in files}
-    return {"origin": model.path, "sha256": hashes, **_teacher_results(Folder(folder.parent))}
+    facts = {"origin": model.path, "sha256": hashes, **_teacher_results(Folder(folder.parent))}
+    if is_adapter(model.path):
+        base, revision = base_of_adapter(folder, where=model.path)
+        facts["base"] = model_facts(ModelSpec(path=base, revision=revision))
+    return facts
 
 
 def _teacher_results(run: Folder) -> dict[str, Any]:
@@ -135,8 +144,8 @@ Subject = dict[str, Any]
 def models_of(spec: PipelineSpec, teacher: TeacherSpec, data: Data) -> Subject:
     """Return what distinguishes the teacher and the student from other models."""
     return {
-        "teacher": _identity(teacher, data.teacher_tokenizers[teacher.name]),
-        "student": _identity(spec.student, data.tokenizer),
+        "teacher": model_identity(teacher, data.teacher_tokenizers[teacher.name]),
+        "student": model_identity(spec.student, data.tokenizer),
     }
 
 
@@ -146,13 +155,19 @@ NAMES = {"name", "path", "revision", "tokenizer", "pretrain"}
 HARMLESS = {"align", "attention", "lora", "gradient_checkpointing", "template", "rationale", "placement"}
 
 
-def _identity(model: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> Subject:
+def model_identity(model: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> Subject:
     """Return how a model is loaded, and its weights by hash or commit: the folder's name may change."""
     known = model.model_dump(mode="json", exclude=NAMES | HARMLESS) | {"tokenizer": tokenizer_hash(tokenizer)}
     if model.path is None:
         return known
     facts = model_facts(model)
-    return known | {"weights": facts.get("sha256") or facts.get("commit") or model.path}
+    return known | {"weights": _weights_of(facts)}
+
+
+def _weights_of(facts: dict[str, Any]) -> Any:
+    """Return hashes, or commit, or only the name of where weights come from, with those of the base model."""
+    own = facts.get("sha256") or facts.get("commit") or facts["origin"]
+    return [own, _weights_of(facts["base"])] if "base" in facts else own
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -19,7 +19,9 @@ from kava_core.kv.align.aligner import TeacherAligner
 from kava_core.kv.compare.pipeline import KVPipeline
 from kava_core.kv.compare.streaming import assert_can_stream
 from kava_core.kv.compare.values import Aligned
-from kava_core.models.config import config_geometry, model_config
+from kava_core.models.assembled.cut_config import model_depth
+from kava_core.models.assembled.kept_layers import is_measured, kept_layers
+from kava_core.models.config import config_geometry, model_config, whole_config
 from kava_core.protocols.axes import Cache, Geometry, meta_cache
 from kava_core.protocols.time_map import TimeMap
 from kava_core.protocols.timeline import ANSWER, PROMPT, REASONING, Timeline
@@ -105,6 +107,17 @@ def vocabulary_note(model: ModelSpec) -> str:
     if isinstance(model.tokenizer, TrainTokenizer):
         return AT_MOST
     return UNKNOWN if stored_tokenizer(model) is None else ""
+
+
+def layers_note(model: ModelSpec, *, where: str) -> str:
+    """Return which layers a model is cut down to; empty for a whole model."""
+    asked = model.keep_layers
+    if asked is None:
+        return ""
+    depth = model_depth(whole_config(model, where=where), where=where)
+    kept = kept_layers(asked, depth, where=where)
+    chosen = "by influence" if is_measured(asked) else ", ".join(map(str, kept))
+    return f"({len(kept)} of {depth} layers: {chosen})"
 
 
 def stored_tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from kava_core.costs.dry_run import sized_config, vocabulary_note
+from kava_core.costs.dry_run import layers_note, sized_config, vocabulary_note
 from kava_core.costs.flops import forward_flops, step_passes
 from kava_core.kv.capture.attention_layers import has_rotary
 from kava_core.kv.capture.geometry import fake_model
@@ -40,7 +40,7 @@ class ModelCost:
     rotary: bool
     """Whether keys and queries are rotated."""
     note: str = ""
-    """Why the vocabulary, and with it every count, may not be the run's."""
+    """Why the vocabulary, and with it every count, may not be the run's; and which layers are kept."""
     largest_layer_bytes: int = 0
     """Bytes of the largest decoder layer's weights."""
     outside_layers_bytes: int = 0
@@ -80,7 +80,7 @@ def model_cost(name: str, spec: ModelSpec, batch: int, time: int, *, geometry: s
         flops=forward_flops(config, time, head=head) * batch * step_passes(spec),
         vocabulary=int(config.get_text_config().vocab_size),
         rotary=has_rotary(model),
-        note=vocabulary_note(spec),
+        note=f"{vocabulary_note(spec)} {layers_note(spec, where=name)}".strip(),
         largest_layer_bytes=max(layer_bytes),
         outside_layers_bytes=tensor_bytes(parameters) - sum(layer_bytes),
         trained_bytes=tensor_bytes(trained),

@@ -16,8 +16,8 @@ import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from kava_core.data import tokenizer_training
+from kava_core.data.pretrained.origin import find_origin
 from kava_core.errors import KavaError, SpecError
-from kava_core.files import assert_folder_or_hub_name
 from kava_core.specfile.sections.models import ModelSpec, TrainTokenizer
 
 
@@ -119,9 +119,11 @@ def _lock_folder(folder: Path) -> Iterator[None]:
 
 
 def _load_from_path(path: str, revision: str | None) -> PreTrainedTokenizerBase:
-    assert_folder_or_hub_name(path, "tokenizer")
+    origin = find_origin(path, revision, where="tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            origin.tokenizer, revision=origin.tokenizer_revision, trust_remote_code=False
+        )
     except Exception as error:  # transformers, tokenizers and the hub each raise their own
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         no_folder = "" if Path(path).is_dir() else "no such folder here, and "

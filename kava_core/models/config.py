@@ -8,10 +8,12 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from kava_core.data.pretrained.origin import find_origin
 from kava_core.data.tokenizers import vocabulary_size
-from kava_core.errors import SpecError, did_you_mean
-from kava_core.files import assert_folder_or_hub_name
+from kava_core.errors import KavaError, SpecError, did_you_mean
 from kava_core.kv.capture.geometry import ENCODER, probe_geometry
+from kava_core.models.assembled.cut_config import cut_config, model_depth
+from kava_core.models.assembled.kept_layers import kept_layers
 from kava_core.protocols.axes import Geometry
 from kava_core.specfile.sections.models import ModelSpec
 
@@ -19,7 +21,7 @@ from kava_core.specfile.sections.models import ModelSpec
 def model_config(
     spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None = None, *, where: str
 ) -> PreTrainedConfig:
-    """Return the transformers config of a spec's model.
+    """Return the transformers config of a spec's model, cut down to the layers that it keeps.
 
     If the spec gives the config itself, the vocabulary and the special tokens come from the tokenizer.
 
@@ -29,21 +31,30 @@ def model_config(
         where: how errors name the section.
 
     Raises:
-        SpecError: no such folder or hub name, no such ``model_type``, or fields it does not take.
+        SpecError: no such folder or hub name, no such ``model_type``, fields it does not take, or layers to
+            keep that it does not have.
     """
+    config = whole_config(spec, tokenizer, where=where)
+    if spec.keep_layers is None:
+        return config
+    kept = kept_layers(spec.keep_layers, model_depth(config, where=where), where=where)
+    return cut_config(config, kept, where=where)
+
+
+def whole_config(
+    spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None = None, *, where: str
+) -> PreTrainedConfig:
+    """Return the config of a spec's model with all its layers; arguments and errors as ``model_config``."""
     try:
         if spec.path is not None:
-            assert_folder_or_hub_name(spec.path, where)
-            return auto_classes(
-                spec, AutoConfig.from_pretrained(spec.path, revision=spec.revision, trust_remote_code=False)
-            )
+            return auto_classes(spec, _stored_config(spec.path, spec.revision, where))
         fields = dict(spec.config or {})
         if tokenizer is not None:
             fields = _from_tokenizer(tokenizer) | fields
         _check_model_type(fields["model_type"], where)
         _check_keys(spec.config or {}, where)
         config = auto_classes(spec, AutoConfig.for_model(fields.pop("model_type"), **fields))
-    except SpecError:
+    except KavaError:
         raise
     except Exception as error:
         no_folder = (
@@ -52,6 +63,11 @@ def model_config(
         raise SpecError(f"{where}: {no_folder}cannot make a model config: {reason_of(error)}") from error
     _check_heads(config, where)
     return config
+
+
+def _stored_config(path: str, revision: str | None, where: str) -> PreTrainedConfig:
+    origin = find_origin(path, revision, where=where)
+    return AutoConfig.from_pretrained(origin.config, revision=origin.revision, trust_remote_code=False)
 
 
 def auto_classes(spec: ModelSpec, config: PreTrainedConfig) -> PreTrainedConfig:

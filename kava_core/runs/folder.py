@@ -34,6 +34,9 @@ LAYER_MAPS = "layer_maps"
 PLUGIN_CODE = "plugin_code"
 """In the record: the sha256 of every third-party plugin's code, by its distribution."""
 
+KEPT_LAYERS = "kept_layers"
+"""In the record: the numbers of the layers that are left of a model, by model; only of cut models."""
+
 LOCK_ATTEMPTS = 4
 LOCK_PAUSE = 0.05
 """Seconds between two attempts."""
@@ -253,6 +256,11 @@ class Folder:
             raise SpecError(
                 f"{self.path}: a layer map changed since this run began; give the run another name, or bring "
                 "the old map back"
+            )
+        if earlier.get(KEPT_LAYERS, {}) != facts.get(KEPT_LAYERS, {}):
+            raise SpecError(
+                f"{self.path}: other layers of a model are kept than when this run began; give the run "
+                "another name, or give keep_layers the numbers in run.json"
             )
         begun, now = earlier["world_size"], facts["world_size"]
         if begun != now:

@@ -18,6 +18,7 @@ def model_in_folder(model: Model, folder: Path | str) -> Model:
 
 
 def trained_student(run: Folder) -> StudentSpec:
-    """Return the student as a run saved it, adapters merged, to be read and not trained."""
+    """Return the student as a run saved it, adapters merged and layers cut, to be read and not trained."""
     saved = model_in_folder(run.spec.student, run.student)
-    return saved.model_copy(update={"lora": None, "gradient_checkpointing": False, "frozen": False})
+    done = {"lora": None, "gradient_checkpointing": False, "frozen": False, "keep_layers": None}
+    return saved.model_copy(update=done)

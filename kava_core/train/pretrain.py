@@ -31,7 +31,8 @@ def pretraining_spec(spec: PipelineSpec, model: ModelSpec) -> PipelineSpec:
     """
     plan = model.pretrain
     assert plan is not None
-    fields = {name: getattr(model, name) for name in ModelSpec.model_fields if name != "pretrain"}
+    own = [name for name in ModelSpec.model_fields if name not in ("pretrain", "keep_layers")]
+    fields: dict[str, Any] = {name: getattr(model, name) for name in own}
     if plan.data and isinstance(model.tokenizer, TrainTokenizer):
         fields["tokenizer"] = _full_tokenizer(spec, model)
     student, data = StudentSpec(**fields), _pretraining_data(spec, model)

@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from kava_core.build.data import Data, make_data
 from kava_core.build.distiller import make_distiller
+from kava_core.build.kept_layers import kept_layers_of, with_kept_layers
 from kava_core.build.layer_maps import with_measured_maps
 from kava_core.build.provenance import plugin_code, run_provenance, used_configs
 from kava_core.build.stored import with_store
@@ -37,7 +38,7 @@ from kava_core.models.stand_ins.token_identity import TokenTeacher
 from kava_core.models.student import compile_forward
 from kava_core.processes import is_main, world_size
 from kava_core.runs import checkpoint
-from kava_core.runs.folder import Folder
+from kava_core.runs.folder import KEPT_LAYERS, Folder
 from kava_core.specfile.advice import advice_on
 from kava_core.specfile.questions import used_teachers
 from kava_core.specfile.sections.models import ModelSpec
@@ -142,10 +143,14 @@ def _wait_for_all_processes() -> None:
 
 
 def with_pretrained_models(spec: PipelineSpec) -> PipelineSpec:
-    """Train every model that is to be pretrained; return the spec with their folders in its place."""
+    """Train every model that is to be pretrained, and choose the layers of those that are cut.
+
+    Returns:
+        The spec with folders in place of ``pretrain``, and numbers of layers in ``keep_layers``.
+    """
     teachers = tuple(_with_pretrained_folder(spec, teacher) for teacher in used_teachers(spec))
     student = _with_pretrained_folder(spec, spec.student)
-    return spec.model_copy(update={"teachers": teachers, "student": student})
+    return with_kept_layers(spec.model_copy(update={"teachers": teachers, "student": student}))
 
 
 def _check_same_data(spec: PipelineSpec, folder: Folder) -> None:
@@ -211,6 +216,9 @@ def _beginning_record(
     if data.store is not None:
         record["store"] = str(data.store.folder)
     record["pretraining_data"] = pretraining_report(folder.spec)
+    kept = kept_layers_of(spec)
+    if kept:
+        record[KEPT_LAYERS] = kept
     return record
 
 

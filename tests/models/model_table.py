@@ -27,6 +27,50 @@ architecture allows: RoBERTa and its like count padding as positions. Before tra
 written and compared with a plain pass over the same text. Where the logits differ, a line says so and every
 token is written by a whole pass: slower, and right. Behind latent tokens such a model is refused.
 
+## Where weights come from
+
+| `path` | what is loaded |
+|---|---|
+| `Qwen/Qwen3-0.6B` | a model of the hub, at `revision` if that is given |
+| `models/qwen` | a folder that transformers saved; weights must be safetensors |
+| `models/qwen-q4.gguf` | a GGUF file (`pip install 'kava[gguf]'`), dequantised to the spec's `dtype` |
+| `models/my-lora` | a PEFT adapter folder (`pip install 'kava[lora]'`), merged into its base model |
+
+Config and tokenizer of a GGUF file are read once, and its weights are dequantised once. Both stay in the
+cache (`$KAVA_CACHE/gguf`), under the file's sha256: a changed file is another model. The weights take there
+what the model takes in `dtype`. transformers rebuilds the tokenizer from the file and may split texts a
+little otherwise than the original one. Where you have the original, name it in `tokenizer`.
+
+An adapter's base model is the one in its `adapter_config.json`. A relative folder there counts from the
+working directory, or else from the adapter's folder. Students are merged too, and all their weights train;
+add `lora` to train a new adapter on top.
+
+## Models of some layers
+
+A student may be a part of a pretrained model:
+
+```yaml
+student: {path: HuggingFaceTB/SmolLM2-135M-Instruct, keep_layers: even:10}
+```
+
+| `keep_layers` | which layers stay |
+|---|---|
+| `even:10` | ten at equal distances, the first and the last among them |
+| `[0, 3, 7, 29]` | these, counted from 0 |
+| `influence:10` | the ten that change the direction of hidden states most |
+
+Vocabulary, head and final norm stay. Lists with an entry for each layer are cut alike, and layers are
+numbered anew, so the saved student is a plain model with fewer layers. Teachers can be cut in the same way.
+
+Influence is 1 minus the mean cosine of a layer's input and output
+([ShortGPT](https://arxiv.org/abs/2403.03853)). It is measured on the first `train.calibration_examples`
+training examples, once, and kept in the cache. `kava train` prints which layers stay, and `run.json` holds
+them under `kept_layers`. `kava plan` and `kava check` need no weights for any of the three.
+
+Before anything is loaded, kava compares each layer that stays with the layer it becomes. A model in which
+the two differ is refused in one line: shared layers, a scale that depends on the layer's number, an encoder
+with a decoder.
+
 ## Quantised teachers
 
 `quantize: int8 | int4 | nf4` rounds the weights of a teacher's linear layers while it is loaded

@@ -56,14 +56,34 @@ def _models_of_spec(spec: PipelineSpec) -> tuple[ModelSpec, ...]:
 def _needed_files(model: ModelSpec) -> Iterator[tuple[str, str | None, str]]:
     """Yield names or folders, with revision, and ``model`` or ``tokenizer``: what is read of them."""
     if model.path is not None:
-        yield model.path, model.revision, "model"
+        yield from _files_of_path(model.path, model.revision, "model")
     tokenizer = model.tokenizer or model.path
     if isinstance(tokenizer, str):
-        yield tokenizer, model.revision if tokenizer == model.path else None, "tokenizer"
+        revision = model.revision if tokenizer == model.path else None
+        yield from _files_of_path(tokenizer, revision, "tokenizer")
+
+
+def _files_of_path(path: str, revision: str | None, what: str) -> Iterator[tuple[str, str | None, str]]:
+    """Yield what is read of a path: of an adapter also its base model, for weights and tokenizer."""
+    from kava_core.data.pretrained.origin import base_of_adapter, is_adapter
+
+    if not is_adapter(path):
+        yield path, revision, what
+        return
+    if what == "model":
+        yield path, None, "adapter"
+    elif _tokenizer_fault(Path(path)) is None:
+        yield path, None, "tokenizer"
+        return
+    yield (*base_of_adapter(Path(path), where=path), what)
 
 
 def _fault_of_files(name: str, revision: str | None, what: str) -> str | None:
+    from kava_core.data.pretrained.gguf import is_gguf
+
     folder = Path(name)
+    if is_gguf(name):
+        return None if folder.is_file() else f"{name}: no such file"
     if not folder.is_dir():
         if not hub_is_offline():
             return None
@@ -71,7 +91,7 @@ def _fault_of_files(name: str, revision: str | None, what: str) -> str | None:
         if cached is None:
             return f"{name}: {what} not in the hub's cache, and HF_HUB_OFFLINE is set"
         folder = cached
-    fault = _model_fault(folder) if what == "model" else _tokenizer_fault(folder)
+    fault = _FAULTS[what](folder)
     return fault and f"{name}: {fault}"
 
 
@@ -104,3 +124,11 @@ def _model_fault(folder: Path) -> str | None:
 def _tokenizer_fault(folder: Path) -> str | None:
     names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model", "vocab.txt")
     return None if any((folder / name).exists() for name in names) else "no tokenizer"
+
+
+def _adapter_fault(folder: Path) -> str | None:
+    file = "adapter_model.safetensors"
+    return None if (folder / file).exists() else f"no {file}"
+
+
+_FAULTS = {"model": _model_fault, "tokenizer": _tokenizer_fault, "adapter": _adapter_fault}

@@ -22,7 +22,7 @@ from kava_core.distill.distiller import Distiller
 from kava_core.errors import CheckpointError, SpecError
 from kava_core.latent.exported import load_latents
 from kava_core.runs import checkpoint
-from kava_core.runs.folder import Folder
+from kava_core.runs.folder import KEPT_LAYERS, Folder
 from kava_core.runs.saved_models import model_in_folder, trained_student
 from kava_core.specfile.questions import active_losses, used_teachers
 from kava_core.specfile.sections.models import TeacherSpec
@@ -124,11 +124,19 @@ def _with_trained_models(spec: PipelineSpec, record: dict[str, Any], run: Folder
     teachers = []
     for teacher in used_teachers(spec):
         if teacher.itself is not None:
-            teacher = model_in_folder(teacher, run.student)
+            teacher = model_in_folder(teacher, run.student).model_copy(update={"keep_layers": None})
         elif _was_pretrained(teacher):
             teacher = model_in_folder(teacher, _model_origin(record, teacher))
-        teachers.append(teacher)
+        teachers.append(_with_recorded_layers(teacher, record))
     return spec.model_copy(update={"student": trained_student(run), "teachers": tuple(teachers)})
+
+
+def _with_recorded_layers(teacher: TeacherSpec, record: dict[str, Any]) -> TeacherSpec:
+    """Return the teacher with the layers that the run kept of it, which it may have measured."""
+    kept = record.get(KEPT_LAYERS, {}).get(teacher.name)
+    if teacher.keep_layers is None or kept is None:
+        return teacher
+    return teacher.model_copy(update={"keep_layers": tuple(kept)})
 
 
 def _load_aligners(distiller: Distiller, checkpoint_folder: Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from kava_core.config import Strict
 from kava_core.specfile.sections.align import AlignSpec
@@ -44,6 +45,25 @@ class Pretrain(Strict):
     of the spec, not of the changes."""
 
 
+LAYER_RULE = re.compile(r"even:([2-9]|[1-9][0-9]+)|influence:[1-9][0-9]*")
+
+
+def _check_kept_layers(given: str | tuple[int, ...]) -> str | tuple[int, ...]:
+    if isinstance(given, str):
+        if LAYER_RULE.fullmatch(given):
+            return given
+        raise ValueError(
+            f"{given!r} is none of even:n (n from 2), influence:n (n from 1) and a list such as [0, 3]"
+        )
+    if not given or given[0] < 0 or list(given) != sorted(set(given)):
+        raise ValueError("layers are counted from 0, in ascending order, each once, at least one")
+    return given
+
+
+KeepLayers = Annotated[str | tuple[int, ...], AfterValidator(_check_kept_layers)]
+"""``even:n``, ``influence:n``, or numbers of layers."""
+
+
 class ModelSpec(Strict):
     """A causal language model (or an encoder), loaded from a folder or the hub, or with random weights.
 
@@ -52,7 +72,9 @@ class ModelSpec(Strict):
     """
 
     path: str | None = None
-    """Folder or hub name, as for ``AutoModelForCausalLM.from_pretrained``. Weights must be safetensors."""
+    """Folder or hub name, as for ``AutoModelForCausalLM.from_pretrained``, whose weights must be safetensors;
+    or a ``.gguf`` file, dequantised to ``dtype`` (needs the extra ``gguf``); or the folder of a PEFT adapter,
+    merged into its base model (needs the extra ``lora``)."""
     revision: str | None = None
     """Commit or tag on the hub."""
     config: dict[str, Any] | None = None
@@ -62,6 +84,11 @@ class ModelSpec(Strict):
     """Folder or hub name of the tokenizer, or one to train; default: that of ``path``."""
     pretrain: Pretrain | None = None
     """Train the random weights first. Only with ``config``."""
+    keep_layers: KeepLayers | None = None
+    """Take these layers alone, with the vocabulary, the head and the final norm of the whole model.
+    ``even:10``: at equal distances, the first and the last among them; ``[0, 3, 6]``: these, from 0;
+    ``influence:10``: those that change the hidden states of the first ``train.calibration_examples`` training
+    examples most (ShortGPT). Only for trained weights: with ``path`` or ``pretrain``."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the weights. For mixed precision keep a student in float32 and set
     ``train.precision``."""
@@ -86,6 +113,10 @@ class ModelSpec(Strict):
             raise ValueError("a model made from 'config' needs a 'tokenizer'")
         if self.pretrain is not None and self.config is None:
             raise ValueError("'pretrain' is only for models made from 'config'")
+        if self.keep_layers is not None and self.path is None and self.pretrain is None:
+            raise ValueError(
+                "'keep_layers' is for trained weights ('path' or 'pretrain'); give the 'config' fewer layers"
+            )
         return self
 
 

@@ -275,6 +275,26 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     assert models(path=path) == [f"{path}: no b.safetensors"]
 
 
+def test_a_gguf_file_is_model_and_tokenizer(tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    assert models(path=str(file)) == [f"{file}: no such file"]
+    file.touch()
+    assert models(path=str(file)) == []
+
+
+def test_an_adapter_needs_its_base_too(tmp_path: Path) -> None:
+    base = model_folder(tmp_path / "base", "config.json", "tokenizer.json")
+    path = model_folder(tmp_path / "m", "adapter_config.json")
+    (tmp_path / "m" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    lacking = [f"{path}: no adapter_model.safetensors", f"{base}: no safetensors file"]
+    assert models(path=path) == lacking
+    (tmp_path / "m" / "adapter_model.safetensors").touch()
+    (tmp_path / "base" / "model.safetensors").touch()
+    assert models(path=path) == []
+    (tmp_path / "base" / "tokenizer.json").unlink()
+    assert models(path=path) == [f"{base}: no tokenizer"]
+
+
 def test_hub_names_must_be_cached_when_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
