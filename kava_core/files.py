@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,18 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise KavaError(f"{folder}: cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Let one process of several run the block at a time, also on a shared disk that has locks.
+
+    Args:
+        file: made if it is not there, in a folder that is; what it holds does not matter.
+    """
+    with file.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
 
 
 def file_hash(file: Path) -> str:

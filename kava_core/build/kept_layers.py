@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +16,7 @@ from kava_core.build.provenance import Subject, model_identity
 from kava_core.console import quiet, tell_once
 from kava_core.data.examples import render_example
 from kava_core.data.splits import load_splits, split_hash
-from kava_core.files import cache_folder, make_folder, write_json
+from kava_core.files import cache_folder, locked, make_folder, write_json
 from kava_core.models.assembled.cut_config import cut_config, model_depth
 from kava_core.models.assembled.influence import block_influence
 from kava_core.models.assembled.kept_layers import is_measured, kept_layers, layer_rule, most_influential
@@ -104,7 +102,8 @@ def _influence(spec: PipelineSpec, model: ModelSpec, where: str) -> list[float]:
     }
     name = hashlib.sha256(json.dumps(subject, sort_keys=True).encode()).hexdigest()[:32]
     file = cache_folder() / "influence" / f"{name}.json"
-    with _lock(file):
+    make_folder(file.parent)
+    with locked(file.with_suffix(".lock")):
         known = _read_influence(file)
         if known is None:
             tell_once(f"{where}: influence of its layers on {len(examples)} examples")
@@ -118,14 +117,6 @@ def _whole_model(model: ModelSpec) -> ModelSpec:
     """Return the model with all its layers, as it is before it is quantised or gets adapters."""
     fields = {name: getattr(model, name) for name in ModelSpec.model_fields if name != "keep_layers"}
     return ModelSpec(**fields)
-
-
-@contextmanager
-def _lock(file: Path) -> Iterator[None]:
-    make_folder(file.parent)
-    with file.with_suffix(".lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
 
 
 def _read_influence(file: Path) -> list[float] | None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kava_core.data.encoding.encode import NO_LABEL
 from kava_core.distill.denominators import LABELLED
+from kava_core.distill.formed_gradient import gradient_buffer, keep_gradient, scaled_gradient
 from kava_core.errors import SpecError
 from kava_core.models.teacher import TeacherPass
 from kava_core.protocols.timeline import PROMPT
@@ -171,9 +172,7 @@ class _Divergence(torch.autograd.Function):
         width = min(student.shape[-1], teacher.shape[-1])
         rows = places + torch.arange(len(places), device=places.device)[:, None] * teacher.shape[1]
         own, other = student.flatten(0, 1), teacher.flatten(0, 1)
-        # A loss scaler multiplies only in the backward pass, when float16 would have lost what is small.
-        kept = torch.float32 if own.dtype == torch.float16 else own.dtype
-        gradient = torch.zeros_like(own, dtype=kept) if ctx.needs_input_grad[0] else None
+        gradient = gradient_buffer(own, wanted=ctx.needs_input_grad[0])
         total = torch.zeros((), dtype=torch.promote_types(own.dtype, torch.float32), device=own.device)
         for block in torch.arange(len(own), device=own.device).split(max(1, ELEMENTS // width)):
             weights = weight.flatten()[block].to(total.dtype)
@@ -185,15 +184,13 @@ class _Divergence(torch.autograd.Function):
             if gradient is not None:
                 scaled = torch.where(live[:, None], slope * weights[:, None] * temperature, 0)
                 gradient[block, :width] = scaled.to(gradient.dtype)
-        ctx.save_for_backward(None if gradient is None else gradient.view_as(student))
-        ctx.dtype = student.dtype
+        keep_gradient(ctx, gradient, student)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (saved,) = ctx.saved_tensors
-        return None if saved is None else (saved * gradient.to(saved.dtype)).to(ctx.dtype), *(None,) * 5
+        return scaled_gradient(ctx, gradient), *(None,) * 5
 
 
 def _forward(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:

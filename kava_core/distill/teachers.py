@@ -94,32 +94,32 @@ class TeacherReader:
             return Aligned(*decode_target(side)), None
         teacher, time_map = teacher_named(self.teachers, aligner.name), time_map_of(aligner, side, timeline)
         if self.by_layer:
-            return self._read_target_by_layer(side, aligner, time_map, keep_outputs)
+            return _read_target_by_layer(teacher, side, aligner, time_map, keep_outputs)
         teacher_pass = teacher.read(side, keep_outputs=keep_outputs)
         with without_autocast(timeline.mask.device):
             time_map = aligner.without_sinks(time_map, teacher_pass.cache, token_mask(side))
             aligned = pipeline.align_with_map(aligner, teacher_pass.cache, time_map)
         return aligned, without_cache(teacher_pass)
 
-    def _read_target_by_layer(
-        self, side: Side, aligner: TeacherAligner, time_map: TimeMap, keep_outputs: bool
-    ) -> tuple[Aligned, TeacherPass]:
-        teacher = teacher_named(self.teachers, aligner.name)
-        passes: list[TeacherPass] = []
-        lengths: list[Tensor] = []
 
-        def run(take_layer: TakeLayer) -> None:
-            def take_and_measure(t_layer: int, cache: Cache) -> None:
-                if aligner.finds_sinks and cache.values is not None:
-                    lengths.append(value_lengths(cache.values))
-                take_layer(t_layer, cache)
+def _read_target_by_layer(
+    teacher: Teacher, side: Side, aligner: TeacherAligner, time_map: TimeMap, keep_outputs: bool
+) -> tuple[Aligned, TeacherPass]:
+    passes: list[TeacherPass] = []
+    lengths: list[Tensor] = []
 
-            passes.append(teacher.read_by_layer(side, take_and_measure, keep_outputs=keep_outputs))
+    def run(take_layer: TakeLayer) -> None:
+        def take_and_measure(t_layer: int, cache: Cache) -> None:
+            if aligner.finds_sinks and cache.values is not None:
+                lengths.append(value_lengths(cache.values))
+            take_layer(t_layer, cache)
 
-        target = align_layer_by_layer(aligner, run, time_map)
-        if lengths:  # Sinks show in all layers together, after the last one.
-            time_map = leave_out(time_map, find_sinks(torch.cat(lengths, 1), token_mask(side)))
-        return Aligned(target, time_map.valid), passes[0]
+        passes.append(teacher.read_by_layer(side, take_and_measure, keep_outputs=keep_outputs))
+
+    target = align_layer_by_layer(aligner, run, time_map)
+    if lengths:  # Sinks show in all layers together, after the last one.
+        time_map = leave_out(time_map, find_sinks(torch.cat(lengths, 1), token_mask(side)))
+    return Aligned(target, time_map.valid), passes[0]
 
 
 def token_mask(side: Side) -> Bool[Tensor, "batch time"]:

@@ -8,7 +8,7 @@ from typing import Literal
 from kava_core.config import PARTS, ComponentConfig, KVLossConfig, Part
 from kava_core.errors import SpecError
 from kava_core.hookspecs import KINDS
-from kava_core.specfile.sections.losses import TeachersTerm
+from kava_core.specfile.sections.losses import LogitsSpec, TeachersTerm
 from kava_core.specfile.sections.models import TeacherSpec
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
@@ -96,9 +96,7 @@ def used_teachers(spec: PipelineSpec) -> tuple[TeacherSpec, ...]:
 
 def logit_teachers(spec: PipelineSpec) -> tuple[str, ...]:
     """Return the names of the teachers whose logits are distilled."""
-    if spec.logits is None or spec.logits.weight == 0:
-        return ()
-    return spec.logits.teachers or tuple(teacher.name for teacher in spec.teachers)
+    return _teachers_of_term(spec, spec.logits)
 
 
 def cross_logit_teachers(spec: PipelineSpec) -> tuple[str, ...]:
@@ -116,7 +114,7 @@ def hidden_teachers(spec: PipelineSpec) -> tuple[str, ...]:
     return _teachers_of_term(spec, spec.hidden)
 
 
-def _teachers_of_term(spec: PipelineSpec, term: TeachersTerm | None) -> tuple[str, ...]:
+def _teachers_of_term(spec: PipelineSpec, term: LogitsSpec | TeachersTerm | None) -> tuple[str, ...]:
     if term is None or term.weight == 0:
         return ()
     return term.teachers or tuple(teacher.name for teacher in spec.teachers)

@@ -5,14 +5,12 @@ Reading the vocabulary of a GGUF file can take minutes, so nothing is read from 
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from uuid import uuid4
@@ -21,7 +19,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer
 
 from kava_core.errors import KavaError, SpecError
-from kava_core.files import cache_folder, file_hash, make_folder, read_json_object, write_json
+from kava_core.files import cache_folder, file_hash, locked, make_folder, read_json_object, write_json
 
 SUFFIX = ".gguf"
 SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
@@ -106,7 +104,7 @@ def kept_folder(file: Path, name: str, write: Callable[[Path, Path], None], *, w
     if folder.is_dir():
         return folder
     make_folder(folder.parent)
-    with _lock(folder.with_name(f"{name}.lock")):
+    with locked(folder.with_name(f"{name}.lock")):
         if not folder.is_dir():
             _publish(folder, write, file, where)
     return folder
@@ -121,13 +119,6 @@ def gguf_hash(file: Path) -> str:
 @cache
 def _hash_of_version(file: Path, size: int, changed: int) -> str:
     return file_hash(file)
-
-
-@contextmanager
-def _lock(file: Path) -> Iterator[None]:
-    with file.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
 
 
 def _publish(folder: Path, write: Callable[[Path, Path], None], file: Path, where: str) -> None:

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from kava_core.distill.cross_tokenizer.shared_tokens import SharedTokens
 from kava_core.distill.cross_tokenizer.token_groups import PairedGroups, TokenGroups
+from kava_core.distill.formed_gradient import gradient_buffer, keep_gradient, scaled_gradient
 
 ELEMENTS = 2**22
 """Most logits of both sides together that are compared at once, if a single pair of groups has no more."""
@@ -65,9 +66,7 @@ class _Distance(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         student, teacher, pairs, comparison = arguments
         own, theirs = student.flatten(0, 1), teacher.flatten(0, 1)
-        # A loss scaler multiplies only in the backward pass, when float16 would have lost what is small.
-        kept = torch.float32 if own.dtype == torch.float16 else own.dtype
-        gradient = torch.zeros_like(own, dtype=kept) if ctx.needs_input_grad[0] else None
+        gradient = gradient_buffer(own, wanted=ctx.needs_input_grad[0])
         total = torch.zeros((), dtype=torch.promote_types(own.dtype, torch.float32), device=own.device)
         for first, stop in blocks(pairs, own.shape[1], theirs.shape[1]):
             groups = pairs.student.part(first, stop)
@@ -81,16 +80,14 @@ class _Distance(torch.autograd.Function):
             total += distance.detach()
             if gradient is not None:
                 (slope,) = torch.autograd.grad(distance, logits)
-                gradient[rows] = slope.to(kept)
-        ctx.save_for_backward(None if gradient is None else gradient.view_as(student))
-        ctx.dtype = student.dtype
+                gradient[rows] = slope.to(gradient.dtype)
+        keep_gradient(ctx, gradient, student)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (saved,) = ctx.saved_tensors
-        return None if saved is None else (saved * gradient.to(saved.dtype)).to(ctx.dtype), None, None, None
+        return scaled_gradient(ctx, gradient), None, None, None
 
 
 def blocks(pairs: PairedGroups, width: int, t_width: int) -> Iterator[tuple[int, int]]:

@@ -151,13 +151,6 @@ def _unfit_warper(rule_name: str) -> Callable[[PipelineSpec], str]:
     return words
 
 
-def _unknown_logit_teacher(spec: PipelineSpec) -> str:
-    asked = spec.logits.teachers if spec.logits is not None else None
-    names = _teacher_names(spec)
-    unknown = [name for name in asked or () if name not in names]
-    return f"{unknown[0]!r}; there are {', '.join(names)}" if unknown else ""
-
-
 def _unknown_teacher(spec: PipelineSpec, section: str) -> str:
     """Return the first teacher that a section of losses names and the spec has not, and where."""
     term = getattr(spec, section)
@@ -165,7 +158,7 @@ def _unknown_teacher(spec: PipelineSpec, section: str) -> str:
         return ""
     names = _teacher_names(spec)
     for field in ("teachers", "teacher_weights"):
-        for name in getattr(term, field) or ():
+        for name in getattr(term, field, None) or ():
             if name not in names:
                 return f"'{section}.{field}': no teacher {name!r}; there are {', '.join(names)}"
     return ""
@@ -288,6 +281,42 @@ _NOT_WITH_ONLINE = "'online' does not go together with {}"
 _NO_LABELS = "'online.share': 1 leaves no labels for {}"
 _NOT_WITH_ENCODER = "'student.encoder': an encoder writes nothing; not with {}"
 
+
+def _needs_a_teacher(section: str) -> Rule:
+    return Rule(
+        f"{_dashed(section)}-teacher",
+        when=f"`{section}` is given",
+        what="there is at least one teacher",
+        broken=lambda spec: getattr(spec, section) is not None and not spec.teachers,
+        message=f"'{section}' needs at least one teacher",
+    )
+
+
+def _names_known_teachers(section: str) -> Rule:
+    return Rule(
+        f"{_dashed(section)}-unknown-teacher",
+        when=f"`{section}` names teachers",
+        what="there are teachers of these names",
+        broken=lambda spec: _unknown_teacher(spec, section),
+        message="{}",
+    )
+
+
+def _needs_no_store(section: str, read: str) -> Rule:
+    """Return the rule for a term that reads of running teachers what no store holds."""
+    return Rule(
+        f"{_dashed(section)}-store",
+        when=f"`{section}` is given",
+        what=f"`store` is null: a store holds no {read}",
+        broken=lambda spec: getattr(spec, section) is not None and spec.store is not None,
+        message=f"'{section}' needs teachers that run, and a store holds no {read}; set 'store: null'",
+    )
+
+
+def _dashed(section: str) -> str:
+    return section.replace("_", "-")
+
+
 RULES: tuple[Rule, ...] = (
     # Teachers
     Rule(
@@ -381,20 +410,8 @@ RULES: tuple[Rule, ...] = (
         "segment do not",
     ),
     # Logits
-    Rule(
-        "logits-teacher",
-        when="`logits` is given",
-        what="there is at least one teacher",
-        broken=lambda spec: spec.logits is not None and not spec.teachers,
-        message="'logits' needs at least one teacher",
-    ),
-    Rule(
-        "logits-unknown-teacher",
-        when="`logits.teachers` names teachers",
-        what="there are teachers of these names",
-        broken=_unknown_logit_teacher,
-        message="'logits.teachers': no teacher {}",
-    ),
+    _needs_a_teacher("logits"),
+    _names_known_teachers("logits"),
     Rule(
         "logits-shuffled",
         when="`logits` is given",
@@ -403,27 +420,9 @@ RULES: tuple[Rule, ...] = (
         message="'train.shuffle_teacher' puts another example beside the student, whose tokens are others; "
         "set 'logits: null'",
     ),
-    Rule(
-        "logits-store",
-        when="`logits` is given",
-        what="`store` is null: a store holds no logits",
-        broken=lambda spec: spec.logits is not None and spec.store is not None,
-        message="'logits' needs teachers that run, and a store holds no logits; set 'store: null'",
-    ),
-    Rule(
-        "cross-logits-teacher",
-        when="`cross_logits` is given",
-        what="there is at least one teacher",
-        broken=lambda spec: spec.cross_logits is not None and not spec.teachers,
-        message="'cross_logits' needs at least one teacher",
-    ),
-    Rule(
-        "cross-logits-unknown-teacher",
-        when="`cross_logits` names teachers",
-        what="there are teachers of these names",
-        broken=lambda spec: _unknown_teacher(spec, "cross_logits"),
-        message="{}",
-    ),
+    _needs_no_store("logits", "logits"),
+    _needs_a_teacher("cross_logits"),
+    _names_known_teachers("cross_logits"),
     Rule(
         "cross-logits-same-text",
         when="`cross_logits.form: spans`",
@@ -431,35 +430,11 @@ RULES: tuple[Rule, ...] = (
         broken=_spans_of_another_text,
         message="'cross_logits.form: spans' compares the characters of one text, but {}; use form: sorted",
     ),
-    Rule(
-        "cross-logits-store",
-        when="`cross_logits` is given",
-        what="`store` is null: a store holds no logits",
-        broken=lambda spec: spec.cross_logits is not None and spec.store is not None,
-        message="'cross_logits' needs teachers that run, and a store holds no logits; set 'store: null'",
-    ),
+    _needs_no_store("cross_logits", "logits"),
     # Hidden states
-    Rule(
-        "hidden-teacher",
-        when="`hidden` is given",
-        what="there is at least one teacher",
-        broken=lambda spec: spec.hidden is not None and not spec.teachers,
-        message="'hidden' needs at least one teacher",
-    ),
-    Rule(
-        "hidden-unknown-teacher",
-        when="`hidden` names teachers",
-        what="there are teachers of these names",
-        broken=lambda spec: _unknown_teacher(spec, "hidden"),
-        message="{}",
-    ),
-    Rule(
-        "hidden-store",
-        when="`hidden` is given",
-        what="`store` is null: a store holds caches alone",
-        broken=lambda spec: spec.hidden is not None and spec.store is not None,
-        message="'hidden' needs teachers that run, and a store holds no hidden states; set 'store: null'",
-    ),
+    _needs_a_teacher("hidden"),
+    _names_known_teachers("hidden"),
+    _needs_no_store("hidden", "hidden states"),
     # Latent tokens
     Rule(
         "itself-once",

@@ -14,8 +14,8 @@ from torch import Tensor
 from kava_core.kv.capture.capture import Capture
 from kava_core.kv.maths.sinks import find_sinks, sinks_of, value_lengths
 from kava_core.protocols.axes import Cache
+from tests.support.files.real_models import real_model
 from tests.support.pipeline_helpers import WIDE, cache, timeline
-from tests.support.repository import real_model
 
 
 def slow_sinks(values: Tensor, mask: Tensor) -> Tensor:
