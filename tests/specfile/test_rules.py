@@ -53,6 +53,16 @@ CASES: dict[str, tuple[list[str], str]] = {
         "teacher 'big': stand_in 'shuffled_weights' is a control of caches, and its logits are noise or "
         "none; set 'logits: null'",
     ),
+    "stand-in-cross-logits": (
+        ["teachers.0.stand_in.kind=random_weights", "cross_logits={}"],
+        "teacher 'big': stand_in 'random_weights' is a control of caches, and its logits are noise or none; "
+        "set 'cross_logits: null'",
+    ),
+    "stand-in-hidden": (
+        ["teachers.0.stand_in.kind=token_identity", "hidden={}"],
+        "teacher 'big': stand_in 'token_identity' has keys and values alone, and no hidden states; use "
+        "random_weights, or set 'hidden: null'",
+    ),
     "stand-in-codi": (
         [LATENT, "teachers.0.stand_in.kind=token_identity", "codi={}"],
         "teacher 'big': stand_in 'token_identity' is a control of caches, and its hidden states are noise or "

@@ -14,7 +14,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from kava_core.specfile.sections.data import change_data
-from kava_core.specfile.sections.models import ModelSpec
+from kava_core.specfile.sections.losses import LogitsSpec, TeachersTerm
+from kava_core.specfile.sections.models import ModelSpec, TeacherSpec
 
 if TYPE_CHECKING:
     from kava_core.specfile.sections.pipeline import PipelineSpec
@@ -86,7 +87,7 @@ def _teacher_stood_in_for(spec: PipelineSpec, reason: str) -> str:
 
     Args:
         spec: the whole.
-        reason: ``itself``, ``quantize``, ``logits`` or ``codi``.
+        reason: ``itself``, ``quantize``, ``logits``, ``cross_logits``, ``hidden`` or ``codi``.
     """
     for teacher in spec.teachers:
         if teacher.stand_in is None:
@@ -94,12 +95,19 @@ def _teacher_stood_in_for(spec: PipelineSpec, reason: str) -> str:
         forbidden = {
             "itself": teacher.itself is not None,
             "quantize": teacher.quantize is not None and teacher.has_weights,
-            "logits": spec.logits is not None and teacher.name in (spec.logits.teachers or [teacher.name]),
+            "logits": _takes_part(teacher, spec.logits),
+            "cross_logits": _takes_part(teacher, spec.cross_logits),
+            "hidden": _takes_part(teacher, spec.hidden) and not teacher.has_weights,
             "codi": spec.codi is not None and spec.codi.teacher in (None, teacher.name),
         }
         if forbidden[reason]:
             return f"{teacher.name!r}: stand_in {teacher.stand_in.kind!r}"
     return ""
+
+
+def _takes_part(teacher: TeacherSpec, term: LogitsSpec | TeachersTerm | None) -> bool:
+    """Return whether a term of a spec, if it has that, looks at this teacher."""
+    return term is not None and (term.teachers is None or teacher.name in term.teachers)
 
 
 def _shared_teacher_names(spec: PipelineSpec) -> str:
@@ -164,27 +172,20 @@ def _unknown_teacher(spec: PipelineSpec, section: str) -> str:
     return ""
 
 
-def _span_teachers(spec: PipelineSpec) -> tuple[str, ...]:
-    """Return the teachers whose tokens are compared with the student's by the characters they cover."""
-    term = spec.cross_logits
-    if term is None or term.form != "spans":
-        return ()
-    return term.teachers or tuple(_teacher_names(spec))
-
-
 def _spans_of_another_text(spec: PipelineSpec) -> str:
+    if spec.cross_logits is None or spec.cross_logits.form != "spans":
+        return ""
     for teacher in spec.teachers:
-        if teacher.name in _span_teachers(spec) and teacher.own_text:
+        if teacher.own_text and _takes_part(teacher, spec.cross_logits):
             return f"teacher {teacher.name!r} reads another ({teacher.own_text[0]})"
     return ""
 
 
 def _cross_logits_of_an_encoder(spec: PipelineSpec) -> str:
-    if spec.cross_logits is None:
-        return ""
-    asked = spec.cross_logits.teachers or tuple(_teacher_names(spec))
-    encoders = [name for name in asked if name in _encoder_names(spec)]
-    return repr(encoders[0]) if encoders else ""
+    for teacher in spec.teachers:
+        if teacher.encoder and _takes_part(teacher, spec.cross_logits):
+            return repr(teacher.name)
+    return ""
 
 
 def _teachers_that_are_the_student(spec: PipelineSpec) -> list[str]:
@@ -376,6 +377,22 @@ RULES: tuple[Rule, ...] = (
         what="its logits are not distilled: they would teach noise",
         broken=lambda spec: _teacher_stood_in_for(spec, "logits"),
         message="teacher {} is a control of caches, and its logits are noise or none; set 'logits: null'",
+    ),
+    Rule(
+        "stand-in-cross-logits",
+        when="a teacher has a `stand_in`",
+        what="its logits are not distilled across tokenizers: they would teach noise",
+        broken=lambda spec: _teacher_stood_in_for(spec, "cross_logits"),
+        message="teacher {} is a control of caches, and its logits are noise or none; set "
+        "'cross_logits: null'",
+    ),
+    Rule(
+        "stand-in-hidden",
+        when="a teacher has a `stand_in` without weights",
+        what="`hidden` does not read its states: it has none",
+        broken=lambda spec: _teacher_stood_in_for(spec, "hidden"),
+        message="teacher {} has keys and values alone, and no hidden states; use random_weights, or set "
+        "'hidden: null'",
     ),
     Rule(
         "stand-in-codi",
