@@ -234,6 +234,9 @@ def test_panels_without_data_are_left_out(tmp_path: Path) -> None:
     lines = [{**line, "eval_relation": 0.1, "eval_exact_match": 0.5} for line in lines]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert list(panel_curves(results)) == ["eval_exact_match", "eval_ce", "kv"]
+    lines = [{**line, "eval_hidden": 0.3, "eval_cross_logits": 0.2} for line in lines]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert list(panel_curves(results)) == ["eval_exact_match", "eval_ce", "kv", "outputs"]
     routed = [{**line, "eval_weight/a": line["step"] / 3, "eval_weight/b@math": 0.2} for line in lines]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in routed))
     assert list(panel_curves(results)) == list(PANELS)

@@ -28,7 +28,8 @@ def missing_models(specs: Iterable[PipelineSpec]) -> list[str]:
     for spec in specs:
         for model in _models_of_spec(spec):
             needed |= dict.fromkeys(_needed_files(model))
-    faults = [_fault_of_files(*files) for files in needed]
+    # Model and tokenizer of one GGUF file have one fault.
+    faults = dict.fromkeys(_fault_of_files(*files) for files in needed)
     return [fault for fault in faults if fault]
 
 

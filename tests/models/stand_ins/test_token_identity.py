@@ -124,7 +124,7 @@ def _fail(*_: Any, **__: Any) -> None:
 def test_an_aligned_target_is_the_vectors_through_every_stage(tmp_path: Path) -> None:
     """With the same tokenizer, layers, heads and width the stages change nothing: brute force by hand."""
     same = {"name": "same", "config": tiny.llama(), "tokenizer": tiny.CHARS, **TOKENS}
-    align = {"time_warper": "identity", "dim_projector": "identity", "first_token": "compare"}
+    align = {"time_warper": "identity", "dim_projector": "identity", "sinks": "compare"}
     spec = tiny.spec(tmp_path, teachers=[same | {"align": align}], losses=[{"name": "mse"}])
     data = make_data(spec)
     distiller = make_distiller(spec, data, seed=0)
