@@ -11,7 +11,7 @@ from rich.table import Table
 from kava_core.experiment.compared_value import BUDGETS, ComparedValue, compared_value
 from kava_core.experiment.distillation_claim import sentence_on_distillation
 from kava_core.experiment.load_experiment import Experiment
-from kava_core.experiment.shared_runs import neighbours, shared_runs
+from kava_core.experiment.shared_runs import neighbours, runs_shared_with
 from kava_core.experiment.verdict import (
     comparisons_without_verdict,
     judge_comparisons,
@@ -85,9 +85,8 @@ def comparison_lines(experiment: Experiment) -> Iterator[str]:
     sentence = sentence_on_distillation(experiment, verdicts)
     if sentence:
         yield sentence
-    for shared in shared_runs([experiment, *neighbours(experiment)]):
-        if any(owner == experiment.name for owner, _ in shared.variants):
-            yield shared.sentence(experiment.name)
+    for shared in runs_shared_with(experiment, neighbours(experiment)):
+        yield shared.sentence(experiment.name)
     for plan in experiment.earlier:
         yield (
             f"the experiment was changed on the way: what was declared {plan['declared']} was replaced "

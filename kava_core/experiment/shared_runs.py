@@ -58,6 +58,12 @@ def shared_runs(experiments: Iterable[Experiment]) -> list[SharedRuns]:
     return [SharedRuns(variants, tuple(sorted(seeds))) for variants, seeds in seeds_of_variants.items()]
 
 
+def runs_shared_with(experiment: Experiment, others: Iterable[Experiment]) -> list[SharedRuns]:
+    """Return which runs of an experiment are there several times, in itself or in others."""
+    shared = shared_runs([experiment, *others])
+    return [each for each in shared if any(owner == experiment.name for owner, _ in each.variants)]
+
+
 def count_distinct_runs(experiment: Experiment) -> int:
     """Count the complete runs of an experiment, those with the same numbers once."""
     complete = [run for run in experiment.runs if run.state == "complete"]

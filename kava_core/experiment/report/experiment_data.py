@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 from kava_core.errors import CheckpointError, KavaError
 from kava_core.experiment.compared_value import ComparedValue, compared_value
 from kava_core.experiment.load_experiment import Experiment, LoadedRun, load_experiment
-from kava_core.experiment.shared_runs import SharedRuns, neighbours, shared_runs
+from kava_core.experiment.shared_runs import SharedRuns, neighbours, runs_shared_with
 from kava_core.experiment.verdict import Verdict, declared_comparisons, judge_comparisons
 from kava_core.files import read_json_object
 from kava_core.specfile.sections.compare import CompareSpec
@@ -75,9 +75,7 @@ class ExperimentData:
     @cached_property
     def shared_runs(self) -> list[SharedRuns]:
         """Return which of this experiment's runs are there several times, here or in other experiments."""
-        name = self.experiment.name
-        shared = shared_runs([self.experiment, *self.others])
-        return [each for each in shared if any(owner == name for owner, _ in each.variants)]
+        return runs_shared_with(self.experiment, self.others)
 
     @property
     def followed_metric(self) -> str:

@@ -41,8 +41,8 @@ def find_sinks(
     """Return which positions are attention sinks, by their tiny values.
 
     A head that has nothing to add attends to a sink, whose values add nothing. Hidden states of a sink are
-    often massive, but not in every model, and its keys are no longer than others: values tell sinks apart in
-    all models looked at. Fewer than three layers, or only the first ones, tell less.
+    often massive, but not in every model, and its keys are shorter than others, in some models hardly: values
+    tell sinks apart in both models looked at. Fewer than three layers, or only the first ones, tell less.
 
     Args:
         lengths: by ``value_lengths``, of all layers at hand.
