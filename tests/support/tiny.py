@@ -7,11 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from kava_core.data.tokenizers import load_tokenizer
-from kava_core.files import cache_folder
 from kava_core.registry import Registry
 from kava_core.specfile.bind import bind_spec_model
-from kava_core.specfile.sections.models import TrainTokenizer
 from kava_core.specfile.sections.pipeline import PipelineSpec
 
 
@@ -32,18 +29,6 @@ def llama(**changes: Any) -> dict[str, Any]:
 def gpt2(**changes: Any) -> dict[str, Any]:
     """A three-layer GPT-2 config, six heads wide."""
     return {"model_type": "gpt2", "n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 128} | changes
-
-
-TEXTS = ("say: 10+20= 30 and 4 #34", "4-1+1= 3 and and 40 #44", "5+1= naïve 🙂 6 #6", "0123456789 and so on")
-
-VOCABULARIES = {"chars": 96, "bpe": 290, "unigram": 60}
-
-
-@cache
-def tokenizer(kind: str) -> Any:
-    """A tokenizer trained on ``TEXTS``: characters, byte-level pairs, or pieces as in SentencePiece."""
-    trained = TrainTokenizer.model_validate({"kind": kind, "vocab_size": VOCABULARIES[kind]})
-    return load_tokenizer(trained, texts=TEXTS, cache=cache_folder() / "tokenizers")
 
 
 CHARS = {"kind": "chars", "vocab_size": 64}

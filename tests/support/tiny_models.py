@@ -1,15 +1,20 @@
-"""Tiny configurations of many architectures, and what capturing each one must do."""
+"""Tiny configurations of many architectures, what capturing each one must do, and tiny tokenizers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from kava_core.data.tokenizers import load_tokenizer
+from kava_core.files import cache_folder
+from kava_core.specfile.sections.models import TrainTokenizer
 
 SIZE = {
     "vocab_size": 64,
@@ -230,3 +235,15 @@ REFUSED = (
     Case("DeepSeek-V2", "deepseek_v2", MLA, base=NO_WIDTH),
     Case("DeepSeek-V3", "deepseek_v3", MLA, base=NO_WIDTH),
 )
+
+
+TEXTS = ("say: 10+20= 30 and 4 #34", "4-1+1= 3 and and 40 #44", "5+1= naïve 🙂 6 #6", "0123456789 and so on")
+
+VOCABULARIES = {"chars": 96, "bpe": 290, "unigram": 60}
+
+
+@cache
+def tokenizer(kind: str) -> Any:
+    """A tokenizer trained on ``TEXTS``: characters, byte-level pairs, or pieces as in SentencePiece."""
+    trained = TrainTokenizer.model_validate({"kind": kind, "vocab_size": VOCABULARIES[kind]})
+    return load_tokenizer(trained, texts=TEXTS, cache=cache_folder() / "tokenizers")

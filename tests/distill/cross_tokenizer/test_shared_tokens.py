@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kava_core.distill.cross_tokenizer.shared_tokens import SharedTokens, shared_tokens, token_texts
-from tests.support import tiny
+from tests.support import tiny_models
 
 KINDS = ("chars", "bpe", "unigram")
 
@@ -22,7 +22,7 @@ def texts_of(tokenizer: Any, numbers: list[int]) -> list[str]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_texts_are_those_that_tokens_stand_for(kind: str) -> None:
     """Every token of a text covers the characters that its own text says; spaces included."""
-    tokenizer = tiny.tokenizer(kind)
+    tokenizer = tiny_models.tokenizer(kind)
     written = "4-1+1= 3 and 40"
     encoded = tokenizer(written, return_offsets_mapping=True, add_special_tokens=False)
     texts = token_texts(tokenizer)
@@ -34,7 +34,7 @@ def test_texts_are_those_that_tokens_stand_for(kind: str) -> None:
 @pytest.mark.parametrize("student", KINDS)
 @pytest.mark.parametrize("teacher", KINDS)
 def test_shared_tokens_stand_for_the_same_text(student: str, teacher: str) -> None:
-    own, theirs = tiny.tokenizer(student), tiny.tokenizer(teacher)
+    own, theirs = tiny_models.tokenizer(student), tiny_models.tokenizer(teacher)
     numbers, t_numbers = (tensor.tolist() for tensor in shared_tokens(own, theirs))
     assert len(numbers) == len(set(numbers)) == len(set(t_numbers))
     special = set(own.all_special_ids)
@@ -49,13 +49,13 @@ def test_shared_tokens_stand_for_the_same_text(student: str, teacher: str) -> No
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_vocabulary_shares_all_of_itself(kind: str) -> None:
-    tokenizer = tiny.tokenizer(kind)
+    tokenizer = tiny_models.tokenizer(kind)
     numbers, t_numbers = shared_tokens(tokenizer, tokenizer)
     assert numbers.tolist() == t_numbers.tolist() == sorted(tokenizer.get_vocab().values())
 
 
 def test_the_rest_is_all_that_is_not_shared() -> None:
-    own, theirs = tiny.tokenizer("chars"), tiny.tokenizer("bpe")
+    own, theirs = tiny_models.tokenizer("chars"), tiny_models.tokenizer("bpe")
     shared = SharedTokens(own, theirs)
     assert sorted([*shared.own.tolist(), *shared.own_rest.tolist()]) == list(range(shared.width))
     assert sorted([*shared.theirs.tolist(), *shared.their_rest.tolist()]) == list(range(shared.t_width))

@@ -16,7 +16,7 @@ from kava_core.distill.cross_tokenizer.token_groups import (
     pair_by_order,
 )
 from kava_core.specfile.sections.data import Template
-from tests.support import tiny
+from tests.support import tiny_models
 
 TEMPLATE = Template(prompt="{prompt}=", reasoning="{reasoning}", answer=" #{answer}")
 LONG = Template(prompt="say: {prompt}=", reasoning="{reasoning}", answer=" #{answer}")
@@ -30,7 +30,7 @@ EXAMPLES = [
 def sides(
     *, rows: int = 3, reading: Reading | None = None, **how: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    own, theirs = tiny.tokenizer("chars"), tiny.tokenizer("bpe")
+    own, theirs = tiny_models.tokenizer("chars"), tiny_models.tokenizer("bpe")
     readings = {} if reading is None else {"t": reading}
     batch = Collator(own, {"t": theirs}, TEMPLATE, readings=readings, **how)(EXAMPLES[:rows])
     return batch["student"], batch["teachers"]["t"]
